@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is served: the sizes of the networks (presets) and the settings of the server (serve.toml).
+
+Read by everyone; imports nothing of the package. All of it is frozen: nothing changes after loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar
+
+FPS = 16  # video frames per second that the network was trained for
+FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of the causal DiT, under the names of the reference's config.json."""
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    freq_dim: int
+    text_len: int
+    text_dim: int
+    channels: int = 16
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Sizes of the Wan VAE decoder. One latent pixel becomes 8x8 video pixels."""
+
+    base_dim: int
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_dim: int = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Sizes of the umT5 encoder. `dim` must equal the DiT's `text_dim`."""
+
+    vocab_size: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    head_dim: int = 64
+    num_buckets: int = 32
+    max_distance: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """The KV cache in latent frames: a chunk, all that is kept, and the sink within it that is never evicted."""
+
+    chunk: int = 3
+    window: int = 12
+    sink: int = 3
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.sink < 0 or self.window % self.chunk or self.sink % self.chunk:
+            raise ValueError(
+                f"window: got chunk {self.chunk}, window {self.window}, sink {self.sink}; "
+                "expected window and sink to be multiples of the chunk"
+            )
+        if self.window < self.sink + self.chunk:
+            raise ValueError(
+                f"window: got {self.window} frames, expected at least sink + chunk = {self.sink + self.chunk}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """One size of LongLive: its three networks and the latent picture they work on."""
+
+    name: str
+    dit: DiTConfig
+    vae: VAEConfig
+    text_encoder: TextEncoderConfig
+    latent_height: int
+    latent_width: int
+    window: WindowConfig = WindowConfig()
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.latent_height // 2) * (self.latent_width // 2)
+
+    @property
+    def video_size(self) -> tuple[int, int]:
+        """Height and width of a video frame in pixels."""
+        return 8 * self.latent_height, 8 * self.latent_width
+
+
+PRESETS: dict[str, NetworkConfig] = {
+    config.name: config
+    for config in (
+        NetworkConfig(
+            name="longlive-1.3b",
+            dit=DiTConfig(
+                dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, freq_dim=256, text_len=512, text_dim=4096
+            ),
+            vae=VAEConfig(base_dim=96),
+            text_encoder=TextEncoderConfig(vocab_size=256384, dim=4096, ffn_dim=10240, num_heads=64, num_layers=24),
+            latent_height=60,
+            latent_width=104,
+        ),
+        NetworkConfig(
+            name="small",  # faster than real time on two CPU cores
+            dit=DiTConfig(dim=192, num_heads=6, num_layers=6, ffn_dim=768, freq_dim=256, text_len=512, text_dim=64),
+            vae=VAEConfig(base_dim=16, num_res_blocks=1),
+            text_encoder=TextEncoderConfig(vocab_size=384, dim=64, ffn_dim=128, num_heads=4, num_layers=2, head_dim=16),
+            latent_height=8,
+            latent_width=8,
+        ),
+        NetworkConfig(
+            name="tiny",  # for tests; not square on purpose
+            dit=DiTConfig(dim=64, num_heads=2, num_layers=2, ffn_dim=128, freq_dim=64, text_len=64, text_dim=32),
+            vae=VAEConfig(base_dim=4, num_res_blocks=1),
+            text_encoder=TextEncoderConfig(vocab_size=384, dim=32, ffn_dim=64, num_heads=2, num_layers=1, head_dim=16),
+            latent_height=4,
+            latent_width=6,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The settings in serve.toml. Every key may be left out."""
+
+    ENGINES: ClassVar[tuple[str, ...]] = ("auto", "torch")
+    VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
+    DTYPES: ClassVar[tuple[str, ...]] = ("auto", "float32", "bfloat16")
+
+    preset: str = "small"
+    """Sizes of the networks: a name in PRESETS."""
+    weights: str = "random"
+    """A folder of checkpoints, or `random` for weights made from a fixed seed."""
+    variant: str = "base"
+    """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
+    engine: str = "auto"
+    device: str = "auto"
+    """`auto` (cuda when there is one, else cpu) or a torch device."""
+    dtype: str = "auto"
+    """`auto`: bfloat16 on cuda, as the reference ships it; float32 on the CPU."""
+    slots: int = 2
+    """Sessions that hold a share of the KV cache; more wait for a slot, in order."""
+    idle_timeout_s: float = 60.0
+    """A session that has no chunks to make and sends no request for this long loses its slot."""
+
+    def __post_init__(self) -> None:
+        _check_choice("preset", self.preset, tuple(PRESETS))
+        _check_choice("variant", self.variant, self.VARIANTS)
+        _check_choice("engine", self.engine, self.ENGINES)
+        _check_choice("dtype", self.dtype, self.DTYPES)
+        if self.slots < 1:
+            raise ValueError(f"slots: got {self.slots}, expected 1 or more")
+        if not self.idle_timeout_s > 0:
+            raise ValueError(f"idle_timeout_s: got {self.idle_timeout_s}, expected more than 0")
+
+    @property
+    def network(self) -> NetworkConfig:
+        return PRESETS[self.preset]
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> ServeConfig:
+        """Read a settings file. Raises ValueError that names the file and the key."""
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as TOML: {error}") from None
+        try:
+            return cls(**_typed(cls, values))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _typed(cls: type[ServeConfig], values: dict[str, Any]) -> dict[str, Any]:
+    fields = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(f"got unknown key {key!r}, expected some of {sorted(fields)}")
+        if fields[key] is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not fields[key]:
+            raise ValueError(f"{key}: got {value!r}, expected {fields[key].__name__}")
+    return values
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}: got {value!r}, expected one of {list(choices)}")
