@@ -1,0 +1,38 @@
+# The verbs of the project. `make demo` and `make test` do all the set-up they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test check serve clean
+
+help:
+	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
+	@echo "make test   set up, run all tests, those against a live server among them"
+	@echo "make check  set up, run the linter and the type checker"
+	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
+	@echo "make setup  only the set-up: a virtual environment in $(VENV)"
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v[:2] == (3, 11) or sys.exit(f"$(PYTHON) is Python {v.major}.{v.minor}, expected 3.11: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,client,triton,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: setup
+	$(BIN)/python -m longlive_serve.server
+
+clean:
+	rm -rf $(VENV)

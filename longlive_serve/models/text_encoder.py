@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to embeddings: text cleaning, the tokenizer and the umT5 encoder.
+
+Called by the engines and by the service, which tells the user of a truncated prompt. It knows nothing of video.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longlive_serve.config import TextEncoderConfig
+
+PAD_ID = 0
+END_ID = 1  # </s>, appended to every prompt
+
+
+def clean_prompt(text: str) -> str:
+    """The text as the reference tokenizes it: mended Unicode and HTML, single spaces; the case is kept."""
+    import ftfy  # not needed to run the encoder itself
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text.strip()).strip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TokenizedPrompt:
+    """A prompt as the encoder takes it."""
+
+    ids: Tensor  # int64 [1, text_len]
+    mask: Tensor  # int64 [1, text_len]: 1 for a token, 0 for padding
+    length: int  # tokens kept, </s> among them
+    full_length: int  # tokens before truncation, </s> among them
+
+
+class Tokenizer:
+    """Cleans and tokenizes prompts, padded and truncated to `text_len` tokens; the last token kept is always </s>.
+
+    `folder` holds the files of google/umt5-xxl's tokenizer; nothing is ever downloaded. With None it is ByT5's
+    tokenizer, which needs no files: one token per byte, 384 ids.
+    """
+
+    def __init__(self, text_len: int, folder: Path | None) -> None:
+        from transformers import AutoTokenizer, ByT5Tokenizer  # seconds; not on import
+
+        if text_len < 2:
+            raise ValueError(f"text_len: got {text_len}, expected 2 or more (a token and </s>)")
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"tokenizer: got {folder}, expected a folder with the tokenizer files of google/umt5-xxl")
+        self.text_len = text_len
+        self._hf = ByT5Tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        special = (self._hf.pad_token_id, self._hf.eos_token_id)
+        if special != (PAD_ID, END_ID):
+            raise ValueError(f"tokenizer in {folder}: got padding and </s> as {special}, expected {(PAD_ID, END_ID)}")
+
+    def __call__(self, text: str) -> TokenizedPrompt:
+        full: list[int] = self._hf(clean_prompt(text), add_special_tokens=True, verbose=False)["input_ids"]
+        kept = full if len(full) <= self.text_len else [*full[: self.text_len - 1], END_ID]
+        ids = torch.full((1, self.text_len), PAD_ID)
+        ids[0, : len(kept)] = torch.tensor(kept)
+        mask = (torch.arange(self.text_len) < len(kept)).long().unsqueeze(0)
+        return TokenizedPrompt(ids=ids, mask=mask, length=len(kept), full_length=len(full))
+
+
+class TextEncoder(nn.Module):
+    """The umT5 encoder of transformers, in the sizes of `config`. Its parameters' names: `map_wan_names`."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        from transformers import UMT5Config, UMT5EncoderModel  # seconds; not on import
+
+        super().__init__()
+        umt5 = UMT5Config(  # type: ignore[call-arg]  # attn_implementation: a keyword of every config
+            vocab_size=config.vocab_size,
+            d_model=config.dim,
+            d_kv=config.head_dim,
+            d_ff=config.ffn_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            relative_attention_num_buckets=config.num_buckets,
+            relative_attention_max_distance=config.max_distance,
+            feed_forward_proj="gated-gelu",
+            layer_norm_epsilon=1e-6,
+            dropout_rate=0.0,
+            attn_implementation="eager",
+        )
+        # The stack alone: the model around it only adds a second, tied name for the embedding.
+        self.stack = UMT5EncoderModel(umt5).get_encoder()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask int64 [B, text_len] -> [B, text_len, dim] in the network's dtype; padding rows are zero."""
+        hidden: Tensor = self.stack(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+
+
+_NAMES = {"token_embedding.weight": "embed_tokens.weight", "norm.weight": "final_layer_norm.weight"}
+_NAMES_OF_BLOCK = {
+    "norm1.weight": "layer.0.layer_norm.weight",
+    "attn.q.weight": "layer.0.SelfAttention.q.weight",
+    "attn.k.weight": "layer.0.SelfAttention.k.weight",
+    "attn.v.weight": "layer.0.SelfAttention.v.weight",
+    "attn.o.weight": "layer.0.SelfAttention.o.weight",
+    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
+    "norm2.weight": "layer.1.layer_norm.weight",
+    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
+    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
+    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
+}
+
+
+def map_wan_names(state_dict: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """The tensors of models_t5_umt5-xxl-enc-bf16.pth under the names of `TextEncoder`, for `load_state_dict`.
+
+    Raises ValueError that lists the names that are missing and those that are unknown.
+    """
+    names = {wan: f"stack.{ours}" for wan, ours in _NAMES.items()}
+    for layer in range(num_layers):
+        names |= {f"blocks.{layer}.{wan}": f"stack.block.{layer}.{ours}" for wan, ours in _NAMES_OF_BLOCK.items()}
+    missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
+    if missing or unknown:
+        raise ValueError(f"text encoder checkpoint for {num_layers} layers: missing {missing}, unknown {unknown}")
+    return {ours: state_dict[wan] for wan, ours in names.items()}

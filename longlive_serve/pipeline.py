@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generates a session's next chunk: prompt switch and recache, four denoising steps, commit, decode.
+
+Called by the service's worker and by replay. It knows the reference's semantics (sections 5 and 6), not who runs
+the networks and not who watches the video.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
+from longlive_serve.engines.interface import Engines
+from longlive_serve.kv_cache import Window
+from longlive_serve.models.rope import MAX_FRAMES
+from longlive_serve.noise_schedule import NoiseSchedule
+from longlive_serve.protocol import FrameChunk, ServeError
+from longlive_serve.session import Session
+
+
+class Pipeline:
+    """Advances sessions of one LongLive, one chunk at a time. Belongs to one thread."""
+
+    def __init__(self, engines: Engines, config: NetworkConfig, variant: str = "base") -> None:
+        self.engines = engines
+        self.config = config
+        self.window = Window(config.window)
+        self.schedule = NoiseSchedule(engines.device)
+        self.dtype: torch.dtype = getattr(torch, engines.dtype)
+        self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
+
+    @torch.inference_mode()
+    def advance(self, session: Session) -> FrameChunk:
+        """Generate the next chunk. On an error the session's state is undefined: end it.
+
+        Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
+        """
+        began = time.perf_counter()
+        number = session.chunk
+        self._check_limit(number)
+        notice = self._apply_prompts(session)
+        latents = self._denoise(session)
+        if session.decoder_cache is None:
+            session.decoder_cache = self.engines.vae_decoder.initial_cache()
+        frames, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, number == 0)
+        return FrameChunk(
+            frames=frames,
+            first_frame=self.first_frame(number),
+            prompt_index=session.prompt.index,
+            seconds=time.perf_counter() - began,
+            notice=notice,
+        )
+
+    def first_frame(self, chunk: int) -> int:
+        """The number of a chunk's first video frame: the video's first latent frame gives 1 frame, the others 4."""
+        latent_frames = chunk * self.config.window.chunk
+        return 1 + FRAMES_PER_LATENT * (latent_frames - 1) if latent_frames else 0
+
+    def _check_limit(self, chunk: int) -> None:
+        if self.max_chunks is not None and chunk >= self.max_chunks:
+            latent_frames = self.max_chunks * self.config.window.chunk
+            raise ServeError(
+                ServeError.FRAME_LIMIT,
+                f"the base variant ends after {latent_frames} latent frames ({self.first_frame(chunk)} video frames): "
+                'its RoPE has no position for more. Start a new session, or serve with variant = "infinity"',
+            )
+
+    def _apply_prompts(self, session: Session) -> str:
+        """Put the next due prompt in force, at most one per chunk; returns a notice if it was truncated."""
+        first_latent_frame = session.chunk * self.config.window.chunk
+        due = bool(session.pending) and session.pending[0].at_latent_frame <= first_latent_frame
+        if not due and session.prompt_kv is not None:
+            return ""
+        if due:
+            session.prompt = session.pending.pop(0)
+        encoded = self.engines.text_encoder.encode(session.prompt.text)
+        session.prompt_kv = self.engines.dit.embed_prompt(encoded.embeds)
+        if session.chunk > 0:
+            self._recache(session)
+        if encoded.tokens_given > encoded.tokens:
+            return (
+                f"prompt {session.prompt.index} was truncated: it has {encoded.tokens_given} tokens, "
+                f"the first {encoded.tokens} are used"
+            )
+        return ""
+
+    def _recache(self, session: Session) -> None:
+        """Rebuild the cache from recent clean latents under the prompt in force (section 6.1)."""
+        assert session.prompt_kv is not None
+        placement = self.window.recache(session.chunk, keep_sink=session.global_sink)
+        oldest = session.chunk - len(session.recent)
+        latents = torch.cat([session.recent[chunk - oldest] for chunk in placement.chunks], dim=1)
+        self.engines.dit.commit(latents, session.prompt_kv, session.slot, placement)
+
+    def _denoise(self, session: Session) -> Tensor:
+        """Four steps and the commit: the chunk's clean latents [1, frames, channels, h, w]."""
+        assert session.prompt_kv is not None
+        dit, schedule = self.engines.dit, self.schedule
+        placement = self.window.step(session.chunk)
+        x = self._draw(session)
+        for step in range(schedule.steps):
+            flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
+            clean = schedule.clean_latents(x, flow, step)
+            if step + 1 < schedule.steps:
+                x = schedule.add_noise(clean, self._draw(session), step + 1)
+        dit.commit(clean, session.prompt_kv, session.slot, placement)
+        session.recent.append(clean)
+        if len(session.recent) > self.window.capacity:
+            session.recent.popleft()
+        session.chunk += 1
+        return clean
+
+    def _draw(self, session: Session) -> Tensor:
+        config = self.config
+        shape = (1, config.window.chunk, config.dit.channels, config.latent_height, config.latent_width)
+        return session.noise.draw(shape).to(self.engines.device, self.dtype)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replays a known case through the real pipeline and compares the latents: `python -m longlive_serve.replay CASE.json`.
+
+A case is CASE.json (sizes, switches, variant) with CASE.safetensors beside it (weights, noise, prompt embeddings
+and the latents that a reference made of them). It checks an engine, a device or a dtype against a known answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longlive_serve.config import PRESETS, DiTConfig, NetworkConfig, ServeConfig, WindowConfig
+from longlive_serve.engines.interface import EncodedPrompt, Engines
+from longlive_serve.engines.torch_engine import TorchDiT
+from longlive_serve.models.causal_dit import CausalDiT
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.session import Prompt, Session
+from longlive_serve.weights import load_strictly
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """The settings of a case, as its JSON file holds them. Frames are latent frames."""
+
+    config: DiTConfig
+    latent: tuple[int, int, int]
+    """Channels, height, width."""
+    chunks: int
+    switches: tuple[int, ...] = ()
+    """The frames asked for, ascending: prompt k+1 from the first chunk at or after switches[k] on."""
+    relative: bool = False
+    global_sink: bool = True
+    window: int = 12
+    sink: int = 3
+
+    @classmethod
+    def load(cls, path: Path) -> Case:
+        """Read CASE.json. Raises ValueError that names the file and the key."""
+        try:
+            values = json.loads(path.read_text())
+            fields = {field.name for field in dataclasses.fields(cls)}
+            given = {key: values[key] for key in fields & values.keys()}
+            sizes = {field.name for field in dataclasses.fields(DiTConfig)}
+            dit = {key: value for key, value in values["config"].items() if key in sizes}
+            given["config"] = DiTConfig(**dit, channels=values["latent"][0])
+            return cls(**given | {key: tuple(given[key]) for key in ("latent", "switches") if key in given})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a case: {type(error).__name__}: {error}") from None
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The case as a network configuration; its text encoder and VAE are stand-ins that nothing runs."""
+        _, height, width = self.latent
+        return NetworkConfig(
+            name="case",
+            dit=self.config,
+            vae=PRESETS["tiny"].vae,
+            text_encoder=PRESETS["tiny"].text_encoder,
+            latent_height=height,
+            latent_width=width,
+            window=WindowConfig(window=self.window, sink=self.sink),
+        )
+
+
+class GivenNoise:
+    """The noise of a case in the order of use: `noise` [1, 3n, C, h, w], `renoise` [3n, 3, C, h, w]."""
+
+    def __init__(self, noise: Tensor, renoise: Tensor) -> None:
+        chunks = noise.shape[1] // renoise.shape[1]
+        steps = len(renoise) // chunks
+        self._draws = iter(
+            [
+                draw
+                for chunk in range(chunks)
+                for draw in (noise.chunk(chunks, 1)[chunk], *renoise[chunk * steps : (chunk + 1) * steps].unsqueeze(1))
+            ]
+        )
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        draw = next(self._draws)
+        assert draw.shape == shape, f"noise: got {tuple(draw.shape)}, expected {shape}"
+        return draw
+
+
+class GivenEmbeddings:
+    """A text encoder that looks the prompts of a case up: `p0`, `p1`, ..."""
+
+    def __init__(self, embeds: dict[str, Tensor], device: str) -> None:
+        self._embeds = {name: tensor.to(device) for name, tensor in embeds.items()}
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        embeds = self._embeds[prompt]
+        return EncodedPrompt(embeds=embeds, tokens=embeds.shape[1], tokens_given=embeds.shape[1])
+
+
+class NoDecoder:
+    """A VAE decoder that makes no frames: a case ends at the latents."""
+
+    def initial_cache(self) -> list[Tensor]:
+        return []
+
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
+        return np.empty((0, 0, 0, 3), np.uint8), cache
+
+
+def replay(case: Case, tensors: dict[str, Tensor], device: str = "cpu", dtype: str = "float32") -> Tensor:
+    """Run a case through the pipeline; returns its clean latents [1, 3n, C, h, w] in float32 on the CPU."""
+    variant = "infinity" if case.relative else "base"
+    network = CausalDiT(case.config)
+    load_strictly(network, _with_prefix(tensors, "weights."), "weights")
+    engines = Engines(
+        text_encoder=GivenEmbeddings(_with_prefix(tensors, "prompt_embeds."), device),
+        dit=TorchDiT(network.to(device, getattr(torch, dtype)).eval(), case.network, 1, variant),
+        vae_decoder=NoDecoder(),
+        device=device,
+        dtype=dtype,
+    )
+    session = Session(
+        id="replay",
+        prompt=Prompt(index=0, text="p0"),
+        noise=GivenNoise(tensors["noise"], tensors["renoise"]),
+        slot=0,
+        global_sink=case.global_sink,
+    )
+    for index, frame in enumerate(case.switches):
+        session.add_prompt(f"p{index + 1}", frame)
+    pipeline = Pipeline(engines, case.network, variant)
+    latents = []
+    for _ in range(case.chunks):
+        pipeline.advance(session)
+        latents.append(session.recent[-1].float().cpu())
+    return torch.cat(latents, 1)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m longlive_serve.replay",
+        description="Run a known case (weights, noise and prompts given) through the real pipeline and compare its "
+        "latents with the given ones. Exits 1 when they differ by more than the tolerance.",
+    )
+    parser.add_argument("case", type=Path, metavar="CASE.json", help="the case; CASE.safetensors lies beside it")
+    parser.add_argument("--tolerance", type=float, default=5e-6, help="of the largest latent (default: %(default)g)")
+    parser.add_argument("--engine", choices=ServeConfig.ENGINES, default="auto", help="what runs the DiT")
+    parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32")
+    arguments = parser.parse_args()
+    try:
+        case = Case.load(arguments.case)
+        tensors = load_file(arguments.case.with_suffix(".safetensors"))
+        latents = replay(case, tensors, arguments.device, arguments.dtype)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"replay: {error}", file=sys.stderr)
+        return 2
+    expected = tensors["latents"][:, : latents.shape[1]].float()
+    error_ratio = ((latents - expected).abs().max() / expected.abs().max()).item()
+    print(f"max_abs_err_over_max_abs: {error_ratio:.3e}")
+    return 0 if error_ratio <= arguments.tolerance else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One video being generated, with all its state; and where its noise comes from.
+
+Made by the service (or by replay), advanced by the pipeline. It knows nothing of requests and clients.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections import deque
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longlive_serve.engines.interface import PromptKV
+
+NOW = -1  # `Prompt.at_latent_frame` of a prompt that is meant for the next chunk
+
+
+class Noise(Protocol):
+    """Standard normal noise in the order in which a session uses it: per chunk the initial noise, then one draw
+    after each denoising step but the last."""
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor: ...
+
+
+class SeededNoise:
+    """Noise from the session's own generator: the same seed gives the same video, whatever runs beside it.
+
+    Drawn in float32 on the CPU, so that it is also the same on every device.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt of a session. `index` counts them in the order in which they were accepted."""
+
+    index: int
+    text: str
+    at_latent_frame: int = NOW
+    """It waits for the first chunk that starts at or after this latent frame."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Session:
+    """The state of one video. The pipeline alone changes it after the start, but for `add_prompt`."""
+
+    id: str
+    prompt: Prompt
+    """In force (from the first chunk on)."""
+    noise: Noise
+    slot: int = -1
+    """Its share of the KV cache; -1 while it waits for one."""
+    global_sink: bool = True
+    """A recache keeps the sink of the first prompt: the reference's default."""
+    chunk: int = 0
+    """Number of the next chunk."""
+    pending: list[Prompt] = dataclasses.field(default_factory=list)
+    """Prompts to come, ordered by their time; at most one takes effect per chunk border."""
+    prompts: int = 1
+    """Prompts accepted so far."""
+    prompt_kv: PromptKV | None = None
+    recent: deque[Tensor] = dataclasses.field(default_factory=deque)
+    """Clean latents of the last chunks, as many as the window holds: what a recache needs."""
+    decoder_cache: list[Tensor] | None = None
+
+    def add_prompt(self, text: str, at_latent_frame: int = NOW) -> Prompt:
+        """Accept a prompt to come. A prompt for NOW replaces one for NOW that has not taken effect yet."""
+        prompt = Prompt(index=self.prompts, text=text, at_latent_frame=at_latent_frame)
+        self.prompts += 1
+        if at_latent_frame == NOW:
+            self.pending = [other for other in self.pending if other.at_latent_frame != NOW]
+        bisect.insort(self.pending, prompt, key=lambda other: other.at_latent_frame)
+        return prompt

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton side of the service: tensors in, tensors out. Everything else is in `longlive_serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb  # part of Triton's Python backend
+
+from longlive_serve.config import ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.protocol import INPUTS, FrameChunk, Request, ServeError
+from longlive_serve.service import Statistics, VideoService
+
+START, END = 1, 2  # bits of a request's flags
+
+
+class TritonSink:
+    """Answers one request through its response sender."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+
+    def send(self, chunk: FrameChunk | None, final: bool) -> None:
+        flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        if chunk is None:
+            self._sender.send(flags=flags)
+            return
+        tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
+        self._sender.send(pb.InferenceResponse(tensors), flags)
+
+    def fail(self, error: ServeError) -> None:
+        response = pb.InferenceResponse(error=pb.TritonError(str(error)))
+        self._sender.send(response, pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class TritonPythonModel:
+    """Hands requests to a `VideoService`; answers come from its worker while `execute` has long returned."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        beside = Path(args["model_repository"], args["model_version"], "serve.toml")
+        config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", beside))
+        families = {  # kept: a family that is collected takes its metrics with it
+            name: pb.MetricFamily(name=f"longlive_{name}", description=text, kind=pb.MetricFamily.GAUGE)
+            for name, text in Statistics.descriptions().items()
+        }
+        gauges = {name: family.Metric(labels={}) for name, family in families.items()}
+
+        def publish(statistics: Statistics) -> None:
+            for name in families:
+                gauges[name].set(getattr(statistics, name))
+
+        pipeline = Pipeline(build_engines(config), config.network, config.variant)
+        self.service = VideoService(pipeline, config.slots, config.idle_timeout_s, publish)
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            self.service.submit(_read(request), TritonSink(request))
+
+    def finalize(self) -> None:
+        self.service.stop()
+
+
+def _read(request: Any) -> Request | ServeError:
+    try:
+        given = {spec.name: pb.get_input_tensor_by_name(request, spec.name) for spec in INPUTS}
+        tensors = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
+        start, end = bool(request.flags() & START), bool(request.flags() & END)
+        return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors)
+    except ServeError as error:
+        return error

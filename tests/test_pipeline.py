@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline on the tiny preset: frames, prompts, limits, and that sessions do not touch each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from longlive_serve.config import ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.protocol import FrameChunk, ServeError
+from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+
+
+@functools.cache
+def pipeline(variant: str = "base") -> Pipeline:
+    config = ServeConfig(preset="tiny", variant=variant, device="cpu", slots=2)
+    return Pipeline(build_engines(config), config.network, variant)
+
+
+def new_session(slot: int = 0, seed: int = 0, text: str = "a fox") -> Session:
+    return Session(id=f"s{slot}", prompt=Prompt(index=0, text=text), noise=SeededNoise(seed), slot=slot)
+
+
+def run(chunks: int, change: Callable[[Session, int], None] = lambda session, chunk: None, **how: int) -> list[FrameChunk]:
+    session = new_session(**how)
+    made = []
+    for chunk in range(chunks):
+        change(session, chunk)
+        made.append(pipeline().advance(session))
+    return made
+
+
+def frames_of(chunks: list[FrameChunk]) -> np.ndarray:
+    return np.concatenate([chunk.frames for chunk in chunks])
+
+
+def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
+    chunks = run(4)
+    assert [chunk.frames.shape for chunk in chunks] == [(9, 32, 48, 3)] + [(12, 32, 48, 3)] * 3
+    assert [chunk.first_frame for chunk in chunks] == [0, 9, 21, 33]
+    assert frames_of(chunks).dtype == np.uint8
+    assert frames_of(chunks).std() > 5
+
+
+def test_a_seed_gives_the_same_video_again() -> None:
+    assert np.array_equal(frames_of(run(3, seed=5)), frames_of(run(3, seed=5, slot=1)))
+    assert not np.array_equal(frames_of(run(3, seed=5)), frames_of(run(3, seed=6)))
+
+
+def test_interleaved_sessions_make_the_frames_that_each_makes_alone() -> None:
+    def switch(session: Session, chunk: int) -> None:
+        if chunk == 5 and session.slot == 1:
+            session.add_prompt("a bird", NOW)
+
+    alone = [frames_of(run(8, switch, slot=slot, seed=slot)) for slot in (0, 1)]
+    sessions = [new_session(slot, seed=slot) for slot in (0, 1)]
+    made: list[list[FrameChunk]] = [[], []]
+    for chunk in range(8):
+        for session in sessions:
+            switch(session, chunk)
+            made[session.slot].append(pipeline().advance(session))
+    for slot in (0, 1):
+        assert np.array_equal(frames_of(made[slot]), alone[slot])
+
+
+def test_a_prompt_takes_effect_at_the_next_chunk() -> None:
+    def switch(session: Session, chunk: int) -> None:
+        if chunk == 2:
+            session.add_prompt("a bird", NOW)
+
+    plain, switched = run(5), run(5, switch)
+    assert [chunk.prompt_index for chunk in switched] == [0, 0, 1, 1, 1]
+    assert np.array_equal(frames_of(plain[:2]), frames_of(switched[:2]))
+    assert not np.array_equal(plain[2].frames, switched[2].frames)
+
+
+def test_prompts_for_the_same_chunk_take_effect_one_chunk_after_the_other() -> None:
+    def switch(session: Session, chunk: int) -> None:
+        if chunk == 0:
+            for index, frame in enumerate((7, 8, 14)):
+                session.add_prompt(f"scene {index}", frame)
+
+    assert [chunk.prompt_index for chunk in run(7, switch)] == [0, 0, 0, 1, 2, 3, 3]
+
+
+def test_a_truncated_prompt_is_announced_once() -> None:
+    session = new_session(text="fox " * 40)
+    first, second = pipeline().advance(session), pipeline().advance(session)
+    assert first.notice == "prompt 0 was truncated: it has 160 tokens, the first 64 are used"
+    assert second.notice == ""
+
+
+def test_the_base_variant_ends_at_its_documented_limit() -> None:
+    session = new_session()
+    pipeline().advance(session)
+    session.chunk = 340  # as if it had run for 255 seconds
+    last = pipeline().advance(session)
+    assert last.first_frame + len(last.frames) == 4089
+    with pytest.raises(ServeError, match="1023 latent frames \\(4089 video frames\\)") as raised:
+        pipeline().advance(session)
+    assert raised.value.kind == ServeError.FRAME_LIMIT
+
+
+def test_the_infinity_variant_goes_on_past_1100_latent_frames() -> None:
+    session = new_session()
+    for chunk in range(367):
+        if chunk == 350:
+            session.add_prompt("a bird", NOW)
+        made = pipeline("infinity").advance(session)
+    assert session.chunk * 3 > 1100
+    assert made.first_frame + len(made.frames) == 9 + 12 * 366
+    assert made.prompt_index == 1
+    assert made.frames.std() > 5

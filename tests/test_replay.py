@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The golden rollouts through the real pipeline, as cases of `longlive_serve.replay`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import golden
+
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "dit_tiny_rollout": {},
+    "dit_tiny_switch_mid_sinkT": {"switches": [14, 22]},
+    "dit_tiny_switch_mid_sinkF": {"switches": [14, 22], "global_sink": False},
+    "dit_tiny_switch_early_sinkT": {"switches": [4, 12]},
+    "dit_tiny_infinity": {"relative": True},
+    "dit_tiny_infinity_switch": {"switches": [14, 22], "relative": True},
+}
+
+
+def write_case(folder: Path, name: str, **changes: Any) -> Path:
+    """The golden rollout `name` as a case file."""
+    facts, inputs = golden("dit_tiny_rollout")
+    weights = golden("dit_tiny_weights")[1]
+    tensors = {f"weights.{key}": tensor for key, tensor in weights.items()}
+    tensors |= {key: inputs[key] for key in inputs if key.startswith("prompt_embeds.")}
+    tensors |= {"noise": inputs["noise"], "renoise": inputs["renoise"], "latents": golden(name)[1]["latents"]}
+    sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim")
+    case = {
+        "config": {key: facts["config"][key] for key in sizes},
+        "latent": [16, 4, 16],
+        "chunks": 10,
+        "switches": [],
+        "relative": False,
+        "global_sink": True,
+        "window": 12,
+        "sink": 3,
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(case | ROLLOUTS.get(name, {}) | changes))
+    save_file(tensors, path.with_suffix(".safetensors"))
+    return path
+
+
+def run_replay(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longlive_serve.replay", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def error_of(output: str) -> float:
+    label, value = output.split()
+    assert label == "max_abs_err_over_max_abs:"
+    return float(value)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_a_golden_rollout_is_met(tmp_path: Path, name: str) -> None:
+    done = run_replay(write_case(tmp_path, name))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert error_of(done.stdout) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"switches": []},
+        {"switches": [17, 22]},
+        {"global_sink": False},
+        {"relative": True},
+        {"window": 15},
+        {"sink": 0},
+    ],
+)
+def test_wrong_settings_are_seen(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    done = run_replay(write_case(tmp_path, "dit_tiny_switch_mid_sinkT", **wrong))
+    assert done.returncode == 1
+    assert error_of(done.stdout) > 5e-3
+
+
+def test_the_tolerance_decides(tmp_path: Path) -> None:
+    case = write_case(tmp_path, "dit_tiny_rollout")
+    assert run_replay(case, "--tolerance", "1e-12").returncode == 1
+    bf16 = run_replay(case, "--dtype", "bfloat16", "--tolerance", "1")
+    assert bf16.returncode == 0
+    assert 1e-4 < error_of(bf16.stdout) < 0.5
+
+
+def test_nan_is_not_within_tolerance(tmp_path: Path) -> None:
+    case = write_case(tmp_path, "dit_tiny_rollout")
+    from safetensors.torch import load_file
+
+    tensors = load_file(case.with_suffix(".safetensors"))
+    tensors["weights.head.head.bias"] = torch.full_like(tensors["weights.head.head.bias"], float("nan"))
+    save_file(tensors, case.with_suffix(".safetensors"))
+    assert run_replay(case).returncode == 1
+
+
+def test_a_case_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "case.json"
+    path.write_text('{"config": {}}')
+    done = run_replay(path)
+    assert done.returncode == 2
+    assert str(path) in done.stderr

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service's promises, with a pipeline that only counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from longlive_serve.config import PRESETS
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.protocol import FrameChunk, Options, Request, ServeError
+from longlive_serve.service import Statistics, VideoService
+from longlive_serve.session import Session
+
+LIMIT_S = 10.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+class CountingPipeline:
+    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared."""
+
+    config = PRESETS["tiny"]
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.turns: list[str] = []
+        self.slots: dict[str, int] = {}
+
+    def first_frame(self, chunk: int) -> int:
+        return 12 * chunk - 3 if chunk else 0
+
+    def advance(self, session: Session) -> FrameChunk:
+        self.gate.wait(LIMIT_S)
+        self.turns.append(session.id)
+        self.slots[session.id] = session.slot
+        if session.prompt.text == "explode":
+            raise RuntimeError("a network failed")
+        if session.pending:
+            session.prompt = session.pending.pop(0)
+        chunk = session.chunk
+        session.chunk += 1
+        frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
+        return FrameChunk(frames=frames, first_frame=self.first_frame(chunk), prompt_index=session.prompt.index)
+
+
+class RecordingSink:
+    """Remembers what was sent and by which thread."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.chunks: list[FrameChunk] = []
+        self.errors: list[ServeError] = []
+        self.closed = 0
+        self.cancelled = False
+        self.broken = broken
+        self.threads: set[str] = set()
+
+    def send(self, chunk: FrameChunk | None, final: bool) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.closed, "sent after the end"
+        if self.broken and chunk is not None:
+            raise ConnectionError("the wire is cut")
+        if chunk is not None:
+            self.chunks.append(chunk)
+        self.closed += final
+
+    def fail(self, error: ServeError) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.closed, "failed after the end"
+        self.errors.append(error)
+        self.closed += 1
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+@dataclasses.dataclass
+class Bench:
+    """A service under test."""
+
+    pipeline: CountingPipeline
+    service: VideoService
+    statistics: list[Statistics]
+
+    def ask(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+        sink = sink or RecordingSink()
+        self.service.submit(Request(session_id=session_id, **request), sink)
+        return sink
+
+    def start(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+        return self.ask(session_id, sink, **{"start": True, "prompt": "a fox"} | request)
+
+
+@contextmanager
+def bench(slots: int = 2, idle_timeout_s: float = 60.0) -> Iterator[Bench]:
+    pipeline, statistics = CountingPipeline(), [Statistics()]
+    service = VideoService(cast(Pipeline, pipeline), slots, idle_timeout_s, statistics.append)
+    try:
+        yield Bench(pipeline, service, statistics)
+    finally:
+        pipeline.gate.set()
+        service.stop()
+    assert statistics[-1].live_sessions == statistics[-1].waiting_sessions == 0
+    assert "longlive-worker" not in {thread.name for thread in threading.enumerate()}
+
+
+def closed(*sinks: RecordingSink) -> Callable[[], bool]:
+    return lambda: all(sink.closed for sink in sinks)
+
+
+def test_a_request_gets_its_chunks_and_one_end() -> None:
+    with bench() as at:
+        sink = at.start("a", chunks=3, end=True)
+        wait_until(closed(sink))
+        assert [chunk.first_frame for chunk in sink.chunks] == [0, 9, 21]
+        wait_until(lambda: at.statistics[-1].live_sessions == 0)
+        assert at.statistics[-1].chunks == 3
+
+
+def test_more_chunks_are_answers_to_the_request_that_asked_for_them() -> None:
+    with bench() as at:
+        first = at.start("a", chunks=2)
+        second = at.ask("a", chunks=1, prompt="a bird", end=True)
+        wait_until(closed(first, second))
+        assert [chunk.first_frame for chunk in first.chunks + second.chunks] == [0, 9, 21]
+        wait_until(lambda: at.statistics[-1].live_sessions == 0)
+
+
+def test_sessions_take_turns_and_the_third_waits_for_a_slot() -> None:
+    with bench(slots=2) as at:
+        at.pipeline.gate.clear()
+        sinks = [at.start(name, chunks=3, end=True) for name in "abcd"]
+        wait_until(lambda: at.service._mail.empty())
+        at.pipeline.gate.set()
+        wait_until(closed(*sinks))
+        turns = "".join(at.pipeline.turns)
+        assert turns.index("c") > turns.index("a", turns.index("a") + 1)
+        assert sorted(turns) == sorted("abcd" * 3)
+        assert [turns.rindex(name) for name in "abcd"] == sorted(turns.rindex(name) for name in "abcd")
+        assert set(at.pipeline.slots.values()) == {0, 1}
+
+
+def test_a_prompt_update_is_acknowledged_with_its_index() -> None:
+    with bench() as at:
+        video = at.start("a")
+        ack = at.ask("a", prompt="a bird")
+        wait_until(closed(ack))
+        assert [len(chunk.frames) for chunk in ack.chunks] == [0]
+        assert ack.chunks[0].prompt_index == 1
+        wait_until(lambda: bool(video.chunks) and video.chunks[-1].prompt_index == 1)
+        later = at.ask("a", prompt="a cat", options=Options(at_latent_frame=3000))
+        heartbeat = at.ask("a")
+        wait_until(closed(later, heartbeat))
+        assert later.chunks[0].prompt_index == 2
+
+
+def test_end_alone_stops_at_the_next_border() -> None:
+    with bench() as at:
+        video = at.start("a")
+        wait_until(lambda: len(video.chunks) > 2)
+        end = at.ask("a", end=True)
+        wait_until(closed(video, end))
+        assert not video.errors
+        assert not end.errors
+
+
+def test_requests_that_cannot_be_taken_disturb_nobody() -> None:
+    with bench() as at:
+        video = at.start("a")
+        again = at.start("a")
+        unknown = at.ask("b", prompt="a bird")
+        refused = RecordingSink()
+        at.service.submit(ServeError(ServeError.INVALID_REQUEST, "CHUNKS: got -1"), refused)
+        wait_until(closed(again, unknown, refused))
+        assert [sink.errors[0].kind for sink in (again, unknown, refused)] == [
+            ServeError.SESSION_EXISTS,
+            ServeError.UNKNOWN_SESSION,
+            ServeError.INVALID_REQUEST,
+        ]
+        seen = len(video.chunks)
+        wait_until(lambda: len(video.chunks) > seen)
+
+
+def test_a_failing_session_ends_with_its_own_error() -> None:
+    with bench() as at:
+        other = at.start("a")
+        failing = at.start("b", prompt="explode")
+        wait_until(closed(failing))
+        assert failing.errors[0].kind == ServeError.INTERNAL
+        assert "a network failed" in failing.errors[0].message
+        seen = len(other.chunks)
+        wait_until(lambda: len(other.chunks) > seen and at.statistics[-1].failed_sessions == 1)
+        assert at.statistics[-1].live_sessions == 1
+
+
+def test_a_cut_wire_ends_one_session() -> None:
+    with bench() as at:
+        other = at.start("a")
+        cut = at.start("b", RecordingSink(broken=True))
+        wait_until(closed(cut))
+        seen = len(other.chunks)
+        wait_until(lambda: len(other.chunks) > seen)
+
+
+@pytest.mark.parametrize("gone", ["live", "waiting"])
+def test_a_cancelled_client_leaves_at_the_next_border(gone: str) -> None:
+    with bench(slots=1) as at:
+        live = at.start("a")
+        waiting = at.start("b")
+        wait_until(lambda: at.statistics[-1].waiting_sessions == 1)
+        {"live": live, "waiting": waiting}[gone].cancelled = True
+        wait_until(closed(live if gone == "live" else waiting))
+        wait_until(lambda: (at.statistics[-1].live_sessions, at.statistics[-1].waiting_sessions) == (1, 0))
+        assert at.statistics[-1].failed_sessions == 0
+
+
+def test_an_idle_session_gives_its_slot_to_one_that_waits() -> None:
+    with bench(slots=1, idle_timeout_s=0.2) as at:
+        idle = at.start("a", chunks=1)
+        waiting = at.start("b", chunks=1, end=True)
+        wait_until(closed(idle, waiting))
+        assert not waiting.errors
+        late = at.ask("a", prompt="anyone?")
+        wait_until(closed(late))
+        assert late.errors[0].kind == ServeError.UNKNOWN_SESSION
+
+
+def test_a_heartbeat_keeps_an_idle_session() -> None:
+    with bench(slots=1, idle_timeout_s=0.5) as at:
+        wait_until(closed(at.start("a", chunks=1)))
+        for _ in range(8):
+            time.sleep(0.1)
+            beat = at.ask("a")
+            wait_until(closed(beat))
+            assert not beat.errors
+
+
+def test_stopping_tells_every_session() -> None:
+    with bench(slots=1) as at:
+        live, waiting = at.start("a"), at.start("b")
+        wait_until(lambda: bool(live.chunks))
+        at.service.stop()
+        assert live.errors[0].kind == waiting.errors[0].kind == ServeError.SHUTTING_DOWN
+
+
+def test_one_thread_does_every_send() -> None:
+    with bench() as at:
+        sinks = [at.start(str(n), chunks=2, end=True) for n in range(8)] + [at.ask("x"), at.start("0")]
+        wait_until(closed(*sinks))
+        assert {name for sink in sinks for name in sink.threads} == {"longlive-worker"}
+
+
+def test_hundreds_of_sessions_leave_nothing_behind() -> None:
+    with bench(slots=2) as at:
+        sinks = [at.start(str(n), chunks=1, end=True) for n in range(300)]
+        wait_until(closed(*sinks))
+        assert not at.service._streams
+        assert set(at.pipeline.slots.values()) == {0, 1}
