@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong with a video stream: one class for each kind of ServeError, and two that only a client sees."""
+
+from __future__ import annotations
+
+from longlive_serve.protocol import ServeError
+
+
+class VideoStreamError(ServeError):
+    """Any failure of a video stream. `kind` and `message` are those of the ServeError that the server sent."""
+
+    @classmethod
+    def of(cls, error: ServeError) -> VideoStreamError:
+        """`error` as the class that belongs to its kind."""
+        return _CLASSES.get(error.kind, ServerFailedError)(error.kind, error.message)
+
+
+class InvalidRequestError(VideoStreamError):
+    """The request is wrong (an empty prompt, for example). The session goes on as if it had not been sent."""
+
+
+class UnknownSessionError(VideoStreamError):
+    """The server knows no such session: it has ended, or it was forgotten."""
+
+
+class SessionExistsError(VideoStreamError):
+    """A session of this id is already running."""
+
+
+class FrameLimitError(VideoStreamError):
+    """The video has reached the length at which the `base` variant ends."""
+
+
+class IdleTimeoutError(VideoStreamError):
+    """The session asked for nothing for too long and lost its slot."""
+
+
+class SessionCancelledError(VideoStreamError):
+    """The session was cancelled, by `cancel()` or by the server."""
+
+
+class ServerShutdownError(VideoStreamError):
+    """The server is shutting down."""
+
+
+class ServerFailedError(VideoStreamError):
+    """The server, or Triton itself, failed."""
+
+
+class StallError(VideoStreamError):
+    """The server owes an answer and has said nothing for `stall_timeout` seconds."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("stalled", message)
+
+
+class ConnectionLostError(VideoStreamError):
+    """The server cannot be reached, or the stream broke. The session is lost with it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("connection_lost", message)
+
+
+_CLASSES: dict[str, type[VideoStreamError]] = {
+    ServeError.INVALID_REQUEST: InvalidRequestError,
+    ServeError.UNKNOWN_SESSION: UnknownSessionError,
+    ServeError.SESSION_EXISTS: SessionExistsError,
+    ServeError.FRAME_LIMIT: FrameLimitError,
+    ServeError.IDLE_TIMEOUT: IdleTimeoutError,
+    ServeError.CANCELLED: SessionCancelledError,
+    ServeError.SHUTTING_DOWN: ServerShutdownError,
+    ServeError.INTERNAL: ServerFailedError,
+}

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Triton server, the real client and the real wire: what a session may count on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2_grpc
+
+from client import wire
+from client.errors import FrameLimitError, InvalidRequestError, ServeError, ServerShutdownError, VideoStreamError
+from client.video_stream import StreamedChunk, VideoStream
+from longlive_serve.server import TritonServer
+
+LIMIT_S = 60.0
+
+
+def start_server(folder: Path, **settings: Any) -> TritonServer:
+    config = folder / "serve.toml"
+    values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 60.0} | settings
+    config.write_text("\n".join(f"{key} = {value!r}" for key, value in values.items()))
+    return TritonServer(config=config)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with start_server(tmp_path_factory.mktemp("live")) as running:
+        yield running
+
+
+def metric(server: TritonServer, name: str) -> float:
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as response:
+        found = re.search(rf"^longlive_{name}(?:{{.*}})? (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, f"no metric longlive_{name}"
+    return float(found[1])
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> float:
+    """Wait for `condition`; returns how long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit_s, "it did not happen in time"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "server" in request.fixturenames:
+        running = request.getfixturevalue("server")
+        wait_until(lambda: metric(running, "live_sessions") + metric(running, "waiting_sessions") == 0)
+
+
+def play(server: TritonServer, *, seed: int, switch: tuple[str, int] | None = None, chunks: int = 8) -> list[StreamedChunk]:
+    """The whole video of one session, with a prompt switch at a latent frame if one is given."""
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=chunks) as video:
+        if switch:
+            video.switch_prompt(switch[0], at_latent_frame=switch[1])
+        return list(video.chunks())
+
+
+def frames_of(chunks: list[StreamedChunk]) -> np.ndarray[Any, Any]:
+    return np.concatenate([chunk.frames for chunk in chunks])
+
+
+class RawStream:
+    """A gRPC stream that sends whatever it is told to, as a faulty client would."""
+
+    def __init__(self, server: TritonServer, session_id: str = "") -> None:
+        self.session_id = session_id or wire.new_session_id()
+        self._channel = grpc.insecure_channel(server.grpc_url)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def ask(self, tensors: dict[str, Any], **flags: bool) -> str:
+        """Send one request on a stream of its own; returns the error it was answered with, or an empty string."""
+        message = wire.infer_request(self.session_id, "1", tensors, **flags)
+        for response in self._stub.ModelStreamInfer(iter([message]), timeout=LIMIT_S):
+            if response.error_message:
+                return str(response.error_message)
+        return ""
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def text(value: str | bytes) -> np.ndarray[Any, Any]:
+    return np.array([value if isinstance(value, bytes) else value.encode()], np.object_)
+
+
+def test_interleaved_sessions_give_the_frames_that_each_gives_alone(server: TritonServer) -> None:
+    plays: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2, "switch": ("a blue bird sleeps", 12)}]
+    alone = [play(server, **how) for how in plays]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda how: play(server, **how), plays))
+    for lone, mixed in zip(alone, together, strict=True):
+        assert np.array_equal(frames_of(lone), frames_of(mixed))
+        assert len(frames_of(lone)) == 9 + 12 * 7
+        assert [chunk.first_frame for chunk in mixed] == [0, *range(9, 93, 12)]
+    assert [chunk.prompt_index for chunk in together[1]] == [0] * 4 + [1] * 4
+    times = sorted((chunk.arrived, which) for which in (0, 1) for chunk in together[which])
+    assert 0 < sum(which for _, which in times[:8]) < 8, "they did not run side by side"
+
+
+def test_a_prompt_sent_mid_stream_takes_effect_at_the_next_border(server: TritonServer) -> None:
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=3) as video:
+        stream = video.chunks()
+        before = [next(stream) for _ in range(3)]
+        sent = time.monotonic()
+        index = video.switch_prompt("a blue bird sleeps")
+        answered = time.monotonic()
+        after = [next(stream) for _ in range(6)]
+    chunks = before + after
+    assert index == 1
+    assert all(chunk.prompt_index == 0 for chunk in chunks if chunk.arrived < sent)
+    assert all(chunk.prompt_index == 1 for chunk in chunks if chunk.arrived > answered)
+    border = [chunk.prompt_index for chunk in chunks].index(1)
+    unswitched = play(server, seed=3, chunks=len(chunks))
+    assert np.array_equal(frames_of(chunks[:border]), frames_of(unswitched[:border]))
+    assert not np.array_equal(chunks[border].frames, unswitched[border].frames)
+
+
+KILLED_CLIENT = """
+import sys
+from client.video_stream import VideoStream
+with VideoStream("a red fox runs", url=sys.argv[1]) as video:
+    for number, chunk in enumerate(video.chunks()):
+        print(number, flush=True)
+"""
+
+
+def test_a_killed_client_frees_its_slot(server: TritonServer) -> None:
+    command = [sys.executable, "-c", KILLED_CLIENT, server.grpc_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as client:
+        assert client.stdout is not None
+        for _ in range(3):
+            assert client.stdout.readline()
+        assert metric(server, "live_sessions") == 1
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+        wait_until(lambda: metric(server, "live_sessions") == 0, 10)
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(grandchild for child in children for grandchild in descendants(int(child)))]
+
+
+def resources(server: TritonServer) -> dict[str, int]:
+    """What could leak: threads, open files and shared-memory segments of the server and its stub."""
+    pids = descendants(server.pid)
+    return {
+        "threads": sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
+        "files": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+        "shared memory": len(os.listdir("/dev/shm")),
+    }
+
+
+def test_fifty_sessions_through_two_slots_leave_nothing_behind(server: TritonServer) -> None:
+    def viewer(number: int) -> int:
+        if number % 5 == 0:  # leaves without a word
+            with contextlib.suppress(VideoStreamError), VideoStream("a fox", url=server.grpc_url) as video:
+                for _ in video.chunks():
+                    video.cancel()
+            return 0
+        return len(play(server, seed=number, chunks=2))
+
+    def run(count: int) -> list[int]:
+        with ThreadPoolExecutor(5) as pool:
+            return list(pool.map(viewer, range(count)))
+
+    run(10)  # Triton makes its threads and buffers when they are first needed
+    before = settled(server)
+    assert run(50) == [0 if number % 5 == 0 else 2 for number in range(50)]
+    after = settled(server)
+    assert after["shared memory"] == before["shared memory"]
+    assert after["threads"] <= before["threads"] + 2
+    assert after["files"] <= before["files"] + 2
+
+
+def settled(server: TritonServer) -> dict[str, int]:
+    wait_until(lambda: metric(server, "live_sessions") + metric(server, "waiting_sessions") == 0)
+    time.sleep(2)  # connections close behind their streams
+    return resources(server)
+
+
+MALFORMED: list[tuple[dict[str, Any], dict[str, bool], str]] = [
+    ({}, {"start": True}, "START: got no PROMPT"),
+    ({"PROMPT": text(" ")}, {"start": True}, "PROMPT: got an empty prompt"),
+    ({"PROMPT": text(b"\xff\xfe fox")}, {"start": True}, "not UTF-8"),
+    ({"PROMPT": text("fox"), "CHUNKS": np.array([-2], np.int32)}, {"start": True}, "CHUNKS: got -2"),
+    ({"PROMPT": text("fox"), "CHUNKS": np.array([2], np.int64)}, {"start": True}, "CHUNKS"),
+    ({"PROMPT": text("fox"), "CHUNKS": np.array([[2, 3]], np.int32)}, {"start": True}, "CHUNKS"),
+    ({"PROMPT": np.array([1.5], np.float32)}, {"start": True}, "PROMPT"),
+    ({"PROMPT": text("fox"), "SPEED": np.array([2], np.int32)}, {"start": True}, "SPEED"),
+    ({"PROMPT": text("fox"), "OPTIONS": text('{"zoom": 2}')}, {"start": True}, "unknown key 'zoom'"),
+    ({"PROMPT": text("fox"), "OPTIONS": text("not json")}, {"start": True}, "expected a JSON object"),
+    ({"PROMPT": text("fox")}, {"start": True, "end": True}, "START with END"),
+    ({"PROMPT": text("fox")}, {}, "START"),
+]
+
+
+def test_malformed_requests_are_refused_and_disturb_no_session(server: TritonServer) -> None:
+    expected = frames_of(play(server, seed=4, chunks=20))
+    answers: list[tuple[str, str]] = []
+
+    def attack() -> None:
+        for tensors, flags, message in MALFORMED:
+            stream = RawStream(server)
+            answers.append((stream.ask(tensors, **flags), message))
+            stream.close()
+
+    attacker = threading.Thread(target=attack)
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=4, chunks=20) as video:
+        stream = video.chunks()
+        made = [next(stream)]
+        attacker.start()
+        with pytest.raises(InvalidRequestError, match="got an empty prompt"):
+            video.switch_prompt("")
+        made += list(stream)
+    attacker.join()
+    assert np.array_equal(frames_of(made), expected)
+    for answer, message in answers:
+        assert message in answer
+
+
+def test_a_live_id_cannot_be_taken_and_a_finished_one_is_unknown(server: TritonServer) -> None:
+    with VideoStream("a red fox runs", url=server.grpc_url, session_id="mine", chunks=4) as video:
+        stream = video.chunks()
+        next(stream)
+        intruder = RawStream(server, "mine")
+        assert ServeError.SESSION_EXISTS in intruder.ask({"PROMPT": text("a cat")}, start=True)
+        intruder.close()
+        assert len(list(stream)) == 3
+    late = RawStream(server, "mine")
+    assert ServeError.parse(late.ask({"PROMPT": text("more")})).kind == ServeError.UNKNOWN_SESSION
+    late.close()
+
+
+def test_more_chunks_can_be_asked_for(server: TritonServer) -> None:
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=5, chunks=2) as video:
+        made = list(video.chunks())
+        video.request_chunks(3)
+        made += list(video.chunks())
+    assert np.array_equal(frames_of(made), frames_of(play(server, seed=5, chunks=5)))
+
+
+def test_a_truncated_prompt_is_announced(server: TritonServer) -> None:
+    with VideoStream("fox " * 40, url=server.grpc_url, chunks=1) as video:
+        assert [chunk.notice for chunk in video.chunks()] == [
+            "prompt 0 was truncated: it has 160 tokens, the first 64 are used"
+        ]
+
+
+def test_the_third_session_waits_for_a_slot(server: TritonServer) -> None:
+    with contextlib.ExitStack() as stack:
+        live = [stack.enter_context(VideoStream("a fox", url=server.grpc_url, seed=n)) for n in range(2)]
+        for video in live:
+            next(video.chunks())
+        third = stack.enter_context(VideoStream("a bird", url=server.grpc_url, chunks=1))
+        wait_until(lambda: metric(server, "waiting_sessions") == 1)
+        live[0].close()
+        assert len(list(third.chunks())) == 1
+
+
+def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
+    with (
+        start_server(tmp_path, idle_timeout_s=0.5) as server,
+        VideoStream("a fox", url=server.grpc_url, chunks=1) as video,
+    ):
+        assert len(list(video.chunks())) == 1
+        wait_until(lambda: metric(server, "live_sessions") == 0, 10)
+        with pytest.raises(VideoStreamError) as raised:
+            video.switch_prompt("anyone?")
+        assert raised.value.kind == ServeError.UNKNOWN_SESSION
+
+
+def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
+    with start_server(tmp_path) as server, VideoStream("a fox", url=server.grpc_url) as video:
+        stream = video.chunks()
+        next(stream)
+        os.kill(server.pid, signal.SIGTERM)
+        with pytest.raises(ServerShutdownError):
+            list(stream)
+
+
+@pytest.mark.parametrize("variant", ["base", "infinity"])
+def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
+    chunks = 367
+    made = 0
+    with start_server(tmp_path, variant=variant) as server:
+        video = VideoStream("a fox", url=server.grpc_url, chunks=chunks)
+        with contextlib.ExitStack() as stack:
+            if variant == "base":
+                stack.enter_context(pytest.raises(FrameLimitError, match="ends after 1023 latent frames"))
+            stack.enter_context(video)
+            for chunk in video.chunks():
+                assert chunk.first_frame == made
+                made += len(chunk.frames)
+    assert made == (4089 if variant == "base" else 9 + 12 * (chunks - 1))
