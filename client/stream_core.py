@@ -132,6 +132,7 @@ class StreamCore:
             self._call.cancel()
             await self._reader
             await self._channel.close()
+            del self._call, self._channel, self._reader, self._heart  # gRPC keeps the connection until they are gone
 
     async def _next_chunk(self) -> StreamedChunk | None:
         """The next chunk; None when all that were asked for have come, or after `cancel`."""

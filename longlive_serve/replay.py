@@ -87,7 +87,7 @@ class GivenNoise:
         )
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
-        draw = next(self._draws)
+        draw: Tensor = next(self._draws)
         assert draw.shape == shape, f"noise: got {tuple(draw.shape)}, expected {shape}"
         return draw
 

@@ -105,6 +105,7 @@ class VideoService:
         self._scheduler = Scheduler(slots)
         self._streams: dict[str, Stream] = {}
         self._mail: queue.SimpleQueue[tuple[Request | ServeError, Sink] | None] = queue.SimpleQueue()
+        self._draining = threading.Event()
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._run, name="longlive-worker", daemon=True)
         self._worker.start()
@@ -113,10 +114,15 @@ class VideoService:
         """Take a request (or the error that stands in its place) from any thread; the answer goes to `sink`."""
         self._mail.put((request, sink))
 
-    def stop(self) -> None:
-        """End every session with an error that says so, and the worker with them. Returns when it has ended."""
-        self._stopping.set()
+    def drain(self) -> None:
+        """End every session with an error that says so, and from now on every new one. May be called by any thread."""
+        self._draining.set()
         self._mail.put(None)
+
+    def stop(self) -> None:
+        """Drain and end the worker. Returns when it has ended; nothing may be submitted after that."""
+        self._stopping.set()
+        self.drain()
         self._worker.join()
 
     def _run(self) -> None:
@@ -126,15 +132,13 @@ class VideoService:
             except Exception as error:  # a bug outside any session's border: nobody may wait for ever
                 log.exception("the worker failed; every session ends")
                 self._end_all(ServeError(ServeError.INTERNAL, f"the server failed: {type(error).__name__}: {error}"))
-        shutdown = ServeError(ServeError.SHUTTING_DOWN, "the server is shutting down; connect again later")
-        self._end_all(shutdown)
-        for _, sink in self._take_all_mail():
-            self._close(sink, shutdown)
-        self._publish()
+        self._take_turn()
 
     def _take_turn(self) -> None:
         """One round of the worker: requests, departures, arrivals, and one session's next chunk."""
         self._read_mail()
+        if self._draining.is_set():
+            self._end_all(ServeError(ServeError.SHUTTING_DOWN, "the server is shutting down; connect again later"))
         self._drop_the_gone()
         for session_id, slot in self._scheduler.admit():
             self._streams[session_id].session.slot = slot
@@ -145,7 +149,9 @@ class VideoService:
 
     def _read_mail(self) -> None:
         """Handle all requests that have come in; wait for one when there is nothing to generate."""
-        busy = any(stream.orders and stream.session.slot >= 0 for stream in self._streams.values())
+        busy = self._stopping.is_set() or any(
+            stream.orders and stream.session.slot >= 0 for stream in self._streams.values()
+        )
         timeout = 0.0 if busy else POLL_S if self._streams else None
         for request, sink in self._take_all_mail(timeout):
             try:

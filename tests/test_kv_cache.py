@@ -96,17 +96,14 @@ def test_the_reference_trace_is_met(name: str) -> None:
     for call in calls:
         start, frames = call["current_start_frame"], call["frames"]
         recache = call["kind"].startswith("recache")
-        if recache:
-            placement = window.recache((start + frames) // CHUNK, keep_sink)
-        else:
-            placement = window.step(start // CHUNK)
+        placement = window.recache((start + frames) // CHUNK, keep_sink) if recache else window.step(start // CHUNK)
         for offset, chunk in enumerate(placement.chunks):
             producer = f"{call['kind']}/p{call['prompt']}"
             places[placement.first_place + offset] = [f"{CHUNK * chunk + i}:{producer}" for i in range(CHUNK)]
         in_time: list[Any] = [None] * placement.places
         for place, slot in enumerate(placement.key_slots):
             in_time[slot] = places[place]
-        assert sum(in_time, []) == call["window"], call
+        assert [frame for place in in_time for frame in place] == call["window"], call
 
 
 def test_windows_that_do_not_fit_chunks_are_refused() -> None:

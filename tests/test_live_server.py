@@ -67,7 +67,9 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         wait_until(lambda: metric(running, "live_sessions") + metric(running, "waiting_sessions") == 0)
 
 
-def play(server: TritonServer, *, seed: int, switch: tuple[str, int] | None = None, chunks: int = 8) -> list[StreamedChunk]:
+def play(
+    server: TritonServer, *, seed: int, switch: tuple[str, int] | None = None, chunks: int = 8
+) -> list[StreamedChunk]:
     """The whole video of one session, with a prompt switch at a latent frame if one is given."""
     with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=chunks) as video:
         if switch:
@@ -161,13 +163,17 @@ def descendants(pid: int) -> list[int]:
     return [pid, *(grandchild for child in children for grandchild in descendants(int(child)))]
 
 
+def shared_memory(pid: int) -> list[str]:
+    return [line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
+
+
 def resources(server: TritonServer) -> dict[str, int]:
     """What could leak: threads, open files and shared-memory segments of the server and its stub."""
     pids = descendants(server.pid)
     return {
         "threads": sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
         "files": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-        "shared memory": len(os.listdir("/dev/shm")),
+        "shared memory": len({segment for pid in pids for segment in shared_memory(pid)}),
     }
 
 
@@ -294,7 +300,7 @@ def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
     with start_server(tmp_path) as server, VideoStream("a fox", url=server.grpc_url) as video:
         stream = video.chunks()
         next(stream)
-        os.kill(server.pid, signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGTERM)  # as the launcher does
         with pytest.raises(ServerShutdownError):
             list(stream)
 

@@ -26,7 +26,9 @@ def new_session(slot: int = 0, seed: int = 0, text: str = "a fox") -> Session:
     return Session(id=f"s{slot}", prompt=Prompt(index=0, text=text), noise=SeededNoise(seed), slot=slot)
 
 
-def run(chunks: int, change: Callable[[Session, int], None] = lambda session, chunk: None, **how: int) -> list[FrameChunk]:
+def run(
+    chunks: int, change: Callable[[Session, int], None] = lambda session, chunk: None, **how: int
+) -> list[FrameChunk]:
     session = new_session(**how)
     made = []
     for chunk in range(chunks):

@@ -143,7 +143,7 @@ def test_sessions_take_turns_and_the_third_waits_for_a_slot() -> None:
     with bench(slots=2) as at:
         at.pipeline.gate.clear()
         sinks = [at.start(name, chunks=3, end=True) for name in "abcd"]
-        wait_until(lambda: at.service._mail.empty())
+        wait_until(at.service._mail.empty)
         at.pipeline.gate.set()
         wait_until(closed(*sinks))
         turns = "".join(at.pipeline.turns)
@@ -254,6 +254,17 @@ def test_stopping_tells_every_session() -> None:
         wait_until(lambda: bool(live.chunks))
         at.service.stop()
         assert live.errors[0].kind == waiting.errors[0].kind == ServeError.SHUTTING_DOWN
+
+
+def test_a_draining_service_refuses_whoever_comes() -> None:
+    with bench() as at:
+        live = at.start("a")
+        wait_until(lambda: bool(live.chunks))
+        at.service.drain()
+        wait_until(closed(live))
+        late = at.start("b")
+        wait_until(closed(late))
+        assert live.errors[0].kind == late.errors[0].kind == ServeError.SHUTTING_DOWN
 
 
 def test_one_thread_does_every_send() -> None:

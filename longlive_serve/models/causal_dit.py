@@ -59,10 +59,12 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v over all keys, then the output projection. [B, H, L, d] -> [B, L, D]."""
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.o(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return projected
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, D] -> [B, H, L, d]
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1))
+        return heads.transpose(1, 2)  # [B, L, D] -> [B, H, L, d]
 
 
 class CacheView:
@@ -210,13 +212,14 @@ class CausalDiT(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, L, D] with one shift and scale [B, F, D] per frame."""
-    per_frame = x.unflatten(1, (shift.shape[1], -1))
+    per_frame: Tensor = x.unflatten(1, (shift.shape[1], -1))
     return (per_frame * (1 + scale).unsqueeze(2) + shift.unsqueeze(2)).flatten(1, 2)
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
     """x [B, L, D] times one gate [B, F, D] per frame."""
-    return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+    per_frame: Tensor = x.unflatten(1, (gate.shape[1], -1))
+    return (per_frame * gate.unsqueeze(2)).flatten(1, 2)
 
 
 def time_features(timesteps: Tensor, size: int) -> Tensor:

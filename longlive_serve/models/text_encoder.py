@@ -51,10 +51,13 @@ class Tokenizer:
 
         if text_len < 2:
             raise ValueError(f"text_len: got {text_len}, expected 2 or more (a token and </s>)")
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"tokenizer: got {folder}, expected a folder with the tokenizer files of google/umt5-xxl")
         self.text_len = text_len
-        self._hf = ByT5Tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            if folder is not None and not folder.is_dir():
+                raise NotADirectoryError(folder)  # or its name would be looked up in the cache of downloads
+            self._hf = AutoTokenizer.from_pretrained(folder, local_files_only=True) if folder else ByT5Tokenizer()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer: got {folder}, expected the tokenizer folder of google/umt5-xxl") from error
         special = (self._hf.pad_token_id, self._hf.eos_token_id)
         if special != (PAD_ID, END_ID):
             raise ValueError(f"tokenizer in {folder}: got padding and </s> as {special}, expected {(PAD_ID, END_ID)}")

@@ -59,11 +59,20 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, (3, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
-        return super().forward(cache.prepend(x))
+        x = cache.prepend(x)
+        if x.is_cpu and not torch.compiler.is_exporting():
+            return self._as_conv2d(x)  # there PyTorch runs a small Conv3d in its slow fallback
+        return super().forward(x)
+
+    def _as_conv2d(self, x: Tensor) -> Tensor:
+        """The same convolution with the three frames of each window stacked as channels."""
+        windows = x.unfold(2, HISTORY + 1, 1).permute(0, 2, 1, 5, 3, 4).flatten(2, 3)  # [B, T, 3C, H, W]
+        y = F.conv2d(windows.flatten(0, 1), self.weight.flatten(1, 2), self.bias, padding=self.padding[1:])
+        return y.reshape(*windows.shape[:2], *y.shape[1:]).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the channels, dim 1 of `axes` dims after the batch."""
+    """Root-mean-square norm over the channels, dim 1; `axes` counts the dims without the batch."""
 
     def __init__(self, channels: int, axes: int = 4) -> None:
         super().__init__()
@@ -71,7 +80,10 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * (axes - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = F.normalize(x, dim=1) * self.scale * self.gamma
+        # F.normalize, but its norm over a dim that is not the last is slow on the CPU.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = x.square().sum(1, keepdim=True, dtype=wide).sqrt().to(x.dtype)
+        y: Tensor = x / norm.clamp_min(1e-12) * self.scale * self.gamma
         return y
 
 

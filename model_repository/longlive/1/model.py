@@ -13,10 +13,9 @@ import triton_python_backend_utils as pb  # part of Triton's Python backend
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import INPUTS, FrameChunk, Request, ServeError
+from longlive_serve.protocol import FrameChunk, Request, ServeError
 from longlive_serve.service import Statistics, VideoService
-
-START, END = 1, 2  # bits of a request's flags
+from longlive_serve.termination import on_sigterm
 
 
 class TritonSink:
@@ -29,9 +28,9 @@ class TritonSink:
         flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
         if chunk is None:
             self._sender.send(flags=flags)
-            return
-        tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
-        self._sender.send(pb.InferenceResponse(tensors), flags)
+        else:
+            tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
+            self._sender.send(pb.InferenceResponse(tensors), flags)
 
     def fail(self, error: ServeError) -> None:
         response = pb.InferenceResponse(error=pb.TritonError(str(error)))
@@ -46,20 +45,21 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-        beside = Path(args["model_repository"], args["model_version"], "serve.toml")
-        config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", beside))
-        families = {  # kept: a family that is collected takes its metrics with it
+        own = Path(args["model_repository"], args["model_version"], "serve.toml")
+        config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", own))
+        self.families = {  # kept: a family that is collected takes its metrics with it
             name: pb.MetricFamily(name=f"longlive_{name}", description=text, kind=pb.MetricFamily.GAUGE)
             for name, text in Statistics.descriptions().items()
         }
-        gauges = {name: family.Metric(labels={}) for name, family in families.items()}
+        gauges = {name: family.Metric(labels={}) for name, family in self.families.items()}
 
         def publish(statistics: Statistics) -> None:
-            for name in families:
-                gauges[name].set(getattr(statistics, name))
+            for name, gauge in gauges.items():
+                gauge.set(getattr(statistics, name))
 
         pipeline = Pipeline(build_engines(config), config.network, config.variant)
         self.service = VideoService(pipeline, config.slots, config.idle_timeout_s, publish)
+        on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -71,9 +71,8 @@ class TritonPythonModel:
 
 def _read(request: Any) -> Request | ServeError:
     try:
-        given = {spec.name: pb.get_input_tensor_by_name(request, spec.name) for spec in INPUTS}
-        tensors = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
-        start, end = bool(request.flags() & START), bool(request.flags() & END)
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        start, end = bool(request.flags() & 1), bool(request.flags() & 2)
         return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors)
     except ServeError as error:
         return error

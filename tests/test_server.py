@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting and ending the server: what it refuses, and that it leaves nothing behind. The model is an echo."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+import longlive_serve
+from longlive_serve import triton_install
+from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
+from longlive_serve.server import DEFAULT_REPOSITORY, ServerError, TritonServer
+
+ECHO_MODEL = '''
+import os
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+import longlive_serve
+from longlive_serve.protocol import FrameChunk
+
+
+class TritonPythonModel:
+    """Answers with what it was given by the server; a request with CHUNKS = 0 stays open."""
+
+    def initialize(self, args):
+        if "no weights" in open(os.environ["LONGLIVE_CONFIG"]).read():
+            raise RuntimeError("there are no weights")
+        self.open = []
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            notice = os.environ["LONGLIVE_CONFIG"] + " " + longlive_serve.__file__
+            chunk = FrameChunk(frames=np.zeros((0, 0, 0, 3), np.uint8), first_frame=0, prompt_index=0, notice=notice)
+            tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
+            chunks = pb.get_input_tensor_by_name(request, "CHUNKS")
+            if chunks is not None and chunks.as_numpy()[0] == 0:
+                sender.send(pb.InferenceResponse(tensors))
+                self.open.append(sender)
+            else:
+                sender.send(pb.InferenceResponse(tensors), pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+'''
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A model repository with the shipped config.pbtxt and the echo."""
+    version = tmp_path / "models" / MODEL_NAME / "1"
+    version.mkdir(parents=True)
+    shutil.copy(DEFAULT_REPOSITORY / MODEL_NAME / "config.pbtxt", version.parent)
+    (version / "model.py").write_text(ECHO_MODEL)
+    (version / "serve.toml").write_text('preset = "tiny"\n')
+    return version.parents[1]
+
+
+class EchoStream:
+    """A stream of the real client; `answers` gets (result, error)."""
+
+    def __init__(self, url: str) -> None:
+        self.answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self._client = triton.InferenceServerClient(url)
+        self._client.start_stream(lambda result, error: self.answers.put((result, error)))
+
+    def __enter__(self) -> EchoStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.stop_stream(cancel_requests=True)
+        self._client.close()
+
+    def send(self, chunks: int | None, *, end: bool) -> None:
+        inputs = []
+        if chunks is not None:
+            inputs.append(triton.InferInput("CHUNKS", [1], "INT32"))
+            inputs[0].set_data_from_numpy(np.array([chunks], np.int32))
+        self._client.async_stream_infer(MODEL_NAME, inputs, sequence_id="echo", sequence_start=True, sequence_end=end)
+
+    def notice(self) -> str:
+        result, error = self.answers.get(timeout=10)
+        assert error is None, error
+        return str(result.as_numpy("NOTICE")[0].decode())
+
+
+def parents() -> dict[int, int]:
+    """The parent of each living process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (folder / "stat").read_text().rpartition(") ")[2].split()[:2]
+            if state != "Z":
+                found[int(folder.name)] = int(parent)
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    found, tree = {pid}, parents()
+    while more := {child for child, parent in tree.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+class Launched:
+    """The command line as a process, ready; it puts its scratch folder into `folder`."""
+
+    def __init__(self, repository: Path, folder: Path, *options: str) -> None:
+        folder.mkdir()
+        self._folder = folder
+        ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
+            env=dict(os.environ, TMPDIR=str(folder)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.ready_line = self.process.stdout.readline()
+        self.grpc_url = self.ready_line.partition("gRPC ")[2].partition(",")[0]
+        self.descendants = descendants(self.process.pid)
+
+    def leftovers(self) -> list[str]:
+        processes = [f"process {pid}" for pid in self.descendants & parents().keys()]
+        shared_memory = Path("/dev/shm").glob(f"longlive_{self.process.pid}_*")
+        return processes + [str(path) for path in (*shared_memory, *self._folder.iterdir())]
+
+
+@pytest.fixture
+def launch(repository: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str) -> Launched:
+            launched = Launched(repository, tmp_path / "scratch", *options)
+            stack.callback(launched.process.wait, 30)
+            stack.callback(launched.process.kill)
+            return launched
+
+        yield start
+
+
+def as_spec(tensor: Any) -> TensorSpec:
+    dtype = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
+    return TensorSpec(name=tensor.name, dtype=dtype, shape=tuple(tensor.dims))
+
+
+def test_the_model_configuration_declares_the_wire() -> None:
+    text = (DEFAULT_REPOSITORY / MODEL_NAME / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert config.name == MODEL_NAME
+    assert tuple(map(as_spec, config.input)) == INPUTS
+    assert tuple(map(as_spec, config.output)) == OUTPUTS
+    assert all(tensor.optional for tensor in config.input)
+    assert config.max_batch_size == 0
+    assert config.model_transaction_policy.decoupled
+
+
+def test_the_model_gets_the_settings_and_this_package(repository: Path) -> None:
+    with TritonServer(model_repository=repository) as server, EchoStream(server.grpc_url) as stream:
+        stream.send(chunks=None, end=True)
+        config, package = stream.notice().split()
+    assert config == str(repository / MODEL_NAME / "1" / "serve.toml")
+    assert package == longlive_serve.__file__
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_server_exits_with_0_and_leaves_nothing_behind(
+    launch: Callable[..., Launched], number: signal.Signals
+) -> None:
+    launched = launch()
+    assert launched.ready_line.startswith("ready: gRPC 127.0.0.1:")
+    assert len(launched.leftovers()) >= 4, "Triton, the model, a scratch folder, shared memory"
+    launched.process.send_signal(number)
+    assert launched.process.wait(15) == 0
+    assert launched.leftovers() == []
+
+
+def test_an_open_stream_delays_the_end_for_the_drain_time_only(launch: Callable[..., Launched]) -> None:
+    launched = launch("--drain-timeout=1")
+    with EchoStream(launched.grpc_url) as stream:
+        stream.send(chunks=0, end=False)
+        stream.notice()
+        launched.process.send_signal(signal.SIGINT)
+        assert launched.process.wait(15) == 0
+        assert launched.leftovers() == []
+        assert stream.answers.get(timeout=10)[1] is not None
+
+
+def test_a_second_interrupt_ends_the_server_at_once(launch: Callable[..., Launched]) -> None:
+    launched = launch("--drain-timeout=60")
+    with EchoStream(launched.grpc_url) as stream:
+        stream.send(chunks=0, end=False)
+        stream.notice()
+        launched.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert launched.process.poll() is None
+        launched.process.send_signal(signal.SIGINT)
+        assert launched.process.wait(15) == 0
+        assert launched.leftovers() == []
+
+
+def test_a_killed_launcher_takes_everything_with_it(launch: Callable[..., Launched]) -> None:
+    launched = launch()
+    with EchoStream(launched.grpc_url) as stream:
+        stream.send(chunks=0, end=False)
+        stream.notice()
+        launched.process.kill()
+        wait_until(lambda: not launched.leftovers())
+
+
+def test_a_model_that_does_not_load_is_reported_with_its_own_words(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text('preset = "tiny"  # no weights\n')
+    server = TritonServer(model_repository=repository, config=tmp_path / "serve.toml")
+    with pytest.raises(ServerError, match=r"(?s)before the model was ready:.*there are no weights"), server:
+        pass
+
+
+def test_a_triton_that_dies_is_an_error(repository: Path) -> None:
+    server = TritonServer(model_repository=repository)
+    with server:
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match="ended by itself with exit status -9"):
+            server.wait()
+
+
+@pytest.mark.parametrize(("name", "words"), [("grpc", "gRPC"), ("http", "HTTP"), ("metrics", "metrics")])
+def test_a_port_in_use_is_named(name: str, words: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        expected = rf"port {port} \({words}\): in use on 127.0.0.1; stop what listens there or .* --{name}-port"
+        with pytest.raises(ServerError, match=expected), TritonServer(**{f"{name}_port": port}):
+            pass
+
+
+def test_ports_must_differ_and_exist() -> None:
+    with pytest.raises(ServerError, match="expected three different ones"), TritonServer(grpc_port=9, http_port=9):
+        pass
+    with pytest.raises(ServerError, match=r"port 70000 \(HTTP\): expected 0 to 65535"), TritonServer(http_port=70000):
+        pass
+
+
+def test_a_missing_server_is_reported_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(triton_install, "SYSTEM_SERVER", tmp_path / "tritonserver")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ServerError, match=r"on PATH.*pip install 'longlive-serve\[triton\]'"):
+        triton_install.find_install(tmp_path)
+
+
+def test_a_server_on_the_path_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    binary = tmp_path / "tritonserver"
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    install = triton_install.find_install(tmp_path)
+    assert (install.binary, install.backends) == (binary, None)
+
+
+def test_a_python_without_a_stub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton_install, "SYSTEM_SERVER", tmp_path / "tritonserver")
+    monkeypatch.setattr(sys, "version_info", SimpleNamespace(major=3, minor=99))
+    with pytest.raises(ServerError, match=r"Python 3\.99: nvidia-pytriton has no backend stub for it, only for 3\.8, "):
+        triton_install.find_install(tmp_path)
+
+
+def test_numpy_2_is_refused_before_it_kills_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton_install, "SYSTEM_SERVER", tmp_path / "tritonserver")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0")
+    with pytest.raises(ServerError, match=r"numpy: got 2\.1\.0, expected below 2"):
+        triton_install.find_install(tmp_path)
+
+
+def test_wrong_settings_name_the_file_and_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text("slotz = 3\n")
+    command = [sys.executable, "-m", "longlive_serve.server", f"--config={config}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"error: {config}: got unknown key 'slotz'" in done.stderr
+
+
+def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text("")
+    server = TritonServer(model_repository=tmp_path, config=tmp_path / "serve.toml")
+    with pytest.raises(ServerError, match=rf"got no {MODEL_NAME}/config.pbtxt in it"), server:
+        pass
