@@ -21,7 +21,7 @@ $(VENV)/.complete: pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl
+	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl --contact-sheet videos/interactive/story.png
 
 test: setup
 	$(BIN)/python -m pytest

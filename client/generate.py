@@ -24,6 +24,7 @@ from client.scenes import Scene, load_scenes
 from client.timing import Timing
 from client.video_file import VideoFile
 from client.video_stream import DEFAULT_URL, StreamedChunk, VideoStream
+from longlive_serve.config import RANDOM_WEIGHTS, ServeConfig
 
 DEFAULT_SECONDS = 30.0
 
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if timings:
             Console().print(_table(timings))
+            for path in timings:
+                print(f"wrote {path}")
     return 0
 
 
@@ -123,7 +126,12 @@ def _server_url(args: argparse.Namespace) -> Iterator[str]:
         return
     from longlive_serve.server import TritonServer  # only needed here; the client runs without it
 
-    with TritonServer(config=args.config) as server:
+    server = TritonServer(config=args.config)
+    print(f"starting a server with {server.config} ...", file=sys.stderr)
+    with server:
+        config = ServeConfig.from_toml(server.config)
+        if config.weights == RANDOM_WEIGHTS:
+            print(f"preset {config.preset} with random weights: the video will show noise", file=sys.stderr)
         yield server.grpc_url
 
 
@@ -148,7 +156,7 @@ def _table(timings: dict[Path, Timing]) -> Table:
     table = Table(video, "frames", "wall s", "real-time\nfactor", "first\nframe s", "switch\nlatency s")
     for path, timing in timings.items():
         table.add_row(
-            Text(str(path)),
+            Text(path.stem),
             str(timing.frames),
             f"{timing.wall_s:.2f}",
             f"{timing.real_time_factor:.2f}",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 FPS = 16  # video frames per second that the network was trained for
 FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
+RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class ServeConfig:
 
     preset: str = "small"
     """Sizes of the networks: a name in PRESETS."""
-    weights: str = "random"
+    weights: str = RANDOM_WEIGHTS
     """A folder of checkpoints, or `random` for weights made from a fixed seed."""
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_serve.config import NetworkConfig
+from longlive_serve.config import RANDOM_WEIGHTS, NetworkConfig
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, map_wan_names
 from longlive_serve.models.vae_decoder import VAEDecoder
 
-RANDOM = "random"
 RANDOM_SEED = 20260101
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 VAE_FILE = "Wan2.1_VAE.pth"
@@ -43,9 +42,11 @@ def load_networks(config: NetworkConfig, weights: str, device: str, dtype: torch
     The folder is laid out like the published Wan2.1-T2V-1.3B. Raises ValueError that names the file and what is
     missing, unexpected or of another shape in it.
     """
-    folder = None if weights == RANDOM else Path(weights)
+    folder = None if weights == RANDOM_WEIGHTS else Path(weights)
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM!r}")
+        raise ValueError(
+            f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM_WEIGHTS!r}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         dit, vae_decoder = CausalDiT(config.dit), VAEDecoder(config.vae)
@@ -68,9 +69,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file or of a torch file that holds nothing but tensors."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # each format has its own kinds
+        raise ValueError(f"{path}: cannot be read as tensors: {type(error).__name__}: {error}") from None
     return state
 
 
