@@ -20,7 +20,7 @@ class InvalidRequestError(VideoStreamError):
 
 
 class UnknownSessionError(VideoStreamError):
-    """The server knows no such session: it has ended, or it was forgotten."""
+    """The server knows no such session: it has ended, or it asked for nothing for too long and lost its slot."""
 
 
 class SessionExistsError(VideoStreamError):
@@ -29,10 +29,6 @@ class SessionExistsError(VideoStreamError):
 
 class FrameLimitError(VideoStreamError):
     """The video has reached the length at which the `base` variant ends."""
-
-
-class IdleTimeoutError(VideoStreamError):
-    """The session asked for nothing for too long and lost its slot."""
 
 
 class SessionCancelledError(VideoStreamError):
@@ -66,7 +62,6 @@ _CLASSES: dict[str, type[VideoStreamError]] = {
     ServeError.UNKNOWN_SESSION: UnknownSessionError,
     ServeError.SESSION_EXISTS: SessionExistsError,
     ServeError.FRAME_LIMIT: FrameLimitError,
-    ServeError.IDLE_TIMEOUT: IdleTimeoutError,
     ServeError.CANCELLED: SessionCancelledError,
     ServeError.SHUTTING_DOWN: ServerShutdownError,
     ServeError.INTERNAL: ServerFailedError,

@@ -30,8 +30,9 @@ class NoiseSchedule:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         sigmas = training_sigmas()
         table = torch.cat([sigmas * TRAIN_TIMESTEPS, torch.zeros(1)])
-        self.timesteps = table[[TRAIN_TIMESTEPS - step for step in DENOISING_STEPS]].to(device)
-        self.sigmas = torch.stack([sigma_at(t) for t in self.timesteps.cpu()]).to(device)
+        timesteps = table[[TRAIN_TIMESTEPS - step for step in DENOISING_STEPS]]
+        self.timesteps = timesteps.to(device)
+        self.sigmas = torch.stack([sigma_at(timestep) for timestep in timesteps]).to(device)
 
     @property
     def steps(self) -> int:

@@ -59,7 +59,6 @@ class ServeError(Exception):
     UNKNOWN_SESSION: ClassVar[str] = "unknown_session"
     SESSION_EXISTS: ClassVar[str] = "session_exists"
     FRAME_LIMIT: ClassVar[str] = "frame_limit"
-    IDLE_TIMEOUT: ClassVar[str] = "idle_timeout"
     CANCELLED: ClassVar[str] = "cancelled"
     SHUTTING_DOWN: ClassVar[str] = "shutting_down"
     INTERNAL: ClassVar[str] = "internal"
@@ -157,6 +156,8 @@ class Request:
             raise _invalid("START with END: got no CHUNKS, expected 1 or more (nothing could stop it)")
         if self.start and self.options.at_latent_frame is not None:
             raise _invalid("OPTIONS.at_latent_frame: got it in START, expected it with the PROMPT of a later request")
+        if self.prompt is None and self.options.at_latent_frame is not None:
+            raise _invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
         if not self.start and self.seed is not None:
             raise _invalid("SEED: got it after START, expected it in START only")
         if not self.start and self.options.global_sink is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longlive_serve.config import PRESETS, DiTConfig, WindowConfig
+from longlive_serve.engines.torch_engine import TorchDiT
 from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.causal_dit import CacheView, CausalDiT, time_features
 from longlive_serve.models.rope import RotaryTables, axis_angles, rotate, split_pairs
@@ -175,3 +176,23 @@ def test_full_size_names_and_shapes_are_the_checkpoint_ones() -> None:
         network = CausalDiT(PRESETS["longlive-1.3b"].dit)
     assert {name: list(tensor.shape) for name, tensor in network.state_dict().items()} == expected
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == 1_418_996_800
+
+
+@torch.inference_mode()
+def test_a_full_size_chunk_and_recache_need_no_value_from_the_device() -> None:
+    """On the meta device a read-back of any value fails: what passes there cannot wait for a GPU either."""
+    config = PRESETS["longlive-1.3b"]
+    with torch.device("meta"):
+        network = CausalDiT(config.dit)
+        latents = torch.empty(1, 12, 16, config.latent_height, config.latent_width)
+        text = torch.empty(1, config.dit.text_len, config.dit.text_dim)
+    window = Window(config.window)
+    for variant in ("base", "infinity"):
+        dit = TorchDiT(network, config, 1, variant)
+        prompt_kv = dit.embed_prompt(text)
+        for chunk in (0, 5):
+            flow = dit.denoise(latents[:, :3], 2, prompt_kv, 0, window.step(chunk))
+            assert flow.shape == (1, 3, 16, 60, 104)
+            dit.commit(latents[:, :3], prompt_kv, 0, window.step(chunk))
+        dit.commit(latents[:, :9], prompt_kv, 0, window.recache(5, keep_sink=True))
+        dit.commit(latents, prompt_kv, 0, window.recache(5, keep_sink=False))

@@ -59,6 +59,7 @@ def test_a_request_survives_the_wire() -> None:
         ({"PROMPT": text("a"), "OPTIONS": text('{"global_sink": 1}')}, {}, "OPTIONS.global_sink: got 1, expected bool"),
         ({"PROMPT": text("a"), "OPTIONS": text('{"at_latent_frame": 3}')}, {}, "at_latent_frame: got it in START"),
         ({"PROMPT": text("a"), "OPTIONS": text('{"at_latent_frame": -3}')}, {"start": False}, "got -3, expected 0 or"),
+        ({"OPTIONS": text('{"at_latent_frame": 3}')}, {"start": False}, "at_latent_frame: got no PROMPT with it"),
         ({"SEED": np.array([1], np.int64)}, {"start": False}, "SEED: got it after START"),
         ({"OPTIONS": text('{"global_sink": true}')}, {"start": False}, "OPTIONS.global_sink: got it after START"),
     ],

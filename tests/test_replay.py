@@ -102,6 +102,14 @@ def test_nan_is_not_within_tolerance(tmp_path: Path) -> None:
     assert run_replay(case).returncode == 1
 
 
+def test_tensors_that_do_not_fit_the_case_are_named(tmp_path: Path) -> None:
+    done = run_replay(write_case(tmp_path, "dit_tiny_rollout", chunks=11))
+    assert done.returncode == 2
+    assert "noise: got (1, 30, 16, 4, 16), expected (1, 33, 16, 4, 16)" in done.stderr
+    done = run_replay(write_case(tmp_path, "dit_tiny_rollout", switches=[3, 6, 9, 12]))
+    assert "prompt_embeds.p4: got nothing" in done.stderr
+
+
 def test_a_case_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     path = tmp_path / "case.json"
     path.write_text('{"config": {}}')

@@ -206,7 +206,6 @@ def test_an_empty_first_prompt_needs_no_server_to_be_refused(stream: Open) -> No
         ("[invalid_request] a", errors.InvalidRequestError),
         ("[session_exists] a", errors.SessionExistsError),
         ("[frame_limit] a", errors.FrameLimitError),
-        ("[idle_timeout] a", errors.IdleTimeoutError),
         ("[cancelled] a", errors.SessionCancelledError),
         ("[shutting_down] a", errors.ServerShutdownError),
         ("[internal] a", errors.ServerFailedError),

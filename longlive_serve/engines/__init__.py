@@ -7,8 +7,9 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from longlive_serve.config import ServeConfig
-    from longlive_serve.engines.interface import Engines
+    from longlive_serve.config import NetworkConfig, ServeConfig
+    from longlive_serve.engines.interface import DiT, Engines
+    from longlive_serve.models.causal_dit import CausalDiT
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ def build_engines(config: ServeConfig) -> Engines:
     import torch
 
     from longlive_serve.engines.interface import Engines
-    from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
+    from longlive_serve.engines.torch_engine import TorchTextEncoder, TorchVAEDecoder
     from longlive_serve.weights import load_networks
 
     network = config.network
@@ -32,8 +33,16 @@ def build_engines(config: ServeConfig) -> Engines:
     networks = load_networks(network, config.weights, device, getattr(torch, dtype))
     return Engines(
         text_encoder=TorchTextEncoder(networks.text_encoder, networks.tokenizer),
-        dit=TorchDiT(networks.dit, network, config.slots, config.variant),
+        dit=build_dit(config.engine, networks.dit, network, config.slots, config.variant),
         vae_decoder=TorchVAEDecoder(networks.vae_decoder, network),
         device=device,
         dtype=dtype,
     )
+
+
+def build_dit(engine: str, network: CausalDiT, config: NetworkConfig, slots: int, variant: str) -> DiT:
+    """The DiT of `network`, which lies on its device in its dtype, run by `engine`."""
+    from longlive_serve.engines.torch_engine import TorchDiT
+
+    assert engine in ("auto", "torch"), engine
+    return TorchDiT(network, config, slots, variant)
