@@ -133,6 +133,9 @@ def _scene(
     entries = values.get("prompts")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"prompts: got {_shown(entries)}, expected a list of at least one")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, str | dict):
+            raise ValueError(f"prompts[{index}]: got {_shown(entry)}, expected a string, or an object with 'prompt'")
     if all(isinstance(entry, str) for entry in entries):
         prompts = entries
         times = [SWITCH_EVERY_S * i for i in range(1, len(prompts))] if switch_at is None else list(switch_at)

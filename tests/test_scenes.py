@@ -64,7 +64,7 @@ def test_characters_that_some_call_line_ends_do_not_end_a_line(tmp_path: Path) -
         ({"prompts": []}, "at least one"),
         ({"prompts": "a"}, "expected a list"),
         ({"prompts": [""]}, "empty one"),
-        ({"prompts": [1]}, "mixed"),
+        ({"prompts": [1]}, r"prompts\[0\]: got 1, expected a string"),
         ({"prompts": ["a", {"prompt": "b", "at": 3}]}, "mixed"),
         ({"prompts": ["\ud800"]}, "UTF-8"),
         ({"prompts": ["x" * 70000]}, "70000 bytes"),
