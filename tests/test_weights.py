@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from longlive_serve.config import PRESETS
-from longlive_serve.models.text_encoder import map_wan_names
+from longlive_serve.models.text_encoder import wan_names
 from longlive_serve.weights import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE, Networks, load_networks
-from tests.conftest import golden
 
 TINY = PRESETS["tiny"]
 
@@ -27,15 +26,8 @@ def random_networks() -> Networks:
 
 def wan_text_names(networks: Networks) -> dict[str, Tensor]:
     """The text encoder's tensors under the names of the Wan checkpoint."""
-    layers = TINY.text_encoder.num_layers
-    names = [name for name in golden("key_inventory")[0]["t5"]["tensors"] if layer_of(name) < layers]
     state = networks.text_encoder.state_dict()
-    ours = map_wan_names({name: torch.tensor(index) for index, name in enumerate(names)}, layers)
-    return {names[int(index)]: state[own] for own, index in ours.items()}
-
-
-def layer_of(name: str) -> int:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+    return {wan: state[own] for wan, own in wan_names(TINY.text_encoder.num_layers).items()}
 
 
 @pytest.fixture

@@ -56,9 +56,12 @@ class Attention(nn.Module):
     def values(self, x: Tensor) -> Tensor:
         return self._split(self.v(x))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v over all keys, then the output projection. [B, H, L, d] -> [B, L, D]."""
-        out = F.scaled_dot_product_attention(q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v, then the output projection. [B, H, L, d] -> [B, L, D].
+
+        Over all keys, unless `mask` [L, keys] says which: only training has one, to do many chunks at once.
+        """
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -68,7 +71,9 @@ class Attention(nn.Module):
 
 
 class CacheView:
-    """One layer's cache as one forward sees it: write the new keys and values in place, hand back all in use."""
+    """The cache as one forward sees it: write a layer's new keys and values in place, hand back all in use."""
+
+    mask: Tensor | None = None
 
     def __init__(self, keys: Tensor, values: Tensor, tables: RotaryTables, placement: Placement, relative: bool):
         rows = tables.tokens_per_chunk
@@ -117,7 +122,7 @@ class Block(nn.Module):
         z = modulate(self.norm1(x), shift, scale)
         k, v = cache.update(layer, self.self_attn.keys(z), self.self_attn.values(z))
         q = rotate(self.self_attn.queries(z), *cache.query_angles)
-        x = x + gated(self.self_attn.attend(q, k, v), gate)
+        x = x + gated(self.self_attn.attend(q, k, v, cache.mask), gate)
         x = x + self.cross_attn.attend(self.cross_attn.queries(self.norm3(x)), prompt_k, prompt_v)
         return x + gated(self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 

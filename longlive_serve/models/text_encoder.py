@@ -116,14 +116,20 @@ _NAMES_OF_BLOCK = {
 }
 
 
+def wan_names(num_layers: int) -> dict[str, str]:
+    """Every name in models_t5_umt5-xxl-enc-bf16.pth -> the name of the same tensor in `TextEncoder`."""
+    names = {wan: f"stack.{ours}" for wan, ours in _NAMES.items()}
+    for layer in range(num_layers):
+        names |= {f"blocks.{layer}.{wan}": f"stack.block.{layer}.{ours}" for wan, ours in _NAMES_OF_BLOCK.items()}
+    return names
+
+
 def map_wan_names(state_dict: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """The tensors of models_t5_umt5-xxl-enc-bf16.pth under the names of `TextEncoder`, for `load_state_dict`.
 
     Raises ValueError that lists the names that are missing and those that are unknown.
     """
-    names = {wan: f"stack.{ours}" for wan, ours in _NAMES.items()}
-    for layer in range(num_layers):
-        names |= {f"blocks.{layer}.{wan}": f"stack.block.{layer}.{ours}" for wan, ours in _NAMES_OF_BLOCK.items()}
+    names = wan_names(num_layers)
     missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
     if missing or unknown:
         raise ValueError(f"text encoder checkpoint for {num_layers} layers: missing {missing}, unknown {unknown}")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames -> latents by a fixed linear map: the demo network's stand-in for a VAE encoder.
+
+Used by training only: serving needs no encoder. A latent pixel is 16 whitened principal components of a block of
+4 frames x 8 x 8 pixels; the first latent frame holds the first video frame four times. A latent frame depends on its
+own frames alone, so clips can be cut and joined at latent borders exactly.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from training.world import ALL, SIZE, Attributes, Segment, draw, held_out
+
+CHANNELS = 16
+BLOCK = 8
+FRAMES = 4
+CONTENT_WEIGHT = 10.0  # of blocks that show more than the plain background
+
+
+def blocks(frames: Tensor) -> Tensor:
+    """[1 + 4n, 3, SIZE, SIZE] in 0 to 1 -> [1 + n, rows, columns, 768] in -1 to 1."""
+    padded = torch.cat([frames[:1].expand(FRAMES - 1, -1, -1, -1), frames]) * 2 - 1
+    cells: Tensor = padded.unflatten(0, (-1, FRAMES)).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    return cells.permute(0, 3, 5, 1, 2, 4, 6).flatten(3)  # [latents, rows, columns, (frame, colour, y, x)]
+
+
+class Encoder:
+    """The linear map; `fit` finds it, `state` holds it."""
+
+    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
+        self.mean, self.matrix = mean, matrix  # [768], [768, CHANNELS]
+
+    @classmethod
+    def fit(cls, clips: int = 400, seed: int = 0) -> Encoder:
+        """Principal components over random clips, whitened over the content that the network has to tell apart."""
+        generator = random.Random(seed)
+        count, total, second = 0.0, torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
+        for _ in range(clips):
+            cells = blocks(draw(random_segments(generator, 17), random_start(generator))).flatten(0, 2).double()
+            weight = 1 + (CONTENT_WEIGHT - 1) * (cells.unflatten(1, (FRAMES, 3, -1)).std(-1).amax((1, 2)) > 0.05)
+            count += weight.sum().item()
+            total += (weight[:, None] * cells).sum(0)
+            second += cells.T @ (weight[:, None] * cells)
+        mean = total / count
+        values, vectors = torch.linalg.eigh(second / count - mean[:, None] * mean)
+        values, vectors = values[-CHANNELS:].flip(0), vectors[:, -CHANNELS:].flip(1)
+        return cls(mean.float(), (vectors / values.sqrt()).float())
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """[1 + 4n, 3, SIZE, SIZE] in 0 to 1 -> latents [1 + n, CHANNELS, SIZE / 8, SIZE / 8]."""
+        return ((blocks(frames) - self.mean) @ self.matrix).permute(0, 3, 1, 2)
+
+
+def random_start(generator: random.Random) -> tuple[float, float]:
+    return generator.uniform(0, SIZE), generator.uniform(0, SIZE)
+
+
+def random_attributes(generator: random.Random) -> Attributes:
+    """Any combination that is not held out."""
+    while (attributes := generator.choice(ALL)) in HELD_OUT:
+        pass
+    return attributes
+
+
+def random_segments(generator: random.Random, frames: int) -> list[Segment]:
+    """A clip; every second one changes its attributes at a latent border."""
+    attributes, after = random_attributes(generator), random_attributes(generator)
+    if generator.random() < 0.5:
+        return [Segment(attributes=attributes, frames=frames)]
+    first = 1 + FRAMES * generator.randrange((frames - 1) // FRAMES)
+    return [Segment(attributes=attributes, frames=first), Segment(attributes=after, frames=frames - first)]
+
+
+HELD_OUT = held_out()

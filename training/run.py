@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run that can be stopped and resumed: network, optimisers, averaged weights, random numbers, progress.
+
+`train_decoder` and `train_dit` say what is learned; this says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from training.optimizer import Average, Muon
+
+ADAM_LR = 3e-3
+CLIP_NORM = 1.0
+SAVE_EVERY = 100  # steps
+
+
+class Run:
+    """Base of a run: subclasses give `losses` and may give another `rate`."""
+
+    def __init__(
+        self, network: nn.Module, matrices: Sequence[nn.Parameter], muon_lr: float, steps: int, seed: int, device: str
+    ) -> None:
+        """`matrices`: the parameters that Muon trains; AdamW trains the others."""
+        self.steps, self.step, self.device = steps, 0, device
+        self.network = network.to(device)
+        self.generator = random.Random(seed)
+        self.muon_lr = muon_lr
+        chosen = {id(parameter) for parameter in matrices}
+        self.muon = Muon(matrices, muon_lr)
+        others = [parameter for parameter in network.parameters() if id(parameter) not in chosen]
+        self.adam = torch.optim.AdamW(others, ADAM_LR, weight_decay=0.0)
+        self.average = Average(network)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The losses of one batch by name; their sum is minimised."""
+        raise NotImplementedError
+
+    def rate(self) -> float:
+        """What the learning rates are multiplied by at this step."""
+        raise NotImplementedError
+
+    def train(self, checkpoint: Path) -> nn.Module:
+        """Run to the last step, from the checkpoint if there is one. Returns the network with averaged weights."""
+        if checkpoint.exists():
+            self.resume(checkpoint)
+        columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task("", total=self.steps, completed=self.step)
+            while self.step < self.steps:
+                text = ", ".join(f"{name} {value:.4f}" for name, value in self.train_one().items())
+                progress.update(task, completed=self.step, description=text)
+                if self.step % SAVE_EVERY == 0:
+                    progress.console.print(f"step {self.step}: {text}")
+                    self.save(checkpoint)
+        self.network.load_state_dict(self.average.weights)
+        return self.network.cpu().eval()
+
+    def train_one(self) -> dict[str, float]:
+        rate = self.rate()
+        self.muon.param_groups[0]["lr"] = self.muon_lr * rate
+        self.adam.param_groups[0]["lr"] = ADAM_LR * rate
+        losses = self.losses()
+        self.network.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        self.muon.step()
+        self.adam.step()
+        self.average.update(self.network)
+        self.step += 1
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def save(self, path: Path) -> None:
+        state = {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "average": self.average.weights,
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "clips_rng": torch.tensor(self.generator.getstate()[1]),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def resume(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.step = state["step"]
+        self.network.load_state_dict(state["network"])
+        self.average.weights = state["average"]
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        torch.set_rng_state(state["torch_rng"])
+        self.generator.setstate((3, tuple(state["clips_rng"].tolist()), None))
+
+
+def arguments(program: str, description: str | None, steps: int) -> argparse.ArgumentParser:
+    """The options that every run has."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the result")
+    parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    return parser

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many chunks of a video in one forward of the serving network, each seeing what it would see in a session.
+
+Used by training. The forward's frames are the clean chunks followed by the noisy ones; a mask takes the place of the
+KV cache. A test holds that the flows are those of the chunk-by-chunk way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longlive_serve.kv_cache import Window
+from longlive_serve.models.causal_dit import CacheView, CausalDiT
+from longlive_serve.models.rope import RotaryTables, rotate
+
+
+class TeacherForcingView(CacheView):
+    """Stands where a session's cache does, for `chunks` clean chunks and as many noisy ones at `positions`."""
+
+    def __init__(self, window: Window, tables: RotaryTables, positions: Sequence[int]) -> None:
+        self.query_angles = tables.of_chunks([*positions, *positions])
+        seen = chunk_mask(window, len(positions))
+        rows = tables.tokens_per_chunk
+        self.mask = seen.repeat_interleave(rows, 0).repeat_interleave(rows, 1).to(self.query_angles[0].device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(k, *self.query_angles), v
+
+
+def chunk_mask(window: Window, chunks: int) -> Tensor:
+    """bool [2 * chunks, 2 * chunks]: which chunks (columns) a chunk (row) attends to; clean ones first, then noisy."""
+    mask = torch.zeros(2 * chunks, 2 * chunks, dtype=torch.bool)
+    for chunk in range(chunks):
+        kept = set(range(min(window.sink, chunk))) | set(
+            range(max(0, chunk - window.capacity + window.sink + 1), chunk)
+        )
+        for row in (chunk, chunks + chunk):
+            mask[row, sorted(kept)] = True
+            mask[row, row] = True
+    return mask
+
+
+def flows(
+    network: CausalDiT,
+    clean: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    prompt_kv: tuple[Tensor, Tensor],
+    view: TeacherForcingView,
+) -> Tensor:
+    """Flows of `noisy` [B, F, channels, h, w] at `timesteps` [B, F], with `clean` (of the same shape) as history."""
+    frames = clean.shape[1]
+    both: Tensor = network(
+        torch.cat([clean, noisy], 1), torch.cat([torch.zeros_like(timesteps), timesteps], 1), prompt_kv, view
+    )
+    return both[:, frames:]

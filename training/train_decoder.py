@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the demo network's VAE decoder: `python -m training.train_decoder --out FOLDER`.
+
+The decoder is `longlive_serve`'s own, trained through its streaming forward, on latents of exactly drawn clips. Stop it
+with Ctrl-C and run it again: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longlive_serve.config import VAEConfig
+from longlive_serve.models.vae_decoder import ResidualBlock, VAEDecoder
+from longlive_serve.weights import VAE_FILE
+from training.latents import Encoder, random_segments, random_start
+from training.run import Run, arguments
+from training.train_dit import DEMO
+from training.world import SIZE, draw
+
+LATENTS = 3  # per training clip: the opening and two more
+LATENT_NOISE = 0.1  # the DiT's latents are not exact either
+CROPPED = 0.75  # of the steps are on 8 crops of half the size, the others on 2 whole pictures
+MUON_LR = 0.02
+
+
+class DecoderRun(Run):
+    """Decoded frames against drawn ones."""
+
+    def __init__(self, config: VAEConfig, steps: int, seed: int, device: str) -> None:
+        torch.manual_seed(seed)
+        self.encoder = Encoder.fit()
+        self.decoder = initialized(VAEDecoder(config))
+        named = self.decoder.named_parameters()
+        convolutions = [p for name, p in named if p.ndim >= 4 and min(p.shape[:2]) > 1 and ".head." not in name]
+        super().__init__(self.decoder, convolutions, MUON_LR, steps, seed, device)
+
+    def rate(self) -> float:
+        return max(0.01, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+
+    def losses(self) -> dict[str, Tensor]:
+        latents, frames = self.batch()
+        decoded = decode(self.decoder, latents)
+        return {"loss": F.mse_loss(decoded, frames) + 0.1 * F.l1_loss(decoded, frames)}
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Latents [B, LATENTS, 16, h, w] and the frames [B, 4 * LATENTS - 3, 3, 8h, 8w] they stand for, -1 to 1."""
+        cropped = self.generator.random() < CROPPED
+        pairs = []
+        for _ in range(8 if cropped else 2):
+            frames = draw(random_segments(self.generator, 4 * LATENTS - 3), random_start(self.generator))
+            latents = self.encoder(frames)
+            if cropped:
+                top, left = (self.generator.randrange(SIZE // 16 + 1) for _ in range(2))
+                latents = latents[:, :, top : top + SIZE // 16, left : left + SIZE // 16]
+                frames = frames[:, :, 8 * top : 8 * top + SIZE // 2, 8 * left : 8 * left + SIZE // 2]
+            pairs.append((latents, frames * 2 - 1))
+        latents, frames = (torch.stack(parts).to(self.device) for parts in zip(*pairs, strict=True))
+        return latents + LATENT_NOISE * torch.randn_like(latents), frames
+
+
+def initialized(network: VAEDecoder) -> VAEDecoder:
+    """Larger convolutions than PyTorch's own start, and residual branches that begin small."""
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.weight.mul_(3**0.5)
+        for module in network.modules():
+            if isinstance(module, ResidualBlock):
+                module.get_submodule("residual.6").get_parameter("weight").mul_(0.3)
+    return network
+
+
+def decode(network: VAEDecoder, latents: Tensor) -> Tensor:
+    """The frames of clips that begin with the first of `latents` [B, n, 16, h, w]."""
+    batch, _, _, height, width = latents.shape
+    cache = network.initial_cache(batch, height, width, latents.device, latents.dtype)
+    frames: Tensor = network(latents, cache, True)[0]
+    return frames
+
+
+@torch.inference_mode()
+def psnr(network: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99) -> float:
+    """Mean over held-out clips of 17 frames, half of which switch, in dB."""
+    generator, values = random.Random(seed), []
+    for _ in range(clips):
+        frames = draw(random_segments(generator, 17), random_start(generator))
+        decoded = decode(network, encoder(frames)[None])[0]
+        error = (decoded.clamp(-1, 1) * 0.5 + 0.5 - frames).square().mean()
+        values.append(-10 * error.log10().item())
+    return sum(values) / len(values)
+
+
+def main() -> int:
+    args = arguments("training.train_decoder", __doc__, steps=1000).parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = DecoderRun(DEMO.vae, args.steps, args.seed, args.device)
+    run.train(args.out / "decoder.checkpoint")
+    torch.save(run.decoder.state_dict(), args.out / VAE_FILE)
+    print(f"vae_psnr_db: {psnr(run.decoder, run.encoder):.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the demo network's DiT and text encoder together: `python -m training.train_dit --out FOLDER`.
+
+Flow matching on the project's own noise levels, many chunks of a clip at once (`teacher_forcing`), plain and switch
+clips mixed from the start. Stop it with Ctrl-C and run it again: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longlive_serve.config import DiTConfig, NetworkConfig, TextEncoderConfig, VAEConfig
+from longlive_serve.kv_cache import Window
+from longlive_serve.models.causal_dit import PATCH, CausalDiT
+from longlive_serve.models.rope import RotaryTables
+from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, wan_names
+from longlive_serve.noise_schedule import SHIFT, NoiseSchedule
+from longlive_serve.weights import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
+from training.latents import Encoder
+from training.pool import CHUNK, CHUNKS, Clip, make_pool
+from training.run import Run, arguments
+from training.teacher_forcing import TeacherForcingView, flows
+from training.text import write_tokenizer
+from training.world import SIZE, caption
+
+DEMO = NetworkConfig(
+    name="demo",
+    dit=DiTConfig(dim=128, num_heads=4, num_layers=5, ffn_dim=512, freq_dim=256, text_len=32, text_dim=64),
+    vae=VAEConfig(base_dim=16, num_res_blocks=1),
+    text_encoder=TextEncoderConfig(vocab_size=64, dim=64, ffn_dim=128, num_heads=4, num_layers=2, head_dim=16),
+    latent_height=SIZE // 8,
+    latent_width=SIZE // 8,
+)
+BATCH, OPENINGS = 8, 24  # clips, and openings of their own: the first chunk is the hardest and needs the most practice
+MUON_LR, WARM_UP = 0.018, 40
+HISTORY_NOISE = 0.15  # the history of a session is the network's own work, not exact
+FAR = 0.4  # of the batches are placed late in a video, so that the base variant's positions are known
+
+
+class DiTRun(Run):
+    """Flows of many chunks of a clip at once, and of openings alone."""
+
+    def __init__(self, tokenizer: Tokenizer, steps: int, clips: int, seed: int, device: str) -> None:
+        torch.manual_seed(seed)
+        self.tokenizer = tokenizer
+        self.pool = make_pool(Encoder.fit(), clips, seed)
+        self.plain = [clip for clip in self.pool if not clip.switch]
+        self.dit, self.text_encoder = passing_through(DEMO.dit), TextEncoder(DEMO.text_encoder)
+        matrices = [p for block in self.dit.blocks for p in block.parameters() if p.ndim == 2]
+        both = nn.ModuleDict({"dit": self.dit, "text_encoder": self.text_encoder})
+        super().__init__(both, matrices, MUON_LR, steps, seed, device)
+        self.schedule = NoiseSchedule(device)
+        self.window = Window(DEMO.window)
+        grid = (DEMO.latent_height // PATCH, DEMO.latent_width // PATCH)
+        self.tables = RotaryTables(DEMO.dit.head_dim, *grid, CHUNK, device)
+
+    def rate(self) -> float:
+        return min(1.0, (self.step + 1) / WARM_UP, (1 - self.step / self.steps) / 0.4)
+
+    def losses(self) -> dict[str, Tensor]:
+        far = self.generator.randrange(300) if self.generator.random() < FAR else 0
+        return {
+            "clips": self.loss(self.generator.sample(self.pool, BATCH), CHUNKS, far),
+            "openings": self.loss(self.generator.sample(self.plain, OPENINGS), 1, 0),
+        }
+
+    def loss(self, clips: list[Clip], chunks: int, far: int) -> Tensor:
+        """Mean square error of the flow, over the chunks that the clip's caption speaks of."""
+        clean = torch.stack([clip.latents[: CHUNK * chunks] for clip in clips]).to(self.device)
+        noise = torch.randn_like(clean)
+        sigmas = self.noise_levels(len(clips), chunks).repeat_interleave(CHUNK, 1)  # [B, F]
+        noisy = torch.lerp(clean, noise, sigmas[:, :, None, None, None])
+        history = clean + HISTORY_NOISE * torch.rand(len(clips), 1, 1, 1, 1) * torch.randn_like(clean)
+        positions = [chunk + (far if chunk else 0) for chunk in range(chunks)]
+        view = TeacherForcingView(self.window, self.tables, positions)
+        prompt_kv = self.dit.embed_prompt(self.embeddings(clips))
+        got = flows(self.dit, history, noisy, sigmas * 1000, prompt_kv, view)
+        first = torch.tensor([clip.switch for clip in clips], device=self.device)[:, None]
+        counts = (torch.arange(CHUNK * chunks, device=self.device) // CHUNK >= first).float()
+        errors = (got - (noise - clean)).square().mean((2, 3, 4))
+        return (errors * counts).sum() / counts.sum()
+
+    def noise_levels(self, batch: int, chunks: int) -> Tensor:
+        """One noise level per chunk: mostly the four of the sampler, else any under the same shift."""
+        u = torch.rand(batch, chunks, device=self.device)
+        anything = SHIFT * u / (1 + (SHIFT - 1) * u)
+        listed = self.schedule.sigmas[torch.randint(4, (batch, chunks), device=self.device)]
+        return torch.where(torch.rand(batch, chunks, device=self.device) < 0.8, listed, anything)
+
+    def embeddings(self, clips: list[Clip]) -> Tensor:
+        tokens = [self.tokenizer(caption(clip.attributes, self.generator)) for clip in clips]
+        ids, mask = (torch.cat([getattr(token, part) for token in tokens]).to(self.device) for part in ("ids", "mask"))
+        embeddings: Tensor = self.text_encoder(ids, mask)
+        return embeddings
+
+
+def passing_through(config: DiTConfig) -> CausalDiT:
+    """A DiT whose flow starts close to its input, which is most of what the flow is."""
+    network = CausalDiT(config)
+    with torch.no_grad():
+        width = config.channels * PATCH * PATCH
+        basis = torch.linalg.qr(torch.randn(config.dim, width)).Q
+        network.patch_embedding.weight.copy_(basis.view_as(network.patch_embedding.weight))
+        nn.init.zeros_(network.patch_embedding.bias)  # type: ignore[arg-type]
+        patches = basis.T.view(config.channels, PATCH, PATCH, config.dim).permute(1, 2, 0, 3)  # c fastest, as the head
+        network.head.head.weight.copy_(patches.reshape(width, config.dim) * 0.7 * (width / config.dim) ** 0.5)
+        network.head.head.bias.zero_()
+        network.head.modulation.zero_()
+        for block in network.blocks:
+            block.modulation.zero_()
+            block.modulation[:, [2, 5]] = 0.3
+    return network
+
+
+def main() -> int:
+    parser = arguments("training.train_dit", __doc__, steps=1500)
+    parser.add_argument("--clips", type=int, default=4000, help="size of the pool (default: %(default)s)")
+    args = parser.parse_args()
+    write_tokenizer(args.out / TOKENIZER_FOLDER)
+    tokenizer = Tokenizer(DEMO.dit.text_len, args.out / TOKENIZER_FOLDER)
+    run = DiTRun(tokenizer, args.steps, args.clips, args.seed, args.device)
+    run.train(args.out / "dit.checkpoint")
+    save_file(run.dit.state_dict(), args.out / DIT_FILE)
+    text, names = run.text_encoder.state_dict(), wan_names(DEMO.text_encoder.num_layers)
+    torch.save({wan: text[own] for wan, own in names.items()}, args.out / TEXT_ENCODER_FILE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
