@@ -25,6 +25,7 @@ from client.timing import Timing
 from client.video_file import VideoFile
 from client.video_stream import DEFAULT_URL, StreamedChunk, VideoStream
 from longlive_serve.config import RANDOM_WEIGHTS, ServeConfig
+from longlive_serve.protocol import ON_SWITCH
 
 DEFAULT_SECONDS = 30.0
 
@@ -98,6 +99,7 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         # begins, so that the same scene gives the same video however fast the server is.
         chunks=1 if scene.switch_at else scene.chunks,
         global_sink=args.global_sink,
+        on_switch=args.on_switch,
         stall_timeout=args.stall_timeout,
     )
 
@@ -184,6 +186,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--global-sink",
         action=argparse.BooleanOptionalAction,
         help="keep the attention sink of the first prompt at a switch (default: the server's)",
+    )
+    parser.add_argument(
+        "--on-switch",
+        choices=ON_SWITCH,
+        help="what a prompt switch does to the KV cache: rebuild it, keep it or drop it (default: recache)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")

@@ -50,6 +50,7 @@ class StreamCore:
         chunks: int | None = None,
         ahead: int | None = None,
         global_sink: bool | None = None,
+        on_switch: str | None = None,
         stall_timeout: float | None = 30.0,
         heartbeat_s: float = 300.0,
         check: bool = True,
@@ -71,7 +72,7 @@ class StreamCore:
         self._url = url
         self._wanted: float = math.inf if chunks is None else chunks  # not yet asked for
         self._ahead = ahead
-        self._start = (prompt, seed, Options(global_sink=global_sink))
+        self._start = (prompt, seed, Options(global_sink=global_sink, on_switch=on_switch))
         self._stall_timeout = stall_timeout
         self._heartbeat_s = heartbeat_s
         self._exchange = Exchange(self.session_id, check=check)

@@ -51,11 +51,15 @@ class Window:
             return chunk
         return self.sink + (chunk - self.sink) % (self.capacity - self.sink)
 
-    def step(self, chunk: int) -> Placement:
-        """Denoising steps and the commit of chunk number `chunk`; it takes the place of the oldest one."""
-        places = min(chunk + 1, self.capacity)
-        key_slots = self._slots_in_time(chunk)
-        place = self.place(chunk)
+    def step(self, chunk: int, first: int = 0) -> Placement:
+        """Denoising steps and the commit of chunk number `chunk`; it takes the place of the oldest one.
+
+        `first` is the first chunk that the cache knows of: more than 0 once it has been cleared.
+        """
+        kept = chunk - first
+        places = min(kept + 1, self.capacity)
+        key_slots = self._slots_in_time(kept)
+        place = self.place(kept)
         return Placement(
             chunks=(chunk,),
             first_place=place,

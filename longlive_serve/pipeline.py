@@ -17,7 +17,7 @@ from longlive_serve.engines.interface import Engines
 from longlive_serve.kv_cache import Window
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
-from longlive_serve.protocol import FrameChunk, ServeError
+from longlive_serve.protocol import CLEAR, RECACHE, FrameChunk, ServeError
 from longlive_serve.session import Session
 
 
@@ -79,13 +79,20 @@ class Pipeline:
         encoded = self.engines.text_encoder.encode(session.prompt.text)
         session.prompt_kv = self.engines.dit.embed_prompt(encoded.embeds)
         if session.chunk > 0:
-            self._recache(session)
+            self._switch_cache(session)
         if encoded.tokens_given > encoded.tokens:
             return (
                 f"prompt {session.prompt.index} was truncated: it has {encoded.tokens_given} tokens, "
                 f"the first {encoded.tokens} are used"
             )
         return ""
+
+    def _switch_cache(self, session: Session) -> None:
+        """Do to the cache what the session's `on_switch` says."""
+        if session.on_switch == RECACHE:
+            self._recache(session)
+        elif session.on_switch == CLEAR:
+            session.first_cached = session.chunk
 
     def _recache(self, session: Session) -> None:
         """Rebuild the cache from recent clean latents under the prompt in force (section 6.1)."""
@@ -99,7 +106,7 @@ class Pipeline:
         """Four steps and the commit: the chunk's clean latents [1, frames, channels, h, w]."""
         assert session.prompt_kv is not None
         dit, schedule = self.engines.dit, self.schedule
-        placement = self.window.step(session.chunk)
+        placement = self.window.step(session.chunk, session.first_cached)
         x = self._draw(session)
         for step in range(schedule.steps):
             flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)

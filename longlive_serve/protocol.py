@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 MODEL_NAME = "longlive"
+RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
 MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
 
 
@@ -86,6 +87,9 @@ class Options:
 
     global_sink: bool | None = None
     """START only: a recache keeps the sink of the first prompt (the reference's default) or renews it."""
+    on_switch: str | None = None
+    """START only: what a prompt switch does to the KV cache. `recache` (the default) rebuilds it under the new prompt,
+    `keep` goes on with the old one, `clear` drops it: the three ways that the paper compares."""
     at_latent_frame: int | None = None
     """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
 
@@ -97,13 +101,15 @@ class Options:
             raise _invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise _invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        expected = {"global_sink": bool, "at_latent_frame": int}
+        expected = {"global_sink": bool, "on_switch": str, "at_latent_frame": int}
         for key, value in values.items():
             if key not in expected:
                 raise _invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(expected)}")
             if type(value) is not expected[key]:
                 raise _invalid(f"OPTIONS.{key}: got {value!r}, expected {expected[key].__name__}")
         options = cls(**values)
+        if options.on_switch not in (None, *ON_SWITCH):
+            raise _invalid(f"OPTIONS.on_switch: got {options.on_switch!r}, expected one of {list(ON_SWITCH)}")
         if options.at_latent_frame is not None and options.at_latent_frame < 0:
             raise _invalid(f"OPTIONS.at_latent_frame: got {options.at_latent_frame}, expected 0 or more")
         return options
@@ -160,8 +166,9 @@ class Request:
             raise _invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
         if not self.start and self.seed is not None:
             raise _invalid("SEED: got it after START, expected it in START only")
-        if not self.start and self.options.global_sink is not None:
-            raise _invalid("OPTIONS.global_sink: got it after START, expected it in START only")
+        for key in ("global_sink", "on_switch"):
+            if not self.start and getattr(self.options, key) is not None:
+                raise _invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors to send, by wire name; only those that are set."""

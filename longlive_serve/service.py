@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import FrameChunk, Request, ServeError
+from longlive_serve.protocol import RECACHE, FrameChunk, Request, ServeError
 from longlive_serve.scheduler import Scheduler
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 
@@ -198,6 +198,7 @@ class VideoService:
             prompt=Prompt(index=0, text=request.prompt),
             noise=SeededNoise(request.seed or 0),
             global_sink=request.options.global_sink is not False,
+            on_switch=request.options.on_switch or RECACHE,
         )
         orders = deque([Order(sink, request.chunks or None)])
         self._streams[session.id] = Stream(session, orders, request.end, time.monotonic())

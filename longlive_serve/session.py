@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longlive_serve.engines.interface import PromptKV
+from longlive_serve.protocol import RECACHE
 
 NOW = -1  # `Prompt.at_latent_frame` of a prompt that is meant for the next chunk
 
@@ -61,6 +62,10 @@ class Session:
     """Its share of the KV cache; -1 while it waits for one."""
     global_sink: bool = True
     """A recache keeps the sink of the first prompt: the reference's default."""
+    on_switch: str = RECACHE
+    """What a prompt switch does to the cache: one of `protocol.ON_SWITCH`."""
+    first_cached: int = 0
+    """The first chunk that the cache knows of: more than 0 after a switch that cleared it."""
     chunk: int = 0
     """Number of the next chunk."""
     pending: list[Prompt] = dataclasses.field(default_factory=list)

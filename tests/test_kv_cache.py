@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -79,6 +80,12 @@ def test_a_recache_covers_every_chunk_of_the_window_once(config: WindowConfig, d
             assert window.place(chunk) == place
     order = sorted(range(len(placement.chunks)), key=lambda i: placement.query_slots[i])
     assert [placement.chunks[i] for i in order] == sorted(placement.chunks)
+
+
+@given(windows, st.integers(0, 30), st.integers(0, 30))
+def test_a_cleared_cache_fills_as_a_new_one_does(config: WindowConfig, first: int, age: int) -> None:
+    window = Window(config)
+    assert window.step(first + age, first) == dataclasses.replace(window.step(age), chunks=(first + age,))
 
 
 def test_a_place_stays_the_same_until_it_is_overwritten() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
@@ -79,6 +80,39 @@ def test_a_prompt_takes_effect_at_the_next_chunk() -> None:
     assert [chunk.prompt_index for chunk in switched] == [0, 0, 1, 1, 1]
     assert np.array_equal(frames_of(plain[:2]), frames_of(switched[:2]))
     assert not np.array_equal(plain[2].frames, switched[2].frames)
+
+
+@pytest.mark.parametrize("on_switch", ["keep", "clear"])
+def test_the_other_ways_to_switch_change_what_follows(on_switch: str) -> None:
+    def switch(session: Session, chunk: int) -> None:
+        if chunk == 5:
+            session.add_prompt("a bird", NOW)
+
+    def other_way(session: Session, chunk: int) -> None:
+        session.on_switch = on_switch
+        switch(session, chunk)
+
+    recached, other = run(9, switch), run(9, other_way)
+    assert np.array_equal(frames_of(recached[:5]), frames_of(other[:5]))
+    assert not np.array_equal(recached[5].frames, other[5].frames)
+    assert [chunk.prompt_index for chunk in other] == [0] * 5 + [1] * 4
+
+
+def test_a_cleared_cache_shows_nothing_of_the_past() -> None:
+    """Two videos with one noise from the switch on, and different pasts, have the same latents after a clear."""
+
+    def latents_after(text: str) -> list[torch.Tensor]:
+        session = new_session(text=text)
+        session.on_switch = "clear"
+        for chunk in range(8):
+            if chunk == 5:
+                session.add_prompt("a bird", NOW)
+                session.noise = SeededNoise(11)
+            pipeline().advance(session)
+        return list(session.recent)[-3:]
+
+    for one, other in zip(latents_after("a fox"), latents_after("a whale at night"), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_prompts_for_the_same_chunk_take_effect_one_chunk_after_the_other() -> None:

@@ -57,6 +57,11 @@ def test_a_request_survives_the_wire() -> None:
         ({"PROMPT": text("a"), "OPTIONS": text("[]")}, {}, "OPTIONS: got list, expected a JSON object"),
         ({"PROMPT": text("a"), "OPTIONS": text('{"fps": 3}')}, {}, "OPTIONS: got unknown key 'fps', expected some of"),
         ({"PROMPT": text("a"), "OPTIONS": text('{"global_sink": 1}')}, {}, "OPTIONS.global_sink: got 1, expected bool"),
+        (
+            {"PROMPT": text("a"), "OPTIONS": text('{"on_switch": "x"}')},
+            {},
+            "OPTIONS.on_switch: got 'x', expected",
+        ),
         ({"PROMPT": text("a"), "OPTIONS": text('{"at_latent_frame": 3}')}, {}, "at_latent_frame: got it in START"),
         ({"PROMPT": text("a"), "OPTIONS": text('{"at_latent_frame": -3}')}, {"start": False}, "got -3, expected 0 or"),
         ({"OPTIONS": text('{"at_latent_frame": 3}')}, {"start": False}, "at_latent_frame: got no PROMPT with it"),
