@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check serve clean
+.PHONY: help setup demo test check quality serve clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
 	@echo "make test   set up, run all tests, those against a live server among them"
 	@echo "make check  set up, run the linter and the type checker"
+	@echo "make quality  set up, measure what the demo network shows, write results/quality.json"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV)"
 
@@ -30,6 +31,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+quality: setup
+	$(BIN)/python -m training.quality --out results/quality.json
 
 serve: setup
 	$(BIN)/python -m longlive_serve.server

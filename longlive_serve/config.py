@@ -115,10 +115,10 @@ PRESETS: dict[str, NetworkConfig] = {
             latent_width=104,
         ),
         NetworkConfig(
-            name="small",  # faster than real time on two CPU cores
-            dit=DiTConfig(dim=192, num_heads=6, num_layers=6, ffn_dim=768, freq_dim=256, text_len=512, text_dim=64),
+            name="demo",  # faster than real time on two CPU cores; its trained weights are shipped
+            dit=DiTConfig(dim=128, num_heads=4, num_layers=5, ffn_dim=512, freq_dim=256, text_len=32, text_dim=64),
             vae=VAEConfig(base_dim=16, num_res_blocks=1),
-            text_encoder=TextEncoderConfig(vocab_size=384, dim=64, ffn_dim=128, num_heads=4, num_layers=2, head_dim=16),
+            text_encoder=TextEncoderConfig(vocab_size=64, dim=64, ffn_dim=128, num_heads=4, num_layers=2, head_dim=16),
             latent_height=8,
             latent_width=8,
         ),
@@ -142,10 +142,10 @@ class ServeConfig:
     VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
     DTYPES: ClassVar[tuple[str, ...]] = ("auto", "float32", "bfloat16")
 
-    preset: str = "small"
+    preset: str = "tiny"
     """Sizes of the networks: a name in PRESETS."""
     weights: str = RANDOM_WEIGHTS
-    """A folder of checkpoints, or `random` for weights made from a fixed seed."""
+    """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
     engine: str = "auto"
@@ -180,7 +180,10 @@ class ServeConfig:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"{path}: cannot be read as TOML: {error}") from None
         try:
-            return cls(**_typed(cls, values))
+            config = cls(**_typed(cls, values))
+            if config.weights == RANDOM_WEIGHTS:
+                return config
+            return dataclasses.replace(config, weights=str(Path(path).absolute().parent / config.weights))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from longlive_serve.config import PRESETS, ServeConfig
+from longlive_serve.config import PRESETS, RANDOM_WEIGHTS, ServeConfig
+from longlive_serve.weights import DIT_FILE
 
 SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/serve.toml"
 
 
-def test_the_shipped_settings_are_the_defaults() -> None:
-    assert ServeConfig.from_toml(SHIPPED) == ServeConfig()
+def test_the_shipped_settings_serve_the_demo_network() -> None:
+    config = ServeConfig.from_toml(SHIPPED)
+    assert config.preset == "demo"
+    assert Path(config.weights) == SHIPPED.parent / "demo"
+    assert Path(config.weights, DIT_FILE).is_file()
+    assert dataclasses.replace(config, preset="tiny", weights=RANDOM_WEIGHTS) == ServeConfig()
 
 
 @pytest.mark.parametrize(
@@ -24,7 +30,7 @@ def test_the_shipped_settings_are_the_defaults() -> None:
         ("slots = 0", "slots: got 0, expected 1 or more"),
         ("slots = true", "slots: got True, expected int"),
         ("slots = '2'", "slots: got '2', expected int"),
-        ("preset = 'huge'", "preset: got 'huge', expected one of ['longlive-1.3b', 'small', 'tiny']"),
+        ("preset = 'huge'", "preset: got 'huge', expected one of ['longlive-1.3b', 'demo', 'tiny']"),
         ("variant = 'endless'", "variant: got 'endless', expected one of ['base', 'infinity']"),
         ("idle_timeout_s = 0", "idle_timeout_s: got 0.0, expected more than 0"),
         ("slots = ", "cannot be read as TOML"),

@@ -7,7 +7,10 @@ The videos come out of the serving pipeline itself: streamed decode, KV cache, r
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
+import platform
 import random
 import sys
 from collections.abc import Sequence
@@ -25,8 +28,9 @@ from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.weights import load_networks
 from training.reader import read
 from training.train_dit import DEMO
-from training.world import ALL, Attributes, caption, held_out
+from training.world import ALL, caption, held_out
 
+SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/demo"
 SWITCH_AT = 5  # chunks
 
 
@@ -88,21 +92,32 @@ def switch_adoption(pipeline: Pipeline, count: int, seed: int = 1) -> dict[str, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training.quality", description=__doc__)
-    parser.add_argument("folder", type=Path, help="weights, in the layout of the published checkpoints")
+    text = "weights, in the layout of the published checkpoints (default: the shipped ones)"
+    parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED, help=text)
+    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to this file")
     parser.add_argument("--captions", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--switches", type=int, default=100, help="default: %(default)s")
     arguments = parser.parse_args()
     pipeline = build_pipeline(arguments.folder)
-    figures = {
-        "attribute_accuracy": attribute_accuracy(pipeline, arguments.captions),
+    accuracy = attribute_accuracy(pipeline, arguments.captions)
+    record = {
+        "command": f"python -m training.quality --captions {arguments.captions} --switches {arguments.switches}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "captions": arguments.captions,
+        "switches": arguments.switches,
+        "attribute_accuracy": min(accuracy["chunks_1_2"], accuracy["chunks_8_9"]),
+        "attribute_accuracy_by": accuracy,
         **switch_adoption(pipeline, arguments.switches),
     }
-    print(json.dumps(figures, indent=2))
+    text = json.dumps(record, indent=2)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
     return 0
 
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["Attributes", "attribute_accuracy", "build_pipeline", "switch_adoption", "video"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longlive_serve.config import DiTConfig, NetworkConfig, TextEncoderConfig, VAEConfig
+from longlive_serve.config import PRESETS, DiTConfig
 from longlive_serve.kv_cache import Window
 from longlive_serve.models.causal_dit import PATCH, CausalDiT
 from longlive_serve.models.rope import RotaryTables
@@ -25,16 +25,9 @@ from training.pool import CHUNK, CHUNKS, Clip, make_pool
 from training.run import Run, arguments
 from training.teacher_forcing import TeacherForcingView, flows
 from training.text import write_tokenizer
-from training.world import SIZE, caption
+from training.world import caption
 
-DEMO = NetworkConfig(
-    name="demo",
-    dit=DiTConfig(dim=128, num_heads=4, num_layers=5, ffn_dim=512, freq_dim=256, text_len=32, text_dim=64),
-    vae=VAEConfig(base_dim=16, num_res_blocks=1),
-    text_encoder=TextEncoderConfig(vocab_size=64, dim=64, ffn_dim=128, num_heads=4, num_layers=2, head_dim=16),
-    latent_height=SIZE // 8,
-    latent_width=SIZE // 8,
-)
+DEMO = PRESETS["demo"]
 BATCH, OPENINGS = 8, 24  # clips, and openings of their own: the first chunk is the hardest and needs the most practice
 MUON_LR, WARM_UP = 0.018, 40
 HISTORY_NOISE = 0.15  # the history of a session is the network's own work, not exact
