@@ -29,7 +29,7 @@ def blocks(frames: Tensor) -> Tensor:
 
 
 class Encoder:
-    """The linear map; `fit` finds it, `state` holds it."""
+    """The linear map; `fit` finds it."""
 
     def __init__(self, mean: Tensor, matrix: Tensor) -> None:
         self.mean, self.matrix = mean, matrix  # [768], [768, CHANNELS]

@@ -81,8 +81,8 @@ def switch_adoption(pipeline: Pipeline, count: int, seed: int = 1) -> dict[str, 
     for number in track(range(count), "switches"):
         before, after = generator.sample(ALL, 2)
         prompts = [caption(attributes, generator) for attributes in (before, after)]
-        chunks = video(pipeline, prompts, SWITCH_AT + 3, 1000 + number)
-        for name, good in read(torch.cat(chunks[SWITCH_AT + 1 :])).agrees(after).items():
+        chunks = video(pipeline, prompts, SWITCH_AT + 2, 1000 + number)
+        for name, good in read(chunks[SWITCH_AT + 1]).agrees(after).items():
             (kept if getattr(before, name) == getattr(after, name) else changed).append(good)
     return {
         "switch_adoption_within_2_chunks": sum(changed) / len(changed),

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longlive_serve.config import VAEConfig
+from longlive_serve.config import PRESETS, VAEConfig
 from longlive_serve.models.vae_decoder import ResidualBlock, VAEDecoder
 from longlive_serve.weights import VAE_FILE
 from training.latents import Encoder, random_segments, random_start
 from training.run import Run, arguments
-from training.train_dit import DEMO
 from training.world import SIZE, draw
 
 LATENTS = 3  # per training clip: the opening and two more
@@ -86,7 +85,7 @@ def decode(network: VAEDecoder, latents: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def psnr(network: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99) -> float:
-    """Mean over held-out clips of 17 frames, half of which switch, in dB."""
+    """Mean over clips that training did not see (of 17 frames, half of which switch), in dB."""
     generator, values = random.Random(seed), []
     for _ in range(clips):
         frames = draw(random_segments(generator, 17), random_start(generator))
@@ -99,7 +98,7 @@ def psnr(network: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99)
 def main() -> int:
     args = arguments("training.train_decoder", __doc__, steps=1000).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    run = DecoderRun(DEMO.vae, args.steps, args.seed, args.device)
+    run = DecoderRun(PRESETS["demo"].vae, args.steps, args.seed, args.device)
     run.train(args.out / "decoder.checkpoint")
     torch.save(run.decoder.state_dict(), args.out / VAE_FILE)
     print(f"vae_psnr_db: {psnr(run.decoder, run.encoder):.2f}")
