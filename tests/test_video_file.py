@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from client.contact_sheet import CELL, COLUMNS, GAP, ContactSheet
+from client.gif import write_gif
 from client.video_file import VideoFile
 
 
@@ -127,3 +128,20 @@ def test_small_frames_are_enlarged_and_no_frames_are_an_error(tmp_path: Path) ->
     sheet.add(0, 0, np.zeros((64, 64, 3), np.uint8))
     sheet.write(tmp_path / "sheet.png")
     assert pictures(tmp_path / "sheet.png").shape[1:3] == (128 + 2 * GAP, 128 + 2 * GAP)
+
+
+def test_a_video_becomes_a_gif(tmp_path: Path) -> None:
+    write(tmp_path / "x.mp4", ramp(48, 32, 64))
+    assert write_gif(tmp_path / "x.mp4", tmp_path / "a/x.gif", fps=4, width=128) == 12
+    got = pictures(tmp_path / "a/x.gif")
+    assert got.shape == (12, 64, 128, 3)
+    levels = got.mean((1, 2, 3))
+    assert np.all(np.diff(levels) > 0)
+    assert (levels[0], levels[-1]) == (pytest.approx(40, abs=12), pytest.approx(220, abs=12))
+
+
+def test_what_is_no_video_does_not_become_a_gif(tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_text("no video")
+    with pytest.raises((OSError, ValueError), match=r"x\.mp4"):
+        write_gif(tmp_path / "x.mp4", tmp_path / "x.gif")
+    assert not (tmp_path / "x.gif").exists()
