@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
-from longlive_serve.engines.interface import Engines
+from longlive_serve.engines.interface import EncodedPrompt, Engines
 from longlive_serve.kv_cache import Window
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
@@ -69,7 +69,7 @@ class Pipeline:
             )
 
     def _apply_prompts(self, session: Session) -> str:
-        """Put the next due prompt in force, at most one per chunk; returns a notice if it was truncated."""
+        """Put the next due prompt in force, at most one per chunk; returns what its writer should know."""
         first_latent_frame = session.chunk * self.config.window.chunk
         due = bool(session.pending) and session.pending[0].at_latent_frame <= first_latent_frame
         if not due and session.prompt_kv is not None:
@@ -80,12 +80,7 @@ class Pipeline:
         session.prompt_kv = self.engines.dit.embed_prompt(encoded.embeds)
         if session.chunk > 0:
             self._switch_cache(session)
-        if encoded.tokens_given > encoded.tokens:
-            return (
-                f"prompt {session.prompt.index} was truncated: it has {encoded.tokens_given} tokens, "
-                f"the first {encoded.tokens} are used"
-            )
-        return ""
+        return prompt_notice(session.prompt.index, encoded)
 
     def _switch_cache(self, session: Session) -> None:
         """Do to the cache what the session's `on_switch` says."""
@@ -124,3 +119,17 @@ class Pipeline:
         config = self.config
         shape = (1, config.window.chunk, config.dit.channels, config.latent_height, config.latent_width)
         return session.noise.draw(shape).to(self.engines.device, self.dtype)
+
+
+def prompt_notice(index: int, encoded: EncodedPrompt) -> str:
+    """What the writer of prompt `index` should know: that it was truncated, which words mean nothing to the network."""
+    parts = []
+    if encoded.tokens_given > encoded.tokens:
+        parts.append(
+            f"prompt {index} was truncated: it has {encoded.tokens_given} tokens, the first {encoded.tokens} are used"
+        )
+    if encoded.unknown:
+        parts.append(f"prompt {index} has words that this network does not know: {', '.join(encoded.unknown)}")
+        if encoded.known:
+            parts.append(f"it knows: {', '.join(encoded.known)}")
+    return "; ".join(parts)

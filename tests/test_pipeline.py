@@ -12,7 +12,8 @@ import torch
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
-from longlive_serve.pipeline import Pipeline
+from longlive_serve.engines.interface import EncodedPrompt
+from longlive_serve.pipeline import Pipeline, prompt_notice
 from longlive_serve.protocol import FrameChunk, ServeError
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 
@@ -129,6 +130,17 @@ def test_a_truncated_prompt_is_announced_once() -> None:
     first, second = pipeline().advance(session), pipeline().advance(session)
     assert first.notice == "prompt 0 was truncated: it has 160 tokens, the first 64 are used"
     assert second.notice == ""
+
+
+def test_unknown_words_are_announced_with_the_known_ones() -> None:
+    def notice(**words: tuple[str, ...]) -> str:
+        return prompt_notice(2, EncodedPrompt(embeds=torch.zeros(1), tokens=4, tokens_given=4, **words))
+
+    assert notice() == ""
+    assert notice(unknown=("dragon", "castle"), known=("cross", "red")) == (
+        "prompt 2 has words that this network does not know: dragon, castle; it knows: cross, red"
+    )
+    assert notice(unknown=("qzx",)) == "prompt 2 has words that this network does not know: qzx"
 
 
 def test_the_base_variant_ends_at_its_documented_limit() -> None:

@@ -79,6 +79,12 @@ def test_truncation_keeps_the_end_token_and_tells_the_full_length(length: int) -
     assert (prompt.length, prompt.full_length) == (min(length + 1, 16), length + 1)
 
 
+def test_a_tokenizer_of_bytes_knows_every_word() -> None:
+    tokenizer = Tokenizer(16, None)
+    assert tokenizer("qzx \u00fc").unknown == ()
+    assert tokenizer.known_words() == ()  # more than a person would read
+
+
 def test_a_tokenizer_is_read_from_its_folder(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     assert torch.equal(Tokenizer(16, tmp_path)("a cat").ids, Tokenizer(16, None)("a cat").ids)

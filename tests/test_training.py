@@ -99,7 +99,12 @@ def test_the_tokenizer_knows_every_caption(tmp_path: Path) -> None:
         assert 2 not in tokens.ids
         assert tokens.ids[0, tokens.length - 1] == END_ID
         assert tokens.full_length == tokens.length
-    assert tokenizer("a zebra").ids[0, :3].tolist() == [tokenizer("a").ids[0, 0].item(), 2, END_ID]
+        assert tokens.unknown == ()
+    strange = tokenizer("A zebra, a Red zebra -- runs!")
+    assert strange.ids[0, :7].tolist() == [*tokenizer("a").ids[0, :1], 2, *tokenizer("a red").ids[0, :2], 2, 2, END_ID]
+    assert strange.unknown == ("zebra", "runs")
+    assert {"triangle", "purple", "drifts"} <= set(tokenizer.known_words())
+    assert not {"<unk>", "</s>", "<pad>"} & set(tokenizer.known_words())
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from training.world import vocabulary
@@ -17,10 +17,13 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer that appends </s> (1), pads with 0 and takes words it does not know as <unk> (2)."""
+    """Write a tokenizer that appends </s> (1), pads with 0 and takes words it does not know as <unk> (2).
+
+    Case and punctuation do not matter.
+    """
     words = [PAD, END, UNKNOWN, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(".", " ")])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)  # type: ignore[no-untyped-call]

@@ -29,6 +29,10 @@ class EncodedPrompt:
     """Tokens used, the end mark included."""
     tokens_given: int
     """Tokens before truncation to text_len."""
+    unknown: tuple[str, ...] = ()
+    """Words that the text encoder has no token for."""
+    known: tuple[str, ...] = ()
+    """All the words that it knows, where they are few."""
 
 
 class TextEncoder(Protocol):

@@ -27,12 +27,19 @@ class TorchTextEncoder:
 
     def __init__(self, network: TextEncoder, tokenizer: Tokenizer) -> None:
         self.network, self.tokenizer = network, tokenizer
+        self.known_words = tokenizer.known_words()
 
     def encode(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer(prompt)
         device = next(self.network.parameters()).device
         embeds = self.network(tokens.ids.to(device), tokens.mask.to(device))
-        return EncodedPrompt(embeds=embeds, tokens=tokens.length, tokens_given=tokens.full_length)
+        return EncodedPrompt(
+            embeds=embeds,
+            tokens=tokens.length,
+            tokens_given=tokens.full_length,
+            unknown=tokens.unknown,
+            known=self.known_words,
+        )
 
 
 class TorchDiT:

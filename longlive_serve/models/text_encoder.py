@@ -19,6 +19,7 @@ from longlive_serve.config import TextEncoderConfig
 
 PAD_ID = 0
 END_ID = 1  # </s>, appended to every prompt
+SMALL_VOCABULARY = 100  # words: so few can be told to the user
 
 
 def clean_prompt(text: str) -> str:
@@ -37,6 +38,7 @@ class TokenizedPrompt:
     mask: Tensor  # int64 [1, text_len]: 1 for a token, 0 for padding
     length: int  # tokens kept, </s> among them
     full_length: int  # tokens before truncation, </s> among them
+    unknown: tuple[str, ...]  # words that have no token
 
 
 class Tokenizer:
@@ -63,12 +65,21 @@ class Tokenizer:
             raise ValueError(f"tokenizer in {folder}: got padding and </s> as {special}, expected {(PAD_ID, END_ID)}")
 
     def __call__(self, text: str) -> TokenizedPrompt:
-        full: list[int] = self._hf(clean_prompt(text), add_special_tokens=True, verbose=False)["input_ids"]
+        text, fast = clean_prompt(text), self._hf.is_fast
+        encoding = self._hf(text, add_special_tokens=True, verbose=False, return_offsets_mapping=fast)
+        full: list[int] = encoding["input_ids"]
+        spans = zip(full, encoding["offset_mapping"], strict=True) if fast else ()
+        unknown = tuple(dict.fromkeys(text[slice(*span)] for token, span in spans if token == self._hf.unk_token_id))
         kept = full if len(full) <= self.text_len else [*full[: self.text_len - 1], END_ID]
         ids = torch.full((1, self.text_len), PAD_ID)
         ids[0, : len(kept)] = torch.tensor(kept)
         mask = (torch.arange(self.text_len) < len(kept)).long().unsqueeze(0)
-        return TokenizedPrompt(ids=ids, mask=mask, length=len(kept), full_length=len(full))
+        return TokenizedPrompt(ids=ids, mask=mask, length=len(kept), full_length=len(full), unknown=unknown)
+
+    def known_words(self) -> tuple[str, ...]:
+        """All words that have a token, if they are so few that a person would read them."""
+        words = self._hf.get_vocab().keys() - self._hf.all_special_tokens
+        return tuple(sorted(words)) if len(words) <= SMALL_VOCABULARY else ()
 
 
 class TextEncoder(nn.Module):
