@@ -33,6 +33,7 @@ class Encoder:
 
     def __init__(self, mean: Tensor, matrix: Tensor) -> None:
         self.mean, self.matrix = mean, matrix  # [768], [768, CHANNELS]
+        self.inverse = torch.linalg.pinv(matrix)
 
     @classmethod
     def fit(cls, clips: int = 400, seed: int = 0) -> Encoder:
@@ -53,6 +54,16 @@ class Encoder:
     def __call__(self, frames: Tensor) -> Tensor:
         """[1 + 4n, 3, SIZE, SIZE] in 0 to 1 -> latents [1 + n, CHANNELS, SIZE / 8, SIZE / 8]."""
         return ((blocks(frames) - self.mean) @ self.matrix).permute(0, 3, 1, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The linear way back: latents [.., CHANNELS, h, w] -> their frames [.., FRAMES, 3, SIZE, SIZE].
+
+        It blurs, but shows where things are.
+        """
+        cells = latents.movedim(-3, -1) @ self.inverse + self.mean
+        cells = cells.unflatten(-1, (FRAMES, 3, BLOCK, BLOCK))  # [.., rows, columns, frame, colour, y, x]
+        pictures: Tensor = cells.movedim((-6, -5), (-4, -2)).flatten(-4, -3).flatten(-2)
+        return pictures / 2 + 0.5
 
 
 def random_start(generator: random.Random) -> tuple[float, float]:

@@ -8,6 +8,7 @@ clips mixed from the start. Stop it with Ctrl-C and run it again: it goes on whe
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -109,6 +110,13 @@ def passing_through(config: DiTConfig) -> CausalDiT:
     return network
 
 
+def save(dit: CausalDiT, text_encoder: TextEncoder, folder: Path) -> None:
+    """Write both under the published names."""
+    save_file(dit.state_dict(), folder / DIT_FILE)
+    text, names = text_encoder.state_dict(), wan_names(DEMO.text_encoder.num_layers)
+    torch.save({wan: text[own] for wan, own in names.items()}, folder / TEXT_ENCODER_FILE)
+
+
 def main() -> int:
     parser = arguments("training.train_dit", __doc__, steps=1500)
     parser.add_argument("--clips", type=int, default=4000, help="size of the pool (default: %(default)s)")
@@ -117,9 +125,7 @@ def main() -> int:
     tokenizer = Tokenizer(DEMO.dit.text_len, args.out / TOKENIZER_FOLDER)
     run = DiTRun(tokenizer, args.steps, args.clips, args.seed, args.device)
     run.train(args.out / "dit.checkpoint")
-    save_file(run.dit.state_dict(), args.out / DIT_FILE)
-    text, names = run.text_encoder.state_dict(), wan_names(DEMO.text_encoder.num_layers)
-    torch.save({wan: text[own] for wan, own in names.items()}, args.out / TEXT_ENCODER_FILE)
+    save(run.dit, run.text_encoder, args.out)
     return 0
 
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions that the DiT is trained in: it goes on from its own frames, towards exactly drawn continuations.
+
+Used by `train_rollouts`. A video that a network continues for minutes is made of its own mistakes, which clean clips
+never show it. Here a batch of sessions is generated as the serving pipeline generates them (window, sink, recache,
+four denoising steps), and since the world is drawn exactly, what should come next is known at every chunk border:
+the place of the shape is read off the session's own last frames, and the continuation is drawn from there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longlive_serve.engines.interface import PromptKV
+from longlive_serve.kv_cache import Placement, Window
+from longlive_serve.models.causal_dit import CacheView, CausalDiT
+from longlive_serve.models.rope import RotaryTables, rotate
+from longlive_serve.noise_schedule import NoiseSchedule
+from training.latents import FRAMES, Encoder
+from training.pool import CHUNK
+from training.world import BACKGROUNDS, MOTIONS, SIZE, SPEED, Attributes, Segment, coverage, draw
+
+FRAMES_PER_CHUNK = FRAMES * CHUNK
+MIDDLE = (SIZE / 2, SIZE / 2)
+
+
+class LiveCache:
+    """Keys and values by layer and place, as the last forwards left them, with what autograd needs of them."""
+
+    def __init__(self, layers: int, places: int) -> None:
+        self.keys = [[torch.empty(0)] * places for _ in range(layers)]
+        self.values = [[torch.empty(0)] * places for _ in range(layers)]
+
+    def detach(self) -> None:
+        """Forget where the rows came from: the next chunk learns from the last commit or recache alone."""
+        for rows in (*self.keys, *self.values):
+            rows[:] = [row.detach() for row in rows]
+
+
+class LiveView(CacheView):
+    """A `LiveCache` as one forward of a batch of sessions sees it (absolute RoPE)."""
+
+    def __init__(self, cache: LiveCache, tables: RotaryTables, placement: Placement) -> None:
+        self.cache, self.placement, self.rows = cache, placement, tables.tokens_per_chunk
+        self.query_angles = tables.of_chunks(placement.chunks)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        own = slice(self.placement.first_place, self.placement.first_place + len(self.placement.chunks))
+        in_use = []
+        for rows, new in ((self.cache.keys[layer], rotate(k, *self.query_angles)), (self.cache.values[layer], v)):
+            rows[own] = new.split(self.rows, 2)
+            in_use.append(torch.cat(rows[: self.placement.places], 2))
+        return in_use[0], in_use[1]
+
+
+class Rollout:
+    """A batch of sessions in lockstep: every session is at the same chunk and switches prompts with the others."""
+
+    def __init__(self, network: CausalDiT, window: Window, tables: RotaryTables, encoder: Encoder) -> None:
+        self.network, self.window, self.tables, self.encoder = network, window, tables, encoder
+        self.schedule = NoiseSchedule()
+        self.cache = LiveCache(network.config.num_layers, window.capacity)
+        self.recent: deque[Tensor] = deque(maxlen=window.capacity)
+        self.attributes: list[Attributes] = []
+        self.chunk = 0
+
+    def begin(self, attributes: Sequence[Attributes]) -> None:
+        """New videos, from their first chunk on."""
+        self.attributes, self.chunk = list(attributes), 0
+        self.recent.clear()
+
+    @torch.no_grad()
+    def join(self, attributes: Sequence[Attributes], prompt_kv: PromptKV, chunk: int, generator: random.Random) -> None:
+        """Videos that are already at `chunk`, their last chunks drawn exactly; a switch has to come first.
+
+        `prompt_kv`: that of the first prompt, which the sink keeps.
+        """
+        self.begin(attributes)
+        self.recent.append(self._stack(self._opening(look) for look in attributes))
+        self._commit(prompt_kv, self.window.step(0))
+        kept = min(chunk, self.window.capacity)
+        if chunk > self.window.capacity:
+            starts = [(generator.randrange(SIZE), generator.randrange(SIZE)) for _ in attributes]
+            first = [self._continuation(*pair) for pair in zip(attributes, starts, strict=True)]
+            self.recent[0] = self._stack(first)
+        self.chunk = 1
+        while self.chunk < kept:
+            self.recent.append(self.targets(self.attributes))
+            self.chunk += 1
+        self.chunk = chunk
+
+    def advance(self, attributes: Sequence[Attributes], prompt_kv: PromptKV, switch: bool, keep_sink: bool) -> Tensor:
+        """Generate every session's next chunk under `attributes`, as the pipeline does. Returns the loss.
+
+        That is the mean square error of the flow over the four steps, against the flow to the exact continuation.
+        """
+        targets = self.targets(attributes)
+        if switch:
+            self._recache(prompt_kv, keep_sink)
+        elif self.chunk:
+            self._commit(prompt_kv, self.window.step(self.chunk - 1))
+        view = LiveView(self.cache, self.tables, self.window.step(self.chunk))
+        x, losses = torch.randn(targets.shape), []
+        for step in range(self.schedule.steps):
+            flow = self.network(x, self.schedule.timesteps[step].expand(x.shape[:2]), prompt_kv, view)
+            losses.append((flow - (x - targets) / self.schedule.sigmas[step]).square().mean())
+            clean = self.schedule.clean_latents(x, flow.detach(), step)
+            if step + 1 < self.schedule.steps:
+                x = self.schedule.add_noise(clean, torch.randn(x.shape), step + 1)
+        self.recent.append(clean)
+        self.attributes = list(attributes)
+        self.chunk += 1
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def targets(self, attributes: Sequence[Attributes]) -> Tensor:
+        """The chunk that should come next: [sessions, CHUNK, channels, h, w]."""
+        if self.chunk == 0:
+            return self._stack(self._opening(look) for look in attributes)
+        last = self.encoder.decode(self.recent[-1][:, -1])  # [B, FRAMES, 3, SIZE, SIZE]
+        starts = (whereabouts(frames, look) for frames, look in zip(last, self.attributes, strict=True))
+        return self._stack(self._continuation(*pair) for pair in zip(attributes, starts, strict=True))
+
+    def _opening(self, look: Attributes) -> Tensor:
+        return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES * (CHUNK - 1))]))
+
+    def _continuation(self, look: Attributes, start: tuple[float, float]) -> Tensor:
+        """`start`: the shape's place in the last frame before."""
+        return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES_PER_CHUNK)], start))[1:]
+
+    def _stack(self, latents: object) -> Tensor:
+        return torch.stack(list(latents))  # type: ignore[call-overload]
+
+    def _commit(self, prompt_kv: PromptKV, placement: Placement) -> None:
+        latents = self.recent[-1]
+        view = LiveView(self.cache, self.tables, placement)
+        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, commit=True)
+
+    def _recache(self, prompt_kv: PromptKV, keep_sink: bool) -> None:
+        placement = self.window.recache(self.chunk, keep_sink)
+        oldest = self.chunk - len(self.recent)
+        latents = torch.cat([self.recent[chunk - oldest] for chunk in placement.chunks], 1)
+        view = LiveView(self.cache, self.tables, placement)
+        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, commit=True)
+
+
+def whereabouts(frames: Tensor, look: Attributes) -> tuple[float, float]:
+    """Where the shape is in the last of some frames [n, 3, SIZE, SIZE]: the whole pixel where it fits best.
+
+    The shape that should be there is slid over the picture (as the torus that it is) along its own motion, so that
+    neither specks nor deformation lead far astray.
+    """
+    ground = torch.tensor(BACKGROUNDS[look.background])[:, None, None]
+    seen = (frames - ground).norm(dim=1).clamp(max=1.0)
+    back = torch.arange(len(frames) - 1, -1, -1.0)[:, None] * torch.tensor(MOTIONS[look.motion]) * SPEED
+    ideal = coverage(look.shape, (torch.tensor(MIDDLE) - back) % SIZE)
+    fit = torch.fft.irfft2(torch.fft.rfft2(seen) * torch.fft.rfft2(ideal).conj(), s=(SIZE, SIZE)).sum(0)
+    row, column = divmod(int(fit.argmax()), SIZE)
+    return (MIDDLE[0] + column) % SIZE, (MIDDLE[1] + row) % SIZE

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Goes on training the demo network's DiT in its own videos: `python -m training.train_rollouts --out FOLDER`.
+
+FOLDER holds what `train_decoder` and `train_dit` made; the DiT and the text encoder in it are replaced at the end.
+Stop it with Ctrl-C and run it again: it goes on where it was (the videos in progress begin anew).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longlive_serve.config import PRESETS
+from longlive_serve.engines.interface import PromptKV
+from longlive_serve.kv_cache import Window
+from longlive_serve.models.causal_dit import PATCH
+from longlive_serve.models.rope import MAX_FRAMES, RotaryTables
+from longlive_serve.weights import load_networks
+from training.latents import HELD_OUT, Encoder, random_attributes
+from training.pool import CHUNK
+from training.rollouts import Rollout
+from training.run import Run, arguments
+from training.train_dit import MUON_LR, save
+from training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, caption
+
+DEMO = PRESETS["demo"]
+SESSIONS = 16  # in lockstep
+BRIEF = 6  # chunks at most of a brief video; every third step is one's
+LONGEST = 100  # chunks of the others at most
+LATEST = MAX_FRAMES // CHUNK - LONGEST  # the last chunk at which a session joins
+SWITCH = 0.12  # of chunk borders are prompt switches
+UNKNOWN = 0.15  # of captions hold words that the tokenizer does not know
+PEAK, WARM_UP = 0.35, 20  # the rate at its highest, as a share of the first run's
+
+
+@dataclasses.dataclass(kw_only=True)
+class Video:
+    """A roll-out, its prompts and when it ends."""
+
+    rollout: Rollout
+    longest: int
+    end: int = 0
+    captions: list[str] = dataclasses.field(default_factory=list)
+    joined: bool = False
+
+
+class RolloutRun(Run):
+    """One chunk of a batch of sessions per step."""
+
+    def __init__(self, folder: Path, steps: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        networks = load_networks(DEMO, str(folder), "cpu", torch.float32)
+        self.dit, self.text_encoder = networks.dit.train(), networks.text_encoder.train()
+        self.tokenizer = networks.tokenizer
+        matrices = [p for block in self.dit.blocks for p in block.parameters() if p.ndim == 2]
+        both = nn.ModuleDict({"dit": self.dit, "text_encoder": self.text_encoder}).requires_grad_(True)
+        super().__init__(both, matrices, MUON_LR, steps, seed, "cpu")
+        grid = (DEMO.latent_height // PATCH, DEMO.latent_width // PATCH)
+        tables, encoder = RotaryTables(DEMO.dit.head_dim, *grid, CHUNK), Encoder.fit()
+        self.videos = [
+            Video(rollout=Rollout(self.dit, Window(DEMO.window), tables, encoder), longest=longest)
+            for longest in (BRIEF, LONGEST, LONGEST)
+        ]
+
+    def rate(self) -> float:
+        return PEAK * min(1.0, (self.step + 1) / WARM_UP, (1 - self.step / self.steps) / 0.5)
+
+    def losses(self) -> dict[str, Tensor]:
+        video = self.videos[self.step % len(self.videos)]
+        rollout, random = video.rollout, self.generator
+        rollout.cache.detach()
+        if rollout.chunk >= video.end:
+            self.begin(video)
+        looks, switch = rollout.attributes, rollout.chunk > 0 and (video.joined or random.random() < SWITCH)
+        if switch:
+            looks = [self.changed(look) for look in looks]
+            video.captions = [self.caption(look) for look in looks]
+        video.joined = False
+        loss = rollout.advance(looks, self.prompt_kv(video.captions), switch, keep_sink=random.random() < 0.7)
+        return {"brief" if video.longest == BRIEF else "long": loss}
+
+    def begin(self, video: Video) -> None:
+        """New videos: from the start, or (half of the long ones) from anywhere in a session, at a switch."""
+        random = self.generator
+        looks = [random_attributes(random) for _ in range(SESSIONS)]
+        video.captions = [self.caption(look) for look in looks]
+        video.joined = video.longest > BRIEF and random.random() < 0.5
+        if video.joined:
+            chunk = int(math.exp(random.uniform(0, math.log(LATEST))))
+            video.rollout.join(looks, self.prompt_kv(video.captions), chunk, random)
+        else:
+            video.rollout.begin(looks)
+        video.end = video.rollout.chunk + int(math.exp(random.uniform(0, math.log(video.longest + 1))))
+
+    def changed(self, look: Attributes) -> Attributes:
+        """After a switch: nothing, one thing or everything else. Any combination that is not held out."""
+        random = self.generator
+        kind = random.random()
+        if kind < 0.1:
+            return look
+        if kind < 0.6:
+            return random_attributes(random)
+        name, values = random.choice(
+            [("shape", SHAPES), ("colour", [*COLOURS]), ("motion", [*MOTIONS]), ("background", [*BACKGROUNDS])]
+        )
+        after = dataclasses.replace(look, **{name: random.choice(values)})
+        return look if after in HELD_OUT else after
+
+    def caption(self, look: Attributes) -> str:
+        words = caption(look, self.generator).split()
+        if self.generator.random() < UNKNOWN:
+            for _ in range(self.generator.randrange(1, 5)):
+                words.insert(self.generator.randrange(len(words) + 1), "something")
+        return " ".join(words)
+
+    def prompt_kv(self, captions: list[str]) -> PromptKV:
+        tokens = [self.tokenizer(text) for text in captions]
+        ids, mask = (torch.cat([getattr(token, part) for token in tokens]) for part in ("ids", "mask"))
+        return self.dit.embed_prompt(self.text_encoder(ids, mask))
+
+
+def main() -> int:
+    parser = arguments("training.train_rollouts", __doc__, steps=4000)
+    args = parser.parse_args()
+    run = RolloutRun(args.out, args.steps, args.seed)
+    run.train(args.out / "rollouts.checkpoint")
+    save(run.dit, run.text_encoder, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
