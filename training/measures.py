@@ -1,123 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo network shows, read off its frames: `python -m training.quality FOLDER`.
+"""What the demo network shows, read off its frames: attributes, prompt switches, drift, the decoder's PSNR.
 
-The videos come out of the serving pipeline itself: streamed decode, KV cache, recache.
+Used by `quality`. The videos come out of the serving pipeline itself: streamed decode, KV cache, recache.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
+import dataclasses
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import track
-from torch import Tensor
 
-from longlive_serve.engines import build_dit
-from longlive_serve.engines.interface import Engines
-from longlive_serve.engines.torch_engine import TorchTextEncoder, TorchVAEDecoder
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.session import NOW, Prompt, SeededNoise, Session
-from longlive_serve.weights import load_networks
+from longlive_serve.protocol import CLEAR, KEEP, RECACHE
+from training.latents import HELD_OUT, Encoder, random_attributes
 from training.reader import read
-from training.train_dit import DEMO
-from training.world import ALL, caption, held_out
+from training.workers import Script, Workers, build_pipeline, video
+from training.world import ALL, Attributes, Segment, caption, draw
 
-SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/demo"
-SWITCH_AT = 5  # chunks
-
-
-def build_pipeline(folder: Path) -> Pipeline:
-    networks = load_networks(DEMO, str(folder), "cpu", torch.float32)
-    engines = Engines(
-        text_encoder=TorchTextEncoder(networks.text_encoder, networks.tokenizer),
-        dit=build_dit("torch", networks.dit, DEMO, 1, "base"),
-        vae_decoder=TorchVAEDecoder(networks.vae_decoder, DEMO),
-        device="cpu",
-        dtype="float32",
-    )
-    return Pipeline(engines, DEMO, "base")
+SWITCH_AT = 5  # chunks: the window is full, so the sink stays that of the old prompt
+CHUNKS_30S, CHUNKS_240S = 40, 321  # 477 and 3849 frames
+STEADY = 24  # frames before a switch that the seam is compared with
 
 
-def video(pipeline: Pipeline, prompts: Sequence[str], chunks: int, seed: int) -> list[Tensor]:
-    """Frames of every chunk; the second prompt, if there is one, is sent before chunk SWITCH_AT."""
-    session = Session(id="quality", prompt=Prompt(index=0, text=prompts[0]), noise=SeededNoise(seed), slot=0)
-    made = []
-    for chunk in range(chunks):
-        if chunk == SWITCH_AT and len(prompts) > 1:
-            session.add_prompt(prompts[1], NOW)
-        made.append(torch.from_numpy(pipeline.advance(session).frames))
-    return made
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A video and what it should show."""
+
+    script: Script
+    attributes: Attributes
+    before: Attributes | None = None
+    """With a switch: what it shows up to chunk SWITCH_AT."""
 
 
-def attribute_accuracy(pipeline: Pipeline, count: int, seed: int = 0) -> dict[str, float]:
-    """Share of captions whose attributes are all right, early and late, held-out combinations among them."""
+def held_out_captions(count: int, seed: int) -> list[Case]:
+    """New wordings and noise; the combinations that training never showed are among them."""
     generator = random.Random(seed)
-    asked = generator.sample(sorted(held_out(), key=str), min(count // 4, 36))
-    asked += generator.sample([a for a in ALL if a not in held_out()], count - len(asked))
-    right: dict[str, list[bool]] = {}
-    for number, attributes in enumerate(track(asked, "captions")):
-        chunks = video(pipeline, [caption(attributes, generator)], 10, number)
-        for when, window in (("chunks_1_2", slice(1, 3)), ("chunks_8_9", slice(8, 10))):
-            agrees = read(torch.cat(chunks[window])).agrees(attributes)
-            right.setdefault(when, []).append(all(agrees.values()))
-            for name, good in agrees.items():
-                right.setdefault(f"{when}_{name}", []).append(good)
-    return {name: sum(values) / len(values) for name, values in right.items()}
+    asked = generator.sample(sorted(HELD_OUT, key=str), min(count // 4, len(HELD_OUT)))
+    asked += generator.sample([look for look in ALL if look not in HELD_OUT], count - len(asked))
+    return [
+        Case(script=Script(prompts={0: caption(look, generator)}, seed=seed * 1000 + number), attributes=look)
+        for number, look in enumerate(asked)
+    ]
 
 
-def switch_adoption(pipeline: Pipeline, count: int, seed: int = 1) -> dict[str, float]:
-    """Of the attributes that a new prompt changes, how many are right in its second chunk; of the others likewise."""
+def switches(count: int, seed: int, on_switch: str) -> list[Case]:
+    """Random pairs of combinations, the held-out ones among them."""
     generator = random.Random(seed)
+    cases = []
+    for number in range(count):
+        before, after = generator.sample(ALL, 2)
+        prompts = {0: caption(before, generator), SWITCH_AT: caption(after, generator)}
+        script = Script(prompts=prompts, seed=seed * 1000 + number, on_switch=on_switch)
+        cases.append(Case(script=script, attributes=after, before=before))
+    return cases
+
+
+def early_and_late(pipeline: Pipeline, case: Case) -> dict[str, dict[str, bool]]:
+    chunks = video(pipeline, case.script, 10)
+    windows = {"chunks_1_2": chunks[1:3], "chunks_8_9": chunks[8:10]}
+    return {name: read(torch.cat(window)).agrees(case.attributes) for name, window in windows.items()}
+
+
+def after_30s(pipeline: Pipeline, case: Case) -> bool:
+    """Whether all attributes are right in the two chunks that end at 30 s."""
+    chunks = video(pipeline, case.script, CHUNKS_30S)
+    return all(read(torch.cat(chunks[-2:])).agrees(case.attributes).values())
+
+
+def through_240s(pipeline: Pipeline, case: Case) -> list[bool]:
+    """Whether all attributes are right, for every two chunks (1.5 s) of a session of 240 s."""
+    chunks = video(pipeline, case.script, CHUNKS_240S)
+    windows = [torch.cat(chunks[first : first + 2]) for first in range(1, CHUNKS_240S, 2)]
+    return [all(read(window).agrees(case.attributes).values()) for window in windows]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Switched:
+    """What a prompt switch did."""
+
+    changed: list[bool]
+    """Attributes that the prompt changed: whether they are right in the second chunk."""
+    kept: list[bool]
+    """Those that it did not change, likewise."""
+    seam: float | None
+    """The largest mean difference of frames in the first 4 after the switch, of 255; None if the background changed."""
+    steady: float
+    """The median of those differences over the frames before the switch."""
+
+
+def after_switch(pipeline: Pipeline, case: Case) -> Switched:
+    before, after = case.before, case.attributes
+    assert before is not None
+    chunks = video(pipeline, case.script, SWITCH_AT + 2)
     changed: list[bool] = []
     kept: list[bool] = []
-    for number in track(range(count), "switches"):
-        before, after = generator.sample(ALL, 2)
-        prompts = [caption(attributes, generator) for attributes in (before, after)]
-        chunks = video(pipeline, prompts, SWITCH_AT + 2, 1000 + number)
-        for name, good in read(chunks[SWITCH_AT + 1]).agrees(after).items():
-            (kept if getattr(before, name) == getattr(after, name) else changed).append(good)
+    for name, good in read(chunks[SWITCH_AT + 1]).agrees(after).items():
+        (kept if getattr(before, name) == getattr(after, name) else changed).append(good)
+    last = torch.cat(chunks[:SWITCH_AT])[-STEADY - 1 :]
+    differences = torch.cat([last, chunks[SWITCH_AT][:4]]).float().diff(dim=0).abs().mean((1, 2, 3))
+    same_ground = before.background == after.background
+    return Switched(
+        changed=changed,
+        kept=kept,
+        seam=differences[STEADY:].max().item() if same_ground else None,
+        steady=differences[:STEADY].median().item(),
+    )
+
+
+def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
+    """Share of captions whose attributes are right, one by one and all of them, early and late."""
+    right: dict[str, list[bool]] = {}
+    cases = held_out_captions(count, seed=0)
+    for case, windows in zip(cases, workers.map("captions", early_and_late, cases), strict=True):
+        for window, agrees in windows.items():
+            right.setdefault(window, []).append(all(agrees.values()))
+            if case.attributes in HELD_OUT:
+                right.setdefault(f"{window}_held_out_combinations", []).append(all(agrees.values()))
+            for name, good in agrees.items():
+                right.setdefault(f"{window}_{name}", []).append(good)
+    return {name: mean(values) for name, values in right.items()}
+
+
+def ablation(workers: Workers, count: int) -> dict[str, dict[str, float]]:
+    """The three ways to switch, on the same prompts and noise."""
+    table = {}
+    for on_switch in (RECACHE, KEEP, CLEAR):
+        results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
+        seams = [result for result in results if result.seam is not None]
+        table[on_switch] = {
+            "adoption": mean([good for result in results for good in result.changed]),
+            "kept": mean([good for result in results for good in result.kept]),
+            "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams]),
+        }
+    return table
+
+
+def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
+    """Share of readings with all attributes right after 30 s, and through sessions of 240 s."""
+    readings = workers.map("240 s", through_240s, held_out_captions(long, seed=3))
+    by_window = [mean(window) for window in zip(*readings, strict=True)]
+    last = 20  # windows of 1.5 s: the last 30 s
     return {
-        "switch_adoption_within_2_chunks": sum(changed) / len(changed),
-        "switch_kept_attributes": sum(kept) / len(kept),
+        "drift_30s_accuracy": mean(workers.map("30 s", after_30s, held_out_captions(short, seed=2))),
+        "drift_240s_accuracy": mean(by_window[-last:]),
+        "drift_by_30s": [mean(by_window[first : first + last]) for first in range(0, len(by_window), last)],
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.quality", description=__doc__)
-    text = "weights, in the layout of the published checkpoints (default: the shipped ones)"
-    parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED, help=text)
-    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to this file")
-    parser.add_argument("--captions", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--switches", type=int, default=100, help="default: %(default)s")
-    arguments = parser.parse_args()
-    pipeline = build_pipeline(arguments.folder)
-    accuracy = attribute_accuracy(pipeline, arguments.captions)
-    record = {
-        "command": f"python -m training.quality --captions {arguments.captions} --switches {arguments.switches}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "captions": arguments.captions,
-        "switches": arguments.switches,
-        "attribute_accuracy": min(accuracy["chunks_1_2"], accuracy["chunks_8_9"]),
-        "attribute_accuracy_by": accuracy,
-        **switch_adoption(pipeline, arguments.switches),
-    }
-    text = json.dumps(record, indent=2)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
-    return 0
+def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
+    """Mean PSNR of 33-frame clips that training did not see, decoded as a stream; half are held-out combinations."""
+    generator, encoder, decoder = random.Random(seed), Encoder.fit(), build_pipeline(folder).engines.vae_decoder
+    psnr: dict[str, list[float]] = {"vae_psnr_db": [], "vae_psnr_db_held_out_combinations": []}
+    for number in range(clips):
+        held_out = number % 2 == 1
+        look = generator.choice(sorted(HELD_OUT, key=str)) if held_out else random_attributes(generator)
+        frames = draw([Segment(attributes=look, frames=33)], (generator.randrange(64), generator.randrange(64)))
+        with torch.inference_mode():
+            decoded, _ = decoder.decode(encoder(frames)[None], decoder.initial_cache(), opening=True)
+        error = (torch.from_numpy(decoded).float().div(255).permute(0, 3, 1, 2) - frames).square().mean()
+        psnr["vae_psnr_db"].append(-10 * error.log10().item())
+        if held_out:
+            psnr["vae_psnr_db_held_out_combinations"].append(psnr["vae_psnr_db"][-1])
+    return {name: mean(values) for name, values in psnr.items()}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

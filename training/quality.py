@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what the demo network shows and writes it down: `python -m training.quality FOLDER --out JSON`.
+
+With `--table` it prints a file of such figures as the tables of training/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.scenes import load_scenes
+from client.timing import Timing
+from client.video_stream import VideoStream
+from longlive_serve.server import TritonServer
+from training.measures import ablation, attribute_accuracy, drift, vae_psnr
+from training.workers import Workers
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "model_repository/longlive/1/demo"
+
+
+def real_time_factor(folder: Path) -> float:
+    """Seconds of video per second of one session, from a server to a client on two cores: VAE and gRPC included."""
+    (scene,) = load_scenes(ROOT / "examples/story.jsonl")
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(everywhere)[:2])  # the server inherits it
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as settings:
+            print(f'preset = "demo"\nweights = "{folder.absolute()}"', file=settings, flush=True)
+            with TritonServer(config=Path(settings.name)) as server:
+                timing = Timing()
+                with VideoStream(scene.prompts[0], url=server.grpc_url, chunks=scene.chunks, pace="asap") as stream:
+                    for text, frame in zip(scene.prompts[1:], scene.switch_latent_frames, strict=True):
+                        stream.switch_prompt(text, at_latent_frame=frame)
+                    for chunk in stream.chunks():
+                        timing.add(chunk)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    return timing.real_time_factor
+
+
+def measure(folder: Path, counts: argparse.Namespace) -> dict[str, Any]:
+    with Workers(folder) as workers:
+        accuracy = attribute_accuracy(workers, counts.captions)
+        table = ablation(workers, counts.switches)
+        drifted = drift(workers, counts.sessions_30s, counts.sessions_240s)
+    return {
+        **vae_psnr(folder, 60),
+        "attribute_accuracy": min(accuracy["chunks_1_2"], accuracy["chunks_8_9"]),
+        "attribute_accuracy_by": accuracy,
+        "switch_adoption_within_2_chunks": table["recache"]["adoption"],
+        "switch_kept_attributes": table["recache"]["kept"],
+        "on_switch": table,
+        **drifted,
+        "realtime_factor_2_cores": real_time_factor(folder),
+    }
+
+
+def tables(record: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    counts, by = record["counts"], record["attribute_accuracy_by"]
+    psnr = f"{record['vae_psnr_db']:.1f} dB ({record['vae_psnr_db_held_out_combinations']:.1f} dB)"
+    lines = [
+        "| measured | result (combinations never trained on) |",
+        "| --- | --- |",
+        f"| VAE decoder, PSNR of unseen clips | {psnr} |",
+    ]
+    for name, window in (("1.5 s", "chunks_1_2"), ("7 s", "chunks_8_9")):
+        held_out = _percent(by[f"{window}_held_out_combinations"])
+        lines.append(
+            f"| all attributes right at {name}, {counts['captions']} prompts | {_percent(by[window])} ({held_out}) |"
+        )
+    lines += [
+        f"| the same at 30 s, {counts['sessions_30s']} sessions | {_percent(record['drift_30s_accuracy'])} |",
+        f"| the same through the last 30 s of 240 s, {counts['sessions_240s']} sessions "
+        f"| {_percent(record['drift_240s_accuracy'])} |",
+        f"| real-time factor on two CPU cores, VAE and gRPC included | {record['realtime_factor_2_cores']:.1f} |",
+        "",
+        f"| {counts['switches']} prompt switches | changed attributes adopted | others kept | flicker at the seam |",
+        "| --- | --- | --- | --- |",
+    ]
+    for on_switch, row in record["on_switch"].items():
+        shares = f"{_percent(row['adoption'])} | {_percent(row['kept'])}"
+        lines.append(f"| `{on_switch}` | {shares} | {row['flicker']:.1f} x |")
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.quality", description=__doc__)
+    text = "weights, in the layout of the published checkpoints (default: the shipped ones)"
+    parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED, help=text)
+    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to this file")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="measure nothing: print the tables of this file")
+    counts = {"captions": 200, "switches": 100, "sessions_30s": 100, "sessions_240s": 24}
+    for name, count in counts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=count, help="default: %(default)s")
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(tables(json.loads(arguments.table.read_text())))
+        return 0
+    counts = {name: getattr(arguments, name) for name in counts}
+    options = "".join(f" --{name.replace('_', '-')} {count}" for name, count in counts.items())
+    record = {
+        "command": f"python -m training.quality{options}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "counts": counts,
+        **measure(arguments.folder, arguments),
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
