@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check quality serve clean
+.PHONY: help setup demo test check bench pictures quality serve clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
 	@echo "make test   set up, run all tests, those against a live server among them"
 	@echo "make check  set up, run the linter and the type checker"
+	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
+	@echo "make pictures  the demo, and the pictures in docs/ from it"
 	@echo "make quality  set up, measure what the demo network shows, write results/quality.json"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV)"
@@ -18,7 +20,7 @@ setup: $(VENV)/.complete
 $(VENV)/.complete: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v[:2] == (3, 11) or sys.exit(f"$(PYTHON) is Python {v.major}.{v.minor}, expected 3.11: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,client,triton,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,client,triton,bench,dev]'
 	@touch $@
 
 demo: setup
@@ -31,6 +33,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m client.benchmark --serve --viewers 1,2,3,4,6,8 --json results/serving.json --plot docs/serving.png
+
+pictures: demo
+	cp videos/interactive/story.png docs/story.png
+	$(BIN)/python -m client.gif videos/interactive/story.mp4 docs/story.gif
 
 quality: setup
 	$(BIN)/python -m training.quality --out results/quality.json

@@ -39,6 +39,10 @@ class ServerShutdownError(VideoStreamError):
     """The server is shutting down."""
 
 
+class UnavailableError(VideoStreamError):
+    """The server is full: try again after the time that the message names."""
+
+
 class ServerFailedError(VideoStreamError):
     """The server, or Triton itself, failed."""
 
@@ -64,5 +68,6 @@ _CLASSES: dict[str, type[VideoStreamError]] = {
     ServeError.FRAME_LIMIT: FrameLimitError,
     ServeError.CANCELLED: SessionCancelledError,
     ServeError.SHUTTING_DOWN: ServerShutdownError,
+    ServeError.UNAVAILABLE: UnavailableError,
     ServeError.INTERNAL: ServerFailedError,
 }

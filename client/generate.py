@@ -25,7 +25,7 @@ from client.timing import Timing
 from client.video_file import VideoFile
 from client.video_stream import DEFAULT_URL, StreamedChunk, VideoStream
 from longlive_serve.config import RANDOM_WEIGHTS, ServeConfig
-from longlive_serve.protocol import ON_SWITCH
+from longlive_serve.protocol import ASAP, ON_SWITCH, PACES
 
 DEFAULT_SECONDS = 30.0
 
@@ -100,6 +100,7 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         chunks=1 if scene.switch_at else scene.chunks,
         global_sink=args.global_sink,
         on_switch=args.on_switch,
+        pace=args.pace,
         stall_timeout=args.stall_timeout,
     )
 
@@ -191,6 +192,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--on-switch",
         choices=ON_SWITCH,
         help="what a prompt switch does to the KV cache: rebuild it, keep it or drop it (default: recache)",
+    )
+    parser.add_argument(
+        "--pace",
+        choices=PACES,
+        default=ASAP,
+        help="asap: as fast as live sessions leave time for; realtime: as a viewer gets it (default: asap)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")

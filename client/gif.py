@@ -29,10 +29,10 @@ def write_gif(video: Path, gif: Path, *, fps: int = 8, width: int = 192) -> int:
         with av.open(str(gif), "w", format="gif", options={"loop": "0"}) as container:
             out = container.add_stream("gif", rate=fps)
             count = 0
-            while (frame := _next(sink)) is not None:
+            while (picture := _next(sink)) is not None:
                 if not count:
-                    out.width, out.height, out.pix_fmt = frame.width, frame.height, "pal8"
-                container.mux(out.encode(frame))
+                    out.width, out.height, out.pix_fmt = picture.width, picture.height, "pal8"
+                container.mux(out.encode(picture))
                 count += 1
             container.mux(out.encode())
     return count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class StreamCore:
 
     def __init__(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         url: str = DEFAULT_URL,
         seed: int | None = None,
@@ -51,16 +52,26 @@ class StreamCore:
         ahead: int | None = None,
         global_sink: bool | None = None,
         on_switch: str | None = None,
+        pace: str | None = None,
+        fps: int | None = None,
+        snapshot_every: int | None = None,
+        snapshot: bytes | None = None,
         stall_timeout: float | None = 30.0,
         heartbeat_s: float = 300.0,
         check: bool = True,
         session_id: str | None = None,
     ) -> None:
         """
+        prompt: what the video shows; None with `snapshot`, which has its own.
         chunks: how many to generate; None: until stopped.
         ahead: at most this many chunks are asked for before they are consumed, so that a slow consumer slows the
             generation down. None: the server runs free, and what is not consumed is kept here. (Not reading would
             not help: Triton then keeps the responses, without a bound.)
+        pace: `realtime` (the server's default): chunks come a little before they are to be shown at `fps` (16) frames
+            per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
+        snapshot_every: every so many chunks `StreamedChunk.snapshot` holds the whole session, as bytes.
+        snapshot: such bytes: the session goes on behind that chunk, on any server with the same weights. `chunks`
+            counts from there. There may be a slight jump at the seam.
         stall_timeout: seconds of silence, while an answer is due, that raise StallError; None: wait for ever. After
             half of it a heartbeat goes out: a server that lives answers it, also while the session waits for a slot.
         heartbeat_s: an empty request goes out this often, because Triton forgets a sequence that sends none.
@@ -72,7 +83,12 @@ class StreamCore:
         self._url = url
         self._wanted: float = math.inf if chunks is None else chunks  # not yet asked for
         self._ahead = ahead
-        self._start = (prompt, seed, Options(global_sink=global_sink, on_switch=on_switch))
+        options = Options(
+            global_sink=global_sink, on_switch=on_switch, pace=pace, fps=fps, snapshot_every=snapshot_every
+        )
+        self._start = Request(
+            session_id=self.session_id, start=True, prompt=prompt, seed=seed, options=options, snapshot=snapshot
+        )
         self._stall_timeout = stall_timeout
         self._heartbeat_s = heartbeat_s
         self._exchange = Exchange(self.session_id, check=check)
@@ -92,12 +108,7 @@ class StreamCore:
     async def _open(self) -> None:
         if self._loop is not None:
             raise RuntimeError("a stream is opened once: make a new one")
-        prompt, seed, options = self._start
-        chunks = self._portion()
-        request = Request(
-            session_id=self.session_id, start=True, prompt=prompt, seed=seed, chunks=chunks, options=options
-        )
-        _, message = self._exchange.ask(request)
+        _, message = self._exchange.ask(dataclasses.replace(self._start, chunks=self._portion()))
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()

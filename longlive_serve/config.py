@@ -153,8 +153,17 @@ class ServeConfig:
     """`auto` (cuda when there is one, else cpu) or a torch device."""
     dtype: str = "auto"
     """`auto`: bfloat16 on cuda, as the reference ships it; float32 on the CPU."""
-    slots: int = 2
+    slots: int = 8
     """Sessions that hold a share of the KV cache; more wait for a slot, in order."""
+    lead: int = 1
+    """Chunks that are generated at most before their playback is due. More of them ride out longer disturbances; a
+    viewer sees a new prompt that much later."""
+    headroom: float = 0.8
+    """Share of all time that admitted playback clocks may count on: a new one is admitted only within it."""
+    max_waiting: int = 16
+    """Sessions that may wait for a slot; more are refused."""
+    max_wait_s: float = 30.0
+    """A session that has waited for a slot for this long is refused."""
     idle_timeout_s: float = 60.0
     """A session that has no chunks to make and sends no request for this long loses its slot."""
 
@@ -163,10 +172,14 @@ class ServeConfig:
         _check_choice("variant", self.variant, self.VARIANTS)
         _check_choice("engine", self.engine, self.ENGINES)
         _check_choice("dtype", self.dtype, self.DTYPES)
-        if self.slots < 1:
-            raise ValueError(f"slots: got {self.slots}, expected 1 or more")
-        if not self.idle_timeout_s > 0:
-            raise ValueError(f"idle_timeout_s: got {self.idle_timeout_s}, expected more than 0")
+        for key, least in (("slots", 1), ("lead", 1), ("max_waiting", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected {least} or more")
+        for key in ("idle_timeout_s", "max_wait_s"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected more than 0")
+        if not 0 < self.headroom <= 1:
+            raise ValueError(f"headroom: got {self.headroom}, expected more than 0 and at most 1")
 
     @property
     def network(self) -> NetworkConfig:

@@ -68,27 +68,29 @@ class Window:
             key_slots=key_slots,
         )
 
-    def recache(self, done: int, keep_sink: bool) -> Placement:
+    def recache(self, done: int, keep_sink: bool, first: int = 0) -> Placement:
         """The recache before chunk number `done`: every kept chunk again, under the new prompt.
 
         With `keep_sink` the sink stays as it is, unless nothing has left the window yet: then the reference
         renews the sink too. Without it, the sink's places take the oldest chunks of the last `window` frames.
+        `first` is the first chunk that the cache knows of, as in `step`.
         """
-        assert done > 0, "nothing to recache before the first chunk"
-        places = min(done, self.capacity)
-        first = self.sink if keep_sink and done > self.capacity else 0
+        assert done > first, "nothing to recache before the first chunk"
+        kept = done - first
+        places = min(kept, self.capacity)
+        begin = self.sink if keep_sink and kept > self.capacity else 0
         chunks = [0] * places
-        for chunk in range(done - places, done):
-            chunks[self.place(chunk)] = chunk
-        if done > self.capacity:
+        for chunk in range(kept - places, kept):
+            chunks[self.place(chunk)] = first + chunk
+        if kept > self.capacity:
             for place in range(self.sink):
                 chunks[place] = done - self.capacity + place
-        key_slots = self._slots_in_time(done - 1)
+        key_slots = self._slots_in_time(kept - 1)
         return Placement(
-            chunks=tuple(chunks[first:]),
-            first_place=first,
+            chunks=tuple(chunks[begin:]),
+            first_place=begin,
             places=places,
-            query_slots=key_slots[first:],
+            query_slots=key_slots[begin:],
             key_slots=key_slots,
         )
 

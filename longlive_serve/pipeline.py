@@ -7,18 +7,20 @@ the networks and not who watches the video.
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import time
 
 import torch
 from torch import Tensor
 
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
-from longlive_serve.engines.interface import EncodedPrompt, Engines
-from longlive_serve.kv_cache import Window
+from longlive_serve.engines.interface import EncodedPrompt, Engines, PromptKV
+from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
 from longlive_serve.protocol import CLEAR, RECACHE, FrameChunk, ServeError
-from longlive_serve.session import Session
+from longlive_serve.session import Prompt, SeededNoise, Session, SinkChunk
 
 
 class Pipeline:
@@ -41,6 +43,8 @@ class Pipeline:
         began = time.perf_counter()
         number = session.chunk
         self._check_limit(number)
+        if session.recent and session.prompt_kv is None:  # it comes from a snapshot
+            self.restore(session)
         notice = self._apply_prompts(session)
         latents = self._denoise(session)
         if session.decoder_cache is None:
@@ -53,6 +57,12 @@ class Pipeline:
             seconds=time.perf_counter() - began,
             notice=notice,
         )
+
+    def warm_up(self) -> float:
+        """Generate a short video that nobody sees, before the first session. Returns the seconds of a chunk."""
+        session = Session(id="warm-up", prompt=Prompt(index=0, text="a warm-up"), noise=SeededNoise(0), slot=0)
+        chunks = [self.advance(session) for _ in range(2 * self.window.capacity)]
+        return statistics.mean(chunk.seconds for chunk in chunks[self.window.capacity :])
 
     def first_frame(self, chunk: int) -> int:
         """The number of a chunk's first video frame: the video's first latent frame gives 1 frame, the others 4."""
@@ -76,26 +86,56 @@ class Pipeline:
             return ""
         if due:
             session.prompt = session.pending.pop(0)
-        encoded = self.engines.text_encoder.encode(session.prompt.text)
-        session.prompt_kv = self.engines.dit.embed_prompt(encoded.embeds)
+        encoded, session.prompt_kv = self._embed(session.prompt)
         if session.chunk > 0:
             self._switch_cache(session)
         return prompt_notice(session.prompt.index, encoded)
 
+    def _embed(self, prompt: Prompt) -> tuple[EncodedPrompt, PromptKV]:
+        encoded = self.engines.text_encoder.encode(prompt.text)
+        return encoded, self.engines.dit.embed_prompt(encoded.embeds)
+
     def _switch_cache(self, session: Session) -> None:
         """Do to the cache what the session's `on_switch` says."""
         if session.on_switch == RECACHE:
-            self._recache(session)
+            self._recache(session, session.global_sink)
         elif session.on_switch == CLEAR:
             session.first_cached = session.chunk
 
-    def _recache(self, session: Session) -> None:
+    def _recache(self, session: Session, keep_sink: bool) -> None:
         """Rebuild the cache from recent clean latents under the prompt in force (section 6.1)."""
-        assert session.prompt_kv is not None
-        placement = self.window.recache(session.chunk, keep_sink=session.global_sink)
+        placement = self.window.recache(session.chunk, keep_sink, session.first_cached)
         oldest = session.chunk - len(session.recent)
         latents = torch.cat([session.recent[chunk - oldest] for chunk in placement.chunks], dim=1)
+        self._commit(session, latents, placement)
+
+    def _commit(self, session: Session, latents: Tensor, placement: Placement) -> None:
+        """Write clean keys and values, and remember what the sink's places were given."""
+        assert session.prompt_kv is not None
         self.engines.dit.commit(latents, session.prompt_kv, session.slot, placement)
+        parts = latents.split(self.config.window.chunk, 1)
+        for place, (chunk, part) in enumerate(zip(placement.chunks, parts, strict=True), placement.first_place):
+            if place < self.window.sink:
+                session.sink[place:] = [SinkChunk(chunk=chunk, latents=part, prompt=session.prompt)]
+
+    @torch.inference_mode()
+    def restore(self, session: Session) -> None:
+        """Rebuild what a snapshot does not hold: keys and values by recache, the decoder by the last latents.
+
+        Close to what was there before, not equal: keys and values had seen chunks that have left the window since.
+        """
+        kept = session.chunk - session.first_cached
+        if kept > self.window.capacity:
+            for place, one in enumerate(session.sink):
+                placement = dataclasses.replace(self.window.step(place), chunks=(one.chunk,))
+                self.engines.dit.commit(one.latents, self._embed(one.prompt)[1], session.slot, placement)
+        _, session.prompt_kv = self._embed(session.prompt)
+        if kept:
+            self._recache(session, keep_sink=True)
+        oldest = session.chunk - len(session.recent)
+        session.decoder_cache = self.engines.vae_decoder.initial_cache()
+        for number, latents in enumerate(session.recent, oldest):
+            _, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
     def _denoise(self, session: Session) -> Tensor:
         """Four steps and the commit: the chunk's clean latents [1, frames, channels, h, w]."""
@@ -108,7 +148,7 @@ class Pipeline:
             clean = schedule.clean_latents(x, flow, step)
             if step + 1 < schedule.steps:
                 x = schedule.add_noise(clean, self._draw(session), step + 1)
-        dit.commit(clean, session.prompt_kv, session.slot, placement)
+        self._commit(session, clean, placement)
         session.recent.append(clean)
         if len(session.recent) > self.window.capacity:
             session.recent.popleft()

@@ -5,12 +5,16 @@ Imported by the client, by `model.py` and by the service. NumPy only: it knows n
 
 A session is one Triton sequence of the model `longlive`; its id is the sequence's correlation id (a string).
 
-* START carries PROMPT, and may carry SEED, CHUNKS (0 or absent: until stopped) and OPTIONS.
+* START carries PROMPT, or SNAPSHOT to go on with a session that broke off, on this server or another. It may carry
+  SEED, CHUNKS (0 or absent: until stopped) and OPTIONS.
 * Later requests may carry PROMPT (the new prompt), CHUNKS (that many more chunks, streamed as answers to this
   request), both, or nothing (a heartbeat).
 * END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk border.
 * A request that asks for chunks (START does) is answered by one response per chunk; every other request is
   answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response is FINAL.
+* START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
+  says why a new session would have to wait. No session comes of it.
+* A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ import numpy as np
 
 MODEL_NAME = "longlive"
 RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
+REALTIME, ASAP = PACES = ("realtime", "asap")
+MAX_FPS = 120
+READY = "ready"  # the NOTICE that answers a probe when a new session would start at once
+MAX_SNAPSHOT_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
 
 
@@ -41,14 +49,15 @@ PROMPT = TensorSpec(name="PROMPT", dtype="BYTES", shape=(1,))  # UTF-8
 SEED = TensorSpec(name="SEED", dtype="INT64", shape=(1,))
 CHUNKS = TensorSpec(name="CHUNKS", dtype="INT32", shape=(1,))
 OPTIONS = TensorSpec(name="OPTIONS", dtype="BYTES", shape=(1,))  # a JSON object; keys: `Options`
-INPUTS = (PROMPT, SEED, CHUNKS, OPTIONS)  # all optional on the wire; START needs PROMPT
+SNAPSHOT = TensorSpec(name="SNAPSHOT", dtype="UINT8", shape=(-1,))  # a session to go on with; empty: none
+INPUTS = (PROMPT, SEED, CHUNKS, OPTIONS, SNAPSHOT)  # all optional on the wire; START needs PROMPT or SNAPSHOT
 
 FRAMES = TensorSpec(name="FRAMES", dtype="UINT8", shape=(-1, -1, -1, 3))  # [frames, height, width, RGB]
 FIRST_FRAME = TensorSpec(name="FIRST_FRAME", dtype="INT64", shape=(1,))  # video frame number of FRAMES[0]
 PROMPT_INDEX = TensorSpec(name="PROMPT_INDEX", dtype="INT32", shape=(1,))  # in force (ack: the one accepted)
 CHUNK_SECONDS = TensorSpec(name="CHUNK_SECONDS", dtype="FP32", shape=(1,))  # time the chunk took to generate
 NOTICE = TensorSpec(name="NOTICE", dtype="BYTES", shape=(1,))  # UTF-8, empty when there is nothing to say
-OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE)
+OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE, SNAPSHOT)
 
 _NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8, "FP32": np.float32}
 
@@ -62,6 +71,7 @@ class ServeError(Exception):
     FRAME_LIMIT: ClassVar[str] = "frame_limit"
     CANCELLED: ClassVar[str] = "cancelled"
     SHUTTING_DOWN: ClassVar[str] = "shutting_down"
+    UNAVAILABLE: ClassVar[str] = "unavailable"
     INTERNAL: ClassVar[str] = "internal"
 
     def __init__(self, kind: str, message: str) -> None:
@@ -90,6 +100,13 @@ class Options:
     on_switch: str | None = None
     """START only: what a prompt switch does to the KV cache. `recache` (the default) rebuilds it under the new prompt,
     `keep` goes on with the old one, `clear` drops it: the three ways that the paper compares."""
+    pace: str | None = None
+    """START only: `realtime` (the default) keeps to a playback clock, a little ahead of it; `asap` generates as fast as
+    live sessions leave time for."""
+    fps: int | None = None
+    """START only: frames per second of the playback clock (default: 16)."""
+    snapshot_every: int | None = None
+    """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
     at_latent_frame: int | None = None
     """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
 
@@ -101,15 +118,21 @@ class Options:
             raise _invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise _invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        expected = {"global_sink": bool, "on_switch": str, "at_latent_frame": int}
+        kinds = {"global_sink": bool, "on_switch": str, "pace": str}
+        expected = kinds | dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), int)
         for key, value in values.items():
             if key not in expected:
                 raise _invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(expected)}")
             if type(value) is not expected[key]:
                 raise _invalid(f"OPTIONS.{key}: got {value!r}, expected {expected[key].__name__}")
         options = cls(**values)
-        if options.on_switch not in (None, *ON_SWITCH):
-            raise _invalid(f"OPTIONS.on_switch: got {options.on_switch!r}, expected one of {list(ON_SWITCH)}")
+        for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES)):
+            if getattr(options, key) not in (None, *choices):
+                raise _invalid(f"OPTIONS.{key}: got {getattr(options, key)!r}, expected one of {list(choices)}")
+        if options.fps is not None and not 1 <= options.fps <= MAX_FPS:
+            raise _invalid(f"OPTIONS.fps: got {options.fps}, expected 1 to {MAX_FPS}")
+        if options.snapshot_every is not None and options.snapshot_every < 1:
+            raise _invalid(f"OPTIONS.snapshot_every: got {options.snapshot_every}, expected 1 or more")
         if options.at_latent_frame is not None and options.at_latent_frame < 0:
             raise _invalid(f"OPTIONS.at_latent_frame: got {options.at_latent_frame}, expected 0 or more")
         return options
@@ -129,6 +152,7 @@ class Request:
     seed: int | None = None
     chunks: int | None = None
     options: Options = Options()
+    snapshot: bytes | None = None
 
     @classmethod
     def from_tensors(
@@ -145,6 +169,7 @@ class Request:
             seed=_integer(tensors, SEED),
             chunks=_integer(tensors, CHUNKS),
             options=Options() if options is None else Options.from_json(options),
+            snapshot=_bytes(tensors, SNAPSHOT, MAX_SNAPSHOT_BYTES),
         )
         request._check()
         return request
@@ -152,12 +177,16 @@ class Request:
     def _check(self) -> None:
         if not self.session_id:
             raise _invalid("session id: got none, expected a non-empty string as the sequence's correlation id")
+        if self.probes:
+            return
         if self.prompt is not None and not self.prompt.strip():
             raise _invalid("PROMPT: got an empty prompt, expected a description of the video")
         if self.chunks is not None and self.chunks < 0:
             raise _invalid(f"CHUNKS: got {self.chunks}, expected 0 (until stopped) or more")
-        if self.start and self.prompt is None:
-            raise _invalid("START: got no PROMPT, expected one")
+        if self.start and self.prompt is None and self.snapshot is None:
+            raise _invalid("START: got no PROMPT, expected one (or a SNAPSHOT)")
+        if self.snapshot is not None:
+            self._check_snapshot()
         if self.start and self.end and not self.chunks:
             raise _invalid("START with END: got no CHUNKS, expected 1 or more (nothing could stop it)")
         if self.start and self.options.at_latent_frame is not None:
@@ -166,9 +195,23 @@ class Request:
             raise _invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
         if not self.start and self.seed is not None:
             raise _invalid("SEED: got it after START, expected it in START only")
-        for key in ("global_sink", "on_switch"):
+        for key in ("global_sink", "on_switch", "pace", "fps", "snapshot_every"):
             if not self.start and getattr(self.options, key) is not None:
                 raise _invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
+
+    def _check_snapshot(self) -> None:
+        if not self.start:
+            raise _invalid("SNAPSHOT: got it after START, expected it in START only")
+        kept = {"PROMPT": self.prompt, "SEED": self.seed}
+        kept |= {f"OPTIONS.{key}": getattr(self.options, key) for key in ("global_sink", "on_switch")}
+        for name, value in kept.items():
+            if value is not None:
+                raise _invalid(f"{name}: got it with a SNAPSHOT, expected none: the snapshot has its own")
+
+    @property
+    def probes(self) -> bool:
+        """The request only asks whether the model answers."""
+        return self == Request(session_id=self.session_id, start=True, end=True)
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors to send, by wire name; only those that are set."""
@@ -181,6 +224,8 @@ class Request:
             tensors[CHUNKS.name] = np.array([self.chunks], np.int32)
         if self.options != Options():
             tensors[OPTIONS.name] = _bytes_array(self.options.to_json())
+        if self.snapshot is not None:
+            tensors[SNAPSHOT.name] = np.frombuffer(self.snapshot, np.uint8)
         return tensors
 
 
@@ -193,6 +238,7 @@ class FrameChunk:
     prompt_index: int
     seconds: float = 0.0
     notice: str = ""
+    snapshot: bytes = b""
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         return {
@@ -201,6 +247,7 @@ class FrameChunk:
             PROMPT_INDEX.name: np.array([self.prompt_index], np.int32),
             CHUNK_SECONDS.name: np.array([self.seconds], np.float32),
             NOTICE.name: _bytes_array(self.notice),
+            SNAPSHOT.name: np.frombuffer(self.snapshot, np.uint8),
         }
 
     @classmethod
@@ -211,6 +258,7 @@ class FrameChunk:
             prompt_index=int(tensors[PROMPT_INDEX.name][0]),
             seconds=float(tensors[CHUNK_SECONDS.name][0]),
             notice=tensors[NOTICE.name][0].decode(),
+            snapshot=tensors[SNAPSHOT.name].tobytes(),
         )
 
 
@@ -237,6 +285,16 @@ def _single(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec) -> An
 def _integer(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec) -> int | None:
     value = _single(tensors, spec)
     return None if value is None else int(value)
+
+
+def _bytes(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit: int) -> bytes | None:
+    array = tensors.get(spec.name)
+    if array is None:
+        return None
+    if array.ndim != 1 or array.dtype != _NUMPY_DTYPES[spec.dtype] or array.size > limit:
+        got = f"{array.dtype} {list(array.shape)}"
+        raise _invalid(f"{spec.name}: got {got}, expected {spec.dtype} {list(spec.shape)} of at most {limit} bytes")
+    return array.tobytes()
 
 
 def _text(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit: int) -> str | None:

@@ -1,55 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds a slot and which session advances next. Integers and ids only, no torch, no clock.
+"""Who holds a slot and which session advances next, so that no viewer waits. No torch and no clock of its own.
 
-Called by the service's worker.
+Called by the service's worker, which tells it the time. Times are integer nanoseconds.
+
+A session at pace `realtime` has a playback clock. It starts so that the second chunk is *due* when a whole chunk would
+have played since the first (which has 9 frames: a viewer buffers 3), and every later chunk when the one before it has.
+Chunks are generated at most `lead` chunks before that. The chunk that is due first goes first; a first chunk or a
+prompt switch goes before it, as long as nobody's chunk comes late for that. Sessions at pace `asap` have no clock and
+get the time that is left.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Iterable
+
+SECOND = 1_000_000_000
+CHUNK_FRAMES = 12  # of every chunk but the first
+SMOOTHING = 0.1  # of a new measurement in the cost of a chunk
+
+
+@dataclasses.dataclass(eq=False)
+class Seat:
+    """A session as the scheduler sees it."""
+
+    session_id: str
+    fps: int | None
+    """Frames per second of its playback clock; None: pace `asap`."""
+    lead: int
+    """Chunks that may be ready before they are due."""
+    since: int
+    """When it came, or last got something to do."""
+    slot: int = -1
+    ready: bool = True
+    """There are chunks to generate."""
+    hurried: bool = False
+    """A prompt switch takes effect with the next chunk."""
+    frame: int = 0
+    """First frame of the next chunk."""
+    started: int | None = None
+    """When frame 0 is shown on the playback clock; None until the first chunk is there."""
+
+    @property
+    def period(self) -> int:
+        """Time that a chunk plays."""
+        assert self.fps is not None
+        return CHUNK_FRAMES * SECOND // self.fps
+
+    @property
+    def due(self) -> int:
+        """When the next chunk has to be there. For the first one, a viewer is granted as long as a chunk plays."""
+        assert self.fps is not None
+        return self.since + self.period if self.started is None else self.started + self.frame * SECOND // self.fps
+
+    @property
+    def released(self) -> int:
+        """From when on the next chunk may be generated; the first chunk of a new prompt one chunk earlier."""
+        if self.started is None:
+            return self.since
+        return self.due - (self.lead + self.hurried) * self.period
 
 
 class Scheduler:
-    """Slots are given in the order of arrival; sessions that hold one take turns, a chunk each."""
+    """Admits sessions to slots in the order of arrival and says whose chunk is next."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, *, cost: int = 0, headroom: float = 0.8) -> None:
+        """`cost`: time of a chunk, as measured so far. `headroom`: share of all time that clocks may count on."""
+        self._slots = slots
         self._free = list(range(slots))[::-1]
-        self._waiting: deque[str] = deque()
-        self._slots: dict[str, int] = {}  # in the order of their turns
+        self._queue: list[Seat] = []
+        self._seats: dict[str, Seat] = {}  # those with a slot, in the order of their last turns
+        self._headroom = headroom
+        self.cost = cost
+        self.deadline_misses = 0
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def live(self) -> int:
-        return len(self._slots)
+        return len(self._seats)
 
-    def add(self, session_id: str) -> None:
-        """Queue a session for a slot."""
-        self._waiting.append(session_id)
+    def capacity(self, fps: int) -> int:
+        """How many sessions with such a clock are held at once, all chunks in time."""
+        load = self._load(fps)
+        return self._slots if not load else min(self._slots, int(self._headroom / load))
 
-    def admit(self) -> list[tuple[str, int]]:
-        """Give free slots to those who wait longest; returns who got which."""
+    def has_room(self, fps: int) -> bool:
+        """Whether a session with such a clock that comes now is admitted at once."""
+        return bool(self._free) and not self._queue and self._fits_beside(fps)
+
+    def add(self, session_id: str, now: int, *, fps: int | None, lead: int) -> None:
+        """Queue a session."""
+        self._queue.append(Seat(session_id=session_id, fps=fps, lead=lead, since=now))
+
+    def place(self, session_id: str) -> int:
+        """Its place in the queue, from 1; 0 when it has a slot."""
+        return next((i for i, seat in enumerate(self._queue, 1) if seat.session_id == session_id), 0)
+
+    def admit(self, now: int) -> list[tuple[str, int]]:
+        """Give free slots to those who wait longest and whose clock can be kept; returns who got which."""
         admitted = []
-        while self._free and self._waiting:
-            session_id, slot = self._waiting.popleft(), self._free.pop()
-            self._slots[session_id] = slot
-            admitted.append((session_id, slot))
+        for seat in list(self._queue):
+            if not self._free:
+                break
+            if seat.fps is not None and not self._fits_beside(seat.fps):
+                continue  # those at pace asap behind it take nobody's time
+            self._queue.remove(seat)
+            seat.slot, seat.since = self._free.pop(), now
+            self._seats[seat.session_id] = seat
+            admitted.append((seat.session_id, seat.slot))
         return admitted
 
-    def next(self, has_work: Callable[[str], bool]) -> str | None:
-        """The session whose turn it is among those that have work; it then goes to the end of the line."""
-        for session_id in self._slots:
-            if has_work(session_id):
-                self._slots[session_id] = self._slots.pop(session_id)
-                return session_id
-        return None
+    def ready(self, session_id: str, now: int) -> None:
+        """The session has chunks to generate again. Time that it let pass is not held against the server."""
+        seat = self._seat(session_id)
+        if seat.ready:
+            return
+        seat.ready, seat.since = True, now
+        if seat.started is not None:
+            seat.started += max(0, now + seat.period - seat.due)
+
+    def rest(self, session_id: str) -> None:
+        """The session has nothing to generate for now."""
+        self._seat(session_id).ready = False
+
+    def hurry(self, session_id: str) -> None:
+        """The session's next chunk is the first of a new prompt: somebody waits for it."""
+        self._seat(session_id).hurried = True
+
+    def next(self, now: int) -> tuple[str | None, int | None]:
+        """Whose chunk to generate now; if nobody's, the time from when on to ask again (None: after any change)."""
+        clocked = sorted((s for s in self._seats.values() if s.ready and s.fps is not None), key=lambda seat: seat.due)
+        may = [seat for seat in clocked if seat.released <= now]
+        eager = [seat for seat in may if seat.started is None or seat.hurried]
+        for seat in eager:
+            if self._harmless(seat, clocked, now):
+                return seat.session_id, None
+        if may:
+            return may[0].session_id, None
+        for seat in self._seats.values():
+            if seat.ready and seat.fps is None and self._harmless(seat, clocked, now):
+                return seat.session_id, None
+        return None, min((seat.released for seat in clocked), default=None)
+
+    def done(self, session_id: str, now: int, frames: int, took: int) -> int:
+        """The session's chunk of `frames` is there and `took` this long. Returns by how much it came too late."""
+        self.cost = round(self.cost + SMOOTHING * (took - self.cost)) if self.cost else took
+        seat = self._seats.pop(session_id)
+        self._seats[session_id] = seat
+        late = 0
+        if seat.fps is not None:
+            if seat.started is None:
+                seat.started = now + (CHUNK_FRAMES - frames - seat.frame) * SECOND // seat.fps
+            late = max(0, now - seat.due)
+            seat.started += late  # playback stood still for so long
+            self.deadline_misses += late > 0
+        seat.frame += frames
+        seat.hurried = False
+        return late
 
     def remove(self, session_id: str) -> None:
         """Forget a session, wherever it stands, and free its slot."""
-        if session_id in self._slots:
-            self._free.append(self._slots.pop(session_id))
-        elif session_id in self._waiting:
-            self._waiting.remove(session_id)
+        seat = self._seats.pop(session_id, None)
+        if seat is not None:
+            self._free.append(seat.slot)
+        self._queue = [other for other in self._queue if other.session_id != session_id]
+
+    def _seat(self, session_id: str) -> Seat:
+        seat = self._seats.get(session_id)
+        return seat or next(seat for seat in self._queue if seat.session_id == session_id)
+
+    def _load(self, fps: int) -> float:
+        """Share of all time that a session with such a clock takes."""
+        return self.cost * fps / (CHUNK_FRAMES * SECOND)
+
+    def _fits_beside(self, fps: int) -> bool:
+        clocks = [seat.fps for seat in self._seats.values() if seat.fps is not None]
+        return not clocks or self._load(fps) + sum(map(self._load, clocks)) <= self._headroom
+
+    def _harmless(self, first: Seat, clocked: Iterable[Seat], now: int) -> bool:
+        """Whether every chunk that has a time is still in time if `first` goes first and the others follow by due."""
+        end = now + self.cost
+        for seat in clocked:
+            if seat is first or seat.started is None:
+                continue
+            end = max(end, seat.released) + self.cost
+            if end > seat.due:
+                return False
+        return True

@@ -50,6 +50,17 @@ class Prompt:
     """It waits for the first chunk that starts at or after this latent frame."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SinkChunk:
+    """A chunk of the sink: enough to write its keys and values again."""
+
+    chunk: int
+    latents: Tensor
+    """Clean, [1, frames, channels, h, w]."""
+    prompt: Prompt
+    """Under which they were written last."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class Session:
     """The state of one video. The pipeline alone changes it after the start, but for `add_prompt`."""
@@ -73,6 +84,8 @@ class Session:
     prompts: int = 1
     """Prompts accepted so far."""
     prompt_kv: PromptKV | None = None
+    sink: list[SinkChunk] = dataclasses.field(default_factory=list)
+    """What lies in the sink's places."""
     recent: deque[Tensor] = dataclasses.field(default_factory=deque)
     """Clean latents of the last chunks, as many as the window holds: what a recache needs."""
     decoder_cache: list[Tensor] | None = None

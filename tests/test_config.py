@@ -33,6 +33,9 @@ def test_the_shipped_settings_serve_the_demo_network() -> None:
         ("preset = 'huge'", "preset: got 'huge', expected one of ['longlive-1.3b', 'demo', 'tiny']"),
         ("variant = 'endless'", "variant: got 'endless', expected one of ['base', 'infinity']"),
         ("idle_timeout_s = 0", "idle_timeout_s: got 0.0, expected more than 0"),
+        ("lead = 0", "lead: got 0, expected 1 or more"),
+        ("headroom = 1.5", "headroom: got 1.5, expected more than 0 and at most 1"),
+        ("max_wait_s = 0", "max_wait_s: got 0.0, expected more than 0"),
         ("slots = ", "cannot be read as TOML"),
     ],
 )

@@ -23,7 +23,15 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 from client import wire
-from client.errors import FrameLimitError, InvalidRequestError, ServeError, ServerShutdownError, VideoStreamError
+from client.errors import (
+    FrameLimitError,
+    InvalidRequestError,
+    ServeError,
+    ServerShutdownError,
+    UnavailableError,
+    VideoStreamError,
+)
+from client.probe import main, probe
 from client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.server import TritonServer
 
@@ -32,7 +40,7 @@ LIMIT_S = 60.0
 
 def start_server(folder: Path, **settings: Any) -> TritonServer:
     config = folder / "serve.toml"
-    values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 60.0} | settings
+    values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 60.0, "max_waiting": 100} | settings
     config.write_text("\n".join(f"{key} = {value!r}" for key, value in values.items()))
     return TritonServer(config=config)
 
@@ -71,10 +79,11 @@ def play(
     server: TritonServer, *, seed: int, switch: tuple[str, int] | None = None, chunks: int = 8
 ) -> list[StreamedChunk]:
     """The whole video of one session, with a prompt switch at a latent frame if one is given."""
-    with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=chunks) as video:
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=1, pace="asap") as video:
         if switch:
             video.switch_prompt(switch[0], at_latent_frame=switch[1])
-        return list(video.chunks())
+        video.request_chunks(chunks - 1)  # when the switch is known to the server
+        return [chunk for chunk in video.chunks() if len(chunk.frames)]  # the others tell its place in the queue
 
 
 def frames_of(chunks: list[StreamedChunk]) -> np.ndarray[Any, Any]:
@@ -120,7 +129,7 @@ def test_interleaved_sessions_give_the_frames_that_each_gives_alone(server: Trit
 
 
 def test_a_prompt_sent_mid_stream_takes_effect_at_the_next_border(server: TritonServer) -> None:
-    with VideoStream("a red fox runs", url=server.grpc_url, seed=3) as video:
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=3, pace="asap") as video:
         stream = video.chunks()
         before = [next(stream) for _ in range(3)]
         sent = time.monotonic()
@@ -140,7 +149,7 @@ def test_a_prompt_sent_mid_stream_takes_effect_at_the_next_border(server: Triton
 KILLED_CLIENT = """
 import sys
 from client.video_stream import VideoStream
-with VideoStream("a red fox runs", url=sys.argv[1]) as video:
+with VideoStream("a red fox runs", url=sys.argv[1], pace="asap") as video:
     for number, chunk in enumerate(video.chunks()):
         print(number, flush=True)
 """
@@ -180,7 +189,7 @@ def resources(server: TritonServer) -> dict[str, int]:
 def test_fifty_sessions_through_two_slots_leave_nothing_behind(server: TritonServer) -> None:
     def viewer(number: int) -> int:
         if number % 5 == 0:  # leaves without a word
-            with contextlib.suppress(VideoStreamError), VideoStream("a fox", url=server.grpc_url) as video:
+            with contextlib.suppress(VideoStreamError), VideoStream("a fox", url=server.grpc_url, pace="asap") as video:
                 for _ in video.chunks():
                     video.cancel()
             return 0
@@ -232,7 +241,7 @@ def test_malformed_requests_are_refused_and_disturb_no_session(server: TritonSer
             stream.close()
 
     attacker = threading.Thread(target=attack)
-    with VideoStream("a red fox runs", url=server.grpc_url, seed=4, chunks=20) as video:
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=4, chunks=20, pace="asap") as video:
         stream = video.chunks()
         made = [next(stream)]
         attacker.start()
@@ -246,7 +255,7 @@ def test_malformed_requests_are_refused_and_disturb_no_session(server: TritonSer
 
 
 def test_a_live_id_cannot_be_taken_and_a_finished_one_is_unknown(server: TritonServer) -> None:
-    with VideoStream("a red fox runs", url=server.grpc_url, session_id="mine", chunks=4) as video:
+    with VideoStream("a red fox runs", url=server.grpc_url, session_id="mine", chunks=4, pace="asap") as video:
         stream = video.chunks()
         next(stream)
         intruder = RawStream(server, "mine")
@@ -259,7 +268,7 @@ def test_a_live_id_cannot_be_taken_and_a_finished_one_is_unknown(server: TritonS
 
 
 def test_more_chunks_can_be_asked_for(server: TritonServer) -> None:
-    with VideoStream("a red fox runs", url=server.grpc_url, seed=5, chunks=2) as video:
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=5, chunks=2, pace="asap") as video:
         made = list(video.chunks())
         video.request_chunks(3)
         made += list(video.chunks())
@@ -281,7 +290,8 @@ def test_the_third_session_waits_for_a_slot(server: TritonServer) -> None:
         third = stack.enter_context(VideoStream("a bird", url=server.grpc_url, chunks=1))
         wait_until(lambda: metric(server, "waiting_sessions") == 1)
         live[0].close()
-        assert len(list(third.chunks())) == 1
+        notices = [chunk.notice for chunk in third.chunks()]
+        assert notices == ["waiting for a slot: place 1 of 1", "a slot is free: generating", ""]
 
 
 def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
@@ -297,7 +307,7 @@ def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
 
 
 def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
-    with start_server(tmp_path) as server, VideoStream("a fox", url=server.grpc_url) as video:
+    with start_server(tmp_path) as server, VideoStream("a fox", url=server.grpc_url, pace="asap") as video:
         stream = video.chunks()
         next(stream)
         os.killpg(server.pid, signal.SIGTERM)  # as the launcher does
@@ -310,7 +320,7 @@ def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
     chunks = 367
     made = 0
     with start_server(tmp_path, variant=variant) as server:
-        video = VideoStream("a fox", url=server.grpc_url, chunks=chunks)
+        video = VideoStream("a fox", url=server.grpc_url, chunks=chunks, pace="asap")
         with contextlib.ExitStack() as stack:
             if variant == "base":
                 stack.enter_context(pytest.raises(FrameLimitError, match="ends after 1023 latent frames"))
@@ -319,3 +329,63 @@ def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
                 assert chunk.first_frame == made
                 made += len(chunk.frames)
     assert made == (4089 if variant == "base" else 9 + 12 * (chunks - 1))
+
+
+def test_a_live_session_is_paced_and_one_beyond_the_queue_is_refused(tmp_path: Path) -> None:
+    with start_server(tmp_path, slots=1, max_waiting=0) as server:
+        assert metric(server, "capacity_sessions") == 1
+        with VideoStream("a fox", url=server.grpc_url, chunks=8, fps=48) as video:
+            chunks = [next(video.chunks())]
+            with pytest.raises(UnavailableError, match="0 sessions are waiting for a slot already; try again in 30 s"):
+                list(VideoStream("a bird", url=server.grpc_url, chunks=1).__enter__().chunks())
+            chunks += list(video.chunks())
+        assert len(frames_of(chunks)) == 9 + 12 * 7
+        took = chunks[-1].arrived - chunks[0].arrived
+        assert 5 * 0.25 <= took < 8 * 0.25, "one chunk ahead of a clock that plays a chunk in a quarter of a second"
+        assert metric(server, "deadline_misses") == 0
+        assert metric(server, "refused_sessions") == 1
+
+
+def test_the_probe_sees_a_dead_model_that_triton_calls_ready(tmp_path: Path) -> None:
+    with start_server(tmp_path, slots=1) as server:
+        assert main(["--url", server.grpc_url, "--ready"]) == 0
+        with VideoStream("a fox", url=server.grpc_url) as video:
+            next(video.chunks())
+            assert probe(server.grpc_url, 5.0) == "full: 1 sessions are live, 0 wait"
+            assert main(["--url", server.grpc_url]) == 0
+            assert main(["--url", server.grpc_url, "--ready"]) == 1
+        stub = int(subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True).stdout)
+        os.kill(stub, signal.SIGKILL)
+        began = time.monotonic()
+        assert main(["--url", server.grpc_url, "--timeout", "3"]) == 1
+        assert time.monotonic() - began < 5
+        with urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready", timeout=10) as response:
+            assert response.status == 200, "Triton itself notices nothing"
+
+
+def test_a_session_goes_on_from_a_snapshot_on_another_server(server: TritonServer, tmp_path: Path) -> None:
+    with VideoStream("a fox", url=server.grpc_url, seed=6, chunks=1, snapshot_every=2, pace="asap") as video:
+        video.switch_prompt("a bird", at_latent_frame=9)
+        video.request_chunks(11)
+        chunks = list(video.chunks())
+    assert [bool(chunk.snapshot) for chunk in chunks] == [False, True] * 6
+    with (
+        start_server(tmp_path) as other,
+        VideoStream(None, url=other.grpc_url, snapshot=chunks[7].snapshot, chunks=4, pace="asap") as video,
+    ):
+        resumed = list(video.chunks())
+        assert metric(other, "resumed_sessions") == 1
+    assert [chunk.first_frame for chunk in resumed] == [chunk.first_frame for chunk in chunks[8:]]
+    assert {chunk.prompt_index for chunk in resumed} == {1}
+    seam = np.abs(frames_of(resumed)[:4].astype(int) - frames_of(chunks[8:])[:4].astype(int)).mean()
+    assert seam < 0.2 * np.abs(np.diff(frames_of(chunks).astype(int), axis=0)).mean()
+
+
+def test_a_damaged_snapshot_is_refused(server: TritonServer) -> None:
+    with VideoStream("a fox", url=server.grpc_url, chunks=1, snapshot_every=1, pace="asap") as video:
+        (chunk,) = video.chunks()
+    with (
+        pytest.raises(InvalidRequestError, match="SNAPSHOT: its checksum is wrong"),
+        VideoStream(None, url=server.grpc_url, snapshot=chunk.snapshot[:-1]) as video,
+    ):
+        list(video.chunks())

@@ -13,13 +13,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from longlive_serve.config import PRESETS
+from longlive_serve.config import PRESETS, ServeConfig
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk, Options, Request, ServeError
-from longlive_serve.service import Statistics, VideoService
+from longlive_serve.service import VideoService
 from longlive_serve.session import Session
+from longlive_serve.statistics import Statistics
 
 LIMIT_S = 10.0
+FAST = Options(pace="asap")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -101,13 +103,14 @@ class Bench:
         return sink
 
     def start(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
-        return self.ask(session_id, sink, **{"start": True, "prompt": "a fox"} | request)
+        return self.ask(session_id, sink, **{"start": True, "prompt": "a fox", "options": FAST} | request)
 
 
 @contextmanager
-def bench(slots: int = 2, idle_timeout_s: float = 60.0) -> Iterator[Bench]:
+def bench(**settings: Any) -> Iterator[Bench]:
     pipeline, statistics = CountingPipeline(), [Statistics()]
-    service = VideoService(cast(Pipeline, pipeline), slots, idle_timeout_s, statistics.append)
+    config = ServeConfig(**{"max_waiting": 1000} | settings)
+    service = VideoService(cast(Pipeline, pipeline), config, statistics.append)
     try:
         yield Bench(pipeline, service, statistics)
     finally:
@@ -280,3 +283,94 @@ def test_hundreds_of_sessions_leave_nothing_behind() -> None:
         wait_until(closed(*sinks))
         assert not at.service._streams
         assert set(at.pipeline.slots.values()) == {0, 1}
+
+
+def test_a_live_session_keeps_to_its_clock_and_an_offline_one_runs_free() -> None:
+    with bench(slots=2) as at:
+        live = at.start("live", options=Options(fps=120))  # a chunk plays for 0.1 s
+        offline = at.start("offline")
+        wait_until(lambda: len(live.chunks) == 6)
+        assert at.statistics[-1].deadline_misses == 0
+        assert len(offline.chunks) > 50
+        began = time.monotonic()
+        wait_until(lambda: len(live.chunks) == 12)
+        assert 0.4 < time.monotonic() - began < 1.5
+
+
+def test_a_late_chunk_is_counted() -> None:
+    with bench(slots=1) as at:
+        live = at.start("live", options=Options(fps=120))
+        wait_until(lambda: len(live.chunks) == 2)
+        at.pipeline.gate.clear()
+        time.sleep(0.5)
+        at.pipeline.gate.set()
+        wait_until(lambda: at.statistics[-1].deadline_misses == 1)
+        seen = len(live.chunks)
+        wait_until(lambda: len(live.chunks) == seen + 3)
+        assert at.statistics[-1].deadline_misses == 1, "playback goes on from the late chunk"
+
+
+def test_who_waits_is_told_the_place_in_the_queue() -> None:
+    with bench(slots=1) as at:
+        first, second, third = (at.start(name, chunks=1 if name == "b" else None) for name in "abc")
+        wait_until(lambda: bool(third.chunks))
+        assert [chunk.notice for chunk in second.chunks + third.chunks] == [
+            "waiting for a slot: place 1 of 2",
+            "waiting for a slot: place 2 of 2",
+        ]
+        assert all(len(chunk.frames) == 0 for chunk in second.chunks + third.chunks)
+        at.ask("a", end=True)
+        wait_until(closed(first, second))
+        assert [chunk.notice for chunk in second.chunks[1:]] == ["a slot is free: generating", ""]
+        assert third.chunks[-1].notice == "waiting for a slot: place 1 of 1"
+
+
+def test_beyond_the_queue_a_session_is_refused_with_a_hint() -> None:
+    with bench(slots=1, max_waiting=1, max_wait_s=7.5) as at:
+        at.start("a")
+        at.start("b")
+        wait_until(lambda: at.statistics[-1].waiting_sessions == 1)
+        refused = at.start("c")
+        wait_until(closed(refused))
+        assert refused.errors[0].kind == ServeError.UNAVAILABLE
+        assert refused.errors[0].message == "1 sessions are waiting for a slot already; try again in 7.5 s"
+        wait_until(lambda: at.statistics[-1].refused_sessions == 1)
+        assert at.statistics[-1].failed_sessions == 0
+
+
+def test_who_has_waited_too_long_is_refused() -> None:
+    with bench(slots=1, max_wait_s=0.2) as at:
+        at.start("a")
+        waiting = at.start("b")
+        wait_until(closed(waiting))
+        assert waiting.errors[0].kind == ServeError.UNAVAILABLE
+        assert "no slot became free in 0.2 s" in waiting.errors[0].message
+
+
+def test_a_session_may_not_pile_up_prompts() -> None:
+    with bench() as at:
+        video = at.start("a", chunks=1)
+        wait_until(closed(video))
+        sinks = [at.ask("a", prompt="later", options=Options(at_latent_frame=300 + n)) for n in range(70)]
+        wait_until(closed(*sinks))
+        assert [bool(sink.errors) for sink in sinks] == [False] * 64 + [True] * 6
+        assert sinks[-1].errors[0].kind == ServeError.INVALID_REQUEST
+        assert not at.ask("a", end=True).errors
+
+
+def test_a_probe_is_answered_by_the_worker_and_leaves_no_session() -> None:
+    with bench(slots=1) as at:
+        probe = at.ask("p", start=True, end=True)
+        wait_until(closed(probe))
+        assert [chunk.notice for chunk in probe.chunks] == ["ready"]
+        at.start("a")
+        at.start("b")
+        wait_until(lambda: at.statistics[-1].waiting_sessions == 1)
+        probe = at.ask("p", start=True, end=True)
+        wait_until(closed(probe))
+        assert [chunk.notice for chunk in probe.chunks] == ["full: 1 sessions are live, 1 wait"]
+        assert set(at.service._streams) == {"a", "b"}
+        at.service.drain()
+        probe = at.ask("p", start=True, end=True)
+        wait_until(closed(probe))
+        assert probe.errors[0].kind == ServeError.SHUTTING_DOWN

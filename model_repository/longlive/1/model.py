@@ -14,7 +14,8 @@ from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk, Request, ServeError
-from longlive_serve.service import Statistics, VideoService
+from longlive_serve.service import VideoService
+from longlive_serve.statistics import Statistics
 from longlive_serve.termination import on_sigterm
 
 
@@ -58,7 +59,7 @@ class TritonPythonModel:
                 gauge.set(getattr(statistics, name))
 
         pipeline = Pipeline(build_engines(config), config.network, config.variant)
-        self.service = VideoService(pipeline, config.slots, config.idle_timeout_s, publish)
+        self.service = VideoService(pipeline, config, publish, pipeline.warm_up())
         on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
 
     def execute(self, requests: list[Any]) -> None:

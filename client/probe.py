@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a server's model for an answer, for health checks: `python -m client.probe --url 127.0.0.1:8001`.
+
+Triton's own health endpoints stay green over a model process that is dead or hangs; this goes to the worker that
+generates the frames and back. Exit code 0: it answered in time; 1: it did not, or with `--ready` a new session
+would be refused or have to wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from client import wire
+from client.video_stream import DEFAULT_URL
+from longlive_serve.protocol import READY, ServeError
+
+
+def probe(url: str, timeout_s: float) -> str:
+    """What the model says: `ready`, or why a new session would have to wait.
+
+    Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses (draining).
+    """
+    message = wire.infer_request(wire.new_session_id(), "probe", {}, start=True, end=True)
+    with grpc.insecure_channel(url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s):
+                if response.error_message:
+                    raise _told(response.error_message)
+                chunk = wire.frame_chunk(response)
+                if chunk is not None:
+                    return chunk.notice
+        except grpc.RpcError as error:
+            raise ConnectionError(f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name})") from None
+    raise ConnectionError(f"{url}: the stream ended without an answer")
+
+
+def _told(text: str) -> Exception:
+    """The model's own refusal, or Triton's word that there is no model to ask."""
+    error = ServeError.parse(text)
+    return ConnectionError(text) if error.kind == ServeError.INTERNAL else error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m client.probe", description=__doc__)
+    parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: %(default)g")
+    parser.add_argument("--ready", action="store_true", help="ask also whether a new session would start at once")
+    args = parser.parse_args(argv)
+    try:
+        answer = probe(args.url, args.timeout)
+    except ConnectionError as error:
+        print(f"dead: {error}", file=sys.stderr)
+        return 1
+    except ServeError as error:
+        print(error, file=sys.stderr)
+        return 1 if args.ready else 0
+    print(answer)
+    return 1 if args.ready and answer != READY else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session in a few megabytes: what another server with the same weights needs to go on with it.
+
+Written and read by the service; clients keep it without looking into it. The format is a SHA-256 sum and then a
+safetensors file, never pickle: a snapshot comes from outside and is not trusted. What is not in it is rebuilt by
+`Pipeline.restore`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import deque
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from longlive_serve.config import NetworkConfig
+from longlive_serve.protocol import ON_SWITCH, ServeError
+from longlive_serve.session import Prompt, SeededNoise, Session, SinkChunk
+
+VERSION = 1
+SUM_BYTES = hashlib.sha256().digest_size
+_PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
+
+
+def dump(session: Session, network: NetworkConfig) -> bytes:
+    """`session`, between two chunks, as bytes. Its noise must be a SeededNoise."""
+    assert isinstance(session.noise, SeededNoise)
+    assert session.recent, "there is nothing to go on from before the first chunk"
+    tensors = {"recent": torch.cat(list(session.recent)), "noise": session.noise.generator.get_state()}
+    if session.sink:
+        tensors["sink"] = torch.cat([one.latents for one in session.sink])
+    facts = {
+        "version": VERSION,
+        "network": network.name,
+        **{name: getattr(session, name) for name in _PLAIN},
+        "prompt": dataclasses.asdict(session.prompt),
+        "pending": [dataclasses.asdict(prompt) for prompt in session.pending],
+        "sink": [{"chunk": one.chunk, "prompt": dataclasses.asdict(one.prompt)} for one in session.sink],
+    }
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    body = save(tensors, {"session": json.dumps(facts)})
+    return hashlib.sha256(body).digest() + body
+
+
+def load_session(data: bytes, session_id: str, network: NetworkConfig, device: str, dtype: torch.dtype) -> Session:
+    """The session that `dump` wrote, under a new id. Raises ServeError INVALID_REQUEST for anything else."""
+    body = data[SUM_BYTES:]
+    if hashlib.sha256(body).digest() != data[:SUM_BYTES]:
+        raise _invalid("its checksum is wrong: it is cut off or damaged, or not a snapshot")
+    try:
+        tensors, facts = load(body), _facts(body)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _invalid(f"it cannot be read ({error})") from None
+    if facts.get("version") != VERSION or facts.get("network") != network.name:
+        raise _invalid(
+            f"it is of version {facts.get('version')} and of the network {facts.get('network')!r}, "
+            f"expected version {VERSION} and {network.name!r}"
+        )
+    try:
+        return _session(session_id, facts, tensors, network, device, dtype)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _invalid(f"it does not describe a session ({type(error).__name__}: {error})") from None
+
+
+def _facts(body: bytes) -> dict[str, Any]:
+    """The metadata of a safetensors file: the length of its header, then the header as JSON."""
+    header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+    facts = json.loads(header["__metadata__"]["session"])
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no JSON object")
+    return facts
+
+
+def _session(
+    session_id: str,
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    network: NetworkConfig,
+    device: str,
+    dtype: torch.dtype,
+) -> Session:
+    shape = (network.window.chunk, network.dit.channels, network.latent_height, network.latent_width)
+    window = network.window
+
+    def chunks(name: str, most: int) -> list[Tensor]:
+        tensor = tensors[name].to(device, dtype)
+        if tensor.shape[1:] != shape or not 1 <= len(tensor) <= most or not tensor.isfinite().all():
+            raise ValueError(f"{name}: got {list(tensor.shape)}, expected up to {most} chunks of {list(shape)}")
+        return list(tensor.split(1))
+
+    recent = chunks("recent", window.window // window.chunk)
+    sink = chunks("sink", window.sink // window.chunk) if facts["sink"] else []
+    noise = SeededNoise(0)
+    noise.generator.set_state(tensors["noise"])
+    session = Session(
+        id=session_id,
+        prompt=_prompt(facts["prompt"]),
+        noise=noise,
+        sink=[
+            SinkChunk(chunk=_count(one["chunk"]), latents=latents, prompt=_prompt(one["prompt"]))
+            for one, latents in zip(facts["sink"], sink, strict=True)
+        ],
+        recent=deque(recent),
+        pending=[_prompt(prompt) for prompt in facts["pending"]],
+        on_switch=str(facts["on_switch"]),
+        global_sink=bool(facts["global_sink"]),
+        first_cached=_count(facts["first_cached"]),
+        chunk=_count(facts["chunk"]),
+        prompts=_count(facts["prompts"]),
+    )
+    kept = min(len(recent), session.chunk - session.first_cached)
+    if session.on_switch not in ON_SWITCH or session.chunk < len(recent) or kept < 0:
+        raise ValueError(f"got chunk {session.chunk}, {len(recent)} recent ones, on_switch {session.on_switch!r}")
+    return session
+
+
+def _prompt(fields: dict[str, Any]) -> Prompt:
+    frame = fields["at_latent_frame"]
+    return Prompt(index=_count(fields["index"]), text=str(fields["text"]), at_latent_frame=max(-1, int(frame)))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"got {value!r}, expected a count")
+    return value
+
+
+def _invalid(why: str) -> ServeError:
+    return ServeError(ServeError.INVALID_REQUEST, f"SNAPSHOT: {why}")
