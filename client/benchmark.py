@@ -43,7 +43,9 @@ PERCENTILES = (50, 95, 99)
 def summary(seen: Sequence[Seen], fps: int) -> dict[str, Any]:
     """The figures of one run. Seconds; percentiles over all viewers that got a picture."""
     watched = [one for one in seen if one.chunks]
-    frames, lasted = sum(one.frames for one in watched), max((one.lasted for one in watched), default=0.0)
+    frames = sum(one.frames for one in watched)
+    ended = max((one.began + one.lasted for one in watched), default=0.0)
+    lasted = ended - min((one.began for one in watched), default=0.0)  # who waits in the queue watches later
     playing = sum(one.lasted for one in watched) * fps
     return {
         "viewers": len(seen),
@@ -135,7 +137,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     above.set_ylim(bottom=0)
     above.legend(fontsize="small", ncols=3)
     below.bar(viewers, [row["stalls"] for row in rows], color="tab:red", label="stalls seen")
-    below.plot(viewers, [row["watched"] for row in rows], "ko-", label="watch at the end")
+    below.plot(viewers, [row["watched"] for row in rows], "ko-", label="got a picture")
     below.set_xlabel("viewers that come")
     below.set_xticks(viewers)
     below.legend(fontsize="small")

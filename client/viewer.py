@@ -47,6 +47,8 @@ class Seen:
     frames: int = 0
     disordered: int = 0
     """Chunks that did not begin with the frame after the last one."""
+    began: float = 0.0
+    """When the first frame came (monotonic)."""
     lasted: float = 0.0
     """From the first frame to the last one."""
     queued: bool = False
@@ -108,7 +110,7 @@ class Viewer:
         if last is None:
             seen.first_frame = chunk.arrived - began
             seen.disordered += chunk.first_frame != 0
-            self._first = chunk.arrived
+            seen.began = chunk.arrived
             self._due = chunk.arrived + FRAMES_PER_CHUNK / fps  # the first chunk is short: a viewer buffers the rest
         else:
             seen.gaps.append(chunk.arrived - last.arrived)
@@ -120,7 +122,7 @@ class Viewer:
                 seen.switches.append(chunk.arrived - self._asked.pop(index))
         seen.chunks += 1
         seen.frames += len(chunk.frames)
-        seen.lasted = chunk.arrived - self._first
+        seen.lasted = chunk.arrived - seen.began
         self._last = chunk
 
 

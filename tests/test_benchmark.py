@@ -62,6 +62,12 @@ def test_a_place_in_the_queue_is_no_picture() -> None:
     assert figures["first_frame_s"] is None
 
 
+def test_throughput_counts_the_time_of_those_who_watch_one_after_the_other() -> None:
+    first = seen_by(chunk(0, 100.0), chunk(1, 100.75))
+    second = seen_by(chunk(0, 101.0), chunk(1, 101.75))
+    assert benchmark.summary([first, second], 16)["frames_per_s"] == pytest.approx(42 / 1.75)
+
+
 def test_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "serve.toml"
     config.write_text('preset = "tiny"\nslots = 2\nmax_waiting = 0\n')
