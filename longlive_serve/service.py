@@ -21,7 +21,7 @@ from longlive_serve.mailbox import Mailbox
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import ASAP, READY, RECACHE, Request, ServeError
 from longlive_serve.scheduler import SECOND, Scheduler
-from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session
 from longlive_serve.snapshot import dump, load_session
 from longlive_serve.statistics import Statistics
 from longlive_serve.stream import Order, Sink, Stream, close, notice_chunk
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05  # how often a worker with nothing to generate looks for dead clients
 NO_FAILURE = (ServeError.CANCELLED, ServeError.SHUTTING_DOWN, ServeError.UNAVAILABLE)  # ends that are nobody's fault
-MAX_PENDING = 64  # prompts to come, and orders, of one session
 
 
 class VideoService:
@@ -176,12 +175,13 @@ class VideoService:
     def _update(self, stream: Stream, request: Request, sink: Sink) -> None:
         session = stream.session
         stream.heard = time.monotonic()
-        if max(len(session.pending), len(stream.orders)) >= MAX_PENDING:
-            raise ServeError(
-                ServeError.INVALID_REQUEST,
-                f"got another request while {len(session.pending)} prompts and {len(stream.orders)} requests for "
-                f"chunks are pending, expected fewer than {MAX_PENDING} of each; wait for some of them",
-            )
+        for asked, pending, what in (
+            (request.prompt, session.pending, "PROMPT: got one while {} others wait for their time"),
+            (request.chunks, stream.orders, "CHUNKS: got some while {} requests for chunks are open"),
+        ):
+            if asked is not None and len(pending) >= MAX_PENDING:
+                text = f"{what.format(len(pending))}, expected fewer than {MAX_PENDING}"
+                raise ServeError(ServeError.INVALID_REQUEST, text)
         index = session.prompt.index
         if request.prompt is not None:
             frame = request.options.at_latent_frame
@@ -258,11 +258,7 @@ class VideoService:
         self._scheduler.remove(stream.session.id)
         for order in stream.orders:
             close(order.sink, error)
-        if error is not None and error.kind not in (
-            ServeError.CANCELLED,
-            ServeError.SHUTTING_DOWN,
-            ServeError.UNAVAILABLE,
-        ):
+        if error is not None and error.kind not in NO_FAILURE:
             self._failed += 1
         log.info("session %s: ended after %d chunks (%s)", stream.session.id, stream.session.chunk, error or "complete")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from longlive_serve.engines.interface import PromptKV
 from longlive_serve.protocol import RECACHE
 
+MAX_PENDING = 64  # prompts to come of one session, and its open requests for chunks
 NOW = -1  # `Prompt.at_latent_frame` of a prompt that is meant for the next chunk
 
 

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from longlive_serve.config import NetworkConfig
-from longlive_serve.protocol import ON_SWITCH, ServeError
-from longlive_serve.session import Prompt, SeededNoise, Session, SinkChunk
+from longlive_serve.config import NetworkConfig, WindowConfig
+from longlive_serve.protocol import MAX_PROMPT_BYTES, ON_SWITCH, ServeError
+from longlive_serve.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
 
 VERSION = 1
 SUM_BYTES = hashlib.sha256().digest_size
@@ -114,15 +114,28 @@ def _session(
         chunk=_count(facts["chunk"]),
         prompts=_count(facts["prompts"]),
     )
-    kept = min(len(recent), session.chunk - session.first_cached)
-    if session.on_switch not in ON_SWITCH or session.chunk < len(recent) or kept < 0:
-        raise ValueError(f"got chunk {session.chunk}, {len(recent)} recent ones, on_switch {session.on_switch!r}")
+    _check(session, window)
     return session
 
 
+def _check(session: Session, window: WindowConfig) -> None:
+    """Raises ValueError if the parts do not fit together: a restored cache must have no place left unwritten."""
+    capacity, kept = window.window // window.chunk, session.chunk - session.first_cached
+    if len(session.recent) != min(capacity, session.chunk) or kept < 0:
+        raise ValueError(f"got {len(session.recent)} recent chunks before chunk {session.chunk}")
+    if kept > capacity and len(session.sink) != window.sink // window.chunk:
+        raise ValueError(f"got {len(session.sink)} chunks of the sink")
+    if any(one.chunk >= session.chunk for one in session.sink):
+        raise ValueError("got a sink from the future")
+    if session.on_switch not in ON_SWITCH or len(session.pending) > MAX_PENDING:
+        raise ValueError(f"got on_switch {session.on_switch!r} and {len(session.pending)} prompts to come")
+
+
 def _prompt(fields: dict[str, Any]) -> Prompt:
-    frame = fields["at_latent_frame"]
-    return Prompt(index=_count(fields["index"]), text=str(fields["text"]), at_latent_frame=max(-1, int(frame)))
+    text, frame = str(fields["text"]), fields["at_latent_frame"]
+    if not text.strip() or len(text.encode()) > MAX_PROMPT_BYTES:
+        raise ValueError(f"got a prompt of {len(text)} characters")
+    return Prompt(index=_count(fields["index"]), text=text, at_latent_frame=max(NOW, int(frame)))
 
 
 def _count(value: Any) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longlive_serve.config import RANDOM_WEIGHTS, NetworkConfig
 from longlive_serve.models.causal_dit import CausalDiT
-from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, map_wan_names
+from longlive_serve.models.text_encoder import BYTE_VOCABULARY, TextEncoder, Tokenizer, map_wan_names
 from longlive_serve.models.vae_decoder import VAEDecoder
 
 RANDOM_SEED = 20260101
@@ -46,6 +46,11 @@ def load_networks(config: NetworkConfig, weights: str, device: str, dtype: torch
     if folder is not None and not folder.is_dir():
         raise ValueError(
             f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM_WEIGHTS!r}"
+        )
+    if folder is None and config.text_encoder.vocab_size < BYTE_VOCABULARY:
+        raise ValueError(
+            f"weights: got {RANDOM_WEIGHTS!r} for preset {config.name}, expected a folder: its vocabulary of "
+            f"{config.text_encoder.vocab_size} words is too small for the tokenizer of random weights"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)

@@ -133,3 +133,24 @@ def test_a_forged_snapshot_is_refused(old: bytes, new: bytes, message: str) -> N
     forged = body.replace(old, new)
     with pytest.raises(ServeError, match=message):
         load_again(hashlib.sha256(forged).digest() + forged)
+
+
+def test_a_snapshot_that_would_leave_a_place_unwritten_is_refused() -> None:
+    session = played(9)
+    session.sink.clear()  # its place would still hold another session's keys
+    with pytest.raises(ServeError, match="got 0 chunks of the sink"):
+        load_again(dump(session, DEMO))
+    session = played(9)
+    session.recent.popleft()
+    with pytest.raises(ServeError, match="got 3 recent chunks before chunk 9"):
+        load_again(dump(session, DEMO))
+
+
+def test_a_snapshot_may_not_carry_what_a_request_may_not() -> None:
+    session = played(1)
+    session.pending = [Prompt(index=n, text=RED, at_latent_frame=300) for n in range(65)]
+    with pytest.raises(ServeError, match="65 prompts to come"):
+        load_again(dump(session, DEMO))
+    session.pending = [Prompt(index=1, text="fox " * 20_000, at_latent_frame=300)]
+    with pytest.raises(ServeError, match="got a prompt of 80000 characters"):
+        load_again(dump(session, DEMO))

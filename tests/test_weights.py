@@ -52,6 +52,11 @@ def test_random_weights_are_the_same_every_time() -> None:
         assert tensor.any() or name.endswith("bias"), f"{name} is zero"
 
 
+def test_a_preset_whose_vocabulary_is_too_small_has_no_random_weights() -> None:
+    with pytest.raises(ValueError, match="got 'random' for preset demo, expected a folder: its vocabulary of 64 words"):
+        load_networks(PRESETS["demo"], "random", "cpu", torch.float32)
+
+
 def test_a_folder_in_the_published_layout_is_loaded(folder: Path) -> None:
     plain, loaded = random_networks(), load_networks(TINY, str(folder), "cpu", torch.float32)
     for before, after in (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -133,8 +133,8 @@ class Rollout:
         """`start`: the shape's place in the last frame before."""
         return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES_PER_CHUNK)], start))[1:]
 
-    def _stack(self, latents: object) -> Tensor:
-        return torch.stack(list(latents))  # type: ignore[call-overload]
+    def _stack(self, latents: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(latents))
 
     def _commit(self, prompt_kv: PromptKV, placement: Placement) -> None:
         latents = self.recent[-1]

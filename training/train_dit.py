@@ -25,7 +25,7 @@ from training.latents import Encoder
 from training.pool import CHUNK, CHUNKS, Clip, make_pool
 from training.run import Run, arguments
 from training.teacher_forcing import TeacherForcingView, flows
-from training.text import write_tokenizer
+from training.text import token_batch, write_tokenizer
 from training.world import caption
 
 DEMO = PRESETS["demo"]
@@ -86,9 +86,8 @@ class DiTRun(Run):
         return torch.where(torch.rand(batch, chunks, device=self.device) < 0.8, listed, anything)
 
     def embeddings(self, clips: list[Clip]) -> Tensor:
-        tokens = [self.tokenizer(caption(clip.attributes, self.generator)) for clip in clips]
-        ids, mask = (torch.cat([getattr(token, part) for token in tokens]).to(self.device) for part in ("ids", "mask"))
-        embeddings: Tensor = self.text_encoder(ids, mask)
+        captions = [caption(clip.attributes, self.generator) for clip in clips]
+        embeddings: Tensor = self.text_encoder(*token_batch(self.tokenizer, captions, self.device))
         return embeddings
 
 

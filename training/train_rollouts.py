@@ -25,6 +25,7 @@ from training.latents import HELD_OUT, Encoder, random_attributes
 from training.pool import CHUNK
 from training.rollouts import Rollout
 from training.run import Run, arguments
+from training.text import token_batch
 from training.train_dit import MUON_LR, save
 from training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, caption
 
@@ -119,14 +120,14 @@ class RolloutRun(Run):
         return " ".join(words)
 
     def prompt_kv(self, captions: list[str]) -> PromptKV:
-        tokens = [self.tokenizer(text) for text in captions]
-        ids, mask = (torch.cat([getattr(token, part) for token in tokens]) for part in ("ids", "mask"))
-        return self.dit.embed_prompt(self.text_encoder(ids, mask))
+        return self.dit.embed_prompt(self.text_encoder(*token_batch(self.tokenizer, captions, self.device)))
 
 
 def main() -> int:
-    parser = arguments("training.train_rollouts", __doc__, steps=4000)
+    parser = arguments("training.train_rollouts", __doc__, steps=5200)
     args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error(f"--device: got {args.device}, expected cpu: sessions are drawn and read there")
     run = RolloutRun(args.out, args.steps, args.seed)
     run.train(args.out / "rollouts.checkpoint")
     save(run.dit, run.text_encoder, args.out)

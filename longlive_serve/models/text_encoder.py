@@ -19,6 +19,7 @@ from longlive_serve.config import TextEncoderConfig
 
 PAD_ID = 0
 END_ID = 1  # </s>, appended to every prompt
+BYTE_VOCABULARY = 384  # ids of the tokenizer that needs no files
 SMALL_VOCABULARY = 100  # words: so few can be told to the user
 
 
