@@ -26,7 +26,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from client.video_stream import DEFAULT_URL
+from client.channel import DEFAULT_URL, add_tls_arguments, tls_from
 from client.viewer import Seen, Watching, watch_together
 from longlive_serve.config import FPS
 from longlive_serve.protocol import PACES, REALTIME
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace, url: str, metrics_url: str) -> list[dict[str, 
             switch_every=args.switch_every,
             fps=args.fps,
             pace=args.pace,
+            tls=args.tls,
         )
         before = server_metrics(metrics_url)
         print(f"{viewers} viewers for {args.seconds:g} s ...", file=sys.stderr)
@@ -207,7 +208,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (with --serve)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of them (extra `bench`)")
+    add_tls_arguments(parser)
     args = parser.parse_args(argv)
+    try:
+        args.tls = tls_from(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.config is not None and not args.serve:
         parser.error("--config goes with --serve")
     return args

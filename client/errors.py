@@ -19,6 +19,14 @@ class InvalidRequestError(VideoStreamError):
     """The request is wrong (an empty prompt, for example). The session goes on as if it had not been sent."""
 
 
+class ForbiddenError(VideoStreamError):
+    """The session belongs to somebody else: the token is not the one that it began with."""
+
+
+class RateLimitedError(VideoStreamError):
+    """More requests in a second than the server takes from one session. The session goes on as if not sent."""
+
+
 class UnknownSessionError(VideoStreamError):
     """The server knows no such session: it has ended, or it asked for nothing for too long and lost its slot."""
 
@@ -63,6 +71,8 @@ class ConnectionLostError(VideoStreamError):
 
 _CLASSES: dict[str, type[VideoStreamError]] = {
     ServeError.INVALID_REQUEST: InvalidRequestError,
+    ServeError.FORBIDDEN: ForbiddenError,
+    ServeError.RATE_LIMITED: RateLimitedError,
     ServeError.UNKNOWN_SESSION: UnknownSessionError,
     ServeError.SESSION_EXISTS: SessionExistsError,
     ServeError.FRAME_LIMIT: FrameLimitError,

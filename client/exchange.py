@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bookkeeping of one session's stream: which requests are open, what is owed on them, what has arrived.
 
-Used by `stream_core.py`. Knows neither connections nor time limits: messages go out of `ask` and into `receive`.
+Used by `connection.py`. Knows neither connections nor time limits: messages go out of `ask` and into `receive`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from client import wire
-from client.errors import InvalidRequestError, ServerFailedError, VideoStreamError
+from client.errors import InvalidRequestError, RateLimitedError, ServerFailedError, VideoStreamError
 from longlive_serve.protocol import FrameChunk, Request, ServeError
 
 
@@ -31,7 +31,7 @@ class OpenRequest:
     start: bool
     due: float  # chunks still to come; math.inf: until stopped
     streams: bool  # answered by chunks; else by one acknowledgement
-    acknowledgement: FrameChunk | None = None
+    acknowledgement: StreamedChunk | None = None
     error: VideoStreamError | None = None
     closed: bool = False
 
@@ -119,17 +119,18 @@ class Exchange:
         self._open.clear()
 
     def _take(self, request: OpenRequest, chunk: FrameChunk) -> None:
+        streamed = StreamedChunk(**vars(chunk), arrived=time.monotonic())
         if len(chunk.frames) > 0:
             self.chunks += 1
             request.due = max(0, request.due - 1)
         elif not request.streams:
-            request.acknowledgement = chunk
+            request.acknowledgement = streamed
         if len(chunk.frames) > 0 or chunk.notice:
-            self.received.append(StreamedChunk(**vars(chunk), arrived=time.monotonic()))
+            self.received.append(streamed)
 
     def _refuse(self, request_id: str, error: VideoStreamError) -> None:
         request = self._open[request_id]
-        if request.start or (request.streams and not isinstance(error, InvalidRequestError)):
+        if request.start or (request.streams and not isinstance(error, InvalidRequestError | RateLimitedError)):
             self.fail(error)
             return
         del self._open[request_id]

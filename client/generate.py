@@ -18,12 +18,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from client.channel import DEFAULT_URL, add_tls_arguments, tls_from
 from client.contact_sheet import ContactSheet
 from client.errors import VideoStreamError
 from client.scenes import Scene, load_scenes
 from client.timing import Timing
 from client.video_file import VideoFile
-from client.video_stream import DEFAULT_URL, StreamedChunk, VideoStream
+from client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.config import RANDOM_WEIGHTS, ServeConfig
 from longlive_serve.protocol import ASAP, ON_SWITCH, PACES
 
@@ -102,6 +103,7 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         on_switch=args.on_switch,
         pace=args.pace,
         stall_timeout=args.stall_timeout,
+        tls=args.tls,
     )
 
 
@@ -209,7 +211,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stall-timeout", type=float, default=30.0, metavar="S", help="give up after this silence (default: 30)"
     )
+    add_tls_arguments(parser)
     args = parser.parse_args(argv)
+    try:
+        args.tls = tls_from(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.name is not None and args.prompts is not None:
         parser.error('--name goes with --prompt; in a file, each line may have a "name"')
     if args.switch_at is not None and args.prompt is not None:

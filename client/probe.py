@@ -16,18 +16,18 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from client import wire
-from client.video_stream import DEFAULT_URL
+from client.channel import DEFAULT_URL, Tls, add_tls_arguments, channel, tls_from
 from longlive_serve.protocol import READY, ServeError
 
 
-def probe(url: str, timeout_s: float) -> str:
+def probe(url: str, timeout_s: float, tls: Tls | None = None) -> str:
     """What the model says: `ready`, or why a new session would have to wait.
 
     Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses (draining).
     """
     message = wire.infer_request(wire.new_session_id(), "probe", {}, start=True, end=True)
-    with grpc.insecure_channel(url) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    with channel(url, tls) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:
             for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s):
                 if response.error_message:
@@ -51,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: %(default)g")
     parser.add_argument("--ready", action="store_true", help="ask also whether a new session would start at once")
+    add_tls_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        answer = probe(args.url, args.timeout)
-    except ConnectionError as error:
+        answer = probe(args.url, args.timeout, tls_from(args))
+    except (OSError, ValueError) as error:
+        if not isinstance(error, ConnectionError):
+            parser.error(str(error))
         print(f"dead: {error}", file=sys.stderr)
         return 1
     except ServeError as error:

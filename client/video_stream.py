@@ -19,19 +19,21 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from client.channel import DEFAULT_URL, Tls
 from client.exchange import StreamedChunk
-from client.stream_core import DEFAULT_URL, StreamCore
+from client.resumable import ResumableStream
 
-__all__ = ["DEFAULT_URL", "AsyncVideoStream", "StreamedChunk", "VideoStream"]
+__all__ = ["DEFAULT_URL", "AsyncVideoStream", "StreamedChunk", "Tls", "VideoStream"]
 
 T = TypeVar("T")
 _loop_lock = threading.Lock()
 Frame = np.ndarray[Any, Any]  # uint8 [height, width, RGB], read-only
 
 
-class VideoStream(StreamCore):
+class VideoStream(ResumableStream):
     """A video stream for ordinary code. Its methods may be called from several threads.
 
+    A connection that breaks is followed by another: the frames go on where they were (`resume_for`).
     Every method raises a VideoStreamError (see `client.errors`) when the server refuses or the stream breaks.
     """
 
@@ -72,7 +74,7 @@ class VideoStream(StreamCore):
         _run(self._close())
 
 
-class AsyncVideoStream(StreamCore):
+class AsyncVideoStream(ResumableStream):
     """VideoStream for asyncio: `async with`, `async for`, `await`; see there for what the methods do."""
 
     async def __aenter__(self) -> Self:

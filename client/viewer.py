@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from client.errors import UnavailableError, VideoStreamError
 from client.scenes import FRAMES_PER_CHUNK
-from client.video_stream import AsyncVideoStream, StreamedChunk
+from client.video_stream import AsyncVideoStream, StreamedChunk, Tls
 from longlive_serve.config import FPS
 from longlive_serve.protocol import REALTIME
 
@@ -29,6 +29,7 @@ class Watching:
     """Seconds between switches; 0: none."""
     fps: int = FPS
     pace: str = REALTIME
+    tls: Tls | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,7 +71,7 @@ class Viewer:
         began = time.monotonic()
         settings = self._watching
         stream = AsyncVideoStream(
-            self._prompt(0), url=settings.url, seed=self._number, pace=settings.pace, fps=settings.fps
+            self._prompt(0), url=settings.url, seed=self._number, pace=settings.pace, fps=settings.fps, tls=settings.tls
         )
         try:
             async with stream:

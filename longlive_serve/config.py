@@ -166,13 +166,22 @@ class ServeConfig:
     """A session that has waited for a slot for this long is refused."""
     idle_timeout_s: float = 60.0
     """A session that has no chunks to make and sends no request for this long loses its slot."""
+    max_unread: int = 64
+    """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there."""
+    max_requests_per_s: int = 50
+    """Requests of one session in a second; more are refused."""
+    max_sessions_per_client: int = 0
+    """Sessions of one client, where a proxy says in the gRPC header `x-client-id` whose they are; 0: any number."""
+    require_token: bool = False
+    """Every session has to begin with a token, which its later requests repeat (some clients cannot)."""
 
     def __post_init__(self) -> None:
         _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("variant", self.variant, self.VARIANTS)
         _check_choice("engine", self.engine, self.ENGINES)
         _check_choice("dtype", self.dtype, self.DTYPES)
-        for key, least in (("slots", 1), ("lead", 1), ("max_waiting", 0)):
+        least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
+        for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected {least} or more")
         for key in ("idle_timeout_s", "max_wait_s"):

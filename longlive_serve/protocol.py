@@ -28,10 +28,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 MODEL_NAME = "longlive"
+CLIENT_HEADER = "x-client-id"  # of gRPC: who the client is, as a proxy that knows it says
+SESSION_HEADER = "x-session-id"  # of gRPC: for proxies that keep a session on one server
 RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
 REALTIME, ASAP = PACES = ("realtime", "asap")
 MAX_FPS = 120
 READY = "ready"  # the NOTICE that answers a probe when a new session would start at once
+TOKEN_LENGTHS = (16, 256)  # characters, at least and at most
 MAX_SNAPSHOT_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
 
@@ -66,6 +69,8 @@ class ServeError(Exception):
     """An error that crosses the wire as `[kind] message`; the client raises it again under the same kind."""
 
     INVALID_REQUEST: ClassVar[str] = "invalid_request"
+    FORBIDDEN: ClassVar[str] = "forbidden"
+    RATE_LIMITED: ClassVar[str] = "rate_limited"
     UNKNOWN_SESSION: ClassVar[str] = "unknown_session"
     SESSION_EXISTS: ClassVar[str] = "session_exists"
     FRAME_LIMIT: ClassVar[str] = "frame_limit"
@@ -107,6 +112,9 @@ class Options:
     """START only: frames per second of the playback clock (default: 16)."""
     snapshot_every: int | None = None
     """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
+    token: str | None = None
+    """A secret of the client's. What START carried, every later request of the session must repeat, and so must a
+    START with its snapshot."""
     at_latent_frame: int | None = None
     """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
 
@@ -118,7 +126,7 @@ class Options:
             raise _invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise _invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        kinds = {"global_sink": bool, "on_switch": str, "pace": str}
+        kinds = {"global_sink": bool, "on_switch": str, "pace": str, "token": str}
         expected = kinds | dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), int)
         for key, value in values.items():
             if key not in expected:
@@ -133,6 +141,9 @@ class Options:
             raise _invalid(f"OPTIONS.fps: got {options.fps}, expected 1 to {MAX_FPS}")
         if options.snapshot_every is not None and options.snapshot_every < 1:
             raise _invalid(f"OPTIONS.snapshot_every: got {options.snapshot_every}, expected 1 or more")
+        if options.token is not None and not TOKEN_LENGTHS[0] <= len(options.token) <= TOKEN_LENGTHS[1]:
+            expected_length = f"{TOKEN_LENGTHS[0]} to {TOKEN_LENGTHS[1]}"
+            raise _invalid(f"OPTIONS.token: got {len(options.token)} characters, expected {expected_length}")
         if options.at_latent_frame is not None and options.at_latent_frame < 0:
             raise _invalid(f"OPTIONS.at_latent_frame: got {options.at_latent_frame}, expected 0 or more")
         return options
@@ -153,10 +164,12 @@ class Request:
     chunks: int | None = None
     options: Options = Options()
     snapshot: bytes | None = None
+    client: str = ""
+    """Who asks, if something between the client and the server says so (CLIENT_HEADER)."""
 
     @classmethod
     def from_tensors(
-        cls, session_id: str, start: bool, end: bool, tensors: Mapping[str, np.ndarray[Any, Any]]
+        cls, session_id: str, start: bool, end: bool, tensors: Mapping[str, np.ndarray[Any, Any]], client: str = ""
     ) -> Request:
         """The request that `tensors` (by wire name) describe. Raises ServeError INVALID_REQUEST."""
         prompt = _text(tensors, PROMPT, MAX_PROMPT_BYTES)
@@ -170,6 +183,7 @@ class Request:
             chunks=_integer(tensors, CHUNKS),
             options=Options() if options is None else Options.from_json(options),
             snapshot=_bytes(tensors, SNAPSHOT, MAX_SNAPSHOT_BYTES),
+            client=client,
         )
         request._check()
         return request
@@ -211,7 +225,7 @@ class Request:
     @property
     def probes(self) -> bool:
         """The request only asks whether the model answers."""
-        return self == Request(session_id=self.session_id, start=True, end=True)
+        return self == Request(session_id=self.session_id, start=True, end=True, client=self.client)
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors to send, by wire name; only those that are set."""

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import NoReturn
 
 from longlive_serve.config import ServeConfig
-from longlive_serve.protocol import MODEL_NAME
+from longlive_serve.protocol import CLIENT_HEADER, MODEL_NAME
 from longlive_serve.triton_install import PACKAGE_PARENT, ServerError, find_install
 from longlive_serve.triton_process import PORT_NAMES, ProcessGroup, choose_ports
 
@@ -39,6 +39,8 @@ class TritonServer:
 
     `config` is the serve.toml that the model reads (default: the one in the repository). A port of 0 is chosen
     freely. On exit, clients have `drain_timeout_s` to leave, and new sessions are refused; then connections break.
+    With `tls_cert` and `tls_key` (PEM files) gRPC speaks TLS alone, with `tls_client_ca` only to clients that this
+    authority has signed; Triton's HTTP knows no TLS and then stays on loopback.
     Entering raises ServerError, or ValueError for a wrong serve.toml. The `*_url` are `host:port`.
     """
 
@@ -53,6 +55,9 @@ class TritonServer:
         metrics_port: int = 0,
         ready_timeout_s: float = 600.0,
         drain_timeout_s: float = 5.0,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+        tls_client_ca: Path | None = None,
         verbose: bool = False,
     ) -> None:
         self._repository = Path(model_repository).absolute()
@@ -62,6 +67,7 @@ class TritonServer:
         self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._ready_timeout_s = ready_timeout_s
         self._drain_timeout_s = drain_timeout_s
+        self._tls = _tls_options(tls_cert, tls_key, tls_client_ca)
         self._verbose = verbose
         self._group: ProcessGroup | None = None
 
@@ -161,9 +167,12 @@ class TritonServer:
             "--grpc-keepalive-time=10000",  # a client that froze or lost its network counts as cancelled after 20 s;
             "--grpc-keepalive-timeout=10000",  # until then its unread frames pile up in Triton's memory
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--grpc-header-forward-pattern={CLIENT_HEADER}",
         ]
         for name, port in self._ports.items():
-            options += [f"--{name}-address={self._host}", f"--{name}-port={port}"]
+            host = "127.0.0.1" if self._tls and name == "http" else self._host
+            options += [f"--{name}-address={host}", f"--{name}-port={port}"]
+        options += self._tls
         if not Path("/dev/nvidiactl").exists():
             options.append("--allow-gpu-metrics=false")
         return options
@@ -187,6 +196,19 @@ class TritonServer:
         assert self._group is not None
         self._group.close()
         raise ServerError(f"{what}:\n{self._group.log.errors()}")
+
+
+def _tls_options(cert: Path | None, key: Path | None, client_ca: Path | None) -> list[str]:
+    if (cert is None) != (key is None) or (client_ca is not None and cert is None):
+        raise ValueError("tls: got some of cert, key and client_ca, expected cert and key, or all three, or none")
+    files = {"server-cert": cert, "server-key": key, "root-cert": client_ca}
+    for name, file in files.items():
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"tls: {file}: no such file (expected a PEM file: {name})")
+    options = [f"--grpc-{name}={Path(file).absolute()}" for name, file in files.items() if file is not None]
+    if cert is not None:
+        options.append("--grpc-use-ssl=true" if client_ca is None else "--grpc-use-ssl-mutual=true")
+    return options
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -216,13 +238,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         text = f"seconds for {what} (default: {seconds:g})"
         dest = f"{name}_timeout_s"
         parser.add_argument(f"--{name}-timeout", type=float, default=seconds, dest=dest, metavar="S", help=text)
+    for name, text in (
+        ("cert", "certificate chain of the server: gRPC then speaks TLS alone"),
+        ("key", "its private key"),
+        ("client-ca", "only clients that this authority has signed get in (mutual TLS)"),
+    ):
+        parser.add_argument(f"--tls-{name}", type=Path, metavar="PEM", help=text)
     parser.add_argument("--verbose", action="store_true", help="show all that Triton logs, from the start")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    server = TritonServer(**vars(args))
+    try:
+        server = TritonServer(**vars(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)  # a shell that starts it in the background has it ignored
     print(f"starting Triton with {server.config} ...", file=sys.stderr, flush=True)

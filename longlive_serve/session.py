@@ -70,6 +70,10 @@ class Session:
     prompt: Prompt
     """In force (from the first chunk on)."""
     noise: Noise
+    client: str = ""
+    """Who began it, if that is known."""
+    token: str = ""
+    """What later requests have to repeat; empty: nothing."""
     slot: int = -1
     """Its share of the KV cache; -1 while it waits for one."""
     global_sink: bool = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import hmac
 import json
 from collections import deque
 from typing import Any
@@ -23,7 +24,7 @@ from longlive_serve.config import NetworkConfig, WindowConfig
 from longlive_serve.protocol import MAX_PROMPT_BYTES, ON_SWITCH, ServeError
 from longlive_serve.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
 
-VERSION = 1
+VERSION = 2
 SUM_BYTES = hashlib.sha256().digest_size
 _PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
 
@@ -39,6 +40,7 @@ def dump(session: Session, network: NetworkConfig) -> bytes:
         "version": VERSION,
         "network": network.name,
         **{name: getattr(session, name) for name in _PLAIN},
+        "token": _hashed(session.token),
         "prompt": dataclasses.asdict(session.prompt),
         "pending": [dataclasses.asdict(prompt) for prompt in session.pending],
         "sink": [{"chunk": one.chunk, "prompt": dataclasses.asdict(one.prompt)} for one in session.sink],
@@ -48,8 +50,11 @@ def dump(session: Session, network: NetworkConfig) -> bytes:
     return hashlib.sha256(body).digest() + body
 
 
-def load_session(data: bytes, session_id: str, network: NetworkConfig, device: str, dtype: torch.dtype) -> Session:
-    """The session that `dump` wrote, under a new id. Raises ServeError INVALID_REQUEST for anything else."""
+def load_session(
+    data: bytes, session_id: str, token: str, network: NetworkConfig, device: str, dtype: torch.dtype
+) -> Session:
+    """The session that `dump` wrote, under a new id. Raises ServeError: FORBIDDEN unless `token` is that of the
+    session, INVALID_REQUEST for anything that `dump` did not write."""
     body = data[SUM_BYTES:]
     if hashlib.sha256(body).digest() != data[:SUM_BYTES]:
         raise _invalid("its checksum is wrong: it is cut off or damaged, or not a snapshot")
@@ -62,6 +67,8 @@ def load_session(data: bytes, session_id: str, network: NetworkConfig, device: s
             f"it is of version {facts.get('version')} and of the network {facts.get('network')!r}, "
             f"expected version {VERSION} and {network.name!r}"
         )
+    if not hmac.compare_digest(str(facts.get("token")).encode(), _hashed(token).encode()):
+        raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: got another than that of the SNAPSHOT's session")
     try:
         return _session(session_id, facts, tensors, network, device, dtype)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -142,6 +149,10 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
         raise ValueError(f"got {value!r}, expected a count")
     return value
+
+
+def _hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _invalid(why: str) -> ServeError:

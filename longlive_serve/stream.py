@@ -7,17 +7,20 @@ Used by the service's worker alone.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import hmac
 import time
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
-from longlive_serve.protocol import FrameChunk, ServeError
-from longlive_serve.session import Session
+from longlive_serve.protocol import FrameChunk, Request, ServeError
+from longlive_serve.session import MAX_PENDING, Session
 
-log = logging.getLogger(__name__)
+RATE_WINDOW_S = 1.0
+
+Encode = Callable[[FrameChunk], FrameChunk]
 
 
 class Sink(Protocol):
@@ -61,9 +64,38 @@ class Stream:
     """When the client last sent a request, or was last sent a chunk."""
     place: int = 0
     """The place in the queue that the client was last told; 0: none."""
+    unread: int = 0
+    """Chunks sent since the client's last request: for all that is known, it has not read them."""
+    asked: deque[float] = dataclasses.field(default_factory=deque)
+    """When its requests of the last second came."""
 
     def __post_init__(self) -> None:
         self.heard = self.came
+
+    def check(self, request: Request, max_per_s: int) -> None:
+        """Raises ServeError when `request`, a later one of this session, must not be taken."""
+        own, given = self.session.token, request.options.token or ""
+        if own and not hmac.compare_digest(own.encode(), given.encode()):
+            text = f"OPTIONS.token: got {'another' if given else 'none'}, expected the one that START carried"
+            raise ServeError(ServeError.FORBIDDEN, f"session {self.session.id}: {text}")
+        now = time.monotonic()
+        while self.asked and now - self.asked[0] > RATE_WINDOW_S:
+            self.asked.popleft()
+        if len(self.asked) >= max_per_s:
+            text = f"got more than {max_per_s} requests in a second; wait {RATE_WINDOW_S:g} s"
+            raise ServeError(ServeError.RATE_LIMITED, f"session {self.session.id}: {text}")
+        self.asked.append(now)
+        for asked, pending, what in (
+            (request.prompt, self.session.pending, "PROMPT: got one while {} others wait for their time"),
+            (request.chunks, self.orders, "CHUNKS: got some while {} requests for chunks are open"),
+        ):
+            if asked is not None and len(pending) >= MAX_PENDING:
+                text = f"{what.format(len(pending))}, expected fewer than {MAX_PENDING}"
+                raise ServeError(ServeError.INVALID_REQUEST, text)
+
+    def note_request(self) -> None:
+        """The client has spoken, and so it has read what it was sent."""
+        self.heard, self.unread = time.monotonic(), 0
 
     @property
     def wants_snapshot(self) -> bool:
@@ -80,6 +112,7 @@ class Stream:
         order = self.orders[0]
         if order.chunks is not None:
             order.chunks -= 1
+        self.unread += 1
         order.sink.send(chunk, final=order.chunks == 0)
         self.heard = time.monotonic()
         if order.chunks == 0:
@@ -93,18 +126,7 @@ class Stream:
             self.orders[0].sink.send(notice_chunk(size, notice=notice), final=False)
 
 
-def notice_chunk(size: tuple[int, int], *, first_frame: int = 0, prompt_index: int = 0, notice: str = "") -> FrameChunk:
+def notice_chunk(size: tuple[int, int], notice: str = "", **fields: Any) -> FrameChunk:
     """A response without frames, for videos of `size` (height and width)."""
     frames = np.empty((0, *size, 3), np.uint8)
-    return FrameChunk(frames=frames, first_frame=first_frame, prompt_index=prompt_index, notice=notice)
-
-
-def close(sink: Sink, error: ServeError | None = None) -> None:
-    """Send the end of an answer; a client that cannot be told is not worth an exception."""
-    try:
-        if error is None:
-            sink.send(None, final=True)
-        else:
-            sink.fail(error)
-    except Exception:
-        log.exception("the end of an answer could not be delivered (%s)", error)
+    return FrameChunk(frames=frames, notice=notice, **({"first_frame": 0, "prompt_index": 0} | fields))

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several tests share: the golden files, made once with the reference implementation."""
+"""What several tests share: the golden files, made once with the reference implementation, and a live server."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
+
+from longlive_serve.server import TritonServer
+from tests.live import metric, start_server, wait_until
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -19,3 +24,17 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not facts.exists() and not tensors.exists():
         raise FileNotFoundError(f"no golden file {name} in {GOLDEN}")
     return json.loads(facts.read_text()) if facts.exists() else {}, load_file(tensors) if tensors.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with start_server(tmp_path_factory.mktemp("live")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "server" in request.fixturenames:
+        running = request.getfixturevalue("server")
+        wait_until(lambda: metric(running, "live_sessions") + metric(running, "waiting_sessions") == 0)

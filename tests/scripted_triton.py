@@ -22,7 +22,7 @@ from longlive_serve import protocol
 from longlive_serve.protocol import FrameChunk
 
 SIZE = (4, 6)  # height and width of a frame
-DTYPES = {"INT64": np.int64, "INT32": np.int32}
+DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class Received:
     @property
     def chunks(self) -> int | None:
         return int(self.tensors["CHUNKS"][0]) if "CHUNKS" in self.tensors else None
+
+    @property
+    def snapshot(self) -> bytes | None:
+        return self.tensors["SNAPSHOT"].tobytes() if "SNAPSHOT" in self.tensors else None
 
     @property
     def options(self) -> protocol.Options:
@@ -109,19 +113,17 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                 raise
 
 
-def chunk(request: Received, index: int, *, prompt_index: int = 0, notice: str = "", final: bool = False) -> Any:
+def chunk(request: Received, index: int, *, final: bool = False, **fields: Any) -> Any:
     """Chunk number `index` of the video; its pixels are `index`."""
     first = 12 * index - 3 if index else 0
     frames = np.full((12 if index else 9, *SIZE, 3), index % 256, np.uint8)
-    return _response(
-        request, FrameChunk(frames=frames, first_frame=first, prompt_index=prompt_index, notice=notice), final
-    )
+    return _response(request, FrameChunk(frames=frames, first_frame=first, **({"prompt_index": 0} | fields)), final)
 
 
-def acknowledgement(request: Received, *, prompt_index: int = 0, notice: str = "", final: bool = True) -> Any:
+def acknowledgement(request: Received, *, final: bool = True, **fields: Any) -> Any:
     """An answer without frames."""
     frames = np.zeros((0, *SIZE, 3), np.uint8)
-    return _response(request, FrameChunk(frames=frames, first_frame=0, prompt_index=prompt_index, notice=notice), final)
+    return _response(request, FrameChunk(frames=frames, first_frame=0, **({"prompt_index": 0} | fields)), final)
 
 
 def final(request: Received) -> Any:

@@ -4,114 +4,28 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2_grpc
 
-from client import wire
 from client.errors import (
     FrameLimitError,
     InvalidRequestError,
     ServeError,
-    ServerShutdownError,
     UnavailableError,
     VideoStreamError,
 )
-from client.probe import main, probe
-from client.video_stream import StreamedChunk, VideoStream
+from client.video_stream import VideoStream
 from longlive_serve.server import TritonServer
-
-LIMIT_S = 60.0
-
-
-def start_server(folder: Path, **settings: Any) -> TritonServer:
-    config = folder / "serve.toml"
-    values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 60.0, "max_waiting": 100} | settings
-    config.write_text("\n".join(f"{key} = {value!r}" for key, value in values.items()))
-    return TritonServer(config=config)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    with start_server(tmp_path_factory.mktemp("live")) as running:
-        yield running
-
-
-def metric(server: TritonServer, name: str) -> float:
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as response:
-        found = re.search(rf"^longlive_{name}(?:{{.*}})? (\S+)$", response.read().decode(), re.MULTILINE)
-    assert found, f"no metric longlive_{name}"
-    return float(found[1])
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> float:
-    """Wait for `condition`; returns how long it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < limit_s, "it did not happen in time"
-        time.sleep(0.01)
-    return time.monotonic() - began
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "server" in request.fixturenames:
-        running = request.getfixturevalue("server")
-        wait_until(lambda: metric(running, "live_sessions") + metric(running, "waiting_sessions") == 0)
-
-
-def play(
-    server: TritonServer, *, seed: int, switch: tuple[str, int] | None = None, chunks: int = 8
-) -> list[StreamedChunk]:
-    """The whole video of one session, with a prompt switch at a latent frame if one is given."""
-    with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=1, pace="asap") as video:
-        if switch:
-            video.switch_prompt(switch[0], at_latent_frame=switch[1])
-        video.request_chunks(chunks - 1)  # when the switch is known to the server
-        return [chunk for chunk in video.chunks() if len(chunk.frames)]  # the others tell its place in the queue
-
-
-def frames_of(chunks: list[StreamedChunk]) -> np.ndarray[Any, Any]:
-    return np.concatenate([chunk.frames for chunk in chunks])
-
-
-class RawStream:
-    """A gRPC stream that sends whatever it is told to, as a faulty client would."""
-
-    def __init__(self, server: TritonServer, session_id: str = "") -> None:
-        self.session_id = session_id or wire.new_session_id()
-        self._channel = grpc.insecure_channel(server.grpc_url)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-
-    def ask(self, tensors: dict[str, Any], **flags: bool) -> str:
-        """Send one request on a stream of its own; returns the error it was answered with, or an empty string."""
-        message = wire.infer_request(self.session_id, "1", tensors, **flags)
-        for response in self._stub.ModelStreamInfer(iter([message]), timeout=LIMIT_S):
-            if response.error_message:
-                return str(response.error_message)
-        return ""
-
-    def close(self) -> None:
-        self._channel.close()
-
-
-def text(value: str | bytes) -> np.ndarray[Any, Any]:
-    return np.array([value if isinstance(value, bytes) else value.encode()], np.object_)
+from tests.live import RawStream, frames_of, metric, play, settled, start_server, text, wait_until
 
 
 def test_interleaved_sessions_give_the_frames_that_each_gives_alone(server: TritonServer) -> None:
@@ -167,25 +81,6 @@ def test_a_killed_client_frees_its_slot(server: TritonServer) -> None:
         wait_until(lambda: metric(server, "live_sessions") == 0, 10)
 
 
-def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(grandchild for child in children for grandchild in descendants(int(child)))]
-
-
-def shared_memory(pid: int) -> list[str]:
-    return [line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
-
-
-def resources(server: TritonServer) -> dict[str, int]:
-    """What could leak: threads, open files and shared-memory segments of the server and its stub."""
-    pids = descendants(server.pid)
-    return {
-        "threads": sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
-        "files": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-        "shared memory": len({segment for pid in pids for segment in shared_memory(pid)}),
-    }
-
-
 def test_fifty_sessions_through_two_slots_leave_nothing_behind(server: TritonServer) -> None:
     def viewer(number: int) -> int:
         if number % 5 == 0:  # leaves without a word
@@ -206,12 +101,6 @@ def test_fifty_sessions_through_two_slots_leave_nothing_behind(server: TritonSer
     assert after["shared memory"] == before["shared memory"]
     assert after["threads"] <= before["threads"] + 2
     assert after["files"] <= before["files"] + 2
-
-
-def settled(server: TritonServer) -> dict[str, int]:
-    wait_until(lambda: metric(server, "live_sessions") + metric(server, "waiting_sessions") == 0)
-    time.sleep(2)  # connections close behind their streams
-    return resources(server)
 
 
 MALFORMED: list[tuple[dict[str, Any], dict[str, bool], str]] = [
@@ -306,15 +195,6 @@ def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
         assert raised.value.kind == ServeError.UNKNOWN_SESSION
 
 
-def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
-    with start_server(tmp_path) as server, VideoStream("a fox", url=server.grpc_url, pace="asap") as video:
-        stream = video.chunks()
-        next(stream)
-        os.killpg(server.pid, signal.SIGTERM)  # as the launcher does
-        with pytest.raises(ServerShutdownError):
-            list(stream)
-
-
 @pytest.mark.parametrize("variant", ["base", "infinity"])
 def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
     chunks = 367
@@ -344,48 +224,3 @@ def test_a_live_session_is_paced_and_one_beyond_the_queue_is_refused(tmp_path: P
         assert 5 * 0.25 <= took < 8 * 0.25, "one chunk ahead of a clock that plays a chunk in a quarter of a second"
         assert metric(server, "deadline_misses") == 0
         assert metric(server, "refused_sessions") == 1
-
-
-def test_the_probe_sees_a_dead_model_that_triton_calls_ready(tmp_path: Path) -> None:
-    with start_server(tmp_path, slots=1) as server:
-        assert main(["--url", server.grpc_url, "--ready"]) == 0
-        with VideoStream("a fox", url=server.grpc_url) as video:
-            next(video.chunks())
-            assert probe(server.grpc_url, 5.0) == "full: 1 sessions are live, 0 wait"
-            assert main(["--url", server.grpc_url]) == 0
-            assert main(["--url", server.grpc_url, "--ready"]) == 1
-        stub = int(subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True).stdout)
-        os.kill(stub, signal.SIGKILL)
-        began = time.monotonic()
-        assert main(["--url", server.grpc_url, "--timeout", "3"]) == 1
-        assert time.monotonic() - began < 5
-        with urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready", timeout=10) as response:
-            assert response.status == 200, "Triton itself notices nothing"
-
-
-def test_a_session_goes_on_from_a_snapshot_on_another_server(server: TritonServer, tmp_path: Path) -> None:
-    with VideoStream("a fox", url=server.grpc_url, seed=6, chunks=1, snapshot_every=2, pace="asap") as video:
-        video.switch_prompt("a bird", at_latent_frame=9)
-        video.request_chunks(11)
-        chunks = list(video.chunks())
-    assert [bool(chunk.snapshot) for chunk in chunks] == [False, True] * 6
-    with (
-        start_server(tmp_path) as other,
-        VideoStream(None, url=other.grpc_url, snapshot=chunks[7].snapshot, chunks=4, pace="asap") as video,
-    ):
-        resumed = list(video.chunks())
-        assert metric(other, "resumed_sessions") == 1
-    assert [chunk.first_frame for chunk in resumed] == [chunk.first_frame for chunk in chunks[8:]]
-    assert {chunk.prompt_index for chunk in resumed} == {1}
-    seam = np.abs(frames_of(resumed)[:4].astype(int) - frames_of(chunks[8:])[:4].astype(int)).mean()
-    assert seam < 0.2 * np.abs(np.diff(frames_of(chunks).astype(int), axis=0)).mean()
-
-
-def test_a_damaged_snapshot_is_refused(server: TritonServer) -> None:
-    with VideoStream("a fox", url=server.grpc_url, chunks=1, snapshot_every=1, pace="asap") as video:
-        (chunk,) = video.chunks()
-    with (
-        pytest.raises(InvalidRequestError, match="SNAPSHOT: its checksum is wrong"),
-        VideoStream(None, url=server.grpc_url, snapshot=chunk.snapshot[:-1]) as video,
-    ):
-        list(video.chunks())

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from longlive_serve.config import PRESETS, ServeConfig
 from longlive_serve.pipeline import Pipeline
@@ -55,6 +56,7 @@ class CountingPipeline:
             session.prompt = session.pending.pop(0)
         chunk = session.chunk
         session.chunk += 1
+        session.recent.append(torch.zeros(1))
         frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
         return FrameChunk(frames=frames, first_frame=self.first_frame(chunk), prompt_index=session.prompt.index)
 
@@ -109,7 +111,7 @@ class Bench:
 @contextmanager
 def bench(**settings: Any) -> Iterator[Bench]:
     pipeline, statistics = CountingPipeline(), [Statistics()]
-    config = ServeConfig(**{"max_waiting": 1000} | settings)
+    config = ServeConfig(**{"max_waiting": 1000, "max_unread": 10**9, "max_requests_per_s": 10**9} | settings)
     service = VideoService(cast(Pipeline, pipeline), config, statistics.append)
     try:
         yield Bench(pipeline, service, statistics)
@@ -117,7 +119,7 @@ def bench(**settings: Any) -> Iterator[Bench]:
         pipeline.gate.set()
         service.stop()
     assert statistics[-1].live_sessions == statistics[-1].waiting_sessions == 0
-    assert "longlive-worker" not in {thread.name for thread in threading.enumerate()}
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longlive-")]
 
 
 def closed(*sinks: RecordingSink) -> Callable[[], bool]:
@@ -274,14 +276,14 @@ def test_one_thread_does_every_send() -> None:
     with bench() as at:
         sinks = [at.start(str(n), chunks=2, end=True) for n in range(8)] + [at.ask("x"), at.start("0")]
         wait_until(closed(*sinks))
-        assert {name for sink in sinks for name in sink.threads} == {"longlive-worker"}
+        assert {name for sink in sinks for name in sink.threads} == {"longlive-outbox"}
 
 
 def test_hundreds_of_sessions_leave_nothing_behind() -> None:
     with bench(slots=2) as at:
         sinks = [at.start(str(n), chunks=1, end=True) for n in range(300)]
         wait_until(closed(*sinks))
-        assert not at.service._streams
+        assert not len(at.service._sessions)
         assert set(at.pipeline.slots.values()) == {0, 1}
 
 
@@ -371,8 +373,63 @@ def test_a_probe_is_answered_by_the_worker_and_leaves_no_session() -> None:
         probe = at.ask("p", start=True, end=True)
         wait_until(closed(probe))
         assert [chunk.notice for chunk in probe.chunks] == ["full: 1 sessions are live, 1 wait"]
-        assert set(at.service._streams) == {"a", "b"}
+        assert len(at.service._sessions) == 2
         at.service.drain()
         probe = at.ask("p", start=True, end=True)
         wait_until(closed(probe))
         assert probe.errors[0].kind == ServeError.SHUTTING_DOWN
+
+
+def test_only_who_knows_the_token_has_a_say() -> None:
+    own = Options(token="s" * 16)
+    with bench() as at:
+        wait_until(closed(at.start("a", chunks=1, options=dataclasses.replace(own, pace="asap"))))
+        for token in (None, "w" * 16):
+            for request in ({}, {"prompt": "a cat"}, {"chunks": 1}, {"end": True}):
+                stranger = at.ask("a", **request, options=Options(token=token))
+                wait_until(closed(stranger))
+                assert stranger.errors[0].kind == ServeError.FORBIDDEN
+        more = at.ask("a", prompt="a bird", chunks=2, options=own)
+        wait_until(closed(more))
+        assert [(chunk.first_frame, chunk.prompt_index) for chunk in more.chunks] == [(9, 1), (21, 1)]
+
+
+def test_a_session_whose_chunks_may_lie_unread_pauses_until_its_next_request() -> None:
+    with bench(max_unread=3) as at:
+        video = at.start("a")
+        wait_until(lambda: len(video.chunks) == 3)
+        time.sleep(0.1)
+        assert len(video.chunks) == 3
+        wait_until(closed(at.ask("a")))
+        wait_until(lambda: len(video.chunks) == 6)
+        other = at.start("b", chunks=2, end=True)
+        wait_until(closed(other))
+
+
+def test_requests_come_only_so_often() -> None:
+    with bench(max_requests_per_s=2) as at:
+        at.start("a")
+        answers = [at.ask("a") for _ in range(4)]
+        wait_until(closed(*answers))
+        kinds = [error.kind for answer in answers for error in answer.errors]
+        assert kinds == [ServeError.RATE_LIMITED] * 2
+        assert not at.start("b", chunks=1, end=True).errors
+
+
+def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlive_serve.sessions.dump", lambda session, network: f"at {session.chunk}".encode())
+    with bench() as at:
+        with_snapshots = at.start("a", options=Options(pace="asap", snapshot_every=10**6))
+        without = at.start("b")
+        wait_until(lambda: len(with_snapshots.chunks) > 2 and len(without.chunks) > 2)
+        at.service.drain()
+        wait_until(closed(with_snapshots, without))
+        last = with_snapshots.chunks[-1]
+        assert not len(last.frames)
+        assert (last.notice, last.first_frame) == (
+            "the server is shutting down",
+            12 * (len(with_snapshots.chunks) - 1) - 3,
+        )
+        assert last.snapshot == f"at {len(with_snapshots.chunks) - 1}".encode()
+        assert len(without.chunks[-1].frames)
+        assert {sink.errors[0].kind for sink in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}

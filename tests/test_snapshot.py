@@ -40,7 +40,7 @@ def played(chunks: int, switch_at: int | None = None) -> Session:
 
 
 def load_again(data: bytes) -> Session:
-    session = load_session(data, "t", DEMO, "cpu", torch.float32)
+    session = load_session(data, "t", "", DEMO, "cpu", torch.float32)
     session.slot = 1
     return session
 
@@ -119,8 +119,8 @@ def test_what_is_no_snapshot_is_refused(body: bytes) -> None:
     [
         (b'\\"chunk\\": 6', b'\\"chunk\\": 2', "does not describe a session"),
         (b'\\"chunk\\": 6', b'\\"chunk\\": x', "cannot be read"),
-        (b'\\"version\\": 1', b'\\"version\\": 9', "of version 9"),
-        (b'\\"network\\": \\"demo\\"', b'\\"network\\": \\"tiny\\"', "expected version 1 and 'demo'"),
+        (b'\\"version\\": 2', b'\\"version\\": 9', "of version 9"),
+        (b'\\"network\\": \\"demo\\"', b'\\"network\\": \\"tiny\\"', "expected version 2 and 'demo'"),
         (b'\\"on_switch\\": \\"recache\\"', b'\\"on_switch\\": \\"explode\\"', "does not describe a session"),
         (b'\\"first_cached\\": 0', b'\\"first_cached\\": 9', "does not describe a session"),
         (b'\\"prompts\\"', b'\\"prompty\\"', "does not describe a session"),

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from client import errors
+from client.connection import CONFIRM_EVERY
 from client.video_stream import AsyncVideoStream, StreamedChunk, VideoStream
-from longlive_serve.protocol import ServeError
+from longlive_serve.protocol import Options, ServeError
 from tests.scripted_triton import (
     Conversation,
     Received,
@@ -35,7 +36,7 @@ class BlockingAsyncVideoStream:
     def __init__(self, prompt: str, **settings: Any) -> None:
         self._stream = AsyncVideoStream(prompt, **settings)
         self._runner = asyncio.Runner()
-        self.session_id = self._stream.session_id
+        self.session_id, self.token = self._stream.session_id, self._stream.token
         self.cancel = self._stream.cancel
 
     def __enter__(self) -> Self:
@@ -71,7 +72,12 @@ Open = Callable[..., VideoStream]
 
 @pytest.fixture(params=[VideoStream, BlockingAsyncVideoStream], ids=["sync", "async"])
 def stream(request: pytest.FixtureRequest) -> Open:
-    return request.param  # type: ignore[no-any-return]
+    """Streams that raise when their connection breaks; how they go on instead is in test_resumable.py."""
+
+    def opened(prompt: str, **settings: Any) -> VideoStream:
+        return request.param(prompt, **({"resume_for": 0.0} | settings))  # type: ignore[no-any-return]
+
+    return opened
 
 
 def indices(video: VideoStream) -> list[int]:
@@ -116,7 +122,7 @@ def test_the_start_says_what_was_asked_for_and_closing_says_end(stream: Open) ->
     assert (start.start, start.end, start.empty_final) == (True, False, True)
     assert (start.prompt, start.chunks, start.tensors["SEED"].tolist()) == ("ein Fuchs läuft", 1, [5])
     assert start.options.global_sink is False
-    assert (end.start, end.end, end.tensors) == (False, True, {})
+    assert (end.start, end.end, end.options) == (False, True, Options(token=video.token))
     assert start.session_id == end.session_id == video.session_id
     assert len(bytes.fromhex(video.session_id)) == 16
 
@@ -126,18 +132,21 @@ def test_without_a_number_of_chunks_it_goes_on_until_it_is_closed(stream: Open) 
 
     def script(conversation: Conversation) -> Iterator[Any]:
         start = conversation.next()
-        for index in range(50):
+        for index in range(21):
             yield chunk(start, index)
-        end = conversation.next()
+        while not (request := conversation.next()).end:
+            yield acknowledgement(request)
         yield final(start)
-        yield acknowledgement(end)
+        yield acknowledgement(request)
 
     with ScriptedTriton(recorded(script, seen)) as server, stream("a fox", url=server.url) as video:
         for number, _ in enumerate(video.chunks()):
             if number == 20:
                 break
     assert seen[0].chunks is None
-    assert seen[1].end
+    assert seen[-1].end
+    # What was read is confirmed now and then.
+    assert [request.prompt or request.chunks for request in seen[1:-1]] == [None] * (20 // CONFIRM_EVERY)
 
 
 def test_a_switch_returns_the_index_that_the_server_gave(stream: Open) -> None:
@@ -320,7 +329,7 @@ def test_a_server_that_answers_heartbeats_may_take_its_time(stream: Open) -> Non
         start = conversation.next()
         for _ in range(4):
             heartbeat = conversation.next()
-            assert heartbeat.tensors == {}
+            assert list(heartbeat.tensors) == ["OPTIONS"]
             yield acknowledgement(heartbeat)
         yield chunk(start, 0, final=True)
         yield acknowledgement(conversation.next())
@@ -337,7 +346,11 @@ def test_heartbeats_are_sent_while_nothing_else_is(stream: Open) -> None:
         start = conversation.next()
         for _ in range(3):
             heartbeat = conversation.next()
-            assert (heartbeat.tensors, heartbeat.start, heartbeat.end) == ({}, False, False)
+            assert heartbeat.options == Options(token=start.options.token)
+            assert not (heartbeat.prompt)
+            assert not (heartbeat.chunks)
+            assert not (heartbeat.start)
+            assert not (heartbeat.end)
             assert heartbeat.session_id == start.session_id
             yield acknowledgement(heartbeat)
         yield chunk(start, 0, final=True)
@@ -466,7 +479,7 @@ def test_a_response_that_cannot_be_read_fails_the_stream(stream: Open) -> None:
 
 
 def test_a_close_that_the_server_ignores_does_not_hang(stream: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.stream_core.CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("client.connection.CLOSE_TIMEOUT_S", 0.2)
 
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ import triton_python_backend_utils as pb  # part of Triton's Python backend
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import FrameChunk, Request, ServeError
+from longlive_serve.protocol import CLIENT_HEADER, FrameChunk, Request, ServeError
 from longlive_serve.service import VideoService
 from longlive_serve.statistics import Statistics
 from longlive_serve.termination import on_sigterm
@@ -27,11 +28,8 @@ class TritonSink:
 
     def send(self, chunk: FrameChunk | None, final: bool) -> None:
         flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        if chunk is None:
-            self._sender.send(flags=flags)
-        else:
-            tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
-            self._sender.send(pb.InferenceResponse(tensors), flags)
+        tensors = [] if chunk is None else [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
+        self._sender.send(pb.InferenceResponse(tensors) if tensors else None, flags)
 
     def fail(self, error: ServeError) -> None:
         response = pb.InferenceResponse(error=pb.TritonError(str(error)))
@@ -74,6 +72,7 @@ def _read(request: Any) -> Request | ServeError:
     try:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         start, end = bool(request.flags() & 1), bool(request.flags() & 2)
-        return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors)
+        client = str(json.loads(request.parameters()).get(CLIENT_HEADER, ""))
+        return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors, client)
     except ServeError as error:
         return error

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gRPC channels to a server, plain or with TLS. Used by the stream and by the probe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+DEFAULT_URL = "127.0.0.1:8001"
+Options = Sequence[tuple[str, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tls:
+    """TLS to the server: PEM files. With `cert` and `key` the client shows who it is (mutual TLS)."""
+
+    ca: Path | str | None = None
+    """Certificates that the server's must be signed by; None: those of the system."""
+    cert: Path | str | None = None
+    key: Path | str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises OSError when a file cannot be read, ValueError when one of `cert` and `key` is missing."""
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("tls: got one of cert and key, expected both or none")
+        ca, key, cert = (None if file is None else Path(file).read_bytes() for file in (self.ca, self.key, self.cert))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def aio_channel(url: str, tls: Tls | None, options: Options) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(url, options=options)
+    return grpc.aio.secure_channel(url, tls.credentials(), options=options)
+
+
+def channel(url: str, tls: Tls | None) -> Any:
+    return grpc.insecure_channel(url) if tls is None else grpc.secure_channel(url, tls.credentials())
+
+
+def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "speak TLS; the server's certificate must be signed by this authority ('system': by one of the system's)"
+    parser.add_argument("--tls-ca", metavar="PEM", help=text)
+    parser.add_argument("--tls-cert", metavar="PEM", help="this client's own certificate (mutual TLS)")
+    parser.add_argument("--tls-key", metavar="PEM", help="its private key")
+
+
+def tls_from(args: argparse.Namespace) -> Tls | None:
+    """What `add_tls_arguments` took in."""
+    if args.tls_ca is None:
+        if args.tls_cert or args.tls_key:
+            raise ValueError("--tls-cert and --tls-key go with --tls-ca")
+        return None
+    return Tls(ca=None if args.tls_ca == "system" else args.tls_ca, cert=args.tls_cert, key=args.tls_key)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sessions of a service: who comes, what each asks for, who waits, who goes.
+
+Used by the service's worker alone; it generates nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+from longlive_serve.config import FPS, NetworkConfig, ServeConfig
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.protocol import ASAP, READY, RECACHE, FrameChunk, Request, ServeError
+from longlive_serve.scheduler import SECOND, Scheduler
+from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.snapshot import dump, load_session
+from longlive_serve.statistics import Statistics
+from longlive_serve.stream import Order, Sink, Stream, notice_chunk
+
+log = logging.getLogger(__name__)
+
+NO_FAILURE = (ServeError.CANCELLED, ServeError.SHUTTING_DOWN, ServeError.UNAVAILABLE)  # ends that are nobody's fault
+
+
+class Sessions:
+    """Streams by session id, and their places in the scheduler."""
+
+    def __init__(self, pipeline: Pipeline, config: ServeConfig, chunk_s: float) -> None:
+        self.scheduler = Scheduler(config.slots, cost=round(chunk_s * SECOND), headroom=config.headroom)
+        self.chunks = self._failed = self._refused = self._resumed = 0
+        self._pipeline = pipeline
+        self._config = config
+        self._streams: dict[str, Stream] = {}
+
+    def __getitem__(self, session_id: str) -> Stream:
+        return self._streams[session_id]
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def handle(self, request: Request, sink: Sink, draining: bool) -> None:
+        """Take a request. Raises ServeError when it cannot be taken; its session, if any, goes on."""
+        if draining and request.start:
+            raise goodbye()
+        if request.probes:
+            self._answer_probe(sink)
+            return
+        stream = self._streams.get(request.session_id)
+        if request.start:
+            if stream is not None:
+                text = f"session {request.session_id} is live; START with a new id"
+                raise ServeError(ServeError.SESSION_EXISTS, text)
+            self._start(request, sink)
+        elif stream is None:
+            text = "is not live here: it has ended, failed or never started; send a START"
+            raise ServeError(ServeError.UNKNOWN_SESSION, f"session {request.session_id} {text}")
+        else:
+            self._update(stream, request, sink)
+
+    def admit(self) -> None:
+        for session_id, slot in self.scheduler.admit(time.monotonic_ns()):
+            self._streams[session_id].session.slot = slot
+
+    def drop_the_gone(self) -> None:
+        """End sessions whose client went away or reads nothing, and those that hold on to a slot without using it."""
+        now = time.monotonic()
+        for stream in list(self._streams.values()):
+            silent = now - stream.heard > self._config.idle_timeout_s
+            if stream.gone:
+                self.end(stream, ServeError(ServeError.CANCELLED, "the client cancelled the request"))
+            elif not stream.orders and silent:
+                log.info("session %s: idle for %g s", stream.session.id, self._config.idle_timeout_s)
+                self.end(stream)
+            elif stream.unread >= self._config.max_unread and silent:
+                text = f"{stream.unread} chunks were sent and no request came since: expected one, if only an empty one"
+                self.end(stream, ServeError(ServeError.CANCELLED, f"the client does not read: {text}"))
+
+    def tell_the_waiting(self) -> None:
+        """Say to those who wait where they stand; refuse those for whom the queue is too long."""
+        now, config, size = time.monotonic(), self._config, self._pipeline.config.video_size
+        for stream in list(self._streams.values()):
+            place = self.scheduler.place(stream.session.id)
+            if place > config.max_waiting:
+                self.end(stream, self._full(f"{config.max_waiting} sessions are waiting for a slot already"))
+            elif place and now - stream.came > config.max_wait_s:
+                self.end(stream, self._full(f"no slot became free in {config.max_wait_s:g} s"))
+            else:
+                stream.tell_place(place, self.scheduler.waiting, size)
+
+    def delivered(self, stream: Stream) -> None:
+        """A chunk of the stream was sent: see whether it goes on."""
+        self.chunks += 1
+        if not stream.orders and stream.ending:
+            self.end(stream)
+        elif not stream.orders or stream.unread >= self._config.max_unread:
+            self.scheduler.rest(stream.session.id)
+
+    def end(self, stream: Stream, error: ServeError | None = None) -> None:
+        """Free the session's slot and close what is still open of it, with the error if there is one."""
+        del self._streams[stream.session.id]
+        self.scheduler.remove(stream.session.id)
+        for order in stream.orders:
+            if error is None:
+                order.sink.send(None, final=True)
+            else:
+                order.sink.fail(error)
+        if error is not None and error.kind not in NO_FAILURE:
+            self._failed += 1
+        log.info("session %s: ended after %d chunks (%s)", stream.session.id, stream.session.chunk, error or "complete")
+
+    def end_all(self, error: ServeError) -> None:
+        for stream in list(self._streams.values()):
+            self.end(stream, error)
+
+    def say_goodbye(self) -> None:
+        """End every session because the server goes; those that take snapshots get a last one to go on with."""
+        for stream in list(self._streams.values()):
+            session = stream.session
+            if stream.snapshot_every and session.recent and stream.orders:
+                last = self._notice(session, "the server is shutting down", snapshot=dump(session, self._network))
+                stream.orders[0].sink.send(last, final=False)
+            self.end(stream, goodbye())
+
+    def statistics(self) -> Statistics:
+        return Statistics(
+            live_sessions=self.scheduler.live,
+            waiting_sessions=self.scheduler.waiting,
+            chunks=self.chunks,
+            failed_sessions=self._failed,
+            refused_sessions=self._refused,
+            resumed_sessions=self._resumed,
+            deadline_misses=self.scheduler.deadline_misses,
+            capacity_sessions=self.scheduler.capacity(FPS),
+        )
+
+    def _answer_probe(self, sink: Sink) -> None:
+        scheduler = self.scheduler
+        full = f"full: {scheduler.live} sessions are live, {scheduler.waiting} wait"
+        notice = READY if scheduler.has_room(FPS) else full
+        sink.send(notice_chunk(self._pipeline.config.video_size, notice), final=True)
+
+    def _start(self, request: Request, sink: Sink) -> None:
+        options = request.options
+        if self._config.require_token and options.token is None:
+            text = "OPTIONS.token: got none, expected a secret that later requests of the session repeat"
+            raise ServeError(ServeError.FORBIDDEN, text)
+        self._check_client(request.client)
+        session = self._from_snapshot(request) if request.snapshot is not None else _new_session(request)
+        session.client, session.token = request.client, options.token or ""
+        orders = deque([Order(sink, request.chunks or None)])
+        snapshot_every = options.snapshot_every or 0
+        self._streams[session.id] = Stream(session, orders, request.end, time.monotonic(), snapshot_every)
+        fps = None if options.pace == ASAP else options.fps or FPS
+        self.scheduler.add(session.id, time.monotonic_ns(), fps=fps, lead=self._config.lead)
+        pace = "asap" if fps is None else f"{fps} fps"
+        log.info("session %s: started at chunk %d, chunks %s, %s", session.id, session.chunk, request.chunks, pace)
+
+    def _check_client(self, client: str) -> None:
+        most = self._config.max_sessions_per_client
+        own = sum(stream.session.client == client for stream in self._streams.values())
+        if client and most and own >= most:
+            self._refused += 1
+            text = f"client {client!r} has {own} sessions, expected at most {most}; end one first"
+            raise ServeError(ServeError.RATE_LIMITED, text)
+
+    def _from_snapshot(self, request: Request) -> Session:
+        assert request.snapshot is not None
+        engines, token = self._pipeline.engines, request.options.token or ""
+        device, dtype = engines.device, self._pipeline.dtype
+        session = load_session(request.snapshot, request.session_id, token, self._network, device, dtype)
+        self._resumed += 1
+        return session
+
+    def _full(self, why: str) -> ServeError:
+        self._refused += 1
+        return ServeError(ServeError.UNAVAILABLE, f"{why}; try again in {self._config.max_wait_s:g} s")
+
+    def _update(self, stream: Stream, request: Request, sink: Sink) -> None:
+        session = stream.session
+        stream.check(request, self._config.max_requests_per_s)
+        stream.note_request()
+        index = session.prompt.index
+        if request.prompt is not None:
+            frame = request.options.at_latent_frame
+            index = session.add_prompt(request.prompt, NOW if frame is None else frame).index
+            if frame is None:
+                self.scheduler.hurry(session.id)
+        if request.chunks is not None:
+            stream.orders.append(Order(sink, request.chunks or None))
+        else:
+            sink.send(self._notice(session, prompt_index=index), final=True)
+        if stream.orders:
+            self.scheduler.ready(session.id, time.monotonic_ns())
+        if request.end:
+            stream.ending = True
+            if request.chunks is None:
+                self.end(stream)
+
+    def _notice(self, session: Session, text: str = "", **fields: object) -> FrameChunk:
+        """A response without frames that says where the session stands."""
+        stand = {"first_frame": self._pipeline.first_frame(session.chunk), "prompt_index": session.prompt.index}
+        return notice_chunk(self._network.video_size, text, **(stand | fields))
+
+    @property
+    def _network(self) -> NetworkConfig:
+        return self._pipeline.config
+
+
+def goodbye() -> ServeError:
+    return ServeError(ServeError.SHUTTING_DOWN, "the server is shutting down; connect again later")
+
+
+def _new_session(request: Request) -> Session:
+    assert request.prompt is not None
+    return Session(
+        id=request.session_id,
+        prompt=Prompt(index=0, text=request.prompt),
+        noise=SeededNoise(request.seed or 0),
+        global_sink=request.options.global_sink is not False,
+        on_switch=request.options.on_switch or RECACHE,
+    )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests against a live server share: the server, its metrics, its resources, a client without manners."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2_grpc
+
+from client import wire
+from client.video_stream import StreamedChunk, VideoStream
+from longlive_serve.protocol import CLIENT_HEADER
+from longlive_serve.server import TritonServer
+
+LIMIT_S = 60.0
+
+
+def start_server(folder: Path, **settings: Any) -> TritonServer:
+    """A server of the tiny preset; `settings` of serve.toml and (ports, TLS) of `TritonServer`."""
+    own = {name: settings.pop(name) for name in list(settings) if name.endswith("_port") or name.startswith("tls_")}
+    config = folder / "serve.toml"
+    values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 60.0, "max_waiting": 100} | settings
+    config.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
+    return TritonServer(config=config, **own)
+
+
+def metric(server: TritonServer, name: str) -> float:
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as response:
+        found = re.search(rf"^longlive_{name}(?:{{.*}})? (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, f"no metric longlive_{name}"
+    return float(found[1])
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> float:
+    """Wait for `condition`; returns how long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit_s, "it did not happen in time"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def play(
+    server: TritonServer, *, seed: int, switch: tuple[str, int] | None = None, chunks: int = 8
+) -> list[StreamedChunk]:
+    """The whole video of one session, with a prompt switch at a latent frame if one is given."""
+    with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=1, pace="asap") as video:
+        if switch:
+            video.switch_prompt(switch[0], at_latent_frame=switch[1])
+        video.request_chunks(chunks - 1)  # when the switch is known to the server
+        return [chunk for chunk in video.chunks() if len(chunk.frames)]  # the others tell its place in the queue
+
+
+def frames_of(chunks: list[StreamedChunk]) -> np.ndarray[Any, Any]:
+    return np.concatenate([chunk.frames for chunk in chunks])
+
+
+class RawStream:
+    """A gRPC stream that sends whatever it is told to, as a faulty client would."""
+
+    def __init__(self, server: TritonServer, session_id: str = "", client: str = "") -> None:
+        self._metadata = ((CLIENT_HEADER, client),) if client else ()
+        self.session_id = session_id or wire.new_session_id()
+        self._channel = grpc.insecure_channel(server.grpc_url)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def ask(self, tensors: dict[str, Any], **flags: bool) -> str:
+        """Send one request on a stream of its own; returns the error it was answered with, or an empty string."""
+        message = wire.infer_request(self.session_id, "1", tensors, **flags)
+        for response in self._stub.ModelStreamInfer(iter([message]), timeout=LIMIT_S, metadata=self._metadata):
+            if response.error_message:
+                return str(response.error_message)
+        return ""
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def text(value: str | bytes) -> np.ndarray[Any, Any]:
+    return np.array([value if isinstance(value, bytes) else value.encode()], np.object_)
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(grandchild for child in children for grandchild in descendants(int(child)))]
+
+
+def stub_of(server: TritonServer) -> int:
+    """The process that the model runs in."""
+    return descendants(server.pid)[1]
+
+
+def shared_memory(pid: int) -> list[str]:
+    return [line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
+
+
+def resources(server: TritonServer) -> dict[str, int]:
+    """What could leak: threads, open files and shared-memory segments of the server and its stub."""
+    pids = descendants(server.pid)
+    return {
+        "threads": sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
+        "files": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+        "shared memory": len({segment for pid in pids for segment in shared_memory(pid)}),
+    }
+
+
+def settled(server: TritonServer) -> dict[str, int]:
+    wait_until(lambda: metric(server, "live_sessions") + metric(server, "waiting_sessions") == 0)
+    time.sleep(2)  # connections close behind their streams
+    return resources(server)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stream that goes on when its connection does not, against a scripted server over real gRPC."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from client import errors
+from client.video_stream import VideoStream
+from tests.scripted_triton import Conversation, Received, ScriptedTriton, acknowledgement, chunk, error, recorded
+
+Part = Callable[[Conversation, Received], Iterator[Any]]
+
+
+class Sequel:
+    """A script for every connection in turn; remembers what each of them was asked first."""
+
+    def __init__(self, *parts: Part) -> None:
+        self._parts = iter(parts)
+        self.starts: list[Received] = []
+
+    def __call__(self, conversation: Conversation) -> Iterator[Any]:
+        start = conversation.next()
+        self.starts.append(start)
+        yield from next(self._parts)(conversation, start)
+
+
+def breaks_after(*indices: int, snapshots: bool = True) -> Part:
+    def part(conversation: Conversation, start: Received) -> Iterator[Any]:
+        for index in indices:
+            yield chunk(start, index, snapshot=f"after {index}".encode() if snapshots else b"")
+
+    return part
+
+
+def ends_after(*indices: int) -> Part:
+    def part(conversation: Conversation, start: Received) -> Iterator[Any]:
+        for index in indices:
+            yield chunk(start, index, final=index == indices[-1])
+        while True:
+            yield acknowledgement(conversation.next())
+
+    return part
+
+
+def numbers(video: VideoStream) -> list[int]:
+    return [int(item.frames[0, 0, 0, 0]) for item in video.chunks() if len(item.frames)]
+
+
+def test_a_broken_session_goes_on_with_the_next_frame() -> None:
+    script = Sequel(breaks_after(0, 1), breaks_after(2), ends_after(3, 4))
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=5, seed=3) as video:
+        chunks = list(video.chunks())
+    assert [item.first_frame for item in chunks] == [0, 9, 21, 33, 45]
+    assert video.resumed == 2
+    first, second, third = script.starts
+    assert (first.prompt, first.snapshot, first.chunks) == ("a fox", None, 5)
+    assert (second.prompt, second.snapshot, second.chunks) == (None, b"after 1", 3)
+    assert (third.snapshot, third.chunks) == (b"after 2", 2)
+    assert len({start.session_id for start in script.starts}) == 3
+    assert {start.options.token for start in script.starts} == {video.token}
+    assert "SEED" in first.tensors
+    assert "SEED" not in second.tensors
+
+
+def test_what_comes_a_second_time_is_dropped() -> None:
+    def old_snapshot(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield chunk(start, 0, snapshot=b"old")
+        yield chunk(start, 1)
+        yield chunk(start, 2)
+
+    script = Sequel(old_snapshot, ends_after(1, 2, 3))
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=4) as video:
+        assert numbers(video) == [0, 1, 2, 3]
+    assert script.starts[1].snapshot == b"old"
+
+
+def test_a_prompt_that_no_snapshot_has_is_sent_again() -> None:
+    def first(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield acknowledgement(conversation.next(), prompt_index=1)
+        yield chunk(start, 0, snapshot=b"with the bird")
+        yield acknowledgement(conversation.next(), prompt_index=2)
+
+    def second(conversation: Conversation, start: Received) -> Iterator[Any]:
+        again = conversation.next()
+        assert (again.prompt, again.options.at_latent_frame) == ("a cat", 30)
+        yield acknowledgement(again, prompt_index=2)
+        yield chunk(start, 1, prompt_index=2, final=True)
+        yield acknowledgement(conversation.next())
+
+    script = Sequel(first, second)
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2) as video:
+        assert video.switch_prompt("a bird") == 1
+        chunks = video.chunks()
+        assert next(chunks).prompt_index == 0
+        assert video.switch_prompt("a cat", at_latent_frame=30) == 2
+        assert [item.prompt_index for item in chunks] == [2]
+    assert script.starts[1].snapshot == b"with the bird"
+
+
+def test_a_switch_on_a_broken_session_makes_it_go_on() -> None:
+    def second(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield acknowledgement(conversation.next(), prompt_index=1)
+        yield chunk(start, 1, prompt_index=1, final=True)
+        yield acknowledgement(conversation.next())
+
+    with (
+        ScriptedTriton(Sequel(breaks_after(0), second)) as server,
+        VideoStream("a fox", url=server.url, chunks=2) as video,
+    ):
+        time.sleep(0.3)  # chunk 0 lies there unread when the connection breaks
+        assert video.switch_prompt("a bird") == 1
+        assert numbers(video) == [0, 1]
+
+
+def test_a_server_that_shuts_down_hands_over() -> None:
+    def leaves(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield chunk(start, 0, snapshot=b"old")
+        yield chunk(start, 1)
+        yield acknowledgement(start, notice="the server is shutting down", snapshot=b"last", final=False)
+        yield error(start, "[shutting_down] connect again later")
+        while True:
+            conversation.next()
+
+    script = Sequel(leaves, ends_after(2))
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=3) as video:
+        chunks = list(video.chunks())
+    assert [item.first_frame for item in chunks if len(item.frames)] == [0, 9, 21]
+    assert [item.notice for item in chunks if item.notice] == ["the server is shutting down"]
+    assert script.starts[1].snapshot == b"last"
+
+
+def test_silence_makes_it_go_on_elsewhere() -> None:
+    def falls_silent(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield chunk(start, 0, snapshot=b"s")
+        conversation.gone.wait(10)
+
+    with (
+        ScriptedTriton(Sequel(falls_silent, ends_after(1))) as server,
+        VideoStream("a fox", url=server.url, chunks=2, stall_timeout=0.3) as video,
+    ):
+        assert numbers(video) == [0, 1]
+
+
+def test_a_session_that_waited_for_its_first_frame_begins_again() -> None:
+    def waits(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield acknowledgement(start, notice="waiting for a slot: place 1 of 1", final=False)
+
+    script = Sequel(waits, ends_after(0, 1))
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2, seed=4) as video:
+        assert numbers(video) == [0, 1]
+    assert script.starts[1].prompt == "a fox"
+    assert script.starts[1].tensors["SEED"].tolist() == [4]
+
+
+def test_a_full_server_is_asked_again_while_it_goes_on() -> None:
+    def full(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield error(start, "[unavailable] 16 sessions are waiting; try again in 30 s")
+        conversation.gone.wait(10)
+
+    script = Sequel(breaks_after(0), full, full, ends_after(1))
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2) as video:
+        assert numbers(video) == [0, 1]
+
+
+def test_it_gives_up_in_time_with_the_last_error() -> None:
+    with (
+        ScriptedTriton(Sequel(breaks_after(0))) as server,
+        VideoStream("a fox", url=server.url, chunks=2, resume_for=1.0) as video,
+    ):
+        chunks = video.chunks()
+        assert len(next(chunks).frames)
+        server.kill()
+        since = time.monotonic()
+        with pytest.raises(errors.ConnectionLostError):
+            next(chunks)
+        assert 0.9 < time.monotonic() - since < 5
+
+
+def test_what_never_answered_is_not_asked_again() -> None:
+    script = Sequel(breaks_after(), ends_after(0))
+    with (
+        ScriptedTriton(script) as server,
+        pytest.raises(errors.ConnectionLostError),
+        VideoStream("a fox", url=server.url, chunks=1) as video,
+    ):
+        numbers(video)
+    assert len(script.starts) == 1
+
+
+def test_cancel_ends_the_attempts() -> None:
+    with ScriptedTriton(Sequel(breaks_after(0))) as server, VideoStream("a fox", url=server.url, chunks=2) as video:
+        chunks = video.chunks()
+        next(chunks)
+        server.kill()
+        timer = threading.Timer(0.5, video.cancel)
+        timer.start()
+        assert list(chunks) == []
+        timer.join()
+
+
+def test_a_video_that_is_complete_needs_no_connection() -> None:
+    seen: list[Received] = []
+    with (
+        ScriptedTriton(recorded(Sequel(breaks_after(0, 1)), seen)) as server,
+        VideoStream("a fox", url=server.url, chunks=2) as video,
+    ):
+        assert numbers(video) == [0, 1]
+    assert sum(request.start for request in seen) == 1
