@@ -82,10 +82,12 @@ def through_240s(pipeline: Pipeline, case: Case) -> list[bool]:
 class Switched:
     """What a prompt switch did."""
 
+    at_once: list[bool]
+    """Attributes that the prompt changed: whether they are right in the first chunk under it."""
     changed: list[bool]
-    """Attributes that the prompt changed: whether they are right in the second chunk."""
+    """The same in the second chunk."""
     kept: list[bool]
-    """Those that it did not change, likewise."""
+    """Those that it did not change, in the second chunk."""
     seam: float | None
     """The largest mean difference of frames in the first 4 after the switch, of 255; None if the background changed."""
     steady: float
@@ -96,16 +98,15 @@ def after_switch(pipeline: Pipeline, case: Case) -> Switched:
     before, after = case.before, case.attributes
     assert before is not None
     chunks = video(pipeline, case.script, SWITCH_AT + 2)
-    changed: list[bool] = []
-    kept: list[bool] = []
-    for name, good in read(chunks[SWITCH_AT + 1]).agrees(after).items():
-        (kept if getattr(before, name) == getattr(after, name) else changed).append(good)
+    same = [name for name in vars(after) if getattr(before, name) == getattr(after, name)]
+    first, second = (read(chunk).agrees(after) for chunk in chunks[SWITCH_AT:])
     last = torch.cat(chunks[:SWITCH_AT])[-STEADY - 1 :]
     differences = torch.cat([last, chunks[SWITCH_AT][:4]]).float().diff(dim=0).abs().mean((1, 2, 3))
     same_ground = before.background == after.background
     return Switched(
-        changed=changed,
-        kept=kept,
+        at_once=[good for name, good in first.items() if name not in same],
+        changed=[good for name, good in second.items() if name not in same],
+        kept=[second[name] for name in same],
         seam=differences[STEADY:].max().item() if same_ground else None,
         steady=differences[:STEADY].median().item(),
     )
@@ -132,6 +133,7 @@ def ablation(workers: Workers, count: int) -> dict[str, dict[str, float]]:
         results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
         seams = [result for result in results if result.seam is not None]
         table[on_switch] = {
+            "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
             "adoption": mean([good for result in results for good in result.changed]),
             "kept": mean([good for result in results for good in result.kept]),
             "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams]),

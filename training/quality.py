@@ -86,11 +86,11 @@ def tables(record: dict[str, Any]) -> str:
         f"| {_percent(record['drift_240s_accuracy'])} |",
         f"| real-time factor on two CPU cores, VAE and gRPC included | {record['realtime_factor_2_cores']:.1f} |",
         "",
-        f"| {counts['switches']} prompt switches | changed attributes adopted | others kept | flicker at the seam |",
-        "| --- | --- | --- | --- |",
+        f"| {counts['switches']} prompt switches | adopted in the first chunk | in the second | kept | flicker |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for on_switch, row in record["on_switch"].items():
-        shares = f"{_percent(row['adoption'])} | {_percent(row['kept'])}"
+        shares = " | ".join(_percent(row[name]) for name in ("adoption_first_chunk", "adoption", "kept"))
         lines.append(f"| `{on_switch}` | {shares} | {row['flicker']:.1f} x |")
     return "\n".join(lines)
 

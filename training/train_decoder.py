@@ -22,7 +22,7 @@ from training.latents import Encoder, random_segments, random_start
 from training.run import Run, arguments
 from training.world import SIZE, draw
 
-LATENTS = 3  # per training clip: the opening and two more
+LATENTS = 4  # per training clip: the opening and three more
 LATENT_NOISE = 0.1  # the DiT's latents are not exact either
 CROPPED = 0.75  # of the steps are on 8 crops of half the size, the others on 2 whole pictures
 MUON_LR = 0.02
@@ -96,7 +96,7 @@ def psnr(network: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99)
 
 
 def main() -> int:
-    args = arguments("training.train_decoder", __doc__, steps=1000).parse_args()
+    args = arguments("training.train_decoder", __doc__, steps=1600).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run = DecoderRun(PRESETS["demo"].vae, args.steps, args.seed, args.device)
     run.train(args.out / "decoder.checkpoint")
