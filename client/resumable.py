@@ -236,7 +236,8 @@ class ResumableStream:
             await broken.close(politely=False)
             if self._ended:
                 return
-            log.warning("session %s: %s; going on at frame %d", self.session_id, error, max(0, self._next_frame))
+            level = logging.WARNING if self._tries == 1 else logging.DEBUG
+            log.log(level, "session %s: %s; going on at frame %d", self.session_id, error, max(0, self._next_frame))
             # A new id: the server may not have noticed yet that the old connection is gone.
             self.session_id = wire.new_session_id()
             start = dataclasses.replace(self._start, session_id=self.session_id)

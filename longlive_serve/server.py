@@ -134,6 +134,11 @@ class TritonServer:
         finally:
             self._group.close()
 
+    def kill(self) -> None:
+        """End Triton at once, clients or not."""
+        if self._group is not None:
+            self._group.close()
+
     def _url(self, name: str) -> str:
         return f"{'127.0.0.1' if self._host == '0.0.0.0' else self._host}:{self._ports[name]}"
 

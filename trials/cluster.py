@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Some servers behind HAProxy, and a supervisor that starts again whatever died, as an orchestrator would.
+
+Used by the trials. A session stays on the server that the hash of its id names (gRPC header `x-session-id`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+from client.probe import probe
+from longlive_serve.protocol import SESSION_HEADER, ServeError
+from longlive_serve.server import TritonServer
+
+PROBE_S = 5.0  # a model that gives no answer for this long is dead
+POLL_S = 0.5
+
+_HAPROXY = """
+global
+  maxconn 512
+defaults
+  mode http
+  timeout connect 2s
+  timeout client 600s
+  timeout server 600s
+  retries 2
+  option redispatch
+frontend sessions
+  bind 127.0.0.1:{port} proto h2
+  default_backend servers
+backend servers
+  balance hdr({header})
+  hash-type consistent djb2 avalanche
+{servers}
+"""
+
+
+class Cluster:
+    """For `with`: ready on entry, gone on exit. `url` is where clients connect."""
+
+    def __init__(self, servers: int, config: Path) -> None:
+        haproxy = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+        if haproxy is None:
+            raise RuntimeError("haproxy: not found; install it (Debian, Ubuntu: apt-get install haproxy)")
+        self._haproxy = haproxy
+        self._config = config
+        self._stack = contextlib.ExitStack()
+        self._ports = _free_ports(servers + 1)
+        self.url = f"127.0.0.1:{self._ports[-1]}"
+        self.servers: list[TritonServer] = []
+        self.restarts = 0
+        self._proxy: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._supervisors: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="longlive-cluster-")))
+        ports = self._ports[:-1]
+        lines = [f"  server s{n} 127.0.0.1:{port} proto h2 check inter 500ms" for n, port in enumerate(ports)]
+        text = _HAPROXY.format(port=self._ports[-1], header=SESSION_HEADER, servers="\n".join(lines))
+        self._settings = folder / "haproxy.cfg"
+        self._settings.write_text(text)
+        try:
+            for port in ports:
+                self.servers.append(self._start_server(port))
+            self._start_proxy()
+            self.wait_until_healthy()
+        except BaseException:
+            self._stop()
+            raise
+        watches = [self._watch_proxy, *(lambda n=n: self._watch_server(n) for n in range(len(ports)))]
+        self._supervisors = [threading.Thread(target=watch, daemon=True) for watch in watches]
+        for thread in self._supervisors:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def kill_server(self, number: int) -> None:
+        """Triton's own process; its stub and shared memory are left to those who clean up."""
+        _kill(self.servers[number].pid)
+
+    def kill_model(self, number: int) -> None:
+        """The process that the model runs in; Triton notices nothing."""
+        pid = self.servers[number].pid
+        for stub in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            _kill(int(stub))
+
+    def kill_proxy(self) -> None:
+        assert self._proxy is not None
+        _kill(self._proxy.pid)
+
+    def healthy(self) -> bool:
+        """Whether every server's model answers, and through the proxy too."""
+        return all(_answers(url) for url in (*(server.grpc_url for server in self.servers), self.url))
+
+    def wait_until_healthy(self, timeout_s: float = 120.0) -> None:
+        end = time.monotonic() + timeout_s
+        while not self.healthy():
+            if time.monotonic() > end:
+                raise TimeoutError(f"the cluster was not healthy after {timeout_s:g} s")
+            time.sleep(POLL_S)
+
+    def _start_server(self, port: int) -> TritonServer:
+        return TritonServer(config=self._config, grpc_port=port, drain_timeout_s=2.0).__enter__()
+
+    def _start_proxy(self) -> None:
+        self._proxy = subprocess.Popen([self._haproxy, "-db", "-q", "-f", str(self._settings)])
+
+    def _watch_server(self, number: int) -> None:
+        port = self._ports[number]
+        while not self._stopping.wait(POLL_S):
+            if not _answers(self.servers[number].grpc_url) and not self._stopping.is_set():
+                self.servers[number].kill()
+                self.servers[number] = self._start_server(port)
+                self.restarts += 1
+
+    def _watch_proxy(self) -> None:
+        while not self._stopping.wait(POLL_S):
+            assert self._proxy is not None
+            if self._proxy.poll() is not None:
+                self._start_proxy()
+                self.restarts += 1
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        for thread in self._supervisors:
+            thread.join()
+        if self._proxy is not None:
+            self._proxy.kill()
+            self._proxy.wait()
+        for server in self.servers:
+            server.stop()
+        self._stack.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        probe(url, PROBE_S)
+    except ServeError:  # it refuses, so it lives
+        return True
+    except ConnectionError:
+        return False
+    return True
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
