@@ -13,7 +13,13 @@ from collections import deque
 from typing import Any
 
 from client import wire
-from client.errors import InvalidRequestError, RateLimitedError, ServerFailedError, VideoStreamError
+from client.errors import (
+    InvalidRequestError,
+    RateLimitedError,
+    ServerFailedError,
+    UnknownSessionError,
+    VideoStreamError,
+)
 from longlive_serve.protocol import FrameChunk, Request, ServeError
 
 
@@ -130,7 +136,8 @@ class Exchange:
 
     def _refuse(self, request_id: str, error: VideoStreamError) -> None:
         request = self._open[request_id]
-        if request.start or (request.streams and not isinstance(error, InvalidRequestError | RateLimitedError)):
+        gone = request.start or isinstance(error, UnknownSessionError)
+        if gone or (request.streams and not isinstance(error, InvalidRequestError | RateLimitedError)):
             self.fail(error)
             return
         del self._open[request_id]

@@ -37,7 +37,8 @@ def infer_request(
     for name, array in tensors.items():
         datatype = np_to_triton_dtype(array.dtype)
         message.inputs.add(name=name, datatype=datatype, shape=array.shape)
-        raw = serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()
+        is_text = datatype == "BYTES" and array.size  # an empty array serializes to one
+        raw = serialize_byte_tensor(array).item() if is_text else array.tobytes()
         message.raw_input_contents.append(raw)
     message.parameters["sequence_id"].string_param = session_id
     message.parameters["sequence_start"].bool_param = start

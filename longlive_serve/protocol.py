@@ -122,7 +122,7 @@ class Options:
     def from_json(cls, text: str) -> Options:
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise _invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")

@@ -71,8 +71,10 @@ class TritonPythonModel:
 def _read(request: Any) -> Request | ServeError:
     try:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        start, end = bool(request.flags() & 1), bool(request.flags() & 2)
+        start, end = (bool(request.flags() & bit) for bit in (1, 2))
         client = str(json.loads(request.parameters()).get(CLIENT_HEADER, ""))
         return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors, client)
     except ServeError as error:
         return error
+    except Exception as error:  # a request's border: those beside it go on
+        return ServeError(ServeError.INTERNAL, f"the request cannot be read: {error!r}")
