@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 SECOND = 1_000_000_000
 CHUNK_FRAMES = 12  # of every chunk but the first
-SMOOTHING = 0.1  # of a new measurement in the cost of a chunk
+RISE, FALL = 0.1, 0.01  # of a new measurement in the cost of a chunk: what was slow once is slow again
+PROOF = 50  # chunks after which a measured cost is not doubted any more
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,15 +65,18 @@ class Seat:
 class Scheduler:
     """Admits sessions to slots in the order of arrival and says whose chunk is next."""
 
-    def __init__(self, slots: int, *, cost: int = 0, headroom: float = 0.8) -> None:
-        """`cost`: time of a chunk, as measured so far. `headroom`: share of all time that clocks may count on."""
+    def __init__(self, slots: int, *, cost: int = 0, headroom: float = 0.8, doubt: float = 0.0) -> None:
+        """`cost`: time of a chunk, as measured so far. `headroom`: share of all time that clocks may count on.
+        `doubt`: what a cost that was measured without load may be too low by, as a share of it."""
         self._slots = slots
         self._free = list(range(slots))[::-1]
         self._queue: list[Seat] = []
         self._seats: dict[str, Seat] = {}  # those with a slot, in the order of their last turns
-        self._headroom = headroom
+        self._headroom, self._doubt = headroom, doubt
         self.cost = cost
+        """Time of a chunk that is seldom exceeded."""
         self.deadline_misses = 0
+        self._measured = 0  # chunks
 
     @property
     def waiting(self) -> int:
@@ -147,7 +151,9 @@ class Scheduler:
 
     def done(self, session_id: str, now: int, frames: int, took: int) -> int:
         """The session's chunk of `frames` is there and `took` this long. Returns by how much it came too late."""
-        self.cost = round(self.cost + SMOOTHING * (took - self.cost)) if self.cost else took
+        smoothing = RISE if took > self.cost else FALL
+        self.cost = round(self.cost + smoothing * (took - self.cost)) if self.cost else took
+        self._measured += 1
         seat = self._seats.pop(session_id)
         self._seats[session_id] = seat
         late = 0
@@ -174,7 +180,8 @@ class Scheduler:
 
     def _load(self, fps: int) -> float:
         """Share of all time that a session with such a clock takes."""
-        return self.cost * fps / (CHUNK_FRAMES * SECOND)
+        doubt = self._doubt * max(0.0, 1 - self._measured / PROOF)
+        return (1 + doubt) * self.cost * fps / (CHUNK_FRAMES * SECOND)
 
     def _fits_beside(self, fps: int) -> bool:
         clocks = [seat.fps for seat in self._seats.values() if seat.fps is not None]

@@ -23,12 +23,15 @@ log = logging.getLogger(__name__)
 
 NO_FAILURE = (ServeError.CANCELLED, ServeError.SHUTTING_DOWN, ServeError.UNAVAILABLE)  # ends that are nobody's fault
 
+DOUBT = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
+
 
 class Sessions:
     """Streams by session id, and their places in the scheduler."""
 
     def __init__(self, pipeline: Pipeline, config: ServeConfig, chunk_s: float) -> None:
-        self.scheduler = Scheduler(config.slots, cost=round(chunk_s * SECOND), headroom=config.headroom)
+        cost = round(chunk_s * SECOND)
+        self.scheduler = Scheduler(config.slots, cost=cost, headroom=config.headroom, doubt=DOUBT)
         self.chunks = self._failed = self._refused = self._resumed = 0
         self._pipeline = pipeline
         self._config = config

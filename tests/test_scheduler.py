@@ -81,6 +81,28 @@ def test_no_more_than_the_lead_is_generated_ahead() -> None:
     assert scheduler.next(SECOND) == ("a", None)  # a new prompt is waited for
 
 
+def test_a_cost_that_no_load_has_proved_is_doubted() -> None:
+    scheduler = Scheduler(8, cost=PERIOD // 10, doubt=0.5)
+    assert scheduler.capacity(FPS) == 5  # of 8 that 0.8 of all time would hold
+    scheduler.add("a", 0, fps=FPS, lead=1)
+    scheduler.admit(0)
+    for number in range(50):
+        scheduler.done("a", number * PERIOD, 12, took=PERIOD // 10)
+    assert scheduler.capacity(FPS) == 8
+
+
+def test_a_cost_rises_fast_and_falls_slowly() -> None:
+    scheduler = scheduler_of(1, "a")
+    scheduler.admit(0)
+    costs = []
+    for took in [100] + 10 * [200] + 10 * [100]:
+        scheduler.done("a", 0, 12, took=took)
+        costs.append(scheduler.cost)
+    assert costs[0] == 100
+    assert costs[10] > 160
+    assert costs[20] > 155
+
+
 def test_a_late_chunk_is_counted_once_and_playback_goes_on_from_it() -> None:
     scheduler = scheduler_of(1, "a")
     scheduler.admit(0)
