@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check bench pictures quality serve clean
+.PHONY: help setup demo test check bench perf chaos soak fuzz pictures quality serve clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
 	@echo "make test   set up, run all tests, those against a live server among them"
 	@echo "make check  set up, run the linter and the type checker"
 	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
+	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its figures with those of the benchmark"
+	@echo "make chaos, make soak, make fuzz   kill servers, run for half an hour, send wrong requests; into results/serving.json"
 	@echo "make pictures  the demo, and the pictures in docs/ from it"
 	@echo "make quality  set up, measure what the demo network shows, write results/quality.json"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
@@ -36,6 +38,18 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m client.benchmark --serve --viewers 1,2,3,4,6,8 --json results/serving.json --plot docs/serving.png
+
+perf: setup
+	$(BIN)/python -m trials.perf --json results/serving.json
+
+chaos: setup
+	$(BIN)/python -m trials.chaos --json results/serving.json
+
+soak: setup
+	$(BIN)/python -m trials.soak --json results/serving.json
+
+fuzz: setup
+	$(BIN)/python -m trials.fuzz --json results/serving.json
 
 pictures: demo
 	cp videos/interactive/story.png docs/story.png

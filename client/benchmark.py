@@ -9,15 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
-import json
-import os
-import platform
 import re
 import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.channel import DEFAULT_URL, add_tls_arguments, tls_from
+from client.record import write_record
 from client.viewer import Seen, Watching, watch_together
 from longlive_serve.config import FPS
 from longlive_serve.protocol import PACES, REALTIME
@@ -172,16 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     Console().print(table(rows))
     if args.json is not None:
-        record = {
-            "command": f"python -m client.benchmark {' '.join(sys.argv[1:] if argv is None else argv)}",
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "hardware": f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), client and server together",
-            "versions": {"python": platform.python_version(), "tritonclient": version("tritonclient")},
-            "vae": "in every figure",
-            "runs": rows,
+        on_top = {
+            "sessions_admitted": max(row.get("announced_capacity", row["watched"]) for row in rows),
+            "deadline_misses": sum(row.get("deadline_misses", 0) for row in rows),
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(args.json, "client.benchmark", argv, {"runs": rows}, on_top)
         print(f"wrote {args.json}")
     if args.plot is not None:
         plot(rows, args.plot)

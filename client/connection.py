@@ -27,7 +27,7 @@ from client.errors import (
     VideoStreamError,
 )
 from client.exchange import Exchange, OpenRequest, StreamedChunk
-from longlive_serve.protocol import SESSION_HEADER, Options, Request, ServeError
+from longlive_serve.protocol import RAW, SESSION_HEADER, Options, Request, ServeError
 
 CLOSE_TIMEOUT_S = 5.0  # how long a polite end may take before the stream is cancelled
 
@@ -60,7 +60,7 @@ class Connection:
         self._start = start
         self._settings = settings
         self._wanted = chunks  # not yet asked for
-        self._exchange = Exchange(start.session_id, check=settings.check)
+        self._exchange = Exchange(start.session_id, check=settings.check, frame_format=start.options.format or RAW)
         self._heard = 0.0  # when the last response came
         self._probed = 0.0  # when a heartbeat was last sent because of a silence
         self._unconfirmed = 0  # chunks consumed since the last request

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from client import wire
 from client.errors import (
@@ -20,12 +20,15 @@ from client.errors import (
     UnknownSessionError,
     VideoStreamError,
 )
-from longlive_serve.protocol import FrameChunk, Request, ServeError
+from longlive_serve.protocol import RAW, FrameChunk, Request, ServeError
+
+if TYPE_CHECKING:
+    from client.decoders import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamedChunk(FrameChunk):
-    """A chunk as the client received it. One without frames carries only a notice."""
+    """A chunk (with `early_frames`, a part of one) as the client got it. One without frames carries only a notice."""
 
     arrived: float  # time.monotonic() when it came off the wire
 
@@ -49,7 +52,7 @@ class OpenRequest:
 class Exchange:
     """The requests of one session and the responses to them, matched by request id."""
 
-    def __init__(self, session_id: str, *, check: bool) -> None:
+    def __init__(self, session_id: str, *, check: bool, frame_format: str = RAW) -> None:
         self.received: deque[StreamedChunk | VideoStreamError] = deque()
         """In order; an error stands where the chunks it refused would have come."""
         self.failure: VideoStreamError | None = None
@@ -60,6 +63,7 @@ class Exchange:
         """Chunks received so far."""
         self._session_id = session_id
         self._check = check
+        self._decoder = None if frame_format == RAW else _decoder(frame_format)
         self._open: dict[str, OpenRequest] = {}
         self._sent = 0
 
@@ -74,7 +78,7 @@ class Exchange:
     @property
     def outstanding(self) -> float:
         """Chunks asked for and not yet taken out of `received`."""
-        waiting = sum(isinstance(item, StreamedChunk) and len(item.frames) > 0 for item in self.received)
+        waiting = sum(isinstance(item, StreamedChunk) and item.completes for item in self.received)
         return waiting + sum(request.due for request in self._open.values())
 
     def ask(self, request: Request) -> tuple[OpenRequest, Any]:
@@ -106,6 +110,8 @@ class Exchange:
             return
         try:
             chunk = wire.frame_chunk(response)
+            if chunk is not None and chunk.encoded and self._decoder is not None:
+                chunk = self._decoder.decode(chunk)
         except (ValueError, IndexError) as error:
             self.fail(ServerFailedError(ServeError.INTERNAL, f"the response cannot be read: {error}"))
             return
@@ -126,7 +132,7 @@ class Exchange:
 
     def _take(self, request: OpenRequest, chunk: FrameChunk) -> None:
         streamed = StreamedChunk(**vars(chunk), arrived=time.monotonic())
-        if len(chunk.frames) > 0:
+        if chunk.completes:
             self.chunks += 1
             request.due = max(0, request.due - 1)
         elif not request.streams:
@@ -144,3 +150,9 @@ class Exchange:
         request.close(error)
         if request.streams:
             self.received.append(error)
+
+
+def _decoder(frame_format: str) -> Decoder:
+    from client.decoders import Decoder  # PyAV, for those who want it
+
+    return Decoder(frame_format)

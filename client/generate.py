@@ -26,7 +26,7 @@ from client.timing import Timing
 from client.video_file import VideoFile
 from client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.config import RANDOM_WEIGHTS, ServeConfig
-from longlive_serve.protocol import ASAP, ON_SWITCH, PACES
+from longlive_serve.protocol import ASAP, FORMATS, ON_SWITCH, PACES
 
 DEFAULT_SECONDS = 30.0
 
@@ -87,7 +87,7 @@ def _record(
                 file.write(chunk.frames)
                 sheet.add(number, chunk.prompt_index, chunk.frames[len(chunk.frames) // 2])
                 prompt = scene.prompts[chunk.prompt_index]
-                progress.update(task, advance=1, fps=f"{timing.fps:.1f} fps", prompt=prompt)
+                progress.update(task, advance=int(chunk.completes), fps=f"{timing.fps:.1f} fps", prompt=prompt)
     return timing
 
 
@@ -102,6 +102,8 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         global_sink=args.global_sink,
         on_switch=args.on_switch,
         pace=args.pace,
+        frame_format=args.format,
+        early_frames=args.early_frames,
         stall_timeout=args.stall_timeout,
         tls=args.tls,
     )
@@ -201,6 +203,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=ASAP,
         help="asap: as fast as live sessions leave time for; realtime: as a viewer gets it (default: asap)",
     )
+    parser.add_argument("--format", choices=FORMATS, help="how frames travel (default: raw)")
+    parser.add_argument("--early-frames", action="store_true", help="get a chunk's frames as they are decoded")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
     where.add_argument("--serve", action="store_true", help="start a server for this run")

@@ -71,6 +71,8 @@ class ResumableStream:
         on_switch: str | None = None,
         pace: str | None = None,
         fps: int | None = None,
+        frame_format: str | None = None,
+        early_frames: bool | None = None,
         snapshot_every: int | None = None,
         snapshot: bytes | None = None,
         resume_for: float = 60.0,
@@ -89,6 +91,10 @@ class ResumableStream:
             (`max_unread` in its settings).
         pace: `realtime` (the server's default): chunks come a little before they are to be shown at `fps` (16) frames
             per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
+        frame_format: how frames travel: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;
+            needs PyAV on both sides). What comes out of here are pictures in any case.
+        early_frames: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the first frame
+            and the first one under a new prompt come earlier.
         resume_for: when the connection breaks, stalls, or its server shuts down or fails, try for this many seconds
             to go on elsewhere, with the next frame; 0: raise at once. There may be a slight jump at the seam.
         snapshot_every: every so many chunks `StreamedChunk.snapshot` holds the whole session, as bytes (default: 1
@@ -116,7 +122,9 @@ class ResumableStream:
         self._ready: deque[StreamedChunk] = deque()  # came, not consumed
         self._prompts: list[SentPrompt] = []  # those that no snapshot has
         every = 1 if snapshot_every is None and resume_for else snapshot_every
-        how = Options(pace=pace, fps=fps, snapshot_every=every, token=self.token)
+        how = Options(
+            pace=pace, fps=fps, snapshot_every=every, token=self.token, format=frame_format, early_frames=early_frames
+        )
         self._again = Request(session_id=self.session_id, start=True, options=how, snapshot=snapshot)
         options = dataclasses.replace(how, global_sink=global_sink, on_switch=on_switch)
         self._start = dataclasses.replace(self._again, prompt=prompt, seed=seed, options=options)
@@ -182,14 +190,17 @@ class ResumableStream:
             self._again = dataclasses.replace(self._again, snapshot=chunk.snapshot)
             self._start = self._again
             self._prompts = [prompt for prompt in self._prompts if prompt.accepted > chunk.arrived]
+        after = chunk.first_frame + len(chunk.frames)
         if not len(chunk.frames):
             self._ready.append(chunk)
-        elif chunk.first_frame >= self._next_frame:
-            self._next_frame = chunk.first_frame + len(chunk.frames)
-            self._owed -= 1
+        elif after > self._next_frame:
+            came_before = max(0, self._next_frame - chunk.first_frame)
+            self._next_frame = after
+            self._owed -= chunk.completes
             self.resumed += self._broke is not None
             self._broke = None
-            self._ready.append(chunk)
+            first = chunk.first_frame + came_before
+            self._ready.append(dataclasses.replace(chunk, frames=chunk.frames[came_before:], first_frame=first))
 
     async def _switch_prompt(self, text: str, at_latent_frame: int | None) -> int:
         prompt = SentPrompt(text=text, at_latent_frame=at_latent_frame)

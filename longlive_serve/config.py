@@ -175,7 +175,13 @@ class ServeConfig:
     require_token: bool = False
     """Every session has to begin with a token, which its later requests repeat (some clients cannot)."""
 
+    trace_dir: str = ""
+    """A folder: what every session did when is written there, for trace viewers; empty: nowhere."""
+    log_format: str = "text"
+    """`text`, or `json`: one object per line."""
+
     def __post_init__(self) -> None:
+        _check_choice("log_format", self.log_format, ("text", "json"))
         _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("variant", self.variant, self.VARIANTS)
         _check_choice("engine", self.engine, self.ENGINES)

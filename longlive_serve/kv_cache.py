@@ -121,3 +121,9 @@ class KVCache:
     def slot(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views of one slot's keys and values, [layers, 1, heads, window tokens, head_dim]."""
         return self.keys[:, slot : slot + 1], self.values[:, slot : slot + 1]
+
+    @staticmethod
+    def bytes_of(config: NetworkConfig, slots: int, dtype: torch.dtype) -> int:
+        """The size of such a cache."""
+        tokens = config.window.window * config.tokens_per_frame
+        return 2 * config.dit.num_layers * slots * config.dit.dim * tokens * dtype.itemsize

@@ -22,6 +22,8 @@ class Outbox:
     """Runs what it is given, one after the other."""
 
     def __init__(self) -> None:
+        self.bytes = 0
+        """Of frames, sent so far."""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="longlive-outbox", daemon=True)
         self._thread.start()
@@ -62,7 +64,11 @@ class OutboxSink:
         if self._broken:
             return
         try:
-            self._sink.send(encode(chunk) if encode and chunk else chunk, final)
+            if chunk is not None and encode is not None:
+                chunk = encode(chunk)
+            if chunk is not None:
+                self._outbox.bytes += chunk.frames.nbytes + sum(map(len, chunk.encoded))
+            self._sink.send(chunk, final)
         except Exception as error:
             log.exception("an answer could not be sent")
             text = f"the answer could not be sent: {type(error).__name__}: {error}"

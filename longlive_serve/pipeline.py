@@ -7,10 +7,14 @@ the networks and not who watches the video.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +25,7 @@ from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
 from longlive_serve.protocol import CLEAR, RECACHE, FrameChunk, ServeError
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session, SinkChunk
+from longlive_serve.trace import Phase
 
 WARM_UP_SWITCH = 4  # chunks
 
@@ -34,31 +39,50 @@ class Pipeline:
         self.window = Window(config.window)
         self.schedule = NoiseSchedule(engines.device)
         self.dtype: torch.dtype = getattr(torch, engines.dtype)
+        self.phases: list[Phase] = []
+        """Of the last chunk."""
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
 
     @torch.inference_mode()
-    def advance(self, session: Session) -> FrameChunk:
+    def advance(self, session: Session, send_early: Callable[[FrameChunk], None] | None = None) -> FrameChunk:
         """Generate the next chunk. On an error the session's state is undefined: end it.
 
+        `send_early`: gets the frames of every latent frame but the last as soon as they are decoded; what is returned
+        then holds only those of the last. What took how long is left in `phases`.
         Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
-        began = time.perf_counter()
+        self.phases = []
+        began = time.monotonic()
         number = session.chunk
         self._check_limit(number)
-        if session.recent and session.prompt_kv is None:  # it comes from a snapshot
-            self.restore(session)
-        notice = self._apply_prompts(session)
+        with self._phase("switch"):
+            if session.recent and session.prompt_kv is None:  # it comes from a snapshot
+                self.restore(session)
+            notice = self._apply_prompts(session)
         latents = self._denoise(session)
+        parts = latents.split(1, dim=1) if send_early else (latents,)
+        first_frame = self.first_frame(number)
+        for place, part in enumerate(parts):
+            with self._phase("decode"):
+                frames = self._decode(session, part, opening=number == 0 and place == 0)
+            chunk = FrameChunk(frames=frames, first_frame=first_frame, prompt_index=session.prompt.index, notice=notice)
+            if send_early and place + 1 < len(parts):
+                send_early(chunk)
+                first_frame, notice = first_frame + len(frames), ""
+        return dataclasses.replace(chunk, seconds=time.monotonic() - began)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.engines.synchronize()
+        self.phases.append(Phase(name=name, began=began, seconds=time.monotonic() - began))
+
+    def _decode(self, session: Session, latents: Tensor, opening: bool) -> np.ndarray[Any, Any]:
         if session.decoder_cache is None:
             session.decoder_cache = self.engines.vae_decoder.initial_cache()
-        frames, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, number == 0)
-        return FrameChunk(
-            frames=frames,
-            first_frame=self.first_frame(number),
-            prompt_index=session.prompt.index,
-            seconds=time.perf_counter() - began,
-            notice=notice,
-        )
+        frames, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, opening)
+        return frames
 
     def warm_up(self) -> float:
         """Generate a short video that nobody sees, before the first session. Returns the seconds of a chunk.
@@ -151,13 +175,15 @@ class Pipeline:
         assert session.prompt_kv is not None
         dit, schedule = self.engines.dit, self.schedule
         placement = self.window.step(session.chunk, session.first_cached)
-        x = self._draw(session)
-        for step in range(schedule.steps):
-            flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
-            clean = schedule.clean_latents(x, flow, step)
-            if step + 1 < schedule.steps:
-                x = schedule.add_noise(clean, self._draw(session), step + 1)
-        self._commit(session, clean, placement)
+        with self._phase("denoise"):
+            x = self._draw(session)
+            for step in range(schedule.steps):
+                flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
+                clean = schedule.clean_latents(x, flow, step)
+                if step + 1 < schedule.steps:
+                    x = schedule.add_noise(clean, self._draw(session), step + 1)
+        with self._phase("commit"):
+            self._commit(session, clean, placement)
         session.recent.append(clean)
         if len(session.recent) > self.window.capacity:
             session.recent.popleft()

@@ -14,6 +14,9 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
   answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response is FINAL.
 * START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
   says why a new session would have to wait. No session comes of it.
+* With `early_frames`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 in all but the last.
+* With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
+  anew with each START.
 * A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue.
 """
 
@@ -32,6 +35,7 @@ CLIENT_HEADER = "x-client-id"  # of gRPC: who the client is, as a proxy that kno
 SESSION_HEADER = "x-session-id"  # of gRPC: for proxies that keep a session on one server
 RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
 REALTIME, ASAP = PACES = ("realtime", "asap")
+RAW, JPEG, H264 = FORMATS = ("raw", "jpeg", "h264")
 MAX_FPS = 120
 READY = "ready"  # the NOTICE that answers a probe when a new session would start at once
 TOKEN_LENGTHS = (16, 256)  # characters, at least and at most
@@ -58,9 +62,11 @@ INPUTS = (PROMPT, SEED, CHUNKS, OPTIONS, SNAPSHOT)  # all optional on the wire; 
 FRAMES = TensorSpec(name="FRAMES", dtype="UINT8", shape=(-1, -1, -1, 3))  # [frames, height, width, RGB]
 FIRST_FRAME = TensorSpec(name="FIRST_FRAME", dtype="INT64", shape=(1,))  # video frame number of FRAMES[0]
 PROMPT_INDEX = TensorSpec(name="PROMPT_INDEX", dtype="INT32", shape=(1,))  # in force (ack: the one accepted)
-CHUNK_SECONDS = TensorSpec(name="CHUNK_SECONDS", dtype="FP32", shape=(1,))  # time the chunk took to generate
+CHUNK_SECONDS = TensorSpec(name="CHUNK_SECONDS", dtype="FP32", shape=(1,))  # time the chunk took; 0: more of it comes
+ENCODED = TensorSpec(name="ENCODED", dtype="UINT8", shape=(-1,))  # the frames of a session that is not `raw`, in a row
+ENCODED_SIZES = TensorSpec(name="ENCODED_SIZES", dtype="INT32", shape=(-1,))  # bytes of each frame in it
 NOTICE = TensorSpec(name="NOTICE", dtype="BYTES", shape=(1,))  # UTF-8, empty when there is nothing to say
-OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE, SNAPSHOT)
+OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE, SNAPSHOT, ENCODED, ENCODED_SIZES)
 
 _NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8, "FP32": np.float32}
 
@@ -112,6 +118,10 @@ class Options:
     """START only: frames per second of the playback clock (default: 16)."""
     snapshot_every: int | None = None
     """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
+    format: str | None = None
+    """START only: how frames are sent: `raw` (the default), `jpeg` or `h264`."""
+    early_frames: bool | None = None
+    """START only: send a chunk's frames as soon as each latent frame is decoded (default: the chunk at once)."""
     token: str | None = None
     """A secret of the client's. What START carried, every later request of the session must repeat, and so must a
     START with its snapshot."""
@@ -126,7 +136,8 @@ class Options:
             raise _invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise _invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        kinds = {"global_sink": bool, "on_switch": str, "pace": str, "token": str}
+        kinds: dict[str, type] = dict.fromkeys(("on_switch", "pace", "token", "format"), str)
+        kinds |= dict.fromkeys(("global_sink", "early_frames"), bool)
         expected = kinds | dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), int)
         for key, value in values.items():
             if key not in expected:
@@ -134,7 +145,7 @@ class Options:
             if type(value) is not expected[key]:
                 raise _invalid(f"OPTIONS.{key}: got {value!r}, expected {expected[key].__name__}")
         options = cls(**values)
-        for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES)):
+        for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
             if getattr(options, key) not in (None, *choices):
                 raise _invalid(f"OPTIONS.{key}: got {getattr(options, key)!r}, expected one of {list(choices)}")
         if options.fps is not None and not 1 <= options.fps <= MAX_FPS:
@@ -209,7 +220,7 @@ class Request:
             raise _invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
         if not self.start and self.seed is not None:
             raise _invalid("SEED: got it after START, expected it in START only")
-        for key in ("global_sink", "on_switch", "pace", "fps", "snapshot_every"):
+        for key in ("global_sink", "on_switch", "pace", "fps", "snapshot_every", "format", "early_frames"):
             if not self.start and getattr(self.options, key) is not None:
                 raise _invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
 
@@ -245,7 +256,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameChunk:
-    """The frames of one chunk: 12 of them, 9 in the first chunk, 0 in an acknowledgement."""
+    """The frames of one chunk (12 of them, 9 in the first chunk) or of a part of it; none in an acknowledgement."""
 
     frames: np.ndarray[Any, Any]  # uint8 [frames, height, width, 3]
     first_frame: int
@@ -253,6 +264,13 @@ class FrameChunk:
     seconds: float = 0.0
     notice: str = ""
     snapshot: bytes = b""
+    encoded: tuple[bytes, ...] = ()
+    """The frames in the session's format, one by one; `frames` is then empty."""
+
+    @property
+    def completes(self) -> bool:
+        """Whether these are the last frames of a chunk."""
+        return self.seconds > 0
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         return {
@@ -262,10 +280,13 @@ class FrameChunk:
             CHUNK_SECONDS.name: np.array([self.seconds], np.float32),
             NOTICE.name: _bytes_array(self.notice),
             SNAPSHOT.name: np.frombuffer(self.snapshot, np.uint8),
+            ENCODED.name: np.frombuffer(b"".join(self.encoded), np.uint8),
+            ENCODED_SIZES.name: np.array([len(frame) for frame in self.encoded], np.int32),
         }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray[Any, Any]]) -> FrameChunk:
+        ends = np.cumsum(tensors[ENCODED_SIZES.name])
         return cls(
             frames=tensors[FRAMES.name],
             first_frame=int(tensors[FIRST_FRAME.name][0]),
@@ -273,6 +294,7 @@ class FrameChunk:
             seconds=float(tensors[CHUNK_SECONDS.name][0]),
             notice=tensors[NOTICE.name][0].decode(),
             snapshot=tensors[SNAPSHOT.name].tobytes(),
+            encoded=tuple(part.tobytes() for part in np.split(tensors[ENCODED.name], ends[:-1])) if len(ends) else (),
         )
 
 

@@ -126,6 +126,7 @@ def replay(
         text_encoder=GivenEmbeddings(_with_prefix(tensors, "prompt_embeds."), device),
         dit=build_dit(engine, network, case.network, 1, variant),
         vae_decoder=NoDecoder(),
+        name=engine,
         device=device,
         dtype=dtype,
     )

@@ -95,6 +95,10 @@ class Scheduler:
         """Whether a session with such a clock that comes now is admitted at once."""
         return bool(self._free) and not self._queue and self._fits_beside(fps)
 
+    def shortest_lead(self, now: int) -> int:
+        """Time until the first chunk is due, of all that play; 0: none does."""
+        return min((seat.due - now for seat in self._seats.values() if seat.started is not None), default=0)
+
     def add(self, session_id: str, now: int, *, fps: int | None, lead: int) -> None:
         """Queue a session."""
         self._queue.append(Seat(session_id=session_id, fps=fps, lead=lead, since=now))

@@ -12,17 +12,17 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.mailbox import Mailbox
 from longlive_serve.outbox import Outbox, OutboxSink
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import Request, ServeError
+from longlive_serve.protocol import FrameChunk, Request, ServeError
 from longlive_serve.scheduler import SECOND
 from longlive_serve.sessions import Sessions
 from longlive_serve.snapshot import dump
-from longlive_serve.statistics import Statistics
+from longlive_serve.statistics import Change
 from longlive_serve.stream import Sink, Stream
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ class VideoService:
         self,
         pipeline: Pipeline,
         config: ServeConfig,
-        on_statistics: Callable[[Statistics], None] = lambda statistics: None,
+        on_statistics: Callable[[Sequence[Change]], None] = lambda changes: None,
         chunk_s: float = 0.0,
     ) -> None:
-        """`chunk_s`: seconds that a chunk takes, as measured beforehand; 0: the first chunk will tell."""
+        """`on_statistics`: is told the figures that have changed. `chunk_s`: seconds that a chunk takes, as measured
+        beforehand; 0: the first chunk will tell."""
         self._pipeline = pipeline
         self._on_statistics = on_statistics
-        self._published = Statistics()
         self._sessions = Sessions(pipeline, config, chunk_s)
         self._mail = Mailbox()
         self._outbox = Outbox()
@@ -119,17 +119,26 @@ class VideoService:
 
     def _advance(self, stream: Stream) -> None:
         """Generate and send one chunk."""
-        session_id, began = stream.session.id, time.monotonic_ns()
+        session, began, frames = stream.session, time.monotonic_ns(), 0
+
+        def send_early(part: FrameChunk) -> None:
+            nonlocal frames
+            frames += len(part.frames)
+            send(part)
+
+        def send(part: FrameChunk) -> None:
+            stream.deliver(part)
+            self._sessions.delivered(stream, part)
+
         with self._border_of(stream):
-            chunk = self._pipeline.advance(stream.session)
+            chunk = self._pipeline.advance(session, send_early if stream.early_frames else None)
             if stream.wants_snapshot:
-                chunk = dataclasses.replace(chunk, snapshot=dump(stream.session, self._pipeline.config))
-            stream.deliver(chunk)
+                chunk = dataclasses.replace(chunk, snapshot=dump(session, self._pipeline.config))
             now = time.monotonic_ns()
-            late = self._sessions.scheduler.done(session_id, now, len(chunk.frames), now - began)
+            late = self._sessions.scheduler.done(session.id, now, frames + len(chunk.frames), now - began)
             if late:
-                log.warning("session %s: chunk %d came %.3f s late", session_id, stream.session.chunk, late / SECOND)
-            self._sessions.delivered(stream)
+                log.warning("chunk %d came %.3f s late", session.chunk - 1, late / SECOND, extra=stream.named)
+            send(chunk)
 
     @contextlib.contextmanager
     def _border_of(self, stream: Stream) -> Iterator[None]:
@@ -139,12 +148,12 @@ class VideoService:
         except ServeError as error:
             self._sessions.end(stream, error)
         except Exception as error:
-            log.exception("session %s: failed at chunk %d", stream.session.id, stream.session.chunk)
+            log.exception("failed at chunk %d", stream.session.chunk, extra=stream.named)
             text = f"the session failed: {type(error).__name__}: {error}"
             self._sessions.end(stream, ServeError(ServeError.INTERNAL, text))
 
     def _publish(self) -> None:
-        statistics = self._sessions.statistics()
-        if statistics != self._published:
-            self._published = statistics
-            self._outbox.put(lambda: self._on_statistics(statistics))
+        self._sessions.statistics.set("bytes", self._outbox.bytes)
+        changes = self._sessions.take_stock()
+        if changes:
+            self._outbox.put(lambda: self._on_statistics(changes))

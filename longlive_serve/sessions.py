@@ -9,15 +9,22 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from longlive_serve.config import FPS, NetworkConfig, ServeConfig
+from longlive_serve.encoders import make_encode
+from longlive_serve.kv_cache import KVCache
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import ASAP, READY, RECACHE, FrameChunk, Request, ServeError
 from longlive_serve.scheduler import SECOND, Scheduler
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.snapshot import dump, load_session
-from longlive_serve.statistics import Statistics
+from longlive_serve.statistics import Change, Statistics
 from longlive_serve.stream import Order, Sink, Stream, notice_chunk
+from longlive_serve.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,12 @@ class Sessions:
     def __init__(self, pipeline: Pipeline, config: ServeConfig, chunk_s: float) -> None:
         cost = round(chunk_s * SECOND)
         self.scheduler = Scheduler(config.slots, cost=cost, headroom=config.headroom, doubt=DOUBT)
-        self.chunks = self._failed = self._refused = self._resumed = 0
+        self.statistics = Statistics()
+        self.statistics.set("slots", config.slots)
+        dtype = getattr(torch, pipeline.engines.dtype)
+        self.statistics.set("kv_cache_bytes", KVCache.bytes_of(pipeline.config, config.slots, dtype))
+        what = {"preset": config.preset, "variant": config.variant, "engine": pipeline.engines.name}
+        self.statistics.set("info", 1, **what, device=pipeline.engines.device, dtype=pipeline.engines.dtype)
         self._pipeline = pipeline
         self._config = config
         self._streams: dict[str, Stream] = {}
@@ -74,7 +86,7 @@ class Sessions:
             if stream.gone:
                 self.end(stream, ServeError(ServeError.CANCELLED, "the client cancelled the request"))
             elif not stream.orders and silent:
-                log.info("session %s: idle for %g s", stream.session.id, self._config.idle_timeout_s)
+                log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.named)
                 self.end(stream)
             elif stream.unread >= self._config.max_unread and silent:
                 text = f"{stream.unread} chunks were sent and no request came since: expected one, if only an empty one"
@@ -92,9 +104,22 @@ class Sessions:
             else:
                 stream.tell_place(place, self.scheduler.waiting, size)
 
-    def delivered(self, stream: Stream) -> None:
-        """A chunk of the stream was sent: see whether it goes on."""
-        self.chunks += 1
+    def delivered(self, stream: Stream, chunk: FrameChunk) -> None:
+        """A chunk (or an early part of it) was sent: count it, and see whether the session goes on."""
+        now = time.monotonic()
+        self.statistics.add("frames", len(chunk.frames))
+        if stream.first_frame_due:
+            stream.first_frame_due = False
+            self.statistics.observe("first_frame_seconds", now - stream.came)
+        for index in [index for index in stream.switches if index <= chunk.prompt_index]:
+            self.statistics.observe("switch_seconds", now - stream.switches.pop(index))
+        if not chunk.completes:
+            return
+        self.statistics.add("chunks")
+        self.statistics.observe("chunk_seconds", chunk.seconds)
+        for phase in self._pipeline.phases:
+            self.statistics.add("phase_seconds", phase.seconds, phase=phase.name)
+        stream.note_chunk(chunk, self._pipeline.phases)
         if not stream.orders and stream.ending:
             self.end(stream)
         elif not stream.orders or stream.unread >= self._config.max_unread:
@@ -110,8 +135,10 @@ class Sessions:
             else:
                 order.sink.fail(error)
         if error is not None and error.kind not in NO_FAILURE:
-            self._failed += 1
-        log.info("session %s: ended after %d chunks (%s)", stream.session.id, stream.session.chunk, error or "complete")
+            self.statistics.add("failed_sessions")
+        log.info("ended after %d chunks (%s)", stream.session.chunk, error or "complete", extra=stream.named)
+        if stream.trace is not None:
+            log.info("trace in %s", stream.trace.write(Path(self._config.trace_dir)), extra=stream.named)
 
     def end_all(self, error: ServeError) -> None:
         for stream in list(self._streams.values()):
@@ -126,17 +153,15 @@ class Sessions:
                 stream.orders[0].sink.send(last, final=False)
             self.end(stream, goodbye())
 
-    def statistics(self) -> Statistics:
-        return Statistics(
-            live_sessions=self.scheduler.live,
-            waiting_sessions=self.scheduler.waiting,
-            chunks=self.chunks,
-            failed_sessions=self._failed,
-            refused_sessions=self._refused,
-            resumed_sessions=self._resumed,
-            deadline_misses=self.scheduler.deadline_misses,
-            capacity_sessions=self.scheduler.capacity(FPS),
-        )
+    def take_stock(self) -> Sequence[Change]:
+        """The figures that have changed since the last call."""
+        statistics, scheduler = self.statistics, self.scheduler
+        statistics.set("live_sessions", scheduler.live)
+        statistics.set("waiting_sessions", scheduler.waiting)
+        statistics.set("deadline_misses", scheduler.deadline_misses)
+        statistics.set("capacity_sessions", scheduler.capacity(FPS))
+        statistics.set("playback_lead_seconds", scheduler.shortest_lead(time.monotonic_ns()) / SECOND)
+        return statistics.take_changes()
 
     def _answer_probe(self, sink: Sink) -> None:
         scheduler = self.scheduler
@@ -153,18 +178,21 @@ class Sessions:
         session = self._from_snapshot(request) if request.snapshot is not None else _new_session(request)
         session.client, session.token = request.client, options.token or ""
         orders = deque([Order(sink, request.chunks or None)])
-        snapshot_every = options.snapshot_every or 0
-        self._streams[session.id] = Stream(session, orders, request.end, time.monotonic(), snapshot_every)
+        stream = Stream(session, orders, request.end, time.monotonic(), options.snapshot_every or 0)
+        stream.early_frames = bool(options.early_frames)
+        stream.encode = make_encode(options.format, self._network.video_size, options.fps or FPS)
+        stream.trace = Trace(session.id) if self._config.trace_dir else None
+        self._streams[session.id] = stream
         fps = None if options.pace == ASAP else options.fps or FPS
         self.scheduler.add(session.id, time.monotonic_ns(), fps=fps, lead=self._config.lead)
         pace = "asap" if fps is None else f"{fps} fps"
-        log.info("session %s: started at chunk %d, chunks %s, %s", session.id, session.chunk, request.chunks, pace)
+        log.info("started at chunk %d, chunks %s, %s", session.chunk, request.chunks, pace, extra=stream.named)
 
     def _check_client(self, client: str) -> None:
         most = self._config.max_sessions_per_client
         own = sum(stream.session.client == client for stream in self._streams.values())
         if client and most and own >= most:
-            self._refused += 1
+            self.statistics.add("refused_sessions")
             text = f"client {client!r} has {own} sessions, expected at most {most}; end one first"
             raise ServeError(ServeError.RATE_LIMITED, text)
 
@@ -173,11 +201,11 @@ class Sessions:
         engines, token = self._pipeline.engines, request.options.token or ""
         device, dtype = engines.device, self._pipeline.dtype
         session = load_session(request.snapshot, request.session_id, token, self._network, device, dtype)
-        self._resumed += 1
+        self.statistics.add("resumed_sessions")
         return session
 
     def _full(self, why: str) -> ServeError:
-        self._refused += 1
+        self.statistics.add("refused_sessions")
         return ServeError(ServeError.UNAVAILABLE, f"{why}; try again in {self._config.max_wait_s:g} s")
 
     def _update(self, stream: Stream, request: Request, sink: Sink) -> None:
@@ -190,6 +218,7 @@ class Sessions:
             index = session.add_prompt(request.prompt, NOW if frame is None else frame).index
             if frame is None:
                 self.scheduler.hurry(session.id)
+                stream.switches[index] = time.monotonic()
         if request.chunks is not None:
             stream.orders.append(Order(sink, request.chunks or None))
         else:

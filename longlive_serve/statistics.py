@@ -1,33 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that the server tells the world: what each is called and what it counts.
+"""The figures that the server tells the world: what each is called, what it says, and what it stands at.
 
-Filled by the service's worker; `model.py` makes a metric of each.
+Kept by the service's worker; `model.py` makes a metric of each.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from collections.abc import Sequence
 
-
-def _described(description: str) -> int:
-    field: int = dataclasses.field(default=0, metadata={"description": description})
-    return field
+GAUGE, COUNTER = "gauge", "counter"
+BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)  # upper ends, of all histograms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A figure, in as many variants as its labels have values."""
+
+    kind: str
+    description: str
+
+
+def _histogram(name: str, description: str) -> dict[str, Family]:
+    """Prometheus' three counters of a histogram, one by one: Triton's Python backend has no histograms."""
+    parts = {"bucket": "at most `le` seconds", "sum": "all seconds together", "count": "how many"}
+    return {
+        f"{name}_{part}": Family(kind=COUNTER, description=f"{description}: {text}") for part, text in parts.items()
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "live_sessions": Family(kind=GAUGE, description="sessions that hold a slot"),
+    "waiting_sessions": Family(kind=GAUGE, description="sessions that wait for a slot"),
+    "slots": Family(kind=GAUGE, description="sessions that there is KV cache for"),
+    "capacity_sessions": Family(kind=GAUGE, description="sessions at 16 frames per second that are held at once"),
+    "playback_lead_seconds": Family(kind=GAUGE, description="until a chunk is due, of the session nearest to it"),
+    "kv_cache_bytes": Family(kind=GAUGE, description="size of the KV cache of all slots"),
+    "info": Family(kind=GAUGE, description="1; what is served, in labels"),
+    "chunks": Family(kind=COUNTER, description="chunks generated"),
+    "frames": Family(kind=COUNTER, description="video frames generated"),
+    "bytes": Family(kind=COUNTER, description="bytes of frames sent, as encoded"),
+    "phase_seconds": Family(kind=COUNTER, description="time spent on chunks, by phase"),
+    "failed_sessions": Family(kind=COUNTER, description="sessions that ended with an error"),
+    "refused_sessions": Family(kind=COUNTER, description="sessions that found no slot"),
+    "resumed_sessions": Family(kind=COUNTER, description="sessions that began with a snapshot"),
+    "deadline_misses": Family(kind=COUNTER, description="chunks that came after their playback was due"),
+    **_histogram("chunk_seconds", "time to generate a chunk"),
+    **_histogram("first_frame_seconds", "from START to the first frames"),
+    **_histogram("switch_seconds", "from a new prompt to its first frames"),
+}
+
+Labels = tuple[tuple[str, str], ...]
+Change = tuple[str, Labels, float]
+
+
 class Statistics:
-    """What the service is doing; given to `on_statistics` by the worker whenever it changed."""
+    """What every figure stands at, and which have changed since they were last told."""
 
-    live_sessions: int = _described("sessions that hold a slot")
-    waiting_sessions: int = _described("sessions that wait for a slot")
-    chunks: int = _described("chunks generated since the start")
-    failed_sessions: int = _described("sessions that ended with an error since the start")
-    refused_sessions: int = _described("sessions that found no slot since the start")
-    resumed_sessions: int = _described("sessions that began with a snapshot since the start")
-    deadline_misses: int = _described("chunks that came after their playback was due, since the start")
-    capacity_sessions: int = _described("sessions at 16 frames per second that are admitted at once")
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, Labels], float] = {}
+        self._changed: dict[tuple[str, Labels], None] = {}
+        for name, family in FAMILIES.items():
+            if name not in ("info", "phase_seconds") and not name.endswith("_bucket"):
+                self.set(name, 0.0 if family.kind == COUNTER else 0)
 
-    @classmethod
-    def descriptions(cls) -> dict[str, str]:
-        """Name -> what it counts."""
-        return {field.name: field.metadata["description"] for field in dataclasses.fields(cls)}
+    def set(self, name: str, value: float, **labels: str) -> None:
+        assert name in FAMILIES, name
+        key = (name, tuple(labels.items()))
+        if self._values.get(key) != value:
+            self._values[key] = value
+            self._changed[key] = None
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        self.set(name, self._values.get((name, tuple(labels.items())), 0) + amount, **labels)
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Count `seconds` in the histogram `name`."""
+        first = bisect.bisect_left(BUCKETS_S, seconds)
+        for number, end in enumerate((*map(str, BUCKETS_S), "+Inf")):
+            self.add(f"{name}_bucket", int(number >= first), le=end)
+        self.add(f"{name}_sum", seconds)
+        self.add(f"{name}_count")
+
+    def take_changes(self) -> Sequence[Change]:
+        changes = [(name, labels, self._values[name, labels]) for name, labels in self._changed]
+        self._changed.clear()
+        return changes

@@ -10,13 +10,14 @@ import dataclasses
 import hmac
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from longlive_serve.protocol import FrameChunk, Request, ServeError
 from longlive_serve.session import MAX_PENDING, Session
+from longlive_serve.trace import Phase, Trace
 
 RATE_WINDOW_S = 1.0
 
@@ -26,8 +27,8 @@ Encode = Callable[[FrameChunk], FrameChunk]
 class Sink(Protocol):
     """Where the answers to one request go. `final` closes it: nothing is sent after that."""
 
-    def send(self, chunk: FrameChunk | None, final: bool) -> None:
-        """Send a chunk (or only the end, without one)."""
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
+        """Send a chunk (or only the end, without one), encoded by `encode` first if that is given."""
         ...
 
     def fail(self, error: ServeError) -> None:
@@ -60,6 +61,14 @@ class Stream:
     """When its START came (monotonic seconds, as all times here)."""
     snapshot_every: int = 0
     """Chunks from one snapshot to the next; 0: none are sent."""
+    early_frames: bool = False
+    """A chunk's frames go out as soon as each latent frame is decoded."""
+    encode: Encode | None = None
+    """Frames to the session's format; None: raw."""
+    trace: Trace | None = None
+    first_frame_due: bool = True
+    switches: dict[int, float] = dataclasses.field(default_factory=dict)
+    """When the prompts came that are meant for the next chunk, by index."""
     heard: float = 0.0
     """When the client last sent a request, or was last sent a chunk."""
     place: int = 0
@@ -71,6 +80,21 @@ class Stream:
 
     def __post_init__(self) -> None:
         self.heard = self.came
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What a log record about this session carries."""
+        return {"session": self.session.id}
+
+    def note_chunk(self, chunk: FrameChunk, phases: Sequence[Phase]) -> None:
+        """Write a chunk into the session's trace, if it has one."""
+        if self.trace is not None:
+            facts = {"first_frame": chunk.first_frame, "prompt_index": chunk.prompt_index}
+            began = phases[0].began if phases else time.monotonic()
+            whole = Phase(name=f"chunk {self.session.chunk - 1}", began=began, seconds=chunk.seconds)
+            self.trace.add(whole, "chunks", **facts)
+            for phase in phases:
+                self.trace.add(phase, "phases")
 
     def check(self, request: Request, max_per_s: int) -> None:
         """Raises ServeError when `request`, a later one of this session, must not be taken."""
@@ -108,12 +132,12 @@ class Stream:
         return any(order.sink.is_cancelled() for order in self.orders)
 
     def deliver(self, chunk: FrameChunk) -> None:
-        """Send a chunk as part of the oldest order, and close the order with its last one."""
+        """Send a chunk (or an early part of it) within the oldest order, and close the order with its last one."""
         order = self.orders[0]
-        if order.chunks is not None:
+        if chunk.completes and order.chunks is not None:
             order.chunks -= 1
-        self.unread += 1
-        order.sink.send(chunk, final=order.chunks == 0)
+        self.unread += chunk.completes
+        order.sink.send(chunk, order.chunks == 0, self.encode)
         self.heard = time.monotonic()
         if order.chunks == 0:
             self.orders.popleft()

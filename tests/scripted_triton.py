@@ -117,7 +117,9 @@ def chunk(request: Received, index: int, *, final: bool = False, **fields: Any) 
     """Chunk number `index` of the video; its pixels are `index`."""
     first = 12 * index - 3 if index else 0
     frames = np.full((12 if index else 9, *SIZE, 3), index % 256, np.uint8)
-    return _response(request, FrameChunk(frames=frames, first_frame=first, **({"prompt_index": 0} | fields)), final)
+    return _response(
+        request, FrameChunk(frames=frames, first_frame=first, **({"prompt_index": 0, "seconds": 0.1} | fields)), final
+    )
 
 
 def acknowledgement(request: Received, *, final: bool = True, **fields: Any) -> Any:

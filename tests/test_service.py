@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +21,8 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk, Options, Request, ServeError
 from longlive_serve.service import VideoService
 from longlive_serve.session import Session
-from longlive_serve.statistics import Statistics
+from longlive_serve.statistics import Change
+from longlive_serve.trace import Phase
 
 LIMIT_S = 10.0
 FAST = Options(pace="asap")
@@ -36,6 +39,8 @@ class CountingPipeline:
     """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared."""
 
     config = PRESETS["tiny"]
+    engines = SimpleNamespace(name="none", device="cpu", dtype="float32")
+    phases: tuple[Phase, ...] = ()
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -46,7 +51,7 @@ class CountingPipeline:
     def first_frame(self, chunk: int) -> int:
         return 12 * chunk - 3 if chunk else 0
 
-    def advance(self, session: Session) -> FrameChunk:
+    def advance(self, session: Session, send_early: Callable[[FrameChunk], None] | None = None) -> FrameChunk:
         self.gate.wait(LIMIT_S)
         self.turns.append(session.id)
         self.slots[session.id] = session.slot
@@ -58,7 +63,13 @@ class CountingPipeline:
         session.chunk += 1
         session.recent.append(torch.zeros(1))
         frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
-        return FrameChunk(frames=frames, first_frame=self.first_frame(chunk), prompt_index=session.prompt.index)
+        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if send_early else [frames]
+        first, index = self.first_frame(chunk), session.prompt.index
+        for part in parts[:-1]:
+            assert send_early is not None
+            send_early(FrameChunk(frames=part, first_frame=first, prompt_index=index))
+            first += len(part)
+        return FrameChunk(frames=parts[-1], first_frame=first, prompt_index=index, seconds=0.1)
 
 
 class RecordingSink:
@@ -97,7 +108,8 @@ class Bench:
 
     pipeline: CountingPipeline
     service: VideoService
-    statistics: list[Statistics]
+    figures: dict[str, float]
+    """By name; those with labels under the last of them."""
 
     def ask(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
         sink = sink or RecordingSink()
@@ -110,15 +122,19 @@ class Bench:
 
 @contextmanager
 def bench(**settings: Any) -> Iterator[Bench]:
-    pipeline, statistics = CountingPipeline(), [Statistics()]
+    pipeline, figures = CountingPipeline(), collections.defaultdict[str, float](float)
+
+    def note(changes: Sequence[Change]) -> None:
+        figures.update({name: value for name, _, value in changes})
+
     config = ServeConfig(**{"max_waiting": 1000, "max_unread": 10**9, "max_requests_per_s": 10**9} | settings)
-    service = VideoService(cast(Pipeline, pipeline), config, statistics.append)
+    service = VideoService(cast(Pipeline, pipeline), config, note)
     try:
-        yield Bench(pipeline, service, statistics)
+        yield Bench(pipeline, service, figures)
     finally:
         pipeline.gate.set()
         service.stop()
-    assert statistics[-1].live_sessions == statistics[-1].waiting_sessions == 0
+    assert figures["live_sessions"] == figures["waiting_sessions"] == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longlive-")]
 
 
@@ -131,8 +147,8 @@ def test_a_request_gets_its_chunks_and_one_end() -> None:
         sink = at.start("a", chunks=3, end=True)
         wait_until(closed(sink))
         assert [chunk.first_frame for chunk in sink.chunks] == [0, 9, 21]
-        wait_until(lambda: at.statistics[-1].live_sessions == 0)
-        assert at.statistics[-1].chunks == 3
+        wait_until(lambda: at.figures["live_sessions"] == 0)
+        assert at.figures["chunks"] == 3
 
 
 def test_more_chunks_are_answers_to_the_request_that_asked_for_them() -> None:
@@ -141,7 +157,7 @@ def test_more_chunks_are_answers_to_the_request_that_asked_for_them() -> None:
         second = at.ask("a", chunks=1, prompt="a bird", end=True)
         wait_until(closed(first, second))
         assert [chunk.first_frame for chunk in first.chunks + second.chunks] == [0, 9, 21]
-        wait_until(lambda: at.statistics[-1].live_sessions == 0)
+        wait_until(lambda: at.figures["live_sessions"] == 0)
 
 
 def test_sessions_take_turns_and_the_third_waits_for_a_slot() -> None:
@@ -207,8 +223,8 @@ def test_a_failing_session_ends_with_its_own_error() -> None:
         assert failing.errors[0].kind == ServeError.INTERNAL
         assert "a network failed" in failing.errors[0].message
         seen = len(other.chunks)
-        wait_until(lambda: len(other.chunks) > seen and at.statistics[-1].failed_sessions == 1)
-        assert at.statistics[-1].live_sessions == 1
+        wait_until(lambda: len(other.chunks) > seen and at.figures["failed_sessions"] == 1)
+        assert at.figures["live_sessions"] == 1
 
 
 def test_a_cut_wire_ends_one_session() -> None:
@@ -225,11 +241,11 @@ def test_a_cancelled_client_leaves_at_the_next_border(gone: str) -> None:
     with bench(slots=1) as at:
         live = at.start("a")
         waiting = at.start("b")
-        wait_until(lambda: at.statistics[-1].waiting_sessions == 1)
+        wait_until(lambda: at.figures["waiting_sessions"] == 1)
         {"live": live, "waiting": waiting}[gone].cancelled = True
         wait_until(closed(live if gone == "live" else waiting))
-        wait_until(lambda: (at.statistics[-1].live_sessions, at.statistics[-1].waiting_sessions) == (1, 0))
-        assert at.statistics[-1].failed_sessions == 0
+        wait_until(lambda: (at.figures["live_sessions"], at.figures["waiting_sessions"]) == (1, 0))
+        assert at.figures["failed_sessions"] == 0
 
 
 def test_an_idle_session_gives_its_slot_to_one_that_waits() -> None:
@@ -292,7 +308,7 @@ def test_a_live_session_keeps_to_its_clock_and_an_offline_one_runs_free() -> Non
         live = at.start("live", options=Options(fps=120))  # a chunk plays for 0.1 s
         offline = at.start("offline")
         wait_until(lambda: len(live.chunks) == 6)
-        assert at.statistics[-1].deadline_misses == 0
+        assert at.figures["deadline_misses"] == 0
         assert len(offline.chunks) > 50
         began = time.monotonic()
         wait_until(lambda: len(live.chunks) == 12)
@@ -306,10 +322,10 @@ def test_a_late_chunk_is_counted() -> None:
         at.pipeline.gate.clear()
         time.sleep(0.5)
         at.pipeline.gate.set()
-        wait_until(lambda: at.statistics[-1].deadline_misses == 1)
+        wait_until(lambda: at.figures["deadline_misses"] == 1)
         seen = len(live.chunks)
         wait_until(lambda: len(live.chunks) == seen + 3)
-        assert at.statistics[-1].deadline_misses == 1, "playback goes on from the late chunk"
+        assert at.figures["deadline_misses"] == 1, "playback goes on from the late chunk"
 
 
 def test_who_waits_is_told_the_place_in_the_queue() -> None:
@@ -331,13 +347,13 @@ def test_beyond_the_queue_a_session_is_refused_with_a_hint() -> None:
     with bench(slots=1, max_waiting=1, max_wait_s=7.5) as at:
         at.start("a")
         at.start("b")
-        wait_until(lambda: at.statistics[-1].waiting_sessions == 1)
+        wait_until(lambda: at.figures["waiting_sessions"] == 1)
         refused = at.start("c")
         wait_until(closed(refused))
         assert refused.errors[0].kind == ServeError.UNAVAILABLE
         assert refused.errors[0].message == "1 sessions are waiting for a slot already; try again in 7.5 s"
-        wait_until(lambda: at.statistics[-1].refused_sessions == 1)
-        assert at.statistics[-1].failed_sessions == 0
+        wait_until(lambda: at.figures["refused_sessions"] == 1)
+        assert at.figures["failed_sessions"] == 0
 
 
 def test_who_has_waited_too_long_is_refused() -> None:
@@ -369,7 +385,7 @@ def test_a_probe_is_answered_by_the_worker_and_leaves_no_session() -> None:
         assert [chunk.notice for chunk in probe.chunks] == ["ready"]
         at.start("a")
         at.start("b")
-        wait_until(lambda: at.statistics[-1].waiting_sessions == 1)
+        wait_until(lambda: at.figures["waiting_sessions"] == 1)
         probe = at.ask("p", start=True, end=True)
         wait_until(closed(probe))
         assert [chunk.notice for chunk in probe.chunks] == ["full: 1 sessions are live, 1 wait"]
@@ -433,3 +449,28 @@ def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> 
         assert last.snapshot == f"at {len(with_snapshots.chunks) - 1}".encode()
         assert len(without.chunks[-1].frames)
         assert {sink.errors[0].kind for sink in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}
+
+
+def test_early_frames_leave_in_parts_and_count_as_one_chunk() -> None:
+    with bench() as at:
+        video = at.start("a", chunks=2, end=True, options=Options(pace="asap", early_frames=True))
+        wait_until(closed(video))
+        assert [(chunk.first_frame, len(chunk.frames)) for chunk in video.chunks] == [
+            (0, 1), (1, 4), (5, 4), (9, 4), (13, 4), (17, 4)
+        ]  # fmt: skip
+        assert [chunk.completes for chunk in video.chunks] == [False, False, True] * 2
+        wait_until(lambda: at.figures["live_sessions"] == 0)
+        assert (at.figures["chunks"], at.figures["frames"]) == (2, 21)
+
+
+def test_what_viewers_wait_for_is_counted() -> None:
+    with bench() as at:
+        wait_until(closed(at.start("a", chunks=2)))
+        wait_until(closed(at.ask("a", chunks=1, prompt="a bird", end=True)))
+        wait_until(lambda: at.figures["live_sessions"] == 0)
+        counts = {
+            name: at.figures[f"{name}_count"] for name in ("first_frame_seconds", "switch_seconds", "chunk_seconds")
+        }
+        assert counts == {"first_frame_seconds": 1, "switch_seconds": 1, "chunk_seconds": 3}
+        assert at.figures["bytes"] == (9 + 12 + 12) * 2 * 2 * 3
+        assert at.figures["kv_cache_bytes"] == 2 * 2 * 8 * 64 * 72 * 4  # both, layers, slots, dim, tokens, float32

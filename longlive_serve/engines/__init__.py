@@ -35,6 +35,7 @@ def build_engines(config: ServeConfig) -> Engines:
         text_encoder=TorchTextEncoder(networks.text_encoder, networks.tokenizer),
         dit=build_dit(config.engine, networks.dit, network, config.slots, config.variant),
         vae_decoder=TorchVAEDecoder(networks.vae_decoder, network),
+        name="torch",
         device=device,
         dtype=dtype,
     )

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longlive_serve.kv_cache import Placement
@@ -85,5 +86,12 @@ class Engines:
     text_encoder: TextEncoder
     dit: DiT
     vae_decoder: VAEDecoder
+    name: str
+    """The backend."""
     device: str
     dtype: str
+
+    def synchronize(self) -> None:
+        """Wait for what the device still does, so that times are those of the work."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()

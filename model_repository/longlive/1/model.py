@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import triton_python_backend_utils as pb  # part of Triton's Python backend
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
+from longlive_serve.logs import set_up
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import CLIENT_HEADER, FrameChunk, Request, ServeError
 from longlive_serve.service import VideoService
-from longlive_serve.statistics import Statistics
 from longlive_serve.termination import on_sigterm
+from longlive_serve.triton_metrics import TritonMetrics
 
 
 class TritonSink:
@@ -43,21 +43,12 @@ class TritonPythonModel:
     """Hands requests to a `VideoService`; answers come from its worker while `execute` has long returned."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         own = Path(args["model_repository"], args["model_version"], "serve.toml")
         config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", own))
-        self.families = {  # kept: a family that is collected takes its metrics with it
-            name: pb.MetricFamily(name=f"longlive_{name}", description=text, kind=pb.MetricFamily.GAUGE)
-            for name, text in Statistics.descriptions().items()
-        }
-        gauges = {name: family.Metric(labels={}) for name, family in self.families.items()}
-
-        def publish(statistics: Statistics) -> None:
-            for name, gauge in gauges.items():
-                gauge.set(getattr(statistics, name))
-
+        set_up(config.log_format)
+        self.metrics = TritonMetrics(pb.MetricFamily)
         pipeline = Pipeline(build_engines(config), config.network, config.variant)
-        self.service = VideoService(pipeline, config, publish, pipeline.warm_up())
+        self.service = VideoService(pipeline, config, self.metrics.publish, pipeline.warm_up())
         on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
 
     def execute(self, requests: list[Any]) -> None:

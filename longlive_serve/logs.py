@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's log: lines to read, or JSON objects to collect, each with the session that it is about."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{record.msecs:03.0f}",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "session": getattr(record, "session", None),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps({name: value for name, value in fields.items() if value is not None})
+
+
+class Lines(logging.Formatter):
+    """One line per record, the session in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        session = getattr(record, "session", None)
+        line = super().format(record)
+        return line if session is None else f"{line} (session {session})"
+
+
+def set_up(style: str) -> None:
+    """Log to stderr from now on; `style`: text or json."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if style == "json" else Lines("%(asctime)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

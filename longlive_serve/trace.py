@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one session did when, as a file for a trace viewer (Chrome's trace format; https://ui.perfetto.dev opens it).
+
+Written by the service's worker for every session when `trace_dir` is set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MOST_EVENTS = 200_000  # about a day of one session; later ones are dropped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of work. Times are monotonic seconds."""
+
+    name: str
+    began: float
+    seconds: float
+
+
+class Trace:
+    """The events of one session."""
+
+    def __init__(self, session_id: str) -> None:
+        self._session_id = session_id
+        self._events: list[dict[str, Any]] = []
+
+    def add(self, phase: Phase, row: str, **facts: Any) -> None:
+        """`row`: which line of the picture it stands in."""
+        event = {"name": phase.name, "ph": "X", "ts": phase.began * 1e6, "dur": phase.seconds * 1e6, "args": facts}
+        if len(self._events) < MOST_EVENTS:
+            self._events.append(event | {"pid": self._session_id, "tid": row})
+
+    def write(self, folder: Path) -> Path:
+        """The file is named after the session; what does not belong in a file name is left out."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '', self._session_id)[:64] or 'session'}.json"
+        path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
+        return path

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trials, briefly: what they find when they run for long is in results/serving.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trials import chaos, fuzz, perf, soak
+
+TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
+
+
+def test_wrong_requests_beside_live_sessions() -> None:
+    assert fuzz.main(["--requests", "1000", "--seed", "7"]) == 0
+
+
+def test_the_same_seed_makes_the_same_requests() -> None:
+    letters = [fuzz.Mutator(3, b"x" * 100, ["live"]).letter() for _ in range(2)]
+    assert letters[0].tensors.keys() == letters[1].tensors.keys()
+    assert letters[0].flags == letters[1].flags
+    kinds = {tuple(fuzz.Mutator(n, b"x" * 100, ["live"]).letter().tensors) for n in range(200)}
+    assert len(kinds) > 20
+
+
+def test_viewers_come_and_go_for_a_while(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(TINY)
+    record = tmp_path / "serving.json"
+    options = ["--minutes", "0.2", "--viewers", "2", "--session-seconds", "4", "--switch-every", "1", "--fps", "32"]
+    soak.main([*options, "--config", str(config), "--json", str(record)])
+    figures = json.loads(record.read_text())["trials.soak"]
+    # Memory and deadlines are for a longer run on a quiet machine to judge.
+    assert not [text for text in soak.complaints(figures) if not text.startswith(("memory", "deadline", "stalls"))]
+    assert figures["sessions"] >= 4
+    assert figures["prompt_switches"] >= 4
+
+
+@pytest.mark.skipif(
+    shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin") is None,
+    reason="needs haproxy (Debian, Ubuntu: apt-get install haproxy)",
+)
+def test_viewers_lose_no_frame_while_servers_die(tmp_path: Path) -> None:
+    options = ["--preset", "tiny", "--weights", "random", "--servers", "2", "--viewers", "4", "--victims", "1"]
+    options += ["--kills", "4", "--fps", "8", "--every", "2", "4", "--compare", "1", "--seed", "1"]
+    assert chaos.main([*options, "--json", str(tmp_path / "serving.json")]) == 0
+    record = json.loads((tmp_path / "serving.json").read_text())
+    assert (record["chaos_kills"], record["chaos_lost_frames"]) == (4, 0)
+    assert record["trials.chaos"]["resumed"] > 0
+
+
+def test_a_lost_and_a_repeated_frame_are_noticed() -> None:
+    seen = chaos.Seen(number=0)
+    frames = [(0, 9), (9, 12), (33, 12), (33, 12)]
+    for first, count in frames:
+        seen.take(_chunk(first, count), resumed=0)
+    assert (seen.lost, seen.repeated) == (12, 12)
+
+
+def _chunk(first: int, count: int) -> chaos.StreamedChunk:
+    pictures = np.zeros((count, 2, 2, 3), np.uint8)
+    return chaos.StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=0.0)
+
+
+def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:
+    sequences = perf.input_data()["data"]
+    assert all(len({step["PROMPT"][0] for step in steps}) > 1 for steps in sequences)
+    assert all("OPTIONS" in steps[0] and "OPTIONS" not in steps[1] for steps in sequences)
