@@ -32,6 +32,8 @@ class Seat:
     """Chunks that may be ready before they are due."""
     since: int
     """When it came, or last got something to do."""
+    resumed: bool = False
+    """Somebody was watching it when it broke off."""
     slot: int = -1
     ready: bool = True
     """There are chunks to generate."""
@@ -99,9 +101,11 @@ class Scheduler:
         """Time until the first chunk is due, of all that play; 0: none does."""
         return min((seat.due - now for seat in self._seats.values() if seat.started is not None), default=0)
 
-    def add(self, session_id: str, now: int, *, fps: int | None, lead: int) -> None:
-        """Queue a session."""
-        self._queue.append(Seat(session_id=session_id, fps=fps, lead=lead, since=now))
+    def add(self, session_id: str, now: int, *, fps: int | None, lead: int, resumed: bool = False) -> None:
+        """Queue a session; one that is `resumed` before those that nobody has seen anything of yet."""
+        seat = Seat(session_id=session_id, fps=fps, lead=lead, since=now, resumed=resumed)
+        place = sum(other.resumed for other in self._queue) if resumed else len(self._queue)
+        self._queue.insert(place, seat)
 
     def place(self, session_id: str) -> int:
         """Its place in the queue, from 1; 0 when it has a slot."""

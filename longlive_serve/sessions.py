@@ -184,7 +184,8 @@ class Sessions:
         stream.trace = Trace(session.id) if self._config.trace_dir else None
         self._streams[session.id] = stream
         fps = None if options.pace == ASAP else options.fps or FPS
-        self.scheduler.add(session.id, time.monotonic_ns(), fps=fps, lead=self._config.lead)
+        resumed = request.snapshot is not None
+        self.scheduler.add(session.id, time.monotonic_ns(), fps=fps, lead=self._config.lead, resumed=resumed)
         pace = "asap" if fps is None else f"{fps} fps"
         log.info("started at chunk %d, chunks %s, %s", session.chunk, request.chunks, pace, extra=stream.named)
 

@@ -81,6 +81,14 @@ def test_no_more_than_the_lead_is_generated_ahead() -> None:
     assert scheduler.next(SECOND) == ("a", None)  # a new prompt is waited for
 
 
+def test_who_was_interrupted_waits_before_who_has_not_begun() -> None:
+    scheduler = Scheduler(1)
+    for name in ("new", "resumed 1", "newer", "resumed 2"):
+        scheduler.add(name, 0, fps=None, lead=1, resumed=name.startswith("resumed"))
+    places = {name: scheduler.place(name) for name in ("resumed 1", "resumed 2", "new", "newer")}
+    assert list(places.values()) == [1, 2, 3, 4]
+
+
 def test_a_cost_that_no_load_has_proved_is_doubted() -> None:
     scheduler = Scheduler(8, cost=PERIOD // 10, doubt=0.5)
     assert scheduler.capacity(FPS) == 5  # of 8 that 0.8 of all time would hold

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trials import chaos, fuzz, perf, soak
+from trials import chaos, fuzz, perf, soak, tables
 
 TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
 
@@ -70,3 +70,19 @@ def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:
     sequences = perf.input_data()["data"]
     assert all(len({step["PROMPT"][0] for step in steps}) > 1 for steps in sequences)
     assert all("OPTIONS" in steps[0] and "OPTIONS" not in steps[1] for steps in sequences)
+
+
+def test_the_readme_shows_the_measured_figures() -> None:
+    record = json.loads(tables.RESULTS.read_text())
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert tables.viewers(record) in readme
+    assert tables.trials(record) in readme
+
+
+def test_the_figures_that_others_look_up_stand_on_top() -> None:
+    record = json.loads(tables.RESULTS.read_text())
+    assert record.keys() >= {
+        "sessions_admitted", "deadline_misses", "chaos_kills", "chaos_lost_frames", "soak_minutes",
+        "soak_rss_slope_mb_per_h", "fuzz_requests", "fuzz_crashes", "perf_analyzer_chunks_per_s",
+        "benchmark_chunks_per_s",
+    }  # fmt: skip

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Triton server: other formats than raw, frames that leave early, and what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.video_stream import VideoStream
+from longlive_serve.server import TritonServer
+from tests.live import frames_of, play, start_server, wait_until
+
+
+@pytest.mark.parametrize("frame_format", ["jpeg", "h264"])
+def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> None:
+    raw = frames_of(play(server, seed=21, chunks=3)).astype(int)
+    options = {"url": server.grpc_url, "seed": 21, "chunks": 3, "pace": "asap"}
+    with VideoStream("a red fox runs", **options, frame_format=frame_format) as video:
+        decoded = frames_of([chunk for chunk in video.chunks() if len(chunk.frames)]).astype(int)
+    assert decoded.shape == raw.shape
+    # Noise is the hardest there is to encode: near to its own frames, far from those of another video.
+    other = frames_of(play(server, seed=22, chunks=3)).astype(int)
+    assert np.abs(decoded - raw).mean() < 0.7 * np.abs(other - raw).mean()
+
+
+def test_early_frames_are_the_same_video(server: TritonServer) -> None:
+    whole = frames_of(play(server, seed=23, chunks=3))
+    options = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
+    with VideoStream("a red fox runs", **options, early_frames=True) as video:
+        parts = list(video.chunks())
+    assert [len(part.frames) for part in parts] == [1, *[4] * 8]
+    assert np.array_equal(frames_of(parts), whole)
+
+
+def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path: Path) -> None:
+    with start_server(tmp_path, trace_dir=str(tmp_path / "traces"), log_format="json") as server:
+        with VideoStream("a fox", url=server.grpc_url, chunks=4, pace="asap", session_id="watched") as video:
+            video.switch_prompt("a bird")
+            chunks = list(video.chunks())
+        wait_until(lambda: figures(server)["live_sessions"] == 0)
+        told = figures(server)
+        log = server.log_text
+    assert told["chunks"] == told["chunk_seconds_count"] == 4
+    assert told["frames"] == len(frames_of(chunks))
+    assert told["bytes"] == frames_of(chunks).nbytes
+    assert told["first_frame_seconds_count"] == told["switch_seconds_count"] == 1
+    assert told["slots"] == 2
+    assert told['info{device="cpu",dtype="float32",engine="torch",preset="tiny",variant="base"}'] == 1
+    phases = {name: value for name, value in told.items() if name.startswith("phase_seconds")}
+    assert len(phases) == 4
+    assert sum(phases.values()) == pytest.approx(told["chunk_seconds_sum"], rel=0.2)
+    (trace,) = (tmp_path / "traces").iterdir()
+    assert trace.name == "watched.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert [event["name"] for event in events if event["tid"] == "chunks"] == [f"chunk {n}" for n in range(4)]
+    assert {event["name"] for event in events if event["tid"] == "phases"} == {"switch", "denoise", "commit", "decode"}
+    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    own = [record["message"] for record in records if record.get("session") == "watched"]
+    assert own[0].startswith("started at chunk 0")
+    assert "ended after 4 chunks (complete)" in own
+
+
+def figures(server: TritonServer) -> dict[str, float]:
+    """Every metric of ours, its labels (sorted) in its name if it has some."""
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^longlive_(\w+)(?:{([^}]*)})? (\S+)$", text, re.MULTILINE):
+        ordered = ",".join(sorted(labels.split(","))) if labels else ""
+        found[f"{name}{{{ordered}}}" if ordered else name] = float(value)
+    return found
