@@ -30,7 +30,6 @@ from client.exchange import Exchange, OpenRequest, StreamedChunk
 from longlive_serve.protocol import RAW, SESSION_HEADER, Options, Request, ServeError
 
 CLOSE_TIMEOUT_S = 5.0  # how long a polite end may take before the stream is cancelled
-
 CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
 
 _CHANNEL_OPTIONS = (

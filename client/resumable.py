@@ -40,6 +40,7 @@ RESUMABLE = (
     StallError,
     ServerShutdownError,
     ServerFailedError,
+    SessionCancelledError,  # by the server, for not reading for long; or by `close` of a connection given up
     UnavailableError,
     UnknownSessionError,
 )
@@ -170,11 +171,8 @@ class ResumableStream:
             connection = self._current()
             try:
                 chunk = await connection.next_chunk()
-            except SessionCancelledError:
-                if not self._ended:
-                    raise
             except RESUMABLE as error:
-                if not self._owed:  # only the word that it was the last chunk is missing
+                if self._ended or not self._owed:  # then only the word that it was the last chunk is missing
                     return None
                 await self._resume(connection, error)
             else:

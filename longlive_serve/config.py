@@ -167,7 +167,8 @@ class ServeConfig:
     idle_timeout_s: float = 60.0
     """A session that has no chunks to make and sends no request for this long loses its slot."""
     max_unread: int = 64
-    """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there."""
+    """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there. The
+    client library sends a word every 8 chunks that were consumed."""
     max_requests_per_s: int = 50
     """Requests of one session in a second; more are refused."""
     max_sessions_per_client: int = 0

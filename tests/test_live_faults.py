@@ -175,14 +175,26 @@ def test_messages_that_are_too_long_are_refused(server: TritonServer) -> None:
 
 
 def test_a_client_that_reads_nothing_is_paused_and_then_dropped(tmp_path: Path) -> None:
-    with start_server(tmp_path, max_unread=5, idle_timeout_s=1.0) as server:
+    with start_server(tmp_path, max_unread=16, idle_timeout_s=1.0) as server:
         stream = RawStream(server)
         answer = stream.ask({"PROMPT": text("a fox"), "OPTIONS": text('{"pace": "asap"}')}, start=True)
-        assert "the client does not read: 5 chunks were sent and no request came since" in answer
-        assert metric(server, "chunks") == 5
+        assert "the client does not read: 16 chunks were sent and no request came since" in answer
+        assert metric(server, "chunks") == 16
         stream.close()
-        with VideoStream("a fox", url=server.grpc_url, chunks=1, pace="asap") as video:
-            assert len(list(video.chunks())) == 1
+
+
+def test_a_viewer_who_pauses_for_long_goes_on_where_it_was(tmp_path: Path) -> None:
+    with (
+        start_server(tmp_path, max_unread=16, idle_timeout_s=1.0) as server,
+        VideoStream("a fox", url=server.grpc_url, chunks=40, pace="asap") as video,
+    ):
+        chunks = video.chunks()
+        seen = [next(chunks)]
+        time.sleep(3)
+        assert metric(server, "live_sessions") == 0, "it took nobody's slot meanwhile"
+        seen += [chunk for chunk in chunks if len(chunk.frames)]
+        assert [chunk.first_frame for chunk in seen] == [0, *range(9, 9 + 12 * 39, 12)]
+        assert video.resumed == 1
 
 
 def test_tls_and_mutual_tls(tmp_path: Path) -> None:

@@ -411,13 +411,13 @@ def test_only_who_knows_the_token_has_a_say() -> None:
 
 
 def test_a_session_whose_chunks_may_lie_unread_pauses_until_its_next_request() -> None:
-    with bench(max_unread=3) as at:
+    with bench(max_unread=16) as at:
         video = at.start("a")
-        wait_until(lambda: len(video.chunks) == 3)
+        wait_until(lambda: len(video.chunks) == 16)
         time.sleep(0.1)
-        assert len(video.chunks) == 3
+        assert len(video.chunks) == 16
         wait_until(closed(at.ask("a")))
-        wait_until(lambda: len(video.chunks) == 6)
+        wait_until(lambda: len(video.chunks) == 32)
         other = at.start("b", chunks=2, end=True)
         wait_until(closed(other))
 
