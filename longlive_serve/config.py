@@ -158,7 +158,7 @@ class ServeConfig:
     lead: int = 1
     """Chunks that are generated at most before their playback is due. More of them ride out longer disturbances; a
     viewer sees a new prompt that much later."""
-    headroom: float = 0.8
+    headroom: float = 0.75
     """Share of all time that admitted playback clocks may count on: a new one is admitted only within it."""
     max_waiting: int = 16
     """Sessions that may wait for a slot; more are refused."""
