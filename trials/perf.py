@@ -28,7 +28,8 @@ from longlive_serve.protocol import ASAP, MODEL_NAME, Options
 from longlive_serve.server import TritonServer
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "perf_analyzer")
-REQUESTS, CHUNKS = 5, 8  # of a sequence; chunks per request, each under another prompt
+REQUESTS, CHUNKS = 20, 2  # of a sequence; chunks per request: perf_analyzer counts whole requests
+SWITCH_EVERY = 4  # requests
 AGREE = 0.1
 
 
@@ -52,7 +53,9 @@ def input_data() -> dict[str, Any]:
     for first in range(len(PROMPTS)):
         steps: list[dict[str, Any]] = []
         for number in range(REQUESTS):
-            steps.append({"PROMPT": [PROMPTS[(first + number) % len(PROMPTS)]], "CHUNKS": [CHUNKS]})
+            switches, rest = divmod(number, SWITCH_EVERY)
+            prompt = {} if rest else {"PROMPT": [PROMPTS[(first + switches) % len(PROMPTS)]]}
+            steps.append({"CHUNKS": [CHUNKS], **prompt})
         steps[0]["OPTIONS"] = [start]
         sequences.append(steps)
     return {"data": sequences}
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 url=server.grpc_url,
                 prompts=PROMPTS,
                 seconds=args.seconds,
-                switch_every=concurrency * CHUNKS / theirs["chunks_per_s"],
+                switch_every=concurrency * SWITCH_EVERY * CHUNKS / theirs["chunks_per_s"],
                 pace=ASAP,
             )
             own = summary(asyncio.run(watch_together(watching, concurrency)), watching.fps)
