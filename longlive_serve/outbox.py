@@ -17,6 +17,8 @@ from longlive_serve.stream import Encode, Sink
 
 log = logging.getLogger(__name__)
 
+MOST_JOBS = 64  # waiting to be done
+
 
 class Outbox:
     """Runs what it is given, one after the other."""
@@ -24,11 +26,12 @@ class Outbox:
     def __init__(self) -> None:
         self.bytes = 0
         """Of frames, sent so far."""
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_JOBS)
         self._thread = threading.Thread(target=self._run, name="longlive-outbox", daemon=True)
         self._thread.start()
 
     def put(self, job: Callable[[], None]) -> None:
+        """Waits while too much is there: who generates faster than can be sent is slowed down."""
         self._jobs.put(job)
 
     def stop(self) -> None:

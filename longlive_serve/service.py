@@ -88,10 +88,11 @@ class VideoService:
         sessions.drop_the_gone()
         sessions.admit()
         sessions.tell_the_waiting()
+        self._publish()  # before the chunk: who has it can look at the figures
         turn, _ = sessions.scheduler.next(time.monotonic_ns())
         if turn is not None:
             self._advance(sessions[turn])
-        self._publish()
+            self._publish()
 
     def _time_to_wait(self) -> float | None:
         """Seconds for which nothing but a request can give the worker something to do; None: any time."""
@@ -153,7 +154,6 @@ class VideoService:
             self._sessions.end(stream, ServeError(ServeError.INTERNAL, text))
 
     def _publish(self) -> None:
-        self._sessions.statistics.set("bytes", self._outbox.bytes)
         changes = self._sessions.take_stock()
-        if changes:
-            self._outbox.put(lambda: self._on_statistics(changes))
+        if changes:  # the bytes are counted where they are sent
+            self._outbox.put(lambda: self._on_statistics([*changes, ("bytes", (), self._outbox.bytes)]))
