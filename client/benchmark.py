@@ -201,10 +201,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of them (extra `bench`)")
     add_tls_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        args.tls = tls_from(args)
-    except ValueError as error:
-        parser.error(str(error))
+    args.tls = tls_from(parser, args)
     if args.config is not None and not args.serve:
         parser.error("--config goes with --serve")
     return args

@@ -49,10 +49,10 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-key", metavar="PEM", help="its private key")
 
 
-def tls_from(args: argparse.Namespace) -> Tls | None:
-    """What `add_tls_arguments` took in."""
+def tls_from(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:
+    """What `add_tls_arguments` took in; ends the program when it does not fit together."""
+    if args.tls_ca is None and (args.tls_cert or args.tls_key):
+        parser.error("--tls-cert and --tls-key go with --tls-ca")
     if args.tls_ca is None:
-        if args.tls_cert or args.tls_key:
-            raise ValueError("--tls-cert and --tls-key go with --tls-ca")
         return None
     return Tls(ca=None if args.tls_ca == "system" else args.tls_ca, cert=args.tls_cert, key=args.tls_key)

@@ -63,7 +63,7 @@ class StallError(VideoStreamError):
 
 
 class ConnectionLostError(VideoStreamError):
-    """The server cannot be reached, or the stream broke. The session is lost with it."""
+    """The server cannot be reached, or the stream broke."""
 
     def __init__(self, message: str) -> None:
         super().__init__("connection_lost", message)

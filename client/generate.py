@@ -217,10 +217,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_tls_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        args.tls = tls_from(args)
-    except ValueError as error:
-        parser.error(str(error))
+    args.tls = tls_from(parser, args)
     if args.name is not None and args.prompts is not None:
         parser.error('--name goes with --prompt; in a file, each line may have a "name"')
     if args.switch_at is not None and args.prompt is not None:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tls_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        answer = probe(args.url, args.timeout, tls_from(args))
+        answer = probe(args.url, args.timeout, tls_from(parser, args))
     except (OSError, ValueError) as error:
         if not isinstance(error, ConnectionError):
             parser.error(str(error))

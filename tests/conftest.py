@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several tests share: the golden files, made once with the reference implementation, and a live server."""
+"""What several tests share: the golden files, a live server, and streams of both kinds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from client.video_stream import VideoStream
 from longlive_serve.server import TritonServer
+from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.live import metric, start_server, wait_until
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,3 +40,13 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if "server" in request.fixturenames:
         running = request.getfixturevalue("server")
         wait_until(lambda: metric(running, "live_sessions") + metric(running, "waiting_sessions") == 0)
+
+
+@pytest.fixture(params=[VideoStream, BlockingAsyncVideoStream], ids=["sync", "async"])
+def stream(request: pytest.FixtureRequest) -> Open:
+    """Streams that raise when their connection breaks; how they go on instead is in test_resumable.py."""
+
+    def opened(prompt: str, **settings: Any) -> VideoStream:
+        return request.param(prompt, **({"resume_for": 0.0} | settings))  # type: ignore[no-any-return]
+
+    return opened

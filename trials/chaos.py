@@ -31,6 +31,7 @@ from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.protocol import ASAP
 from trials.cluster import Cluster
+from trials.command import attempt
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ("server", "model", "proxy", "client")
@@ -232,14 +233,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several servers share the cores
-    try:
-        figures = run(args)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    figures = attempt(run, args)
     Console().print_json(data=figures)
     if args.json is not None:
         on_top = {"chaos_kills": args.kills, "chaos_lost_frames": figures["lost_frames"]}

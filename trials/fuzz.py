@@ -34,6 +34,7 @@ from client.record import write_record
 from client.video_stream import VideoStream
 from longlive_serve.protocol import INPUTS, MAX_PROMPT_BYTES, ServeError
 from longlive_serve.server import TritonServer
+from trials.command import attempt
 
 LIVE = 2  # sessions that must not notice anything
 STREAMS = 8  # at a time
@@ -269,14 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other requests (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
-    try:
-        figures = run(args)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (grpc.RpcError, RuntimeError, OSError, ServeError) as error:
-        print(f"error: the server did not survive: {error}", file=sys.stderr)
-        return 1
+    figures = attempt(run, args, grpc.RpcError, ServeError)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
         on_top = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}

@@ -26,6 +26,7 @@ from client.record import write_record
 from client.viewer import Watching, watch_together
 from longlive_serve.protocol import ASAP, MODEL_NAME, Options
 from longlive_serve.server import TritonServer
+from trials.command import attempt
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "perf_analyzer")
 REQUESTS, CHUNKS = 20, 2  # of a sequence; chunks per request: perf_analyzer counts whole requests
@@ -112,14 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
     args.concurrency = [int(part) for part in args.concurrency.split(",")]
-    try:
-        rows = run(args)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    rows = attempt(run, args, subprocess.CalledProcessError)
     for row in rows:
         theirs, own = (row[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark"))
         text = f"perf_analyzer {theirs:.2f}, benchmark {own:.2f} chunks per s, ratio {row['ratio']:.3f}"

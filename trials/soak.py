@@ -26,6 +26,7 @@ from client.record import write_record
 from client.viewer import Seen, Viewer, Watching
 from longlive_serve.config import FPS
 from longlive_serve.server import TritonServer
+from trials.command import attempt
 
 SAMPLE_S = 2.0
 SETTLING = 0.2  # share of the time that memory may take to settle
@@ -140,14 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
-    try:
-        figures = run(args)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    figures = attempt(run, args)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
         on_top = {"soak_minutes": args.minutes, "soak_rss_slope_mb_per_h": figures["memory_slope_mb_per_h"]}

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A service under test: a pipeline that only counts, and sinks that remember."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from longlive_serve.config import PRESETS, ServeConfig
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.protocol import FrameChunk, Options, Request, ServeError
+from longlive_serve.service import VideoService
+from longlive_serve.session import Session
+from longlive_serve.statistics import Change
+from longlive_serve.trace import Phase
+
+LIMIT_S = 10.0
+FAST = Options(pace="asap")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+class CountingPipeline:
+    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared."""
+
+    config = PRESETS["tiny"]
+    engines = SimpleNamespace(name="none", device="cpu", dtype="float32")
+    phases: tuple[Phase, ...] = ()
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.turns: list[str] = []
+        self.slots: dict[str, int] = {}
+
+    def first_frame(self, chunk: int) -> int:
+        return 12 * chunk - 3 if chunk else 0
+
+    def advance(self, session: Session, send_early: Callable[[FrameChunk], None] | None = None) -> FrameChunk:
+        self.gate.wait(LIMIT_S)
+        self.turns.append(session.id)
+        self.slots[session.id] = session.slot
+        if session.prompt.text == "explode":
+            raise RuntimeError("a network failed")
+        if session.pending:
+            session.prompt = session.pending.pop(0)
+        chunk = session.chunk
+        session.chunk += 1
+        session.recent.append(torch.zeros(1))
+        frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
+        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if send_early else [frames]
+        first, index = self.first_frame(chunk), session.prompt.index
+        for part in parts[:-1]:
+            assert send_early is not None
+            send_early(FrameChunk(frames=part, first_frame=first, prompt_index=index))
+            first += len(part)
+        return FrameChunk(frames=parts[-1], first_frame=first, prompt_index=index, seconds=0.1)
+
+
+class RecordingSink:
+    """Remembers what was sent and by which thread."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.chunks: list[FrameChunk] = []
+        self.errors: list[ServeError] = []
+        self.closed = 0
+        self.cancelled = False
+        self.broken = broken
+        self.threads: set[str] = set()
+
+    def send(self, chunk: FrameChunk | None, final: bool) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.closed, "sent after the end"
+        if self.broken and chunk is not None:
+            raise ConnectionError("the wire is cut")
+        if chunk is not None:
+            self.chunks.append(chunk)
+        self.closed += final
+
+    def fail(self, error: ServeError) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.closed, "failed after the end"
+        self.errors.append(error)
+        self.closed += 1
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+@dataclasses.dataclass
+class Bench:
+    """A service under test."""
+
+    pipeline: CountingPipeline
+    service: VideoService
+    figures: dict[str, float]
+    """By name; those with labels under the last of them."""
+
+    def ask(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+        sink = sink or RecordingSink()
+        self.service.submit(Request(session_id=session_id, **request), sink)
+        return sink
+
+    def start(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+        return self.ask(session_id, sink, **{"start": True, "prompt": "a fox", "options": FAST} | request)
+
+
+@contextmanager
+def bench(**settings: Any) -> Iterator[Bench]:
+    pipeline, figures = CountingPipeline(), collections.defaultdict[str, float](float)
+
+    def note(changes: Sequence[Change]) -> None:
+        figures.update({name: value for name, _, value in changes})
+
+    config = ServeConfig(**{"max_waiting": 1000, "max_unread": 10**9, "max_requests_per_s": 10**9} | settings)
+    service = VideoService(cast(Pipeline, pipeline), config, note)
+    try:
+        yield Bench(pipeline, service, figures)
+    finally:
+        pipeline.gate.set()
+        service.stop()
+    assert figures["live_sessions"] == figures["waiting_sessions"] == 0
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longlive-")]
+
+
+def closed(*sinks: RecordingSink) -> Callable[[], bool]:
+    return lambda: all(sink.closed for sink in sinks)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams that stall, break, are cancelled or closed, against a scripted server. Every test runs with both kinds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from client import errors
+from client.video_stream import VideoStream
+from longlive_serve.protocol import Options
+from tests.both_streams import Open, indices
+from tests.scripted_triton import (
+    Conversation,
+    ScriptedTriton,
+    acknowledgement,
+    chunk,
+    well_behaved,
+)
+
+
+def test_silence_while_chunks_are_due_is_a_stall(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0)
+        conversation.gone.wait(10)
+
+    with ScriptedTriton(script) as server:
+        video = stream("a fox", url=server.url, chunks=2, stall_timeout=0.3)
+        with pytest.raises(errors.StallError, match=r"no response for 0\.3 s"), video:
+            indices(video)
+
+
+def test_silence_after_a_switch_is_a_stall(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0, final=True)
+        conversation.gone.wait(10)
+
+    with ScriptedTriton(script) as server:
+        video = stream("a fox", url=server.url, chunks=1, stall_timeout=0.3)
+        with pytest.raises(errors.StallError), video:
+            video.switch_prompt("a bear")
+
+
+def test_a_server_that_answers_heartbeats_may_take_its_time(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        start = conversation.next()
+        for _ in range(4):
+            heartbeat = conversation.next()
+            assert list(heartbeat.tensors) == ["OPTIONS"]
+            yield acknowledgement(heartbeat)
+        yield chunk(start, 0, final=True)
+        yield acknowledgement(conversation.next())
+
+    with ScriptedTriton(script) as server:
+        since = time.monotonic()
+        with stream("a fox", url=server.url, chunks=1, stall_timeout=0.3) as video:
+            assert indices(video) == [0]
+        assert time.monotonic() - since > 0.5
+
+
+def test_heartbeats_are_sent_while_nothing_else_is(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        start = conversation.next()
+        for _ in range(3):
+            heartbeat = conversation.next()
+            assert heartbeat.options == Options(token=start.options.token)
+            assert not (heartbeat.prompt)
+            assert not (heartbeat.chunks)
+            assert not (heartbeat.start)
+            assert not (heartbeat.end)
+            assert heartbeat.session_id == start.session_id
+            yield acknowledgement(heartbeat)
+        yield chunk(start, 0, final=True)
+
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=1, heartbeat_s=0.05) as video:
+        assert indices(video) == [0]
+
+
+def test_a_server_that_is_not_there_is_named(stream: Open) -> None:
+    def watch() -> None:
+        with stream("a fox", url="127.0.0.1:1", chunks=1) as video:
+            indices(video)
+
+    with pytest.raises(errors.ConnectionLostError, match=r"127\.0\.0\.1:1: cannot be reached .* check that"):
+        watch()
+
+
+def test_a_broken_stream_raises_after_the_chunks_that_came(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0)
+        conversation.gone.wait(10)
+
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=5) as video:
+        chunks = video.chunks()
+        next(chunks)
+        server.kill()
+        with pytest.raises(errors.ConnectionLostError, match="the stream broke after 1 chunks"):
+            next(chunks)
+        with pytest.raises(errors.ConnectionLostError):
+            video.switch_prompt("a bear")
+
+
+def test_a_stream_that_the_server_closes_early_is_lost(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0)
+
+    with ScriptedTriton(script) as server:
+        video = stream("a fox", url=server.url, chunks=5)
+        with pytest.raises(errors.ConnectionLostError, match="the server closed it"), video:
+            indices(video)
+
+
+def test_a_connection_lost_after_the_last_chunk_costs_nothing(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        start = conversation.next()
+        yield chunk(start, 0)
+        yield chunk(start, 1, final=True)
+
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=2) as video:
+        assert indices(video) == [0, 1]
+        with pytest.raises(errors.ConnectionLostError):
+            video.switch_prompt("a bear")
+        with pytest.raises(errors.ConnectionLostError):
+            video.request_chunks(1)
+
+
+def test_cancel_from_another_thread_ends_the_iteration_and_tells_the_server(stream: Open) -> None:
+    gone = threading.Event()
+
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0)
+        if conversation.gone.wait(10):
+            gone.set()
+
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url) as video:
+        chunks = video.chunks()
+        next(chunks)
+        threading.Timer(0.1, video.cancel).start()
+        assert list(chunks) == []
+        assert gone.wait(5)
+        with pytest.raises(errors.SessionCancelledError):
+            video.switch_prompt("a bear")
+
+
+def test_cancel_frees_a_caller_that_waits_for_a_switch(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0)
+        conversation.gone.wait(10)
+
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url) as video:
+        threading.Timer(0.1, video.cancel).start()
+        with pytest.raises(errors.SessionCancelledError):
+            video.switch_prompt("a bear")
+
+
+def test_a_stream_cancelled_before_it_opens_does_not_open(stream: Open) -> None:
+    with ScriptedTriton(well_behaved) as server:
+        video = stream("a fox", url=server.url)
+        video.cancel()
+        with pytest.raises(errors.SessionCancelledError), video:
+            pass
+
+
+def test_notices_are_handed_on(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        start = conversation.next()
+        yield acknowledgement(start, notice="1 session is before yours", final=False)
+        yield chunk(start, 0, notice="the prompt was shortened")
+        yield acknowledgement(conversation.next(), prompt_index=1, notice="this one too")
+        yield chunk(start, 1, final=True)
+        yield acknowledgement(conversation.next())
+
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=2) as video:
+        assert video.switch_prompt("a bear") == 1
+        chunks = list(video.chunks())
+    assert [item.notice for item in chunks] == [
+        "1 session is before yours",
+        "the prompt was shortened",
+        "this one too",
+        "",
+    ]
+    assert [len(item.frames) for item in chunks] == [0, 9, 0, 12]
+
+
+def test_a_response_that_cannot_be_read_fails_the_stream(stream: Open) -> None:
+    def script(conversation: Conversation) -> Iterator[Any]:
+        response = chunk(conversation.next(), 0)
+        del response.infer_response.outputs[1:], response.infer_response.raw_output_contents[1:]
+        yield response
+        yield acknowledgement(conversation.next())
+
+    with ScriptedTriton(script) as server:
+        video = stream("a fox", url=server.url, chunks=1)
+        with pytest.raises(errors.ServerFailedError, match="expected also"), video:
+            indices(video)
+
+
+def test_a_close_that_the_server_ignores_does_not_hang(stream: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.connection.CLOSE_TIMEOUT_S", 0.2)
+
+    def script(conversation: Conversation) -> Iterator[Any]:
+        yield chunk(conversation.next(), 0)
+        conversation.gone.wait(10)
+
+    with ScriptedTriton(script) as server:
+        with stream("a fox", url=server.url) as video:
+            next(video.chunks())
+            since = time.monotonic()
+        assert time.monotonic() - since < 2
+
+
+def test_misuse_is_told_apart_from_failure(stream: Open) -> None:
+    for settings in ({"chunks": 0}, {"ahead": 0}, {"chunks": 2**31}):
+        with pytest.raises(errors.InvalidRequestError, match="expected 1 to 2147483647"):
+            stream("a fox", **settings)
+    with pytest.raises(errors.InvalidRequestError, match="too large"), stream("a fox", seed=2**63):
+        pass
+    with ScriptedTriton(well_behaved) as server:
+        video = stream("a fox", url=server.url, chunks=1)
+        with video:
+            with pytest.raises(RuntimeError, match="opened once"):
+                video.__enter__()
+            assert indices(video) == [0]
+
+
+def test_a_stream_that_is_not_open_says_so() -> None:
+    with pytest.raises(RuntimeError, match="not open"):
+        VideoStream("a fox").switch_prompt("a bear")
+    with pytest.raises(RuntimeError, match="not open"):
+        next(VideoStream("a fox").chunks())
+
+
+def test_many_synchronous_streams_run_beside_each_other() -> None:
+    results: list[list[int]] = []
+
+    def watch(url: str) -> None:
+        with VideoStream("a fox", url=url, chunks=20) as video:
+            results.append(indices(video))
+
+    with ScriptedTriton(well_behaved) as server:
+        threads = [threading.Thread(target=watch, args=(server.url,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert results == [list(range(20))] * 6

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the service keeps in bounds: clocks, the queue, tokens, rates, unread chunks; and what it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+
+from longlive_serve.protocol import Options, ServeError
+from tests.service_bench import bench, closed, wait_until
+
+
+def test_a_live_session_keeps_to_its_clock_and_an_offline_one_runs_free() -> None:
+    with bench(slots=2) as at:
+        live = at.start("live", options=Options(fps=120))  # a chunk plays for 0.1 s
+        offline = at.start("offline")
+        wait_until(lambda: len(live.chunks) == 6)
+        assert at.figures["deadline_misses"] == 0
+        assert len(offline.chunks) > 50
+        began = time.monotonic()
+        wait_until(lambda: len(live.chunks) == 12)
+        assert 0.4 < time.monotonic() - began < 1.5
+
+
+def test_a_late_chunk_is_counted() -> None:
+    with bench(slots=1) as at:
+        live = at.start("live", options=Options(fps=120))
+        wait_until(lambda: len(live.chunks) == 2)
+        at.pipeline.gate.clear()
+        time.sleep(0.5)
+        at.pipeline.gate.set()
+        wait_until(lambda: at.figures["deadline_misses"] == 1)
+        seen = len(live.chunks)
+        wait_until(lambda: len(live.chunks) == seen + 3)
+        assert at.figures["deadline_misses"] == 1, "playback goes on from the late chunk"
+
+
+def test_who_waits_is_told_the_place_in_the_queue() -> None:
+    with bench(slots=1) as at:
+        first, second, third = (at.start(name, chunks=1 if name == "b" else None) for name in "abc")
+        wait_until(lambda: bool(third.chunks))
+        assert [chunk.notice for chunk in second.chunks + third.chunks] == [
+            "waiting for a slot: place 1 of 2",
+            "waiting for a slot: place 2 of 2",
+        ]
+        assert all(len(chunk.frames) == 0 for chunk in second.chunks + third.chunks)
+        at.ask("a", end=True)
+        wait_until(closed(first, second))
+        assert [chunk.notice for chunk in second.chunks[1:]] == ["a slot is free: generating", ""]
+        assert third.chunks[-1].notice == "waiting for a slot: place 1 of 1"
+
+
+def test_beyond_the_queue_a_session_is_refused_with_a_hint() -> None:
+    with bench(slots=1, max_waiting=1, max_wait_s=7.5) as at:
+        at.start("a")
+        at.start("b")
+        wait_until(lambda: at.figures["waiting_sessions"] == 1)
+        refused = at.start("c")
+        wait_until(closed(refused))
+        assert refused.errors[0].kind == ServeError.UNAVAILABLE
+        assert refused.errors[0].message == "1 sessions are waiting for a slot already; try again in 7.5 s"
+        wait_until(lambda: at.figures["refused_sessions"] == 1)
+        assert at.figures["failed_sessions"] == 0
+
+
+def test_who_has_waited_too_long_is_refused() -> None:
+    with bench(slots=1, max_wait_s=0.2) as at:
+        at.start("a")
+        waiting = at.start("b")
+        wait_until(closed(waiting))
+        assert waiting.errors[0].kind == ServeError.UNAVAILABLE
+        assert "no slot became free in 0.2 s" in waiting.errors[0].message
+
+
+def test_a_session_may_not_pile_up_prompts() -> None:
+    with bench() as at:
+        video = at.start("a", chunks=1)
+        wait_until(closed(video))
+        sinks = [at.ask("a", prompt="later", options=Options(at_latent_frame=300 + n)) for n in range(70)]
+        wait_until(closed(*sinks))
+        assert [bool(sink.errors) for sink in sinks] == [False] * 64 + [True] * 6
+        assert sinks[-1].errors[0].kind == ServeError.INVALID_REQUEST
+        beat, end = at.ask("a"), at.ask("a", end=True)
+        wait_until(closed(beat, end))
+        assert not beat.errors + end.errors, "neither adds to what waits"
+
+
+def test_a_probe_is_answered_by_the_worker_and_leaves_no_session() -> None:
+    with bench(slots=1) as at:
+        probe = at.ask("p", start=True, end=True)
+        wait_until(closed(probe))
+        assert [chunk.notice for chunk in probe.chunks] == ["ready"]
+        at.start("a")
+        at.start("b")
+        wait_until(lambda: at.figures["waiting_sessions"] == 1)
+        probe = at.ask("p", start=True, end=True)
+        wait_until(closed(probe))
+        assert [chunk.notice for chunk in probe.chunks] == ["full: 1 sessions are live, 1 wait"]
+        assert len(at.service._sessions) == 2
+        at.service.drain()
+        probe = at.ask("p", start=True, end=True)
+        wait_until(closed(probe))
+        assert probe.errors[0].kind == ServeError.SHUTTING_DOWN
+
+
+def test_only_who_knows_the_token_has_a_say() -> None:
+    own = Options(token="s" * 16)
+    with bench() as at:
+        wait_until(closed(at.start("a", chunks=1, options=dataclasses.replace(own, pace="asap"))))
+        for token in (None, "w" * 16):
+            for request in ({}, {"prompt": "a cat"}, {"chunks": 1}, {"end": True}):
+                stranger = at.ask("a", **request, options=Options(token=token))
+                wait_until(closed(stranger))
+                assert stranger.errors[0].kind == ServeError.FORBIDDEN
+        more = at.ask("a", prompt="a bird", chunks=2, options=own)
+        wait_until(closed(more))
+        assert [(chunk.first_frame, chunk.prompt_index) for chunk in more.chunks] == [(9, 1), (21, 1)]
+
+
+def test_a_session_whose_chunks_may_lie_unread_pauses_until_its_next_request() -> None:
+    with bench(max_unread=16) as at:
+        video = at.start("a")
+        wait_until(lambda: len(video.chunks) == 16)
+        time.sleep(0.1)
+        assert len(video.chunks) == 16
+        wait_until(closed(at.ask("a")))
+        wait_until(lambda: len(video.chunks) == 32)
+        other = at.start("b", chunks=2, end=True)
+        wait_until(closed(other))
+
+
+def test_requests_come_only_so_often() -> None:
+    with bench(max_requests_per_s=2) as at:
+        at.start("a")
+        answers = [at.ask("a") for _ in range(4)]
+        wait_until(closed(*answers))
+        kinds = [error.kind for answer in answers for error in answer.errors]
+        assert kinds == [ServeError.RATE_LIMITED] * 2
+        assert not at.start("b", chunks=1, end=True).errors
+
+
+def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlive_serve.sessions.dump", lambda session, network: f"at {session.chunk}".encode())
+    with bench() as at:
+        with_snapshots = at.start("a", options=Options(pace="asap", snapshot_every=10**6))
+        without = at.start("b")
+        wait_until(lambda: len(with_snapshots.chunks) > 2 and len(without.chunks) > 2)
+        at.service.drain()
+        wait_until(closed(with_snapshots, without))
+        last = with_snapshots.chunks[-1]
+        assert not len(last.frames)
+        assert (last.notice, last.first_frame) == (
+            "the server is shutting down",
+            12 * (len(with_snapshots.chunks) - 1) - 3,
+        )
+        assert last.snapshot == f"at {len(with_snapshots.chunks) - 1}".encode()
+        assert len(without.chunks[-1].frames)
+        assert {sink.errors[0].kind for sink in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}
+
+
+def test_early_frames_leave_in_parts_and_count_as_one_chunk() -> None:
+    with bench() as at:
+        video = at.start("a", chunks=2, end=True, options=Options(pace="asap", early_frames=True))
+        wait_until(closed(video))
+        assert [(chunk.first_frame, len(chunk.frames)) for chunk in video.chunks] == [
+            (0, 1), (1, 4), (5, 4), (9, 4), (13, 4), (17, 4)
+        ]  # fmt: skip
+        assert [chunk.completes for chunk in video.chunks] == [False, False, True] * 2
+        wait_until(lambda: at.figures["chunks"] == 2)
+        assert at.figures["frames"] == 21
+
+
+def test_what_viewers_wait_for_is_counted() -> None:
+    with bench() as at:
+        wait_until(closed(at.start("a", chunks=2)))
+        wait_until(closed(at.ask("a", chunks=1, prompt="a bird", end=True)))
+        wait_until(lambda: at.figures["chunks"] == 3)
+        counts = {
+            name: at.figures[f"{name}_count"] for name in ("first_frame_seconds", "switch_seconds", "chunk_seconds")
+        }
+        assert counts == {"first_frame_seconds": 1, "switch_seconds": 1, "chunk_seconds": 3}
+        assert at.figures["bytes"] == (9 + 12 + 12) * 2 * 2 * 3
+        assert at.figures["kv_cache_bytes"] == 2 * 2 * 8 * 64 * 72 * 4  # both, layers, slots, dim, tokens, float32
