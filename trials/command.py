@@ -14,7 +14,7 @@ Figures = TypeVar("Figures")
 def attempt(
     run: Callable[[argparse.Namespace], Figures], args: argparse.Namespace, *errors: type[Exception]
 ) -> Figures:
-    """What `run` measures. Exits with 130 after Ctrl-C, with 1 after an OSError, RuntimeError, ValueError or one of `errors`."""
+    """What `run` measures. Exits with 130 after Ctrl-C, with 1 after an error that is expected or one of `errors`."""
     expected: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *errors)
     try:
         return run(args)
