@@ -30,6 +30,7 @@ from client.exchange import Exchange, OpenRequest, StreamedChunk
 from longlive_serve.protocol import RAW, SESSION_HEADER, Options, Request, ServeError
 
 CLOSE_TIMEOUT_S = 5.0  # how long a polite end may take before the stream is cancelled
+AHEAD = 8  # chunks asked for and not consumed, unless told otherwise
 CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
 
 _CHANNEL_OPTIONS = (
@@ -44,7 +45,7 @@ class Settings:
     """How a session is carried; `VideoStream` explains each."""
 
     url: str
-    ahead: int | None
+    ahead: int
     stall_timeout: float | None
     heartbeat_s: float
     check: bool
@@ -148,13 +149,9 @@ class Connection:
         if chunks != 0:
             await self._send(self._request(chunks=chunks))
 
-    def _portion(self) -> int | None:
-        """How many chunks to ask for now (None: until stopped), taken off those still wanted."""
-        room = math.inf if self._settings.ahead is None else self._settings.ahead - self._exchange.outstanding
-        portion = max(0, min(self._wanted, room))
-        if portion == math.inf:
-            self._wanted = 0
-            return None
+    def _portion(self) -> int:
+        """How many chunks to ask for now, taken off those still wanted."""
+        portion = max(0, min(self._wanted, self._settings.ahead - self._exchange.outstanding))
         self._wanted -= portion
         return int(portion)
 

@@ -18,7 +18,7 @@ from collections import deque
 
 from client import wire
 from client.channel import DEFAULT_URL, Tls
-from client.connection import Connection, Settings
+from client.connection import AHEAD, Connection, Settings
 from client.errors import (
     ConnectionLostError,
     InvalidRequestError,
@@ -67,7 +67,7 @@ class ResumableStream:
         url: str = DEFAULT_URL,
         seed: int | None = None,
         chunks: int | None = None,
-        ahead: int | None = None,
+        ahead: int = AHEAD,
         global_sink: bool | None = None,
         on_switch: str | None = None,
         pace: str | None = None,
@@ -87,9 +87,8 @@ class ResumableStream:
         """
         prompt: what the video shows; None with `snapshot`, which has its own.
         chunks: how many to generate; None: until stopped.
-        ahead: at most this many chunks are asked for before they are consumed, so that a slow consumer slows the
-            generation down. None: the server runs on until it has made as many as it keeps for a client
-            (`max_unread` in its settings).
+        ahead: at most this many chunks are asked for before they are consumed: a slow consumer slows the generation
+            down. (And Triton keeps what it has sent until all of a request is answered, so requests are small.)
         pace: `realtime` (the server's default): chunks come a little before they are to be shown at `fps` (16) frames
             per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
         frame_format: how frames travel: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;

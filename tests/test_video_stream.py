@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from client import errors
-from client.connection import CONFIRM_EVERY
+from client.connection import AHEAD, CONFIRM_EVERY
 from longlive_serve.protocol import Options, ServeError
 from tests.both_streams import Open, indices
 from tests.scripted_triton import (
@@ -71,25 +71,39 @@ def test_the_start_says_what_was_asked_for_and_closing_says_end(stream: Open) ->
 
 
 def test_without_a_number_of_chunks_it_goes_on_until_it_is_closed(stream: Open) -> None:
+    """In small requests: Triton keeps what it has sent until all of a request is answered."""
+    seen: list[Received] = []
+    with ScriptedTriton(recorded(well_behaved, seen)) as server, stream("a fox", url=server.url) as video:
+        for number, _ in enumerate(video.chunks()):
+            if number == 50:
+                break
+    assert seen[-1].end
+    asked = [request.chunks for request in seen[:-1]]
+    assert max(asked) == asked[0] == AHEAD
+    assert 50 < sum(asked) <= 51 + AHEAD
+
+
+def test_what_was_read_of_a_large_request_is_confirmed_now_and_then(stream: Open) -> None:
     seen: list[Received] = []
 
     def script(conversation: Conversation) -> Iterator[Any]:
         start = conversation.next()
-        for index in range(21):
+        for index in range(20):
             yield chunk(start, index)
         while not (request := conversation.next()).end:
             yield acknowledgement(request)
         yield final(start)
         yield acknowledgement(request)
 
-    with ScriptedTriton(recorded(script, seen)) as server, stream("a fox", url=server.url) as video:
+    with (
+        ScriptedTriton(recorded(script, seen)) as server,
+        stream("a fox", url=server.url, chunks=21, ahead=21) as video,
+    ):
         for number, _ in enumerate(video.chunks()):
-            if number == 20:
+            if number == 19:
                 break
-    assert seen[0].chunks is None
-    assert seen[-1].end
-    # What was read is confirmed now and then.
-    assert [request.prompt or request.chunks for request in seen[1:-1]] == [None] * (20 // CONFIRM_EVERY)
+    assert seen[0].chunks == 21
+    assert [request.prompt or request.chunks for request in seen[1:-1]] == [None] * (19 // CONFIRM_EVERY)
 
 
 def test_a_switch_returns_the_index_that_the_server_gave(stream: Open) -> None:
