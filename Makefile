@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check bench perf chaos soak fuzz pictures quality serve clean
+DEMO := torch,client,triton
+.PHONY: help setup dev demo test check bench perf chaos soak fuzz pictures quality onnx quantize evaluate serve clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -14,29 +15,36 @@ help:
 	@echo "make chaos, make soak, make fuzz   kill servers, run for half an hour, send wrong requests; into results/serving.json"
 	@echo "make pictures  the demo, and the pictures in docs/ from it"
 	@echo "make quality  set up, measure what the demo network shows, write results/quality.json"
+	@echo "make onnx   export the demo network as ONNX graphs to graphs/demo, each compared with PyTorch"
+	@echo "make quantize, make evaluate   INT8 and FP8 weights in weights/, what they cost in quality"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
-	@echo "make setup  only the set-up: a virtual environment in $(VENV)"
+	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
 
 setup: $(VENV)/.complete
+dev: $(VENV)/.complete-dev
 
 $(VENV)/.complete: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v[:2] == (3, 11) or sys.exit(f"$(PYTHON) is Python {v.major}.{v.minor}, expected 3.11: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,client,triton,bench,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(DEMO)]'
+	@touch $@
+
+$(VENV)/.complete-dev: $(VENV)/.complete
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(DEMO),export,quantization,bench,dev]'
 	@touch $@
 
 demo: setup
 	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl --contact-sheet videos/interactive/story.png
 
-test: setup
+test: dev
 	$(BIN)/python -m pytest
 
-check: setup
+check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: dev
 	$(BIN)/python -m client.benchmark --serve --viewers 1,2,3,4,6,8 --json results/serving.json --plot docs/serving.png
 
 perf: setup
@@ -57,6 +65,16 @@ pictures: demo
 
 quality: setup
 	$(BIN)/python -m training.quality --out results/quality.json
+
+onnx: dev
+	$(BIN)/python -m export.to_onnx --out graphs/demo
+
+quantize: dev
+	$(BIN)/python -m quantization.quantize --recipe int8 --out weights/demo-int8
+	$(BIN)/python -m quantization.quantize --recipe fp8 --out weights/demo-fp8
+
+evaluate: dev
+	$(BIN)/python -m quantization.evaluate --json results/quantization.json --plot docs/quantization.png
 
 serve: setup
 	$(BIN)/python -m longlive_serve.server

@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 FPS = 16  # video frames per second that the network was trained for
 FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
 RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
+AUTO = "auto"
+TORCH, ONNXRUNTIME, TENSORRT = "torch", "onnxruntime", "tensorrt"  # what an engine runs on
+TEXT_ENCODER, DIT, VAE_DECODER = NETWORKS = ("text_encoder", "dit", "vae_decoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,14 @@ class NetworkConfig:
     def tokens_per_frame(self) -> int:
         return (self.latent_height // 2) * (self.latent_width // 2)
 
+    @classmethod
+    def from_sizes(cls, sizes: dict[str, Any]) -> NetworkConfig:
+        """The configuration whose `dataclasses.asdict` went through JSON."""
+        kinds = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig, "window": WindowConfig}
+        parts = {key: kind(**sizes[key]) for key, kind in kinds.items()}
+        vae = dataclasses.replace(parts["vae"], dim_mult=tuple(sizes["vae"]["dim_mult"]))
+        return cls(**sizes | parts | {"vae": vae})
+
     @property
     def video_size(self) -> tuple[int, int]:
         """Height and width of a video frame in pixels."""
@@ -138,9 +149,9 @@ PRESETS: dict[str, NetworkConfig] = {
 class ServeConfig:
     """The settings in serve.toml. Every key may be left out."""
 
-    ENGINES: ClassVar[tuple[str, ...]] = ("auto", "torch")
+    ENGINES: ClassVar[tuple[str, ...]] = (AUTO, TORCH, ONNXRUNTIME, TENSORRT)
     VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
-    DTYPES: ClassVar[tuple[str, ...]] = ("auto", "float32", "bfloat16")
+    DTYPES: ClassVar[tuple[str, ...]] = (AUTO, "float32", "float16", "bfloat16")
 
     preset: str = "tiny"
     """Sizes of the networks: a name in PRESETS."""
@@ -148,11 +159,20 @@ class ServeConfig:
     """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
-    engine: str = "auto"
+    engine: str = AUTO
+    """`auto`: for every network a plan if `plans` has one, else a graph if `graphs` has one, else torch."""
+    text_encoder_engine: str = ""
+    """Like `engine`, for this network alone; empty: as `engine` says."""
+    dit_engine: str = ""
+    vae_decoder_engine: str = ""
+    graphs: str = ""
+    """A folder that `python -m export.to_onnx` made, for the engine onnxruntime. In a file: relative to that file."""
+    plans: str = ""
+    """A folder that `python -m export.to_tensorrt` made, for the engine tensorrt. In a file: relative to that file."""
     device: str = "auto"
     """`auto` (cuda when there is one, else cpu) or a torch device."""
     dtype: str = "auto"
-    """`auto`: bfloat16 on cuda, as the reference ships it; float32 on the CPU."""
+    """`auto`: that of the graphs; with torch bfloat16 on cuda, as the reference ships it, and float32 on the CPU."""
     slots: int = 8
     """Sessions that hold a share of the KV cache; more wait for a slot, in order."""
     lead: int = 1
@@ -168,7 +188,7 @@ class ServeConfig:
     """A session that has no chunks to make and sends no request for this long loses its slot."""
     max_unread: int = 64
     """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there. The
-    client library sends a word every 8 chunks that were consumed."""
+    client library asks for 8 chunks at a time, so its sessions pause earlier."""
     max_requests_per_s: int = 50
     """Requests of one session in a second; more are refused."""
     max_sessions_per_client: int = 0
@@ -186,6 +206,12 @@ class ServeConfig:
         _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("variant", self.variant, self.VARIANTS)
         _check_choice("engine", self.engine, self.ENGINES)
+        for network in NETWORKS:
+            _check_choice(f"{network}_engine", getattr(self, f"{network}_engine"), ("", *self.ENGINES))
+        asked = {self.engine, *(getattr(self, f"{network}_engine") for network in NETWORKS)}
+        for engine, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
+            if engine in asked and not getattr(self, key):
+                raise ValueError(f"{key}: got nothing, expected the folder of what the engine {engine} is to run")
         _check_choice("dtype", self.dtype, self.DTYPES)
         least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
         for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():
@@ -210,9 +236,10 @@ class ServeConfig:
             raise ValueError(f"{path}: cannot be read as TOML: {error}") from None
         try:
             config = cls(**_typed(cls, values))
-            if config.weights == RANDOM_WEIGHTS:
-                return config
-            return dataclasses.replace(config, weights=str(Path(path).absolute().parent / config.weights))
+            folder = Path(path).absolute().parent
+            paths = {key: getattr(config, key) for key in ("weights", "graphs", "plans")}
+            paths = {key: str(folder / value) for key, value in paths.items() if value not in ("", RANDOM_WEIGHTS)}
+            return dataclasses.replace(config, **paths)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

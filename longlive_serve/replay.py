@@ -20,9 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_serve.config import PRESETS, DiTConfig, NetworkConfig, ServeConfig, WindowConfig
-from longlive_serve.engines import build_dit
-from longlive_serve.engines.interface import EncodedPrompt, Engines
+from longlive_serve.config import DIT, PRESETS, DiTConfig, NetworkConfig, ServeConfig, WindowConfig
+from longlive_serve.engines import open_graphs
+from longlive_serve.engines.graph_engine import GraphDiT
+from longlive_serve.engines.graph_files import Manifest
+from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines
+from longlive_serve.engines.torch_engine import TorchDiT
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import Prompt, Session
@@ -57,6 +60,10 @@ class Case:
             return cls(**given | {key: tuple(given[key]) for key in ("latent", "switches") if key in given})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: not a case: {type(error).__name__}: {error}") from None
+
+    @property
+    def variant(self) -> str:
+        return "infinity" if self.relative else "base"
 
     @property
     def network(self) -> NetworkConfig:
@@ -114,21 +121,22 @@ class NoDecoder:
         return np.empty((0, 0, 0, 3), np.uint8), cache
 
 
-def replay(
-    case: Case, tensors: dict[str, Tensor], engine: str = "auto", device: str = "cpu", dtype: str = "float32"
-) -> Tensor:
-    """Run a case through the pipeline; returns its clean latents [1, 3n, C, h, w] in float32 on the CPU."""
-    variant = "infinity" if case.relative else "base"
+def case_network(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:
+    """The DiT with the weights of a case, float32 on the CPU."""
     network = CausalDiT(case.config)
     load_strictly(network, _with_prefix(tensors, "weights."), "weights")
-    network = network.to(device, getattr(torch, dtype)).eval()
+    return network.eval()
+
+
+def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu") -> Tensor:
+    """Run a case through the pipeline, on `dit`; returns its clean latents [1, 3n, C, h, w] in float32 on the CPU."""
     engines = Engines(
         text_encoder=GivenEmbeddings(_with_prefix(tensors, "prompt_embeds."), device),
-        dit=build_dit(engine, network, case.network, 1, variant),
+        dit=dit,
         vae_decoder=NoDecoder(),
-        name=engine,
+        name="replay",
         device=device,
-        dtype=dtype,
+        dtype=str(dit.dtype).removeprefix("torch."),
     )
     session = Session(
         id="replay",
@@ -139,7 +147,7 @@ def replay(
     )
     for index, frame in enumerate(case.switches):
         session.add_prompt(f"p{index + 1}", frame)
-    pipeline = Pipeline(engines, case.network, variant)
+    pipeline = Pipeline(engines, case.network, case.variant)
     latents = []
     for _ in range(case.chunks):
         pipeline.advance(session)
@@ -170,6 +178,15 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) -> DiT:
+    if arguments.graphs is None:
+        network = case_network(case, tensors).to(arguments.device, getattr(torch, arguments.dtype))
+        return TorchDiT(network, case.network, 1, case.variant)
+    backend = Manifest.read(arguments.graphs).backend
+    graphs = open_graphs(DIT, backend, arguments.graphs, case.network, case.variant, arguments.device)
+    return GraphDiT(graphs, case.network, 1, case.variant)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m longlive_serve.replay",
@@ -178,14 +195,15 @@ def main() -> int:
     )
     parser.add_argument("case", type=Path, metavar="CASE.json", help="the case; CASE.safetensors lies beside it")
     parser.add_argument("--tolerance", type=float, default=5e-6, help="of the largest latent (default: %(default)g)")
-    parser.add_argument("--engine", choices=ServeConfig.ENGINES, default="auto", help="what runs the DiT")
     parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
-    parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32")
+    parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
+    text = "run these graphs or plans of the case (`python -m export.to_onnx --case`) instead of torch"
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args()
     try:
         case = Case.load(arguments.case)
         tensors = read_tensors(case, arguments.case.with_suffix(".safetensors"))
-        latents = replay(case, tensors, arguments.engine, arguments.device, arguments.dtype)
+        latents = replay(case, tensors, _dit(case, tensors, arguments), arguments.device)
     except (ValueError, RuntimeError) as error:  # a RuntimeError: a device that torch cannot use
         print(f"replay: {error}", file=sys.stderr)
         return 2

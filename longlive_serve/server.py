@@ -30,6 +30,7 @@ from longlive_serve.triton_process import PORT_NAMES, ProcessGroup, choose_ports
 __all__ = ["ServerError", "TritonServer", "main"]
 
 DEFAULT_REPOSITORY = PACKAGE_PARENT / "model_repository"
+DEFAULT_CONFIG = DEFAULT_REPOSITORY / MODEL_NAME / "1" / "serve.toml"
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "metrics": 8002}
 EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
 

@@ -8,14 +8,20 @@ semantics section 10); nothing is ever unpickled beyond plain tensors.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_serve.config import RANDOM_WEIGHTS, NetworkConfig
+from longlive_serve.config import DIT, RANDOM_WEIGHTS, TEXT_ENCODER, VAE_DECODER, NetworkConfig
 from longlive_serve.models.causal_dit import CausalDiT
+from longlive_serve.models.quantized import install, quantized_layers
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY, TextEncoder, Tokenizer, map_wan_names
 from longlive_serve.models.vae_decoder import VAEDecoder
 
@@ -24,6 +30,10 @@ DIT_FILE = "diffusion_pytorch_model.safetensors"
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
+
+QUANTIZED_FILE = "{}.quantized.safetensors"  # of `quantization/`, under the names of our networks
+FILES = {TEXT_ENCODER: TEXT_ENCODER_FILE, DIT: DIT_FILE, VAE_DECODER: VAE_FILE}
+_CLASSES: dict[str, Callable[[Any], nn.Module]] = {TEXT_ENCODER: TextEncoder, DIT: CausalDiT, VAE_DECODER: VAEDecoder}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,37 +47,100 @@ class Networks:
 
 
 def load_networks(config: NetworkConfig, weights: str, device: str, dtype: torch.dtype) -> Networks:
-    """Networks of `config` with the weights of the folder `weights`, or random ones from a fixed seed.
+    """The three networks of `config`, each as `load_network` gives it, and the tokenizer."""
+    load = functools.partial(load_network, config=config, weights=weights, device=device, dtype=dtype)
+    return Networks(
+        text_encoder=load(TEXT_ENCODER),
+        tokenizer=load_tokenizer(config, weights),
+        dit=load(DIT),
+        vae_decoder=load(VAE_DECODER),
+    )
 
-    The folder is laid out like the published Wan2.1-T2V-1.3B. Raises ValueError that names the file and what is
+
+def load_network(name: str, config: NetworkConfig, weights: str, device: str, dtype: torch.dtype) -> Any:
+    """The network `name` of `config` with the weights of the folder `weights`, or random ones from a fixed seed.
+
+    The folder is laid out like the published Wan2.1-T2V-1.3B; where `quantization/` has put a quantized checkpoint of
+    the network beside its file, or instead of it, that one counts. Raises ValueError that names the file and what is
     missing, unexpected or of another shape in it.
     """
-    folder = None if weights == RANDOM_WEIGHTS else Path(weights)
-    if folder is not None and not folder.is_dir():
-        raise ValueError(
-            f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM_WEIGHTS!r}"
-        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        network: nn.Module = _CLASSES[name](getattr(config, name if name != VAE_DECODER else "vae"))
+    network = network.to(device, dtype).eval()
+    if (file := _file(name, weights)) is not None:
+        state = _state(name, file, config)
+        install(network, quantized_layers(state, device))
+        load_strictly(network, state, file)
+    return network
+
+
+def load_state(name: str, config: NetworkConfig, weights: str) -> dict[str, Tensor]:
+    """The tensors of a network's file in the folder `weights`, under our names and in the file's dtypes."""
+    if (file := _file(name, weights)) is None:
+        raise ValueError(f"weights: got {weights!r}, expected a folder of checkpoints")
+    return _state(name, file, config)
+
+
+def _state(name: str, file: Path, config: NetworkConfig) -> dict[str, Tensor]:
+    """What the file holds, under the names of our network."""
+    state = read_checkpoint(file)
+    if file.name == QUANTIZED_FILE.format(name):
+        return state
+    if name == VAE_DECODER:
+        state = {key: tensor for key, tensor in state.items() if key.startswith(("decoder.", "conv2."))}
+    if name == TEXT_ENCODER:
+        state = map_wan_names(state, config.text_encoder.num_layers)
+    return state
+
+
+def _file(name: str, weights: str) -> Path | None:
+    """The file of a network in the folder `weights`: the quantized one if there is one; None for random weights."""
+    folder = _folder(weights)
+    if folder is None:
+        return None
+    quantized = folder / QUANTIZED_FILE.format(name)
+    return quantized if quantized.exists() else folder / FILES[name]
+
+
+def load_tokenizer(config: NetworkConfig, weights: str) -> Tokenizer:
+    """The tokenizer in the folder `weights`, or the one of random weights, which needs no files."""
+    folder = _folder(weights)
     if folder is None and config.text_encoder.vocab_size < BYTE_VOCABULARY:
         raise ValueError(
             f"weights: got {RANDOM_WEIGHTS!r} for preset {config.name}, expected a folder: its vocabulary of "
             f"{config.text_encoder.vocab_size} words is too small for the tokenizer of random weights"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
-        dit, vae_decoder = CausalDiT(config.dit), VAEDecoder(config.vae)
-        text_encoder = TextEncoder(config.text_encoder)
-    if folder is not None:
-        load_strictly(dit, read_checkpoint(folder / DIT_FILE), folder / DIT_FILE)
-        vae = {k: v for k, v in read_checkpoint(folder / VAE_FILE).items() if k.startswith(("decoder.", "conv2."))}
-        load_strictly(vae_decoder, vae, folder / VAE_FILE)
-        text = map_wan_names(read_checkpoint(folder / TEXT_ENCODER_FILE), config.text_encoder.num_layers)
-        load_strictly(text_encoder, text, folder / TEXT_ENCODER_FILE)
-    return Networks(
-        text_encoder=text_encoder.to(device, dtype).eval(),
-        tokenizer=Tokenizer(config.dit.text_len, folder and folder / TOKENIZER_FOLDER),
-        dit=dit.to(device, dtype).eval(),
-        vae_decoder=vae_decoder.to(device, dtype).eval(),
-    )
+    return Tokenizer(config.dit.text_len, folder and folder / TOKENIZER_FOLDER)
+
+
+def fingerprint(name: str, weights: str) -> str:
+    """SHA-256 of the file that holds the network `name`, or `random`."""
+    file = _file(name, weights)
+    return RANDOM_WEIGHTS if file is None else sha256(file)
+
+
+def recipe(name: str, weights: str) -> str:
+    """What the network `name` was quantized with; empty when it was not."""
+    file = _file(name, weights)
+    if file is None or file.name != QUANTIZED_FILE.format(name):
+        return ""
+    with safe_open(file, "pt") as checkpoint:
+        return str((checkpoint.metadata() or {})["recipe"])
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder(weights: str) -> Path | None:
+    folder = None if weights == RANDOM_WEIGHTS else Path(weights)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(
+            f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM_WEIGHTS!r}"
+        )
+    return folder
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

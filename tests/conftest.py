@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from client.video_stream import VideoStream
+from export.to_onnx import export, source_of_case, source_of_config
+from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.live import metric, start_server, wait_until
@@ -26,6 +29,38 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not facts.exists() and not tensors.exists():
         raise FileNotFoundError(f"no golden file {name} in {GOLDEN}")
     return json.loads(facts.read_text()) if facts.exists() else {}, load_file(tensors) if tensors.exists() else {}
+
+
+ExportedGraphs = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraphs:
+    """A folder with all graphs of a preset, with random weights, in float32."""
+
+    @functools.cache
+    def folder(preset: str, variant: str) -> Path:
+        made = tmp_path_factory.mktemp(f"{preset}-{variant}")
+        source = source_of_config(ServeConfig(preset=preset, variant=variant))
+        for _ in export(source, list(NETWORKS), "float32", made, check=False):
+            pass
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The golden network as graphs, by whether its RoPE is relative."""
+    from tests.test_replay import write_case  # it needs `golden`
+
+    folders = {}
+    for relative, name in ((False, "dit_tiny_rollout"), (True, "dit_tiny_infinity")):
+        folders[relative] = tmp_path_factory.mktemp("case")
+        case = write_case(tmp_path_factory.mktemp(name), name)
+        for _ in export(source_of_case(case), [DIT], "float32", folders[relative], check=False):
+            pass
+    return folders
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,18 @@ from client.errors import (
 )
 from client.video_stream import VideoStream
 from longlive_serve.server import TritonServer
+from tests.conftest import ExportedGraphs
 from tests.live import RawStream, frames_of, metric, play, settled, start_server, text, wait_until
+
+
+@pytest.fixture(scope="module", params=["torch", "onnxruntime"])
+def server(
+    request: pytest.FixtureRequest, exported: ExportedGraphs, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """The same promises whatever runs the networks."""
+    engine = {} if request.param == "torch" else {"engine": request.param, "graphs": str(exported("tiny", "base"))}
+    with start_server(tmp_path_factory.mktemp("live"), **engine) as running:
+        yield running
 
 
 def test_interleaved_sessions_give_the_frames_that_each_gives_alone(server: TritonServer) -> None:

@@ -4,46 +4,113 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longlive_serve.config import AUTO, DIT, NETWORKS, ONNXRUNTIME, TENSORRT, TEXT_ENCODER, TORCH, VAE_DECODER
 
 if TYPE_CHECKING:
     from longlive_serve.config import NetworkConfig, ServeConfig
-    from longlive_serve.engines.interface import DiT, Engines
-    from longlive_serve.models.causal_dit import CausalDiT
+    from longlive_serve.engines.graph_engine import Graph
+    from longlive_serve.engines.interface import Engines
 
 log = logging.getLogger(__name__)
 
 
 def build_engines(config: ServeConfig) -> Engines:
-    """The engines that `config` asks for; what `auto` came to is logged once."""
+    """The engines that `config` asks for; what `auto` came to, and why, is logged once.
+
+    Raises ValueError for weights, graphs or plans that do not fit what is served, or the machine.
+    """
     import torch
 
+    from longlive_serve.engines.graph_engine import GraphDiT, GraphTextEncoder, GraphVAEDecoder
     from longlive_serve.engines.interface import Engines
-    from longlive_serve.engines.torch_engine import TorchTextEncoder, TorchVAEDecoder
-    from longlive_serve.weights import load_networks
+    from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
+    from longlive_serve.weights import load_network, load_tokenizer
 
-    network = config.network
-    device = config.device
-    if device == "auto":
+    sizes, variant, device = config.network, config.variant, config.device
+    if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    log.info("engine torch on %s, %s, preset %s, weights %s", device, dtype, network.name, config.weights)
-    networks = load_networks(network, config.weights, device, getattr(torch, dtype))
-    return Engines(
-        text_encoder=TorchTextEncoder(networks.text_encoder, networks.tokenizer),
-        dit=build_dit(config.engine, networks.dit, network, config.slots, config.variant),
-        vae_decoder=TorchVAEDecoder(networks.vae_decoder, network),
-        name="torch",
-        device=device,
-        dtype=dtype,
+    folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
+    backends = {network: choose(network, config) for network in NETWORKS}
+    on_torch = {network for network in NETWORKS if backends[network] == TORCH}
+
+    def network(name: str) -> Any:
+        dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
+        return load_network(name, sizes, config.weights, device, getattr(torch, dtype))
+
+    def graphs(name: str) -> dict[str, Graph]:
+        folder = Path(folders[backends[name]])
+        return open_graphs(name, backends[name], folder, sizes, variant, device, config.dtype)
+
+    tokenizer = load_tokenizer(sizes, config.weights)
+    dit = (
+        TorchDiT(network(DIT), sizes, config.slots, variant)
+        if DIT in on_torch
+        else GraphDiT(graphs(DIT), sizes, config.slots, variant)
     )
+    engines = Engines(
+        text_encoder=TorchTextEncoder(network(TEXT_ENCODER), tokenizer)
+        if TEXT_ENCODER in on_torch
+        else GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer),
+        dit=dit,
+        vae_decoder=TorchVAEDecoder(network(VAE_DECODER), sizes)
+        if VAE_DECODER in on_torch
+        else GraphVAEDecoder(graphs(VAE_DECODER)),
+        name="+".join(sorted(set(backends.values()))),
+        device=device,
+        dtype=str(dit.dtype).removeprefix("torch."),
+    )
+    log.info("on %s, %s, preset %s, weights %s", device, engines.dtype, sizes.name, config.weights)
+    return engines
 
 
-def build_dit(engine: str, network: CausalDiT, config: NetworkConfig, slots: int, variant: str) -> DiT:
-    """The DiT of `network`, which lies on its device in its dtype, run by `engine`."""
-    from longlive_serve.engines.torch_engine import TorchDiT
+def choose(network: str, config: ServeConfig) -> str:
+    """The backend of a network: the one asked for, or with `auto` what there is of it: a plan, a graph, else torch."""
+    asked: str = getattr(config, f"{network}_engine") or config.engine
+    why = "as asked for"
+    if asked == AUTO:
+        asked, why = TORCH, "as neither `plans` nor `graphs` has it"
+        for backend, folder in ((ONNXRUNTIME, config.graphs), (TENSORRT, config.plans)):
+            if folder and _has(network, Path(folder)):
+                asked, why = backend, f"as {folder} has it"
+    log.info("%s: engine %s, %s", network, asked, why)
+    return asked
 
-    assert engine in ("auto", "torch"), engine
-    return TorchDiT(network, config, slots, variant)
+
+def _has(network: str, folder: Path) -> bool:
+    from longlive_serve.engines.graph_files import Manifest
+    from longlive_serve.engines.graph_io import GRAPHS_OF
+
+    return set(GRAPHS_OF[network]) <= Manifest.read(folder).graphs.keys()
+
+
+def open_graphs(
+    network: str, backend: str, folder: Path, sizes: NetworkConfig, variant: str, device: str, dtype: str = AUTO
+) -> dict[str, Graph]:
+    """The graphs of `network` in `folder`, loaded by `backend`; `dtype`: the one they must have, if not `auto`."""
+    from longlive_serve.engines.graph_files import Manifest
+    from longlive_serve.engines.graph_io import GRAPHS_OF, graph_io
+
+    manifest = Manifest.read(folder)
+    manifest.check(folder, backend, sizes, variant)
+    table = graph_io(sizes, variant)
+    graphs: dict[str, Graph] = {}
+    for name in GRAPHS_OF[network]:
+        file = manifest.graphs.get(name)
+        if file is None or dtype not in (AUTO, file.dtype):
+            got = "nothing" if file is None else file.dtype
+            raise ValueError(f"{folder}: graph {name}: got {got}, expected it in dtype {dtype!r}. Export it")
+        if backend == ONNXRUNTIME:
+            from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
+
+            graphs[name] = OnnxRuntimeGraph(folder, file, table[name], device)
+        else:
+            from longlive_serve.engines import tensorrt_library
+
+            tensorrt_library.use(file.built["library"])
+            from longlive_serve.engines.tensorrt_engine import TensorRTGraph
+
+            graphs[name] = TensorRTGraph(folder, file, table[name], device)
+    return graphs

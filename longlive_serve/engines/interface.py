@@ -45,6 +45,9 @@ class TextEncoder(Protocol):
 class DiT(Protocol):
     """The causal DiT with the KV cache of every slot."""
 
+    dtype: torch.dtype
+    """Of its latents and its cache."""
+
     def embed_prompt(self, embeds: Tensor) -> PromptKV:
         """[1, text_len, text_dim] -> keys and values that every later call under this prompt takes."""
         ...
@@ -65,7 +68,7 @@ class DiT(Protocol):
 
 
 class VAEDecoder(Protocol):
-    """Latents -> video frames, one stream at a time; the stream's state is the caller's."""
+    """Latents of any dtype -> video frames, one stream at a time; the stream's state is the caller's."""
 
     def initial_cache(self) -> list[Tensor]:
         """The feature cache of a stream that has not begun."""

@@ -47,7 +47,7 @@ class TorchDiT:
 
     def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str) -> None:
         weight = network.patch_embedding.weight
-        self.network = network
+        self.network, self.dtype = network, weight.dtype
         self.relative = variant == "infinity"
         self.cache = KVCache(config, slots, weight.device, weight.dtype)
         self.tables = RotaryTables(
@@ -61,7 +61,7 @@ class TorchDiT:
         self.clean_timestep = torch.zeros((), device=weight.device)
 
     def embed_prompt(self, embeds: Tensor) -> PromptKV:
-        return self.network.embed_prompt(embeds.to(self.network.patch_embedding.weight.dtype))
+        return self.network.embed_prompt(embeds.to(self.dtype))
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
         timesteps = self.timesteps[step].expand(noisy.shape[:2])
@@ -88,5 +88,5 @@ class TorchVAEDecoder:
         return self.network.initial_cache(1, *size, weight.device, weight.dtype)
 
     def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
-        frames, cache = self.network(latents, cache, opening)
+        frames, cache = self.network(latents.to(self.network.conv2.weight.dtype), cache, opening)
         return to_uint8(frames)[0].cpu().numpy(), cache

@@ -9,6 +9,7 @@ D width, H heads, d head width. Source: reference semantics sections 2 and 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from longlive_serve.kv_cache import Placement
 from longlive_serve.models.rope import RotaryTables, rotate
 
 PATCH = 2  # height and width of a patch; one latent frame is one patch deep
+Angles = tuple[Tensor, Tensor]  # cosines and sines
 
 
 class RMSNorm(nn.Module):
@@ -70,6 +72,17 @@ class Attention(nn.Module):
         return heads.transpose(1, 2)  # [B, L, D] -> [B, H, L, d]
 
 
+class Cache(Protocol):
+    """What the blocks need of the KV cache in one forward."""
+
+    mask: Tensor | None
+    query_angles: Angles
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys (without RoPE as they come in) and values; return those to attend to, rotated."""
+        ...
+
+
 class CacheView:
     """The cache as one forward sees it: write a layer's new keys and values in place, hand back all in use."""
 
@@ -87,7 +100,7 @@ class CacheView:
         self.key_angles = tables.of_chunks(placement.key_slots) if relative else self.query_angles
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys (without RoPE as they come in) and values; return those to attend to, keys rotated.
+        """As `Cache.update`.
 
         The base variant stores rotated keys; the infinity variant stores plain ones and rotates all of them by
         their place in time on every call.
@@ -115,7 +128,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, prompt_k: Tensor, prompt_v: Tensor, cache: CacheView, layer: int
+        self, x: Tensor, modulation: Tensor, prompt_k: Tensor, prompt_v: Tensor, cache: Cache, layer: int
     ) -> Tensor:
         """x [B, L, D], modulation [B, F, 6, D], prompt_k and prompt_v [B, H, text_len, d] -> [B, L, D]."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + modulation).unbind(2)
@@ -126,7 +139,7 @@ class Block(nn.Module):
         x = x + self.cross_attn.attend(self.cross_attn.queries(self.norm3(x)), prompt_k, prompt_v)
         return x + gated(self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
-    def write_kv(self, x: Tensor, modulation: Tensor, cache: CacheView, layer: int) -> None:
+    def write_kv(self, x: Tensor, modulation: Tensor, cache: Cache, layer: int) -> None:
         """The part of `forward` that the cache needs, without what comes after it."""
         shift, scale = (self.modulation + modulation).unbind(2)[:2]
         z = modulate(self.norm1(x), shift, scale)
@@ -181,7 +194,7 @@ class CausalDiT(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         prompt_kv: tuple[Tensor, Tensor],
-        cache: CacheView,
+        cache: Cache,
         commit: bool = False,
     ) -> Tensor | None:
         """One forward of whole chunks, in the order of their places.
@@ -190,8 +203,20 @@ class CausalDiT(nn.Module):
         and values of the new frames are written to the cache. Returns the flow, shaped like latents; with
         `commit` only the cache is wanted, so the last layer stops after its keys and values: returns None.
         """
+        features = time_features(timesteps, self.config.freq_dim).to(latents.dtype)
+        return self.run(latents, features, prompt_kv, cache, commit)
+
+    def run(
+        self,
+        latents: Tensor,
+        features: Tensor,
+        prompt_kv: tuple[Tensor, Tensor],
+        cache: Cache,
+        commit: bool = False,
+    ) -> Tensor | None:
+        """`forward` from the timesteps' sinusoids [B, F, freq_dim] on: these are float64, which TensorRT lacks."""
         x = self._patchify(latents)
-        time = self.time_embedding(time_features(timesteps, self.config.freq_dim).to(x.dtype))  # [B, F, D]
+        time = self.time_embedding(features)  # [B, F, D]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F, 6, D]
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):

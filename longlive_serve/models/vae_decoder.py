@@ -59,15 +59,18 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, (3, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
-        x = cache.prepend(x)
-        if x.is_cpu and not torch.compiler.is_exporting():
-            return self._as_conv2d(x)  # there PyTorch runs a small Conv3d in its slow fallback
-        return super().forward(x)
+        return self.convolve(cache.prepend(x), self.weight)
 
-    def _as_conv2d(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x with its history in front."""
+        if x.is_cpu and not torch.compiler.is_exporting():
+            return self._as_conv2d(x, weight)  # there PyTorch runs a small Conv3d in its slow fallback
+        return F.conv3d(x, weight, self.bias, padding=self.padding)
+
+    def _as_conv2d(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same convolution with the three frames of each window stacked as channels."""
         windows = x.unfold(2, HISTORY + 1, 1).permute(0, 2, 1, 5, 3, 4).flatten(2, 3)  # [B, T, 3C, H, W]
-        y = F.conv2d(windows.flatten(0, 1), self.weight.flatten(1, 2), self.bias, padding=self.padding[1:])
+        y = F.conv2d(windows.flatten(0, 1), weight.flatten(1, 2), self.bias, padding=self.padding[1:])
         return y.reshape(*windows.shape[:2], *y.shape[1:]).transpose(1, 2)
 
 

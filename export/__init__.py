@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks as graphs: ONNX files, and TensorRT plans built from them."""

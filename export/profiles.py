@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes that each graph is called with while serving: TensorRT picks its kernels for exactly these."""
+
+from __future__ import annotations
+
+from longlive_serve.config import WindowConfig
+from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphIO
+from longlive_serve.kv_cache import Placement, Window
+
+Sizes = dict[str, tuple[int, int, int]]
+"""Named dim -> least, usual and largest."""
+
+
+def profiles_of(io: GraphIO, window: WindowConfig, max_batch: int = 1) -> list[Sizes]:
+    """One optimization profile per size that the graph is called with; only the batch varies within one."""
+    batch = {BATCH: (1, 1, max_batch)}
+    if FRAMES not in io.inputs[0].shape:
+        return [batch]
+    return [batch | {FRAMES: (frames,) * 3, USED: (used,) * 3} for frames, used in dit_calls(window)]
+
+
+def dit_calls(window: WindowConfig) -> list[tuple[int, int]]:
+    """(frames in the forward, frames attended to) of every step, commit and recache that a session can come to.
+
+    While the window fills, a call attends to as many frames as there are: nothing is computed to be masked.
+    """
+    arithmetic = Window(window)
+    full = 2 * arithmetic.capacity
+    steps = [arithmetic.step(chunk) for chunk in range(full)]
+    recaches = [arithmetic.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
+    return sorted({_frames(placement, window.chunk) for placement in steps + recaches})
+
+
+def _frames(placement: Placement, chunk: int) -> tuple[int, int]:
+    return len(placement.chunks) * chunk, placement.places * chunk
+
+
+def shape(tensor_shape: tuple[int | str, ...], sizes: Sizes, which: int) -> tuple[int, ...]:
+    """A tensor's shape at the least (0), usual (1) or largest (2) sizes."""
+    return tuple(sizes[dim][which] if isinstance(dim, str) else dim for dim in tensor_shape)

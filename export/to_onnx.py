@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports the networks of a serve.toml as ONNX graphs: `python -m export.to_onnx --out graphs/demo`.
+
+In float32 ONNX Runtime runs every graph and the result is compared with PyTorch. In float16 and bfloat16 they are the
+same graphs, strongly typed as TensorRT wants them; ONNX Runtime has no CPU kernels for some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from export.graphs import ExportableGraph, exportable_graphs
+from longlive_serve.config import AUTO, DIT, NETWORKS, ONNXRUNTIME, NetworkConfig, ServeConfig
+from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest, sizes_of
+from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphTensor
+from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
+from longlive_serve.replay import Case, case_network, read_tensors
+from longlive_serve.server import DEFAULT_CONFIG
+from longlive_serve.weights import fingerprint, load_network, recipe
+
+MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost
+TOLERANCE = 1e-5  # of the largest value
+ROUNDED_TOLERANCE = 0.05  # of the norm: a value between two numbers of 8 bits may fall to either side, and so on
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is exported."""
+
+    sizes: NetworkConfig
+    variant: str
+    load: Callable[[str, torch.dtype], nn.Module]
+    """A network by name, on the CPU."""
+    fingerprint: Callable[[str], str]
+    """What a network's weights came from."""
+    recipe: Callable[[str], str]
+    """What it was quantized with, or nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """A graph that has been written."""
+
+    name: str
+    file: GraphFile
+    operators: int
+    seconds: float
+    error: float | None
+    """Largest difference from PyTorch, as a share of the largest value; None: not run."""
+    tolerance: float
+    """Of a graph that rounds to 8 bits it is the norm of the difference, as a share of the norm."""
+
+
+def source_of_config(config: ServeConfig) -> Source:
+    def load(name: str, dtype: torch.dtype) -> nn.Module:
+        network: nn.Module = load_network(name, config.network, config.weights, "cpu", dtype)
+        return network
+
+    return Source(
+        sizes=config.network,
+        variant=config.variant,
+        load=load,
+        fingerprint=lambda name: fingerprint(name, config.weights),
+        recipe=lambda name: recipe(name, config.weights),
+    )
+
+
+def source_of_case(path: Path) -> Source:
+    case = Case.load(path)
+    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    return Source(
+        sizes=case.network,
+        variant=case.variant,
+        load=lambda _, dtype: case_network(case, tensors).to(dtype),
+        fingerprint=lambda _: path.name,
+        recipe=lambda _: "",
+    )
+
+
+def export(source: Source, networks: list[str], dtype: str, folder: Path, check: bool) -> Iterator[Written]:
+    """Write the graphs of `networks` to `folder`, its manifest after each of them; others in it stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    graphs = dict(_manifest_there(source, folder))
+    for name in networks:
+        network, weights = source.load(name, getattr(torch, dtype)), source.fingerprint(name)
+        for graph in exportable_graphs(network, source.sizes, source.variant):
+            began = time.monotonic()
+            file = GraphFile(
+                file=f"{graph.io.name}.onnx", dtype=dtype, weights=weights, quantization=source.recipe(name)
+            )
+            operators = write_graph(graph, folder / file.file)
+            error = largest_error(graph, file, folder) if check and dtype == "float32" else None
+            graphs[graph.io.name] = file
+            Manifest(
+                backend=ONNXRUNTIME,
+                sizes=sizes_of(source.sizes),
+                variant=source.variant,
+                graphs=graphs,
+                versions={package: version(package) for package in PACKAGES},
+            ).write(folder)
+            seconds = time.monotonic() - began
+            tolerance = ROUNDED_TOLERANCE if graph.rounds else TOLERANCE
+            yield Written(
+                name=graph.io.name,
+                file=file,
+                operators=operators,
+                seconds=seconds,
+                error=error,
+                tolerance=tolerance,
+            )
+
+
+def _manifest_there(source: Source, folder: Path) -> dict[str, GraphFile]:
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = Manifest.read(folder)
+    manifest.check(folder, ONNXRUNTIME, source.sizes, source.variant)
+    return manifest.graphs
+
+
+def write_graph(graph: ExportableGraph, path: Path) -> int:
+    """Export one graph, its weights beside it in `path`.data. Returns how many operators it has."""
+    window = graph.config.window
+    dims = {
+        BATCH: torch.export.Dim(BATCH, min=1, max=MAX_BATCH),
+        FRAMES: torch.export.Dim(FRAMES, min=window.chunk, max=window.window),
+        USED: torch.export.Dim(USED, min=window.chunk, max=window.window),
+    }
+
+    def dynamic(tensor: GraphTensor) -> dict[int, Any]:
+        return {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+
+    # Sizes that are unlike each other: the exporter takes equal ones for one.
+    example = graph.example(batch=2, frames=window.chunk, used=2 * window.chunk)
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            Flat(graph.network).eval(),
+            tuple(example.values()),
+            dynamo=True,
+            opset_version=graph.opset,
+            input_names=[tensor.name for tensor in graph.io.inputs],
+            output_names=[tensor.name for tensor in graph.io.outputs],
+            dynamic_shapes={"inputs": tuple(dynamic(tensor) for tensor in graph.io.inputs)},
+            verbose=False,
+        )
+    assert program is not None
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    program.save(path, external_data=True)
+    return len(program.model.graph)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages and names, which nobody can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class Flat(nn.Module):
+    """Any network as one of some inputs, so that the exporter is told of all in the same way."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.network(*inputs)
+
+
+def largest_error(graph: ExportableGraph, file: GraphFile, folder: Path) -> float:
+    """`Written.error`: the largest over several sizes."""
+    window, runtime = graph.config.window, OnnxRuntimeGraph(folder, file, graph.io, "cpu")
+    sizes = [(window.chunk, window.chunk), (window.chunk, window.window), (window.window, window.window)]
+    worst = 0.0
+    for batch in (1, 2):
+        for frames, used in sizes if FRAMES in graph.io.inputs[0].shape else sizes[:1]:
+            inputs = graph.example(batch=batch, frames=frames, used=used, seed=frames + used)
+            with torch.inference_mode():
+                expected = graph.network(*inputs.values())
+                got = runtime(inputs)
+            got |= {output: inputs[name] for output, name in graph.io.in_place.items()}
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            for tensor, right in zip(graph.io.outputs, expected, strict=True):
+                order = 2 if graph.rounds else math.inf
+                norm = torch.linalg.vector_norm
+                worst = max(worst, (norm(got[tensor.name] - right, order) / norm(right, order)).item())
+    return worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.to_onnx", description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    text = "settings that name sizes, weights and variant (default: those of the model repository)"
+    what.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
+    text = "instead: the DiT of a known case, for `python -m longlive_serve.replay`"
+    what.add_argument("--case", type=Path, metavar="CASE.json", help=text)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="graphs in it of other networks stay")
+    parser.add_argument("--dtype", choices=[name for name in ServeConfig.DTYPES if name != AUTO], default="float32")
+    text = "which networks; the text encoder and the VAE may have other dtypes than the DiT (default: all)"
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help=text)
+    parser.add_argument("--no-check", action="store_true", help="do not run them in ONNX Runtime (at full size: hours)")
+    arguments = parser.parse_args()
+    table = Table("graph", "operators", "MB", "seconds", "error", "may be", title=f"{arguments.out}, {arguments.dtype}")
+    failed = False
+    try:
+        source = (
+            source_of_case(arguments.case)
+            if arguments.case
+            else source_of_config(ServeConfig.from_toml(arguments.config))
+        )
+        networks = [DIT] if arguments.case else arguments.networks
+        with Console(stderr=True).status("exporting") as status:
+            for done in export(source, networks, arguments.dtype, arguments.out, not arguments.no_check):
+                status.update(f"exported {done.name}")
+                failed |= done.error is not None and not done.error <= done.tolerance
+                table.add_row(*cells(done, arguments.out))
+    except ValueError as error:
+        print(f"to_onnx: {error}", file=sys.stderr)
+        return 2
+    Console().print(table)
+    if failed:
+        print("to_onnx: a graph differs from PyTorch by more than it may", file=sys.stderr)
+    return int(failed)
+
+
+def cells(done: Written, folder: Path) -> tuple[str, ...]:
+    megabytes = sum(file.stat().st_size for file in folder.glob(f"{done.file.file}*")) / 1e6
+    error = "not run" if done.error is None else f"{done.error:.1e}"
+    return done.name, str(done.operators), f"{megabytes:.1f}", f"{done.seconds:.1f}", error, f"{done.tolerance:.0e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported graphs: they compute what PyTorch computes, and the engine that runs them meets the golden rollouts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.graphs import exportable_graphs, write
+from export.profiles import dit_calls, profiles_of
+from export.to_onnx import TOLERANCE, export, source_of_config
+from longlive_serve.config import DIT, NETWORKS, PRESETS, ServeConfig, WindowConfig
+from longlive_serve.engines import build_engines, open_graphs
+from longlive_serve.engines.graph_files import Manifest
+from longlive_serve.engines.graph_io import GRAPHS_OF, PROMPT_KV, graph_io
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from tests.conftest import ExportedGraphs
+from tests.test_replay import ROLLOUTS, error_of, run_replay, write_case
+
+SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/demo"
+
+
+@pytest.mark.parametrize("variant", ServeConfig.VARIANTS)
+@pytest.mark.parametrize(("preset", "weights"), [("tiny", "random"), ("demo", str(SHIPPED))], ids=["tiny", "demo"])
+def test_every_graph_computes_what_pytorch_computes(tmp_path: Path, preset: str, weights: str, variant: str) -> None:
+    config = ServeConfig(preset=preset, weights=weights, variant=variant)
+    networks = NETWORKS if variant == "base" else (DIT,)  # the others are the same
+    written = list(export(source_of_config(config), list(networks), "float32", tmp_path, check=True))
+    assert [graph.name for graph in written] == [name for network in networks for name in GRAPHS_OF[network]]
+    for graph in written:
+        assert graph.error is not None, graph.name
+        assert 0 < graph.error <= graph.tolerance == TOLERANCE, graph.name
+        onnx.checker.check_model(tmp_path / graph.file.file)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: dict[bool, Path], name: str) -> None:
+    graphs = case_graphs[ROLLOUTS[name].get("relative", False)]
+    done = run_replay(write_case(tmp_path, name), "--graphs", graphs, "--tolerance", "2e-5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert error_of(done.stdout) <= 2e-5
+
+
+def test_another_window_is_refused(tmp_path: Path, case_graphs: dict[bool, Path]) -> None:
+    done = run_replay(write_case(tmp_path, "dit_tiny_rollout", window=15), "--graphs", case_graphs[False])
+    assert done.returncode == 2
+    assert "window" in done.stderr
+
+
+@pytest.mark.parametrize("variant", ServeConfig.VARIANTS)
+def test_a_whole_session_is_that_of_torch(exported: ExportedGraphs, variant: str) -> None:
+    """Text encoder, DiT and VAE as graphs, with a switch, against torch: frames within one step of 255."""
+    folder = exported("tiny", variant)
+    videos = []
+    for engine in ("torch", "auto"):
+        config = ServeConfig(variant=variant, engine=engine, graphs=str(folder), slots=2)
+        engines = build_engines(config)
+        session = Session(id="s", prompt=Prompt(index=0, text="a red fox runs"), noise=SeededNoise(1), slot=1)
+        pipeline, frames = Pipeline(engines, config.network, variant), []
+        for chunk in range(8):
+            if chunk == 5:
+                session.add_prompt("a blue bird sleeps", NOW)
+            frames.append(pipeline.advance(session).frames)
+        videos.append(np.concatenate(frames).astype(int))
+    assert engines.name == "onnxruntime"
+    assert np.abs(videos[0] - videos[1]).max() <= 1
+    assert videos[0].std() > 1
+
+
+def test_the_cache_is_written_in_place_and_nowhere_else(exported: ExportedGraphs) -> None:
+    sizes = PRESETS["tiny"]
+    dit = open_graphs(DIT, "onnxruntime", exported("tiny", "base"), sizes, "base", "cpu")[DIT]
+    (_, graph) = exportable_graphs(torch.nn.Module.eval(_tiny_dit()), sizes, "base")
+    inputs = graph.example(batch=2, frames=3, used=9)
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    assert set(dit(inputs)) == {"flow"}
+    rows = 3 * sizes.tokens_per_frame
+    for name in dit.io.held[2:]:
+        changed = (inputs[name] != before[name]).any(-1).any(1)  # [B, rows of the window]
+        for session, first in enumerate(inputs["write_index"].tolist()):
+            written = torch.zeros_like(changed[session])
+            written[first : first + rows] = True
+            assert torch.equal(changed[session], written), name
+
+
+def _tiny_dit() -> torch.nn.Module:
+    from longlive_serve.models.causal_dit import CausalDiT
+
+    return CausalDiT(PRESETS["tiny"].dit)
+
+
+def test_sessions_of_a_batch_do_not_meet() -> None:
+    cache, new = torch.zeros(2, 1, 6, 1), torch.ones(2, 1, 2, 1)
+    assert write(cache, new, torch.tensor([0, 4])).flatten().tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
+def test_no_call_of_a_session_attends_to_frames_that_are_not_there() -> None:
+    """Cold start: 3, 6, 9 frames; then the full window; recaches of all that is kept, or of all but the sink."""
+    assert dit_calls(WindowConfig()) == [(3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)]
+    table = graph_io(PRESETS["tiny"], "base")
+    assert len(profiles_of(table[DIT], WindowConfig())) == 8
+    assert profiles_of(table[PROMPT_KV], WindowConfig(), max_batch=4) == [{"batch": (1, 1, 4)}]
+
+
+def test_graphs_of_another_variant_or_dtype_are_refused(exported: ExportedGraphs) -> None:
+    folder = str(exported("tiny", "base"))
+    with pytest.raises(ValueError, match="variant 'base' instead of 'infinity'"):
+        build_engines(ServeConfig(engine="onnxruntime", graphs=folder, variant="infinity"))
+    with pytest.raises(ValueError, match="expected it in dtype 'float16'"):
+        build_engines(ServeConfig(engine="onnxruntime", graphs=folder, dtype="float16"))
+    with pytest.raises(ValueError, match="backend 'onnxruntime' instead of 'tensorrt'"):
+        build_engines(ServeConfig(engine="tensorrt", plans=folder))
+    with pytest.raises(ValueError, match="not a manifest"):
+        build_engines(ServeConfig(engine="onnxruntime", graphs="/nowhere"))
+
+
+def test_an_engine_without_its_folder_is_an_error() -> None:
+    with pytest.raises(ValueError, match="graphs: got nothing"):
+        ServeConfig(engine="onnxruntime")
+    with pytest.raises(ValueError, match="plans: got nothing"):
+        ServeConfig(dit_engine="tensorrt")
+
+
+def test_each_network_may_have_its_own_engine(exported: ExportedGraphs) -> None:
+    folder = str(exported("tiny", "base"))
+    engines = build_engines(ServeConfig(engine="torch", vae_decoder_engine="onnxruntime", graphs=folder))
+    assert engines.name == "onnxruntime+torch"
+
+
+def test_the_manifest_grows_network_by_network(tmp_path: Path) -> None:
+    source = source_of_config(ServeConfig())
+    for network, dtype in (("text_encoder", "float16"), ("dit", "bfloat16")):
+        done = list(export(source, [network], dtype, tmp_path, check=True))
+        assert all(graph.error is None for graph in done)  # these dtypes are not run
+    dtypes = {name: graph.dtype for name, graph in Manifest.read(tmp_path).graphs.items()}
+    assert dtypes == {"text_encoder": "float16", "prompt_kv": "bfloat16", "dit": "bfloat16"}
+
+
+def test_the_command_prints_the_errors(tmp_path: Path) -> None:
+    settings = tmp_path / "serve.toml"
+    settings.write_text('preset = "tiny"\n')
+    options = ["--config", str(settings), "--out", str(tmp_path / "graphs"), "--networks", "text_encoder"]
+    command = [sys.executable, "-m", "export.to_onnx", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "text_encoder" in done.stdout
+    assert "e-0" in done.stdout
