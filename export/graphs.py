@@ -165,7 +165,7 @@ class ExportableGraph:
 
 
 def exportable_graphs(network: nn.Module, config: NetworkConfig, variant: str) -> list[ExportableGraph]:
-    """The graphs of one of the three networks."""
+    """The graphs of one of the three networks. It holds its scales in its own dtype from then on."""
     graphs: dict[str, nn.Module]
     if isinstance(network, CausalDiT):
         graphs = {PROMPT_KV: PromptKVGraph(network), DIT: DiTGraph(network, variant == "infinity")}
@@ -174,5 +174,9 @@ def exportable_graphs(network: nn.Module, config: NetworkConfig, variant: str) -
     else:
         assert isinstance(network, TextEncoder), type(network)
         graphs = {TEXT_ENCODER: network}
+    dtype = next(network.parameters()).dtype
+    for layer in network.modules():
+        if isinstance(layer, Quantized):
+            layer.hold_scales_in(dtype)
     table = graph_io(config, variant)
     return [ExportableGraph(io=table[name], network=graph, config=config) for name, graph in graphs.items()]

@@ -51,7 +51,7 @@ class GraphIO:
     in_place: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Output -> the input at whose address it is written."""
     held: tuple[str, ...] = ()
-    """Inputs that stay at their addresses for many calls: a slot, a prompt."""
+    """Inputs that stay at their addresses for ever: a slot."""
 
     def dims(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """What the named dims are in this call. Raises ValueError for a missing tensor or one of another shape."""
@@ -112,7 +112,7 @@ def _dit_io(config: NetworkConfig, variant: str, prompt_kv: tuple[GraphTensor, .
             *(GraphTensor(f"new_{name}", rows) for name in names),
         ),
         in_place={f"new_{name}": name for name in names},
-        held=(*(tensor.name for tensor in prompt_kv), *names),
+        held=tuple(names),
     )
 
 

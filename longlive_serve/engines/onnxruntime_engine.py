@@ -29,6 +29,7 @@ class OnnxRuntimeGraph:
         if provider not in available:
             raise ValueError(f"device: got {device!r}, but this ONNX Runtime has {available} only")
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors: it warns of every cache that it did not place itself
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take the cores from torch
         if file.quantization:  # its fusions of Q/DQ pairs fail or change the result

@@ -56,6 +56,13 @@ class Quantized(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("weight", None)  # umT5 of transformers asks for the dtype of a weight, if there is one
 
+    def hold_scales_in(self, dtype: torch.dtype) -> None:
+        """Store the scales, whose values every float dtype has, in the one that is computed in: for the exporter, as
+        TensorRT wants them stored and not cast."""
+        for name in ("weight_scale", "input_scale", "smoothing"):
+            scale = getattr(self, name)
+            setattr(self, name, None if scale is None else scale.to(dtype))
+
     @property
     def bits(self) -> torch.dtype:
         """int8 or float8_e4m3fn."""

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One ONNX graph -> one TensorRT plan. Import it after `tensorrt_library.use`; it needs no GPU to be imported.
+
+Written against what TensorRT 10.16 and 11 and TensorRT for RTX have in common (`tests/tensorrt_types.py` checks it).
+Every network is strongly typed: a plan computes in the dtypes that the graph says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import SupportsInt
+
+import tensorrt as trt
+from rich.progress import Progress, TaskID
+
+from export.profiles import Sizes, shape
+from longlive_serve.engines.graph_io import GraphIO
+from longlive_serve.engines.tensorrt_engine import Logger
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How plans are built."""
+
+    max_batch: int = 1
+    """Sessions in one call; the engine runs one at a time."""
+    workspace_mb: int | None = None
+    """Memory that a kernel may use beside its tensors; None: all there is."""
+    weights_mb: int | None = None
+    """GPU memory that weights may take; the others stay in the host's and are fetched on every run. None: all of them
+    lie on the GPU. For GPUs that cannot hold them: it is slower."""
+    optimization_level: int | None = None
+    """0 (fast build) to 5; None: TensorRT's own."""
+
+
+def build_plan(
+    path: Path, io: GraphIO, profiles: list[Sizes], options: Options, timing_cache: Path | None, progress: Progress
+) -> memoryview:
+    """The plan of the graph in `path`. Raises ValueError that names the node and what TensorRT has against it.
+
+    timing_cache: a file of TensorRT's that makes the next build faster, read and written; None for a library that does
+    not measure kernels while it builds.
+    """
+    logger = Logger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise ValueError(f"{path}: TensorRT cannot read it:\n  {parser_errors(parser)}")
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor = Monitor(progress)
+    apply(options, config)
+    for sizes in profiles:
+        if config.add_optimization_profile(optimization_profile(builder, io, sizes)) < 0:
+            raise ValueError(f"{path}: TensorRT does not take the sizes {sizes}: {logger.said}")
+    timings = None if timing_cache is None else timings_of(config, timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    monitor.clear()
+    if plan is None:
+        raise ValueError(f"{path}: TensorRT cannot build it: {logger.said}")
+    if timing_cache is not None and timings is not None:
+        timing_cache.write_bytes(memoryview(timings.serialize()))
+    return memoryview(plan)
+
+
+def apply(options: Options, config: trt.IBuilderConfig) -> None:
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    if options.weights_mb is not None:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+
+
+def optimization_profile(builder: trt.Builder, io: GraphIO, sizes: Sizes) -> trt.IOptimizationProfile:
+    profile = builder.create_optimization_profile()
+    for tensor in io.inputs:
+        least, usual, largest = (trt.Dims(shape(tensor.shape, sizes, which)) for which in range(3))
+        profile.set_shape(tensor.name, least, usual, largest)
+    return profile
+
+
+def timings_of(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
+    """The kernels' times in the file `path`, or none where they are those of another GPU or TensorRT."""
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def parser_errors(parser: trt.OnnxParser) -> str:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return "\n  ".join(f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors)
+
+
+class Monitor(trt.IProgressMonitor):
+    """TensorRT's phases as progress bars."""
+
+    def __init__(self, progress: Progress) -> None:
+        trt.IProgressMonitor.__init__(self)
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def phase_start(self, phase_name: str, parent_phase: str, num_steps: SupportsInt) -> None:
+        self._tasks[phase_name] = self._progress.add_task(phase_name, total=int(num_steps))
+
+    def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
+        self._progress.update(self._tasks[phase_name], completed=int(step) + 1)
+        return True  # False would end the build
+
+    def phase_finish(self, phase_name: str) -> None:
+        self._progress.remove_task(self._tasks.pop(phase_name))
+
+    def clear(self) -> None:
+        """Remove the bars of phases that an error has left unfinished."""
+        for phase_name in list(self._tasks):
+            self.phase_finish(phase_name)

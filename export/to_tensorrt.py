@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds TensorRT plans of exported graphs, on the GPU that will run them: `python -m export.to_tensorrt graphs/bf16`.
+
+TensorRT 10.16 and 11, and TensorRT for RTX (`--library tensorrt_rtx`, consumer GPUs; it builds without a GPU as well).
+A plan that is there already, built of the same graph by the same TensorRT for the same GPU, stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from longlive_serve import config
+from longlive_serve.config import NetworkConfig
+from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest
+from longlive_serve.engines.graph_io import graph_io
+from longlive_serve.engines.tensorrt_library import LIBRARIES, TENSORRT, use
+from longlive_serve.weights import sha256
+
+if TYPE_CHECKING:
+    from export.tensorrt_builder import Options
+
+TIMING_CACHE = "timing.cache"  # of TensorRT, in the folder of plans
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+    """What became of one graph."""
+
+    name: str
+    file: GraphFile
+    profiles: int
+    seconds: float
+    reused: bool
+
+
+def build(
+    source: Path, out: Path, graphs: list[str], library: str, options: Options, progress: Progress
+) -> Iterator[Built]:
+    """Build the plans of `graphs` (all of the folder `source`, if empty) into `out`, its manifest after each of them.
+
+    Raises ValueError for folders that do not fit, and for a graph that TensorRT does not take.
+    """
+    from export.profiles import profiles_of
+    from export.tensorrt_builder import build_plan
+    from longlive_serve.engines.tensorrt_engine import machine
+
+    given = _read_graphs(source, graphs)
+    sizes = NetworkConfig.from_sizes(given.sizes)
+    here = {"library": library, **machine(torch.device("cuda"), library), **dataclasses.asdict(options)}
+    made = _plans_there(out, given, sizes)
+    made.versions[library] = here["tensorrt"]
+    timing_cache = out / TIMING_CACHE if library == TENSORRT else None
+    for name, io in graph_io(sizes, given.variant).items():
+        if name not in (graphs or given.graphs):
+            continue
+        began, graph, profiles = time.monotonic(), given.graphs[name], profiles_of(io, sizes.window, options.max_batch)
+        of_profiles = [{dim: list(three) for dim, three in profile.items()} for profile in profiles]
+        made_of = here | {"graph": _hash_of(source / graph.file), "profiles": of_profiles}
+        reused = _is_there(out, made.graphs.get(name), made_of)
+        if not reused:
+            task = progress.add_task(name, total=None)
+            plan = build_plan(source / graph.file, io, profiles, options, timing_cache, progress)
+            progress.remove_task(task)
+            made.graphs[name] = _write(plan, out / f"{name}.plan", graph, made_of)
+            made.write(out)
+        seconds = time.monotonic() - began
+        yield Built(name=name, file=made.graphs[name], profiles=len(profiles), seconds=seconds, reused=reused)
+
+
+def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
+    manifest = Manifest.read(source)
+    if manifest.backend != config.ONNXRUNTIME:
+        raise ValueError(f"{source}: got {manifest.backend} plans in it, expected graphs of `python -m export.to_onnx`")
+    if unknown := sorted(set(wanted) - manifest.graphs.keys()):
+        raise ValueError(f"{source}: got no graphs {unknown} in it, expected some of {sorted(manifest.graphs)}")
+    return manifest
+
+
+def _plans_there(out: Path, given: Manifest, sizes: NetworkConfig) -> Manifest:
+    """What `out` holds already; without a manifest, nothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / MANIFEST).exists():
+        return dataclasses.replace(given, backend=config.TENSORRT, graphs={}, versions=dict(given.versions))
+    made = Manifest.read(out)
+    made.check(out, config.TENSORRT, sizes, given.variant)
+    made.versions.update(given.versions)
+    return made
+
+
+def _is_there(out: Path, file: GraphFile | None, made_of: dict[str, Any]) -> bool:
+    if file is None or not (out / file.file).exists():
+        return False
+    return file.built == made_of | {"sha256": sha256(out / file.file)}
+
+
+def _write(plan: memoryview, path: Path, graph: GraphFile, made_of: dict[str, Any]) -> GraphFile:
+    path.write_bytes(plan)
+    return dataclasses.replace(graph, file=path.name, built=made_of | {"sha256": sha256(path)})
+
+
+def _hash_of(path: Path) -> str:
+    """Of a graph and its weights."""
+    data = path.with_name(f"{path.name}.data")
+    return sha256(path) + (sha256(data) if data.exists() else "")
+
+
+def main() -> int:
+    arguments = _arguments()
+    table = Table("graph", "plan, MB", "profiles", "seconds", "")
+    try:
+        use(arguments.library)
+        from export.tensorrt_builder import Options
+
+        options = Options(
+            max_batch=arguments.max_batch,
+            workspace_mb=arguments.workspace_mb,
+            weights_mb=arguments.weights_mb,
+            optimization_level=arguments.optimization_level,
+        )
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for built in build(arguments.graphs, arguments.out, arguments.only, arguments.library, options, progress):
+                megabytes = (arguments.out / built.file.file).stat().st_size / 1e6
+                reused = "was there" if built.reused else ""
+                table.add_row(built.name, f"{megabytes:.1f}", str(built.profiles), f"{built.seconds:.1f}", reused)
+    except ValueError as error:
+        print(f"to_tensorrt: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if table.rows:
+            Console().print(table)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m export.to_tensorrt", description=__doc__)
+    parser.add_argument("graphs", type=Path, metavar="FOLDER", help="made by `python -m export.to_onnx`")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="`plans` in serve.toml")
+    parser.add_argument("--only", nargs="+", metavar="GRAPH", default=[], help="build these graphs (default: all)")
+    parser.add_argument("--library", choices=LIBRARIES, default=TENSORRT)
+    parser.add_argument("--max-batch", type=int, default=1, help="sessions in one call (default: %(default)s)")
+    parser.add_argument("--workspace-mb", type=int, help="memory for a kernel beside its tensors (default: all)")
+    text = "GPU memory for weights; others stay in the host's: slower, for GPUs that cannot hold them (default: all)"
+    parser.add_argument("--weights-mb", type=int, help=text)
+    text = "0 builds fast, 5 searches longest (default: TensorRT's)"
+    parser.add_argument("--optimization-level", type=int, choices=range(6), help=text)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
