@@ -10,7 +10,8 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
 * Later requests may carry PROMPT (the new prompt), CHUNKS (that many more chunks, streamed as answers to this
   request), both, or nothing (a heartbeat).
 * END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk border.
-* A request that asks for chunks (START does) is answered by one response per chunk; every other request is
+* A request that asks for chunks (START does) is answered by one response per chunk. Ask for some at a time: Triton
+  keeps what it has sent until all of a request is answered. Every other request is
   answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response is FINAL.
 * START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
   says why a new session would have to wait. No session comes of it.

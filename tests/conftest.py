@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from client.video_stream import VideoStream
-from export.to_onnx import export, source_of_case, source_of_config
+from export.to_onnx import Written, export, source_of_case, source_of_config
 from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
@@ -31,22 +30,33 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(facts.read_text()) if facts.exists() else {}, load_file(tensors) if tensors.exists() else {}
 
 
-ExportedGraphs = Callable[[str, str], Path]
+class ExportedGraphs:
+    """Exports a preset with random weights in float32, once; gives the folder."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._made: dict[tuple[str, str], tuple[Path, list[Written]]] = {}
+
+    def __call__(self, preset: str, variant: str) -> Path:
+        return self._get(preset, variant)[0]
+
+    def written(self, preset: str, variant: str) -> list[Written]:
+        """What the export said of each graph."""
+        return self._get(preset, variant)[1]
+
+    def _get(self, preset: str, variant: str) -> tuple[Path, list[Written]]:
+        if (preset, variant) not in self._made:
+            folder = self._factory.mktemp(f"{preset}-{variant}")
+            # Only the DiT differs from variant to variant.
+            networks = list(NETWORKS) if variant == "base" else [DIT]
+            source = source_of_config(ServeConfig(preset=preset, variant=variant))
+            self._made[preset, variant] = folder, list(export(source, networks, "float32", folder, check=True))
+        return self._made[preset, variant]
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraphs:
-    """A folder with all graphs of a preset, with random weights, in float32."""
-
-    @functools.cache
-    def folder(preset: str, variant: str) -> Path:
-        made = tmp_path_factory.mktemp(f"{preset}-{variant}")
-        source = source_of_config(ServeConfig(preset=preset, variant=variant))
-        for _ in export(source, list(NETWORKS), "float32", made, check=False):
-            pass
-        return made
-
-    return folder
+    return ExportedGraphs(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -112,8 +112,10 @@ def test_ctrl_c_ends_the_session_and_exits_with_130(tmp_path: Path) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
         sent.set()
-        ended.append(conversation.next())
-        yield acknowledgement(ended[0])
+        while not (request := conversation.next()).end:
+            pass  # it asks for more chunks
+        ended.append(request)
+        yield acknowledgement(request)
 
     with ScriptedTriton(script) as server:
         process = subprocess.Popen(
@@ -129,7 +131,7 @@ def test_ctrl_c_ends_the_session_and_exits_with_130(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=20)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert [request.end for request in ended] == [True]
+    assert ended
     assert frame_count(tmp_path / "long" / "x.partial.mp4") == 9
 
 

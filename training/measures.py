@@ -126,19 +126,21 @@ def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
     return {name: mean(values) for name, values in right.items()}
 
 
+def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float]:
+    """What one way to switch does, over random pairs of prompts."""
+    results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
+    seams = [result for result in results if result.seam is not None]
+    return {
+        "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
+        "adoption": mean([good for result in results for good in result.changed]),
+        "kept": mean([good for result in results for good in result.kept]),
+        "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams]),
+    }
+
+
 def ablation(workers: Workers, count: int) -> dict[str, dict[str, float]]:
     """The three ways to switch, on the same prompts and noise."""
-    table = {}
-    for on_switch in (RECACHE, KEEP, CLEAR):
-        results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
-        seams = [result for result in results if result.seam is not None]
-        table[on_switch] = {
-            "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
-            "adoption": mean([good for result in results for good in result.changed]),
-            "kept": mean([good for result in results for good in result.kept]),
-            "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams]),
-        }
-    return table
+    return {on_switch: switching(workers, count, on_switch) for on_switch in (RECACHE, KEEP, CLEAR)}
 
 
 def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ async def crowd(watching: Watching, viewers: int, seconds: float) -> list[Seen]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with TritonServer(config=args.config) as server:
         before = server_metrics(server.metrics_url)
-        viewers = args.viewers or int(before["capacity_sessions"])
+        viewers = args.viewers or max(1, int(before["capacity_sessions"]))  # one is always let in
         watching = Watching(
             url=server.grpc_url,
             prompts=PROMPTS,

@@ -34,7 +34,6 @@ def build_engines(config: ServeConfig) -> Engines:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
     backends = {network: choose(network, config) for network in NETWORKS}
-    on_torch = {network for network in NETWORKS if backends[network] == TORCH}
 
     def network(name: str) -> Any:
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
@@ -44,20 +43,26 @@ def build_engines(config: ServeConfig) -> Engines:
         folder = Path(folders[backends[name]])
         return open_graphs(name, backends[name], folder, sizes, variant, device, config.dtype)
 
-    tokenizer = load_tokenizer(sizes, config.weights)
+    tokenizer, slots = load_tokenizer(sizes, config.weights), config.slots
+    text_encoder = (
+        TorchTextEncoder(network(TEXT_ENCODER), tokenizer)
+        if backends[TEXT_ENCODER] == TORCH
+        else GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
+    )
     dit = (
-        TorchDiT(network(DIT), sizes, config.slots, variant)
-        if DIT in on_torch
-        else GraphDiT(graphs(DIT), sizes, config.slots, variant)
+        TorchDiT(network(DIT), sizes, slots, variant)
+        if backends[DIT] == TORCH
+        else GraphDiT(graphs(DIT), sizes, slots, variant)
+    )
+    vae_decoder = (
+        TorchVAEDecoder(network(VAE_DECODER), sizes)
+        if backends[VAE_DECODER] == TORCH
+        else GraphVAEDecoder(graphs(VAE_DECODER))
     )
     engines = Engines(
-        text_encoder=TorchTextEncoder(network(TEXT_ENCODER), tokenizer)
-        if TEXT_ENCODER in on_torch
-        else GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer),
+        text_encoder=text_encoder,
         dit=dit,
-        vae_decoder=TorchVAEDecoder(network(VAE_DECODER), sizes)
-        if VAE_DECODER in on_torch
-        else GraphVAEDecoder(graphs(VAE_DECODER)),
+        vae_decoder=vae_decoder,
         name="+".join(sorted(set(backends.values()))),
         device=device,
         dtype=str(dit.dtype).removeprefix("torch."),

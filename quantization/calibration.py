@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches the serving pipeline make videos, through NVIDIA ModelOpt's quantizers: the range of every layer's inputs.
+
+Called by `quantize`. What was seen is saved after every session, so that a run that was interrupted goes on; as a
+maximum does not depend on the order, it then ends exactly as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from longlive_serve.models.vae_decoder import CausalConv3d
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from quantization.checkpoint import Observed, write
+from quantization.recipes import Format
+
+FILE = "calibration.safetensors"
+MODELOPT_BITS = {torch.int8: 8, torch.float8_e4m3fn: (4, 3)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Seen:
+    """What has been seen so far, and the file that it is kept in."""
+
+    path: Path
+    settings: Mapping[str, str]
+    """What it depends on: a run goes on only where all of these are the same."""
+    sessions: int = 0
+    amax: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Largest absolute inputs of the layers watched, by network and layer: [] or [1, ..., in]."""
+
+    @classmethod
+    def load(cls, path: Path, settings: Mapping[str, str]) -> Seen:
+        """What the file holds, or nothing seen yet. Raises ValueError when it belongs to other settings."""
+        if not path.exists():
+            return cls(path=path, settings=settings)
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+            amax = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"{path}: got a calibration with {key} {found.get(key)}, expected {value}: "
+                    "delete it or choose another folder"
+                )
+        return cls(path=path, settings=settings, sessions=int(found["sessions"]), amax=amax)
+
+    def save(self) -> None:
+        write(self.path, self.amax, {**self.settings, "sessions": str(self.sessions)})
+
+
+def calibration_session(pipeline: Pipeline, prompts: list[str], number: int) -> None:
+    """One video: the cache fills, rolls, and is rebuilt for a new prompt both before and after it is full."""
+    capacity = pipeline.window.capacity
+    switches = {capacity // 2: 1, capacity + 2: 2}
+    text = prompts[number % len(prompts)]
+    session = Session(id="calibration", prompt=Prompt(index=0, text=text), noise=SeededNoise(number), slot=0)
+    for chunk in range(chunks_of_session(pipeline)):
+        if chunk in switches:
+            session.add_prompt(prompts[(number + switches[chunk]) % len(prompts)], NOW)
+        pipeline.advance(session)
+
+
+def chunks_of_session(pipeline: Pipeline) -> int:
+    return 2 * pipeline.window.capacity + 1
+
+
+def calibrate(
+    networks: Mapping[str, nn.Module],
+    formats: Mapping[str, Mapping[str, Format]],
+    pipeline: Pipeline,
+    prompts: list[str],
+    seen: Seen,
+    on_session: Callable[[int], None],
+) -> dict[str, dict[str, Observed]]:
+    """What the layers of `formats` (by network, by layer) are given while `pipeline` makes a video per prompt.
+
+    `pipeline` runs `networks`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
+    how many sessions are done after each, the first time with those of an earlier run.
+    """
+    mtq = _modelopt()
+    _teach_causal_conv3d()
+    together = nn.ModuleDict(networks)
+
+    def watch(_: nn.Module) -> None:
+        quantizers = _enabled_input_quantizers(together)
+        for name, amax in seen.amax.items():
+            quantizers[name]._calibrator._calib_amax = amax.to(pipeline.engines.device)
+        on_session(seen.sessions)
+        for number in range(seen.sessions, len(prompts)):
+            calibration_session(pipeline, prompts, number)
+            seen.amax = {name: q._calibrator.compute_amax().float() for name, q in quantizers.items()}
+            seen.sessions = number + 1
+            seen.save()
+            on_session(seen.sessions)
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
+        warnings.filterwarnings("ignore", message=".* skip")  # SmoothQuant on layers that have no 8-bit inputs
+        mtq.quantize(together, modelopt_config(formats), watch)
+    return {name: _observed(networks[name], layers) for name, layers in formats.items()}
+
+
+def modelopt_config(formats: Mapping[str, Mapping[str, Format]]) -> dict[str, Any]:
+    """ModelOpt's configuration: all quantizers off (LayerNorms have one by default) but those of `formats`."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    alphas = set()
+    for network, layers in formats.items():
+        for layer, format in layers.items():
+            bits, name = MODELOPT_BITS[format.dtype], f"{network}.{layer}"
+            entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}})
+            if format.inputs:
+                entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
+            if format.smoothing is not None:
+                alphas.add(format.smoothing)
+    assert len(alphas) <= 1, "ModelOpt smooths all layers of a run alike"
+    algorithm = {"method": "smoothquant", "alpha": alphas.pop()} if alphas else {"method": "max"}
+    return {"quant_cfg": entries, "algorithm": algorithm}
+
+
+def _modelopt() -> Any:
+    """ModelOpt's quantization; it takes seconds, so not on import."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="transformers .* is not tested")
+        import modelopt.torch.quantization
+    return modelopt.torch.quantization
+
+
+def _teach_causal_conv3d() -> None:
+    """Tell ModelOpt of our convolution: it knows nn.Conv3d, and leaves subclasses with another forward alone."""
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
+
+    if CausalConv3d not in QuantModuleRegistry:
+        QuantModuleRegistry.register({CausalConv3d: "CausalConv3d"})(QuantLinearConvBase)
+
+
+def _enabled_input_quantizers(network: nn.Module) -> dict[str, Any]:
+    suffix = ".input_quantizer"
+    modules: dict[str, Any] = dict(network.named_modules())
+    return {
+        name.removesuffix(suffix): module
+        for name, module in modules.items()
+        if name.endswith(suffix) and module.is_enabled
+    }
+
+
+def _observed(network: nn.Module, layers: Mapping[str, Format]) -> dict[str, Observed]:
+    found = {}
+    for layer, format in layers.items():
+        if not format.inputs:
+            continue
+        quantizer: Any = network.get_submodule(layer).input_quantizer
+        if format.smoothing is None:
+            found[layer] = Observed(amax=quantizer.amax.float().cpu())
+        else:
+            amax, smoothing = quantizer._amax_for_smoothing, quantizer.pre_quant_scale
+            found[layer] = Observed(amax=amax.flatten().float().cpu(), smoothing=smoothing.flatten().float().cpu())
+    return found
+
+
+def settings_of(
+    formats: Mapping[str, Mapping[str, Format]], prompts: list[str], sources: Mapping[str, str], variant: str
+) -> dict[str, str]:
+    """What a calibration depends on, as the metadata of its file; `formats` by network, by layer."""
+    layers = [f"{network}.{layer}: {format}" for network, own in formats.items() for layer, format in own.items()]
+    kinds = {f"{network} {format}" for network, own in formats.items() for format in own.values()}
+    return {
+        "formats": ", ".join(sorted(kinds)),
+        "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest(),
+        "prompts": json.dumps(prompts),
+        "sources": json.dumps(dict(sources), sort_keys=True),
+        "variant": variant,
+    }

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights and what calibration saw -> the tensors of a quantized checkpoint, and its file.
+
+The file holds every tensor of the network under our names, as `longlive_serve.weights.load_network` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longlive_serve.models.quantized import scale_for, to_8_bit
+from quantization.recipes import Format
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Observed:
+    """What calibration found out about a layer's inputs."""
+
+    amax: Tensor
+    """The largest absolute value, float32: [] of all, or with `smoothing` [in] of each channel."""
+    smoothing: Tensor | None = None
+    """SmoothQuant: what each channel is to be multiplied by, float32 [in]."""
+
+
+def quantized_layer(weight: Tensor, format: Format, observed: Observed | None) -> dict[str, Tensor]:
+    """What takes the place of `weight` [out, in, ...]: the parts of `longlive_serve.models.quantized.STATE`."""
+    weight, state = weight.float(), {}
+    if format.inputs:
+        assert observed is not None
+        amax = observed.amax.float()
+        if observed.smoothing is not None:
+            smoothing = observed.smoothing.float().bfloat16().float()  # numbers that every precision holds
+            weight, amax = weight / smoothing, amax * smoothing
+            state["smoothing"] = smoothing
+        state["input_scale"] = scale_for(amax.max(), format.dtype)
+    scale = scale_for(weight.flatten(1).abs().amax(1), format.dtype)
+    per_row = scale.view(-1, *[1] * (weight.dim() - 1))
+    return state | {"quantized_weight": to_8_bit(weight, per_row, format.dtype), "weight_scale": scale}
+
+
+def quantized_state(
+    state: Mapping[str, Tensor], formats: Mapping[str, Format], observed: Mapping[str, Observed]
+) -> dict[str, Tensor]:
+    """The tensors of a quantized checkpoint: the layers of `formats` in 8 bits, all else in bfloat16."""
+    made: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        layer = key.removesuffix(".weight")
+        if key.endswith(".weight") and layer in formats:
+            parts = quantized_layer(tensor, formats[layer], observed.get(layer))
+            made |= {f"{layer}.{part}": value for part, value in parts.items()}
+        else:
+            made[key] = tensor.bfloat16()
+    return made
+
+
+def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the tensors as a .safetensors file, which is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, partial, dict(metadata))
+    partial.chmod(0o644)  # safetensors makes it private
+    os.replace(partial, path)

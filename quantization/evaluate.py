@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what each recipe costs: `python -m quantization.evaluate --json results/quantization.json --plot PNG`.
+
+It quantizes the demo network by every recipe and holds it against the unquantized one: bytes, the error of single
+forwards, the error of whole videos, and what an exact reader of frames sees. Sizes are measured at full size as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
+from longlive_serve.protocol import RECACHE
+from quantization.flow_errors import flow_errors
+from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
+from quantization.recipes import RECIPES
+from quantization.report import UNQUANTIZED, markdown, plot, table
+from quantization.rollouts import GROWTH_BOUND, STD_BOUNDS, Rollout, compare, roll_out
+from quantization.sizes import FULL_SIZE, full_size_bytes, sizes
+from training.measures import attribute_accuracy, held_out_captions, switching
+from training.quality import SHIPPED
+from training.workers import Workers
+
+SESSIONS_OF_FLOW = 4
+MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
+
+
+def quantize_all(config: ServeConfig, folder: Path) -> dict[str, str]:
+    """The demo network by every recipe: folders of weights."""
+    prompts = read_prompts(DEFAULT_PROMPTS)
+    with Progress(console=Console(stderr=True)) as bar:
+        for recipe in RECIPES:
+            task = bar.add_task(f"calibrating {recipe}", total=len(prompts))
+
+            def watched(sessions: int, task: TaskID = task) -> None:
+                bar.update(task, completed=sessions)
+
+            quantize(config, [recipe], prompts, folder / recipe, on_session=watched)
+    return {recipe: str(folder / recipe) for recipe in RECIPES}
+
+
+def full_size_ratios(folder: Path) -> dict[str, dict[str, Any]]:
+    """By recipe: bytes of the full-size checkpoint (the DiT's if that is quantized) against the same in bfloat16."""
+    found: dict[str, dict[str, Any]] = {}
+    for network in MEASURED_AT_FULL_SIZE:
+        formats = {name: recipe[network] for name, recipe in RECIPES.items() if network in recipe and name not in found}
+        written = full_size_bytes(network, formats, folder)
+        for name in formats:
+            found[name] = {
+                "bytes_ratio": written[name] / written["bfloat16"],
+                "bytes_ratio_of": f"{network} of {FULL_SIZE}: checkpoint file, against the same in bfloat16",
+                "full_size_bytes": {"bfloat16": written["bfloat16"], "quantized": written[name]},
+            }
+    return found
+
+
+def quality(workers: Workers, captions: int, switches: int) -> dict[str, Any]:
+    """What the videos show, as in `training.quality`."""
+    by = attribute_accuracy(workers, captions)
+    switched = switching(workers, switches, RECACHE)
+    return {
+        "attribute_accuracy": min(by["chunks_1_2"], by["chunks_8_9"]),
+        "attribute_accuracy_by": by,
+        "switch_adoption_within_2_chunks": switched["adoption"],
+        "switch_kept_attributes": switched["kept"],
+        "switch_flicker": switched["flicker"],
+    }
+
+
+def of_recipe(config: ServeConfig, name: str, folder: str) -> dict[str, Any]:
+    """What needs no video: formats and sizes."""
+    found = sizes(config.network, folder)
+    plain = sizes(config.network, config.weights)["bytes_in_memory"]  # in bfloat16
+    network = next(network for network in MEASURED_AT_FULL_SIZE if network in RECIPES[name])
+    return {
+        "formats": {network: str(format) for network, format in RECIPES[name].items()},
+        "bytes_ratio_demo": found["bytes_on_disk"][network] / plain[network],
+        **found,
+    }
+
+
+def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argparse.Namespace) -> Iterator[None]:
+    """Fill `record`, and say after each part that there is more in it."""
+    config = ServeConfig(preset="demo", weights=str(weights), engine="torch", device="cpu", slots=1)
+    folders = quantize_all(config, folder)
+    ratios = full_size_ratios(folder)
+    recipes = {name: ratios[name] | of_recipe(config, name, path) for name, path in folders.items()}
+    record |= {UNQUANTIZED: sizes(config.network, config.weights), "recipes": recipes}
+    of_dit = {name: path for name, path in folders.items() if DIT in RECIPES[name]}
+    for name, figures in flow_errors(config, of_dit, read_prompts(DEFAULT_PROMPTS), SESSIONS_OF_FLOW).items():
+        recipes[name] |= figures
+    yield
+    cases = held_out_captions(counts.rollouts, seed=5)
+    expected: list[Rollout] = []
+    for name, path in {UNQUANTIZED: config.weights, **folders}.items():
+        print(name, file=sys.stderr)
+        figures = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
+        with Workers(Path(path)) as workers:
+            made = workers.map("videos of 60 s", roll_out, cases)
+            compared = compare(made, expected or made, cases)
+            if name == UNQUANTIZED:
+                expected, compared = made, {key: compared[key] for key in ("attributes_right_at_60s",)}
+            figures |= compared | quality(workers, counts.captions, counts.switches)
+        for key in ("attribute_accuracy", "switch_adoption_within_2_chunks"):
+            if name != UNQUANTIZED:
+                figures[f"{key}_lost"] = record[UNQUANTIZED][key] - figures[key]
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m quantization.evaluate", description=__doc__)
+    text = "weights of the demo network (default: the shipped ones)"
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", default=SHIPPED, help=text)
+    text = "keep the quantized weights here, and go on with calibrations begun there (default: they are deleted)"
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--json", type=Path, metavar="JSON", help="write the figures to this file, as they come")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the errors against depth and time")
+    text = "measure nothing: print a file of such figures as Markdown (with --plot: draw it as well)"
+    parser.add_argument("--table", type=Path, metavar="JSON", help=text)
+    for name, count in {"captions": 200, "switches": 100, "rollouts": 6}.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    if arguments.table is not None:
+        record = json.loads(arguments.table.read_text())
+        print(markdown(record))
+    else:
+        record = _measure_and_write(arguments)
+        Console().print(table(record))
+    if arguments.plot is not None:
+        plot(record, arguments.plot)
+    return 0
+
+
+def _measure_and_write(arguments: argparse.Namespace) -> dict[str, Any]:
+    counts = {name: getattr(arguments, name) for name in ("captions", "switches", "rollouts")}
+    packages = ("torch", "nvidia-modelopt", "safetensors")
+    record: dict[str, Any] = {
+        "command": "python -m quantization.evaluate" + "".join(f" --{name} {count}" for name, count in counts.items()),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "network": "demo",
+        "rollout_bounded_means": f"latent std within {STD_BOUNDS} of the unquantized one's in every chunk, and the "
+        f"mean error of the last 15 s of 60 at most {GROWTH_BOUND} times that of the second 15 s",
+        "counts": counts,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
+            if arguments.json is not None:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(main())

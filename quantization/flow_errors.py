@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error of a quantized DiT's forwards, given the same inputs as the unquantized one: per noise level and per block.
+
+Called by `evaluate`. The pipeline follows the unquantized network; the others look on with a copy of its cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from longlive_serve.config import ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.engines.interface import PromptKV
+from longlive_serve.engines.torch_engine import TorchDiT
+from longlive_serve.kv_cache import Placement
+from longlive_serve.models.causal_dit import CausalDiT
+from longlive_serve.pipeline import Pipeline
+from quantization.calibration import calibration_session
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The L2 norm of the difference as a share of that of what was expected."""
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+class Watched:
+    """A DiT engine that keeps what its blocks gave in the last forward."""
+
+    def __init__(self, engine: TorchDiT) -> None:
+        self.engine = engine
+        self.outputs: list[Tensor] = []
+        self.prompt_kv: PromptKV | None = None
+        for block in engine.network.blocks:
+            block.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
+
+    def denoise(self, noisy: Tensor, step: int, slot: int, placement: Placement) -> Tensor:
+        assert self.prompt_kv is not None
+        self.outputs.clear()
+        return self.engine.denoise(noisy, step, self.prompt_kv, slot, placement)
+
+
+class Onlookers:
+    """The DiT engine `leader` for a pipeline of one session, with `others` that do each denoising step as well.
+
+    `flow[name][step]` collects the relative errors of their flows, `blocks[name][block]` those after each block.
+    """
+
+    def __init__(self, leader: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
+        self.leader, self.dtype = Watched(leader), leader.dtype
+        self.others = {name: Watched(engine) for name, engine in others.items()}
+        layers = len(leader.network.blocks)
+        self.flow = {name: [list[float]() for _ in leader.timesteps] for name in others}
+        self.blocks = {name: [list[float]() for _ in range(layers)] for name in others}
+
+    def embed_prompt(self, embeds: Tensor) -> PromptKV:
+        for watched in (self.leader, *self.others.values()):
+            watched.prompt_kv = watched.engine.embed_prompt(embeds)
+        assert self.leader.prompt_kv is not None
+        return self.leader.prompt_kv
+
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+        cache = self.leader.engine.cache
+        flow = self.leader.denoise(noisy, step, slot, placement)
+        for name, other in self.others.items():
+            other.engine.cache.keys.copy_(cache.keys)  # its own place it writes itself
+            other.engine.cache.values.copy_(cache.values)
+            self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, placement), flow))
+            for block, (got, expected) in enumerate(zip(other.outputs, self.leader.outputs, strict=True)):
+                self.blocks[name][block].append(relative_error(got, expected))
+        return flow
+
+    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+        self.leader.engine.commit(clean, prompt_kv, slot, placement)
+
+
+def flow_errors(
+    config: ServeConfig, folders: Mapping[str, str], prompts: Sequence[str], sessions: int
+) -> dict[str, dict[str, list[float]]]:
+    """Mean relative L2 errors of the DiTs in `folders` (by recipe) against that of `config`.
+
+    `flow_rel_error_by_step`: of the flow; `rel_error_after_block`: of what each block hands on; and
+    `flow_rel_error_of_block_alone`: of the flow when only that block is quantized.
+    """
+    engines = build_engines(config)
+    leader, others = _torch_dit(engines.dit), {}
+    for name, folder in folders.items():
+        quantized = _torch_dit(build_engines(dataclasses.replace(config, weights=folder)).dit)
+        for block in range(config.network.dit.num_layers):
+            alone = TorchDiT(with_block(leader.network, quantized.network, block), config.network, 1, config.variant)
+            others[f"{name} {block}"] = alone
+        others[name] = quantized
+    onlookers = Onlookers(leader, others)
+    pipeline = Pipeline(dataclasses.replace(engines, dit=onlookers), config.network, config.variant)
+    for number in range(sessions):
+        calibration_session(pipeline, list(prompts), number)
+    blocks = range(config.network.dit.num_layers)
+    return {
+        name: {
+            "flow_rel_error_by_step": [mean(errors) for errors in onlookers.flow[name]],
+            "rel_error_after_block": [mean(errors) for errors in onlookers.blocks[name]],
+            "flow_rel_error_of_block_alone": [
+                mean([mean(step) for step in onlookers.flow[f"{name} {block}"]]) for block in blocks
+            ],
+        }
+        for name in folders
+    }
+
+
+def with_block(network: CausalDiT, quantized: CausalDiT, block: int) -> CausalDiT:
+    """`network` with one block of `quantized`."""
+    mixed = copy.deepcopy(network)
+    mixed.set_submodule(f"blocks.{block}", copy.deepcopy(quantized.blocks[block]))
+    return mixed
+
+
+def _torch_dit(engine: object) -> TorchDiT:
+    assert isinstance(engine, TorchDiT)
+    return engine
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

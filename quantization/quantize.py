@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizes the networks of a serve.toml: `python -m quantization.quantize --recipe int8 --out weights/int8`.
+
+FOLDER becomes a complete `weights` folder for serve.toml: the quantized checkpoints, copies of all other files, and
+quantization.json with what was done to every layer. Interrupted, the same command goes on after its last session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TORCH, VAE_DECODER, ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.server import DEFAULT_CONFIG
+from longlive_serve.weights import FILES, QUANTIZED_FILE, TOKENIZER_FOLDER, fingerprint, load_state, recipe, sha256
+from quantization import calibration
+from quantization.calibration import Seen, calibrate, chunks_of_session, settings_of
+from quantization.checkpoint import Observed, quantized_state, write
+from quantization.recipes import RECIPES, Format, combined, formats_of_layers, owner
+
+RECORD = "quantization.json"
+DEFAULT_PROMPTS = Path(__file__).parent / "prompts.txt"
+PACKAGES = ("torch", "nvidia-modelopt", "safetensors", "longlive-serve")
+ALL_ON_TORCH: dict[str, Any] = {"engine": TORCH} | {f"{network}_engine": "" for network in NETWORKS}
+Formats = dict[str, dict[str, Format]]
+"""By network, by layer."""
+
+
+def quantize(
+    config: ServeConfig,
+    recipes: Sequence[str],
+    prompts: list[str],
+    out: Path,
+    command: str = "",
+    on_session: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Calibrate, and write the folder. Returns what quantization.json then holds.
+
+    `on_session` hears how many sessions have been watched. Raises ValueError for weights that cannot be quantized, or
+    when `out` holds a calibration of something else.
+    """
+    formats = combined(recipes)
+    _check(config, formats, prompts, out)
+    sources = {network: fingerprint(network, config.weights) for network in NETWORKS}
+    engines = build_engines(dataclasses.replace(config, **ALL_ON_TORCH, slots=1))
+    parts: dict[str, Any] = {TEXT_ENCODER: engines.text_encoder, DIT: engines.dit, VAE_DECODER: engines.vae_decoder}
+    networks = {name: parts[name].network for name in formats}
+    layers: Formats = {}
+    kept: dict[str, dict[str, str]] = {}
+    for name, format in formats.items():
+        layers[name], kept[name] = formats_of_layers(name, networks[name], format)
+    seen = Seen.load(out / calibration.FILE, settings_of(layers, prompts, sources, config.variant))
+    pipeline = Pipeline(engines, config.network, config.variant)
+    observed = calibrate(networks, layers, pipeline, prompts, seen, on_session)
+    record = {
+        "command": command,
+        "recipe": " ".join(recipes),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        "sources": sources,
+        "calibration": {"prompts": prompts, "chunks_of_session": chunks_of_session(pipeline)},
+        "layers": {name: _facts(layers[name], observed[name]) for name in formats},
+        "kept_in_16_bits": kept,
+    }
+    return _write_folder(config, out, layers, observed, record, recipes)
+
+
+def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str], out: Path) -> None:
+    folder = Path(config.weights)
+    if not folder.is_dir():
+        raise ValueError(f"weights: got {config.weights!r}, expected a folder of checkpoints to quantize")
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"out: got {out}, the folder that is read; expected another one")
+    if not prompts:
+        raise ValueError("prompts: got none, expected at least one line")
+    for name in formats:
+        if before := recipe(name, config.weights):
+            raise ValueError(
+                f"{folder}: got a {name} quantized by {before!r}, expected one that is not: name another recipe"
+            )
+
+
+def _facts(layers: Mapping[str, Format], observed: Mapping[str, Observed]) -> dict[str, dict[str, Any]]:
+    facts: dict[str, dict[str, Any]] = {}
+    for layer, format in layers.items():
+        facts[layer] = {"format": str(format)}
+        if layer in observed:
+            facts[layer]["input_amax"] = observed[layer].amax.max().item()
+        if format.smoothing is not None:
+            smoothing = observed[layer].smoothing
+            assert smoothing is not None
+            facts[layer]["smoothed_input_amax"] = (observed[layer].amax * smoothing).max().item()
+            facts[layer]["smoothing_range"] = [smoothing.min().item(), smoothing.max().item()]
+    return facts
+
+
+def _write_folder(
+    config: ServeConfig,
+    out: Path,
+    layers: Formats,
+    observed: Mapping[str, Mapping[str, Observed]],
+    record: dict[str, Any],
+    recipes: Sequence[str],
+) -> dict[str, Any]:
+    source, files = Path(config.weights), []
+    for network in NETWORKS:
+        quantized = QUANTIZED_FILE.format(network)
+        if network in layers:
+            state = quantized_state(
+                load_state(network, config.network, config.weights), layers[network], observed[network]
+            )
+            about = {"recipe": owner(network, recipes), "source_sha256": record["sources"][network]}
+            about |= {"date": record["date"], "versions": json.dumps(record["versions"])}
+            write(out / quantized, state, about)
+            files.append(quantized)
+        else:
+            files.append(quantized if (source / quantized).exists() else FILES[network])
+            shutil.copy2(source / files[-1], out / files[-1])
+    shutil.copytree(source / TOKENIZER_FOLDER, out / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    record["files"] = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in files}
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line; empty lines and those that begin with # do not count."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    described = "\n".join(
+        f"  {name:9} " + ", ".join(f"{network} {format}" for network, format in formats.items())
+        for name, formats in RECIPES.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m quantization.quantize",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog=f'recipes:\n{described}\n\nthen, in serve.toml: weights = "FOLDER"',
+    )
+    text = "settings that name sizes, weights, variant and device (default: those of the model repository)"
+    parser.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
+    text = "what to do; several at once if they are for different networks"
+    parser.add_argument("--recipe", nargs="+", metavar="NAME", required=True, help=text)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to; it may exist")
+    text = "a session begins with each line and switches to the two after it (default: captions of the demo world)"
+    parser.add_argument("--prompts", type=Path, metavar="FILE", default=DEFAULT_PROMPTS, help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "quantization.quantize", *(sys.argv[1:] if argv is None else argv)])
+    done = 0
+    try:
+        prompts = read_prompts(arguments.prompts)
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("sessions watched", total=len(prompts))
+
+            def watched(sessions: int) -> None:
+                nonlocal done
+                done = sessions
+                bar.update(task, completed=sessions)
+
+            config = ServeConfig.from_toml(arguments.config)
+            record = quantize(config, arguments.recipe, prompts, arguments.out, command, watched)
+    except ValueError as error:
+        print(f"quantize: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"quantize: stopped; {done} sessions are kept, the same command goes on there", file=sys.stderr)
+        return 130
+    for name, file in record["files"].items():
+        print(f"{file['bytes'] / 1e6:10.1f} MB  {arguments.out / name}")
+    print(f'serve it with  weights = "{arguments.out.absolute()}"  in a serve.toml')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe does to each layer: to which 8-bit format it goes, or why it keeps 16 bits.
+
+Read by calibration, by the writer of checkpoints and by the evaluation. Names of layers are those of our networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from longlive_serve.config import DIT, TEXT_ENCODER, VAE_DECODER
+from longlive_serve.models.vae_decoder import CausalConv3d
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a layer computes."""
+
+    dtype: torch.dtype
+    """Of its weights, and of its inputs where these are quantized: int8 or float8_e4m3fn."""
+    inputs: bool = True
+    """Inputs are quantized as well, with one scale per layer that calibration finds."""
+    smoothing: float | None = None
+    """SmoothQuant's alpha: which share of the inputs' outlying channels moves to the weights; None: nothing moves."""
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        smooth = f" SmoothQuant {self.smoothing}" if self.smoothing is not None else ""
+        return f"{name} {'W8A8' if self.inputs else 'weights only'}{smooth}"
+
+
+Recipe = Mapping[str, Format]
+"""The format of each network that a recipe quantizes; it leaves the others alone."""
+
+RECIPES: dict[str, Recipe] = {
+    "int8": {
+        DIT: Format(dtype=torch.int8, smoothing=0.5),
+        TEXT_ENCODER: Format(dtype=torch.int8, inputs=False),
+    },
+    "fp8": {
+        DIT: Format(dtype=torch.float8_e4m3fn),
+        TEXT_ENCODER: Format(dtype=torch.float8_e4m3fn, inputs=False),
+    },
+    "int8-vae": {VAE_DECODER: Format(dtype=torch.int8)},
+}
+
+WEIGHTS_ONLY = {DIT: ("blocks.*.cross_attn.[kv]",)}  # they run once per prompt: 8-bit inputs would win no time
+
+KEPT: dict[str, dict[str, str]] = {
+    DIT: {
+        "patch_embedding": "reads the noisy latents, 0.01 % of all weights",
+        "text_embedding.*": "runs once per prompt, and every layer reads what it makes",
+        "time_embedding.*": "its error would shift the noise level",
+        "time_projection.*": "makes the scales and gates of every layer; a row per frame, not per token",
+        "head.head": "makes the flow itself, 0.01 % of all weights",
+    },
+    TEXT_ENCODER: {
+        "stack.embed_tokens": "a table that is read, not multiplied",
+        "*.relative_attention_bias": "a table that is read, not multiplied",
+    },
+    VAE_DECODER: {
+        "conv2": "reads the latents, a kernel of one pixel",
+        "decoder.conv1": "reads the latents",
+        "decoder.middle.1.*": "attention at the smallest size, little work",
+        "*.shortcut": "a kernel of one pixel on the way past a block, little work",
+        "decoder.head.2": "makes the pixels",
+    },
+}
+"""Layers that keep 16 bits, by pattern, and why. All others are quantized."""
+
+QUANTIZABLE = (nn.Linear, nn.Conv2d, CausalConv3d)
+
+
+def combined(names: Iterable[str]) -> Recipe:
+    """Several recipes as one. Raises ValueError for an unknown one, or two for the same network."""
+    formats: dict[str, Format] = {}
+    for name in names:
+        if name not in RECIPES:
+            raise ValueError(f"recipe: got {name!r}, expected some of {list(RECIPES)}")
+        if twice := sorted(formats.keys() & RECIPES[name].keys()):
+            raise ValueError(f"recipe: got two for {', '.join(twice)} ({' '.join(names)}), expected one for a network")
+        formats |= RECIPES[name]
+    return formats
+
+
+def owner(network: str, names: Iterable[str]) -> str:
+    """The recipe among `names` that quantizes `network`."""
+    return next(name for name in names if network in RECIPES[name])
+
+
+def formats_of_layers(name: str, network: nn.Module, format: Format) -> tuple[dict[str, Format], dict[str, str]]:
+    """The format of every layer of `network` (called `name`) that is quantized, and why each of the others is not."""
+    quantized, kept = {}, {}
+    for layer, module in network.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() < 2:
+            continue
+        why = next((why for pattern, why in KEPT[name].items() if fnmatchcase(layer, pattern)), None)
+        if why is not None:
+            kept[layer] = why
+            continue
+        assert isinstance(module, QUANTIZABLE), f"{name}: {layer} is a {type(module).__name__}: it needs a row in KEPT"
+        weights_only = any(fnmatchcase(layer, pattern) for pattern in WEIGHTS_ONLY.get(name, ()))
+        quantized[layer] = dataclasses.replace(format, inputs=False, smoothing=None) if weights_only else format
+    return quantized, kept

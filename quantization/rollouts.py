@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole videos of a quantized network beside those of the unquantized one, from the same prompts and noise.
+
+Called by `evaluate`; runs in the processes of `training.workers`, on the demo network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.session import Prompt, SeededNoise, Session
+from quantization.flow_errors import mean, relative_error
+from training.measures import Case
+from training.reader import read
+
+CHUNKS = 80  # 957 frames, 60 s
+STD_BOUNDS = (0.9, 1.1)  # of the latents' standard deviation, as a share of the unquantized one's
+GROWTH_BOUND = 1.5  # of the error from the second quarter of a video to its last
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """What a session made."""
+
+    latents: Tensor
+    """Clean, [chunks, frames, channels, h, w]."""
+    frames: list[Tensor]
+    """Per chunk, uint8 [9 or 12, height, width, 3]."""
+
+
+def roll_out(pipeline: Pipeline, case: Case) -> Rollout:
+    """One video of 60 s."""
+    first = Prompt(index=0, text=case.script.prompts[0])
+    session = Session(id="rollout", prompt=first, noise=SeededNoise(case.script.seed), slot=0)
+    latents, frames = [], []
+    for _ in range(CHUNKS):
+        frames.append(torch.from_numpy(pipeline.advance(session).frames))
+        latents.append(session.recent[-1][0].clone())
+    return Rollout(latents=torch.stack(latents), frames=frames)
+
+
+def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence[Case]) -> dict[str, Any]:
+    """How far the rollouts are apart by chunk, the mean over all; and whether they stay bounded."""
+    pairs = list(zip(got, expected, strict=True))
+    chunks = range(CHUNKS)
+    errors = [mean([relative_error(a.latents[chunk], b.latents[chunk]) for a, b in pairs]) for chunk in chunks]
+    spread = [mean([(a.latents[chunk].std() / b.latents[chunk].std()).item() for a, b in pairs]) for chunk in chunks]
+    right = [
+        all(read(torch.cat(a.frames[-2:])).agrees(case.attributes).values()) for a, case in zip(got, cases, strict=True)
+    ]
+    quarter = CHUNKS // 4
+    return {
+        "latent_rel_error": mean(errors),
+        "latent_rel_error_after_chunk_1": errors[0],
+        "latent_rel_error_after_chunk_20": errors[19],
+        "latent_rel_error_after_60s": errors[-1],
+        "latent_rel_error_by_chunk": errors,
+        "latent_std_ratio_by_chunk": spread,
+        "latent_std_ratio_range": [min(spread), max(spread)],
+        "error_growth": growth(errors, quarter),
+        "rollout_bounded": bounded(errors, spread),
+        "attributes_right_at_60s": mean([float(good) for good in right]),
+        "psnr_db_by_chunk": [psnr([(a.frames[chunk], b.frames[chunk]) for a, b in pairs]) for chunk in chunks],
+        "psnr_db": psnr([(torch.cat(a.frames), torch.cat(b.frames)) for a, b in pairs]),
+    }
+
+
+def growth(errors: Sequence[float], quarter: int) -> float:
+    """The mean error of the last quarter as a share of that of the second (the first is that of a cold cache)."""
+    second = mean(errors[quarter : 2 * quarter])
+    return mean(errors[-quarter:]) / second if second else 1.0
+
+
+def bounded(errors: Sequence[float], spread: Sequence[float]) -> bool:
+    """A rollout that drifts off loses or gains spread, or its error goes on growing."""
+    inside = STD_BOUNDS[0] <= min(spread) and max(spread) <= STD_BOUNDS[1]
+    return inside and growth(errors, len(errors) // 4) <= GROWTH_BOUND
+
+
+def psnr(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Of uint8 frames, over all pairs together; 99 dB where they are equal."""
+    squares = mean([(a.float() - b.float()).square().mean().item() for a, b in pairs])
+    return min(99.0, -10 * float(torch.tensor(max(squares, 1e-12) / 255**2).log10()))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large checkpoints are: those of a folder, and those of the full-size networks, made from random numbers.
+
+Called by `evaluate`. Sizes do not depend on values, so the full size needs no published weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from longlive_serve.config import DIT, NETWORKS, PRESETS, NetworkConfig
+from longlive_serve.models.causal_dit import CausalDiT
+from longlive_serve.models.vae_decoder import VAEDecoder
+from longlive_serve.weights import load_network, load_state
+from quantization.checkpoint import Observed, quantized_state, write
+from quantization.recipes import Format, formats_of_layers
+
+FULL_SIZE = "longlive-1.3b"
+
+
+def bytes_of(state: Mapping[str, Tensor]) -> int:
+    """Of all tensors together."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in state.values())
+
+
+def sizes(config: NetworkConfig, weights: str) -> dict[str, dict[str, int]]:
+    """Bytes of every network's tensors: in its file in the folder, and in memory on a GPU, in bfloat16."""
+    in_memory = {name: load_network(name, config, weights, "cpu", torch.bfloat16).state_dict() for name in NETWORKS}
+    return {
+        "bytes_on_disk": {name: bytes_of(load_state(name, config, weights)) for name in NETWORKS},
+        "bytes_in_memory": {name: bytes_of(state) for name, state in in_memory.items()},
+    }
+
+
+def full_size_bytes(name: str, formats: Mapping[str, Format], folder: Path) -> dict[str, int]:
+    """Bytes of the full-size checkpoint of the DiT or the VAE decoder: in bfloat16, and by recipe.
+
+    The DiT takes 5 GB of memory and of disk for a moment.
+    """
+    sizes = PRESETS[FULL_SIZE]
+    with torch.device("meta"):
+        network: nn.Module = CausalDiT(sizes.dit) if name == DIT else VAEDecoder(sizes.vae)
+    plain = folder / f"{name}.safetensors"
+    write(plain, {key: torch.randn(t.shape, dtype=torch.bfloat16) for key, t in network.state_dict().items()}, {})
+    written = {"bfloat16": plain.stat().st_size}
+    for recipe, format in formats.items():
+        layers, _ = formats_of_layers(name, network, format)
+        state = load_file(plain)
+        observed = {layer: _anything(state[f"{layer}.weight"], one) for layer, one in layers.items()}
+        path = folder / f"{name}.{recipe}.safetensors"
+        write(path, quantized_state(state, layers, observed), {})
+        written[recipe] = path.stat().st_size
+        path.unlink()
+    plain.unlink()
+    return written
+
+
+def _anything(weight: Tensor, format: Format) -> Observed:
+    ones = torch.ones(weight.shape[1])
+    return Observed(amax=ones, smoothing=ones if format.smoothing is not None else None)
