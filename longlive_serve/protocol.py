@@ -11,8 +11,9 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
   request), both, or nothing (a heartbeat).
 * END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk border.
 * A request that asks for chunks (START does) is answered by one response per chunk. Ask for some at a time: Triton
-  keeps what it has sent until all of a request is answered. Every other request is
-  answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response is FINAL.
+  keeps what it has sent until all of a request is answered.
+* Every other request is answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response
+  to any request is FINAL.
 * START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
   says why a new session would have to wait. No session comes of it.
 * With `early_frames`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 in all but the last.

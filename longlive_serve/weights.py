@@ -115,9 +115,11 @@ def load_tokenizer(config: NetworkConfig, weights: str) -> Tokenizer:
 
 
 def fingerprint(name: str, weights: str) -> str:
-    """SHA-256 of the file that holds the network `name`, or `random`."""
+    """SHA-256 of the file that holds the network `name`, or `random`; empty when the folder has no such file."""
     file = _file(name, weights)
-    return RANDOM_WEIGHTS if file is None else sha256(file)
+    if file is None:
+        return RANDOM_WEIGHTS
+    return sha256(file) if file.exists() else ""
 
 
 def recipe(name: str, weights: str) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_graphs_of_another_variant_or_dtype_are_refused(exported: ExportedGraphs
         build_engines(ServeConfig(engine="tensorrt", plans=folder))
     with pytest.raises(ValueError, match="not a manifest"):
         build_engines(ServeConfig(engine="onnxruntime", graphs="/nowhere"))
+
+
+def test_graphs_of_other_weights_are_refused(exported: ExportedGraphs, tmp_path: Path) -> None:
+    manifest = Manifest.read(exported("tiny", "base"))
+    others = {name: dataclasses.replace(graph, weights="0" * 64) for name, graph in manifest.graphs.items()}
+    dataclasses.replace(manifest, graphs=others).write(tmp_path)
+    with pytest.raises(ValueError, match="other weights than those served"):
+        build_engines(ServeConfig(engine="onnxruntime", graphs=str(tmp_path)))
 
 
 def test_an_engine_without_its_folder_is_an_error() -> None:

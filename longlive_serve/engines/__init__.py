@@ -27,7 +27,7 @@ def build_engines(config: ServeConfig) -> Engines:
     from longlive_serve.engines.graph_engine import GraphDiT, GraphTextEncoder, GraphVAEDecoder
     from longlive_serve.engines.interface import Engines
     from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
-    from longlive_serve.weights import load_network, load_tokenizer
+    from longlive_serve.weights import fingerprint, load_network, load_tokenizer
 
     sizes, variant, device = config.network, config.variant, config.device
     if device == AUTO:
@@ -41,7 +41,8 @@ def build_engines(config: ServeConfig) -> Engines:
 
     def graphs(name: str) -> dict[str, Graph]:
         folder = Path(folders[backends[name]])
-        return open_graphs(name, backends[name], folder, sizes, variant, device, config.dtype)
+        weights = fingerprint(name, config.weights)  # none: what has been exported needs no checkpoints
+        return open_graphs(name, backends[name], folder, sizes, variant, device, config.dtype, weights)
 
     tokenizer, slots = load_tokenizer(sizes, config.weights), config.slots
     text_encoder = (
@@ -92,9 +93,20 @@ def _has(network: str, folder: Path) -> bool:
 
 
 def open_graphs(
-    network: str, backend: str, folder: Path, sizes: NetworkConfig, variant: str, device: str, dtype: str = AUTO
+    network: str,
+    backend: str,
+    folder: Path,
+    sizes: NetworkConfig,
+    variant: str,
+    device: str,
+    dtype: str = AUTO,
+    weights: str = "",
 ) -> dict[str, Graph]:
-    """The graphs of `network` in `folder`, loaded by `backend`; `dtype`: the one they must have, if not `auto`."""
+    """The graphs of `network` in `folder`, loaded by `backend`.
+
+    `dtype`: the one they must have, if not `auto`; `weights`: the fingerprint of what they must be made of, if any.
+    Raises ValueError for a folder of something else.
+    """
     from longlive_serve.engines.graph_files import Manifest
     from longlive_serve.engines.graph_io import GRAPHS_OF, graph_io
 
@@ -107,6 +119,8 @@ def open_graphs(
         if file is None or dtype not in (AUTO, file.dtype):
             got = "nothing" if file is None else file.dtype
             raise ValueError(f"{folder}: graph {name}: got {got}, expected it in dtype {dtype!r}. Export it")
+        if weights not in ("", file.weights):
+            raise ValueError(f"{folder}: graph {name}: was made of other weights than those served. Export it again")
         if backend == ONNXRUNTIME:
             from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
 
