@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build_engines(config: ServeConfig) -> Engines:
+def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -> Engines:
     """The engines that `config` asks for; what `auto` came to, and why, is logged once.
 
+    `load` gives the PyTorch networks, as `weights.load_network` does, which is the default.
     Raises ValueError for weights, graphs or plans that do not fit what is served, or the machine.
     """
     import torch
@@ -37,7 +39,7 @@ def build_engines(config: ServeConfig) -> Engines:
 
     def network(name: str) -> Any:
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
-        return load_network(name, sizes, config.weights, device, getattr(torch, dtype))
+        return (load or load_network)(name, sizes, config.weights, device, getattr(torch, dtype))
 
     def graphs(name: str) -> dict[str, Graph]:
         folder = Path(folders[backends[name]])
