@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
+from longlive_serve.engines.clock import Clock, Mark
 from longlive_serve.engines.interface import EncodedPrompt, Engines, PromptKV
+from longlive_serve.engines.transfer import to_device
 from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
@@ -41,6 +43,9 @@ class Pipeline:
         self.dtype: torch.dtype = getattr(torch, engines.dtype)
         self.phases: list[Phase] = []
         """Of the last chunk."""
+        self._clock = Clock(engines.device)
+        self._marks: list[tuple[str, Mark, Mark]] = []
+        """Of the chunk in progress: a phase's name, begin and end."""
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
 
     @torch.inference_mode()
@@ -51,8 +56,7 @@ class Pipeline:
         then holds only those of the last. What took how long is left in `phases`.
         Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
-        self.phases = []
-        began = time.monotonic()
+        began, start, self._marks = time.monotonic(), self._clock.mark(), []
         number = session.chunk
         self._check_limit(number)
         with self._phase("switch"):
@@ -69,14 +73,19 @@ class Pipeline:
             if send_early and place + 1 < len(parts):
                 send_early(chunk)
                 first_frame, notice = first_frame + len(frames), ""
+        seconds = self._clock.seconds
+        self.phases = [
+            Phase(name=name, began=began + seconds(start, begin), seconds=seconds(begin, end))
+            for name, begin, end in self._marks
+        ]
         return dataclasses.replace(chunk, seconds=time.monotonic() - began)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
+        """What is done within counts as `name`; the device is not waited for."""
+        begin = self._clock.mark()
         yield
-        self.engines.synchronize()
-        self.phases.append(Phase(name=name, began=began, seconds=time.monotonic() - began))
+        self._marks.append((name, begin, self._clock.mark()))
 
     def _decode(self, session: Session, latents: Tensor, opening: bool) -> np.ndarray[Any, Any]:
         if session.decoder_cache is None:
@@ -176,24 +185,30 @@ class Pipeline:
         dit, schedule = self.engines.dit, self.schedule
         placement = self.window.step(session.chunk, session.first_cached)
         with self._phase("denoise"):
-            x = self._draw(session)
+            x, *noises = self._draw(session)
             for step in range(schedule.steps):
                 flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
                 clean = schedule.clean_latents(x, flow, step)
                 if step + 1 < schedule.steps:
-                    x = schedule.add_noise(clean, self._draw(session), step + 1)
+                    x = schedule.add_noise(clean, noises[step], step + 1)
         with self._phase("commit"):
             self._commit(session, clean, placement)
+        session.noise.prepare(self._noise_shape, schedule.steps)
         session.recent.append(clean)
         if len(session.recent) > self.window.capacity:
             session.recent.popleft()
         session.chunk += 1
         return clean
 
-    def _draw(self, session: Session) -> Tensor:
+    def _draw(self, session: Session) -> Sequence[Tensor]:
+        """The chunk's noise in the order of use, brought to the device at once and without waiting for it."""
+        draws = torch.stack([session.noise.draw(self._noise_shape) for _ in range(self.schedule.steps)])
+        return to_device(draws, self.engines.device).to(self.dtype).unbind()
+
+    @property
+    def _noise_shape(self) -> tuple[int, ...]:
         config = self.config
-        shape = (1, config.window.chunk, config.dit.channels, config.latent_height, config.latent_width)
-        return session.noise.draw(shape).to(self.engines.device, self.dtype)
+        return (1, config.window.chunk, config.dit.channels, config.latent_height, config.latent_width)
 
 
 def prompt_notice(index: int, encoded: EncodedPrompt) -> str:

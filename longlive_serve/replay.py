@@ -99,6 +99,9 @@ class GivenNoise:
         assert draw.shape == shape, f"noise: got {tuple(draw.shape)}, expected {shape}"
         return draw
 
+    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
+        pass
+
 
 class GivenEmbeddings:
     """A text encoder that looks the prompts of a case up: `p0`, `p1`, ..."""

@@ -27,6 +27,10 @@ class Noise(Protocol):
 
     def draw(self, shape: tuple[int, ...]) -> Tensor: ...
 
+    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
+        """Told while the device works what the next chunk will draw."""
+        ...
+
 
 class SeededNoise:
     """Noise from the session's own generator: the same seed gives the same video, whatever runs beside it.
@@ -35,10 +39,27 @@ class SeededNoise:
     """
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._prepared: list[Tensor] = []
+        self._state_before = self._generator.get_state()
+
+    @property
+    def state(self) -> Tensor:
+        """Enough to draw the same from here on: the generator's state, uint8 [bytes]. To be asked between chunks."""
+        return self._state_before if self._prepared else self._generator.get_state()
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+        self._prepared = []
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return self._prepared.pop(0) if self._prepared else torch.randn(shape, generator=self._generator)
+
+    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
+        if not self._prepared:
+            self._state_before = self._generator.get_state()
+            self._prepared = [torch.randn(shape, generator=self._generator) for _ in range(draws)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def dump(session: Session, network: NetworkConfig) -> bytes:
     """`session`, between two chunks, as bytes. Its noise must be a SeededNoise."""
     assert isinstance(session.noise, SeededNoise)
     assert session.recent, "there is nothing to go on from before the first chunk"
-    tensors = {"recent": torch.cat(list(session.recent)), "noise": session.noise.generator.get_state()}
+    tensors = {"recent": torch.cat(list(session.recent)), "noise": session.noise.state}
     if session.sink:
         tensors["sink"] = torch.cat([one.latents for one in session.sink])
     facts = {
@@ -104,7 +104,7 @@ def _session(
     recent = chunks("recent", window.window // window.chunk)
     sink = chunks("sink", window.sink // window.chunk) if facts["sink"] else []
     noise = SeededNoise(0)
-    noise.generator.set_state(tensors["noise"])
+    noise.state = tensors["noise"]
     session = Session(
         id=session_id,
         prompt=_prompt(facts["prompt"]),

@@ -16,6 +16,7 @@ from torch import Tensor
 from longlive_serve.config import DIT, TEXT_ENCODER, NetworkConfig
 from longlive_serve.engines.graph_io import PROMPT_KV, VAE_OPENING, VAE_STEADY, GraphIO, cache_names
 from longlive_serve.engines.interface import EncodedPrompt, PromptKV
+from longlive_serve.engines.transfer import to_host
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, time_features
 from longlive_serve.models.rope import RotaryTables
@@ -134,4 +135,4 @@ class GraphVAEDecoder:
             out = graph(inputs | {"latent": latent.contiguous()})
             cache = [out[f"new_cache.{number}"] for number in range(len(cache))]
             parts.append(out["video"])
-        return to_uint8(torch.cat(parts, 1))[0].cpu().numpy(), cache
+        return to_host(to_uint8(torch.cat(parts, 1))[0]), cache

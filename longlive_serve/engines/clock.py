@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a device did what, without waiting for it in between.
+
+Used by the pipeline, whose work on a GPU is queued long before it is done.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+Mark = float | torch.cuda.Event
+
+
+class Clock:
+    """Marks points in the work of one device, and tells later how far apart they were."""
+
+    def __init__(self, device: str) -> None:
+        self._on_cuda = device.startswith("cuda")
+
+    def mark(self) -> Mark:
+        """The point where all work that has been queued so far is done."""
+        if not self._on_cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """From one mark to a later one; waits for it."""
+        if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+        assert isinstance(begin, float) and isinstance(end, float), "marks of two clocks"  # noqa: PT018
+        return end - begin
