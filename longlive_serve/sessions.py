@@ -41,10 +41,11 @@ class Sessions:
         self.scheduler = Scheduler(config.slots, cost=cost, headroom=config.headroom, doubt=DOUBT)
         self.statistics = Statistics()
         self.statistics.set("slots", config.slots)
-        dtype = getattr(torch, pipeline.engines.dtype)
+        engines = pipeline.engines
+        dtype = getattr(torch, engines.dtype)
         self.statistics.set("kv_cache_bytes", KVCache.bytes_of(pipeline.config, config.slots, dtype))
-        what = {"preset": config.preset, "variant": config.variant, "engine": pipeline.engines.name}
-        self.statistics.set("info", 1, **what, device=pipeline.engines.device, dtype=pipeline.engines.dtype)
+        what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "engine": engines.name}
+        self.statistics.set("info", 1, **what, device=engines.device, dtype=engines.dtype)
         self._pipeline = pipeline
         self._config = config
         self._streams: dict[str, Stream] = {}

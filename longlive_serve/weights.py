@@ -19,21 +19,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_serve.config import DIT, RANDOM_WEIGHTS, TEXT_ENCODER, VAE_DECODER, NetworkConfig
+from longlive_serve.config import DIT, RANDOM_WEIGHTS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, NetworkConfig
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.quantized import install, quantized_layers
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY, TextEncoder, Tokenizer, map_wan_names
+from longlive_serve.models.tiny_decoder import TinyDecoder
 from longlive_serve.models.vae_decoder import VAEDecoder
 
 RANDOM_SEED = 20260101
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 VAE_FILE = "Wan2.1_VAE.pth"
+TINY_DECODER_FILE = "taew2_1.pth"  # published as .safetensors as well
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 
 QUANTIZED_FILE = "{}.quantized.safetensors"  # of `quantization/`, under the names of our networks
-FILES = {TEXT_ENCODER: TEXT_ENCODER_FILE, DIT: DIT_FILE, VAE_DECODER: VAE_FILE}
-_CLASSES: dict[str, Callable[[Any], nn.Module]] = {TEXT_ENCODER: TextEncoder, DIT: CausalDiT, VAE_DECODER: VAEDecoder}
+FILES = {TEXT_ENCODER: TEXT_ENCODER_FILE, DIT: DIT_FILE, VAE_DECODER: VAE_FILE, TINY_DECODER: TINY_DECODER_FILE}
+_CLASSES: dict[str, Callable[[Any], nn.Module]] = {
+    TEXT_ENCODER: TextEncoder,
+    DIT: CausalDiT,
+    VAE_DECODER: VAEDecoder,
+    TINY_DECODER: TinyDecoder,
+}
+_OURS = {VAE_DECODER: ("decoder.", "conv2."), TINY_DECODER: ("decoder.",)}  # the rest of these files is encoders
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +95,8 @@ def _state(name: str, file: Path, config: NetworkConfig) -> dict[str, Tensor]:
     state = read_checkpoint(file)
     if file.name == QUANTIZED_FILE.format(name):
         return state
-    if name == VAE_DECODER:
-        state = {key: tensor for key, tensor in state.items() if key.startswith(("decoder.", "conv2."))}
+    if name in _OURS:
+        state = {key: tensor for key, tensor in state.items() if key.startswith(_OURS[name])}
     if name == TEXT_ENCODER:
         state = map_wan_names(state, config.text_encoder.num_layers)
     return state
@@ -99,8 +107,10 @@ def _file(name: str, weights: str) -> Path | None:
     folder = _folder(weights)
     if folder is None:
         return None
-    quantized = folder / QUANTIZED_FILE.format(name)
-    return quantized if quantized.exists() else folder / FILES[name]
+    quantized, plain = folder / QUANTIZED_FILE.format(name), folder / FILES[name]
+    if name == TINY_DECODER and not plain.exists() and plain.with_suffix(".safetensors").exists():
+        plain = plain.with_suffix(".safetensors")
+    return quantized if quantized.exists() else plain
 
 
 def load_tokenizer(config: NetworkConfig, weights: str) -> Tokenizer:

@@ -23,11 +23,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TORCH, VAE_DECODER, ServeConfig
+from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TORCH, VAE_DECODER, WAN, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.server import DEFAULT_CONFIG
-from longlive_serve.weights import FILES, QUANTIZED_FILE, TOKENIZER_FOLDER, fingerprint, load_state, recipe, sha256
+from longlive_serve.weights import (
+    FILES,
+    QUANTIZED_FILE,
+    TINY_DECODER_FILE,
+    TOKENIZER_FOLDER,
+    fingerprint,
+    load_state,
+    recipe,
+    sha256,
+)
 from quantization import calibration
 from quantization.calibration import Seen, calibrate, chunks_of_session, settings_of
 from quantization.checkpoint import Observed, quantized_state, write
@@ -36,7 +45,8 @@ from quantization.recipes import RECIPES, Format, combined, formats_of_layers, o
 RECORD = "quantization.json"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts.txt"
 PACKAGES = ("torch", "nvidia-modelopt", "safetensors", "longlive-serve")
-ALL_ON_TORCH: dict[str, Any] = {"engine": TORCH} | {f"{network}_engine": "" for network in NETWORKS}
+ALL_ON_TORCH: dict[str, Any] = {"engine": TORCH, "fp8": False, "decoder": WAN}
+ALL_ON_TORCH |= {f"{network}_engine": "" for network in NETWORKS}
 Formats = dict[str, dict[str, Format]]
 """By network, by layer."""
 
@@ -131,6 +141,8 @@ def _write_folder(
         else:
             files.append(quantized if (source / quantized).exists() else FILES[network])
             shutil.copy2(source / files[-1], out / files[-1])
+    for tiny_decoder in source.glob(Path(TINY_DECODER_FILE).with_suffix(".*").name):
+        shutil.copy2(tiny_decoder, out)
     shutil.copytree(source / TOKENIZER_FOLDER, out / TOKENIZER_FOLDER, dirs_exist_ok=True)
     record["files"] = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in files}
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.interface import EncodedPrompt, PromptKV
+from longlive_serve.engines.transfer import to_host
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, CacheView, CausalDiT
 from longlive_serve.models.rope import RotaryTables
 from longlive_serve.models.text_encoder import TextEncoder, Tokenizer
+from longlive_serve.models.tiny_decoder import TinyDecoder
 from longlive_serve.models.vae_decoder import VAEDecoder, to_uint8
 from longlive_serve.noise_schedule import NoiseSchedule
 
@@ -77,16 +79,16 @@ class TorchDiT:
 
 
 class TorchVAEDecoder:
-    """The streaming Wan VAE decoder."""
+    """The streaming decoder of the Wan VAE, or the tiny one in its place."""
 
-    def __init__(self, network: VAEDecoder, config: NetworkConfig) -> None:
+    def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig) -> None:
         self.network, self.config = network, config
 
     def initial_cache(self) -> list[Tensor]:
-        weight = self.network.conv2.weight
+        weight = next(self.network.parameters())
         size = (self.config.latent_height, self.config.latent_width)
         return self.network.initial_cache(1, *size, weight.device, weight.dtype)
 
     def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
-        frames, cache = self.network(latents.to(self.network.conv2.weight.dtype), cache, opening)
-        return to_uint8(frames)[0].cpu().numpy(), cache
+        frames, cache = self.network(latents.to(next(self.network.parameters()).dtype), cache, opening)
+        return to_host(to_uint8(frames)[0]), cache
