@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
-.PHONY: help setup dev demo test check bench perf chaos soak fuzz pictures quality onnx quantize evaluate serve clean
+.PHONY: help setup dev demo test check bench bench-engines perf chaos soak fuzz pictures quality onnx quantize evaluate serve clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
 	@echo "make test   set up, run all tests, those against a live server among them"
 	@echo "make check  set up, run the linter and the type checker"
 	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
+	@echo "make bench-engines  set up, measure the engines on this machine's GPU, write results/gpu.json and docs/gpu.png"
 	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its figures with those of the benchmark"
 	@echo "make chaos, make soak, make fuzz   kill servers, run for half an hour, send wrong requests; into results/serving.json"
 	@echo "make pictures  the demo, and the pictures in docs/ from it"
@@ -46,6 +47,9 @@ check: dev
 
 bench: dev
 	$(BIN)/python -m client.benchmark --serve --viewers 1,2,3,4,6,8 --json results/serving.json --plot docs/serving.png
+
+bench-engines: dev
+	$(BIN)/python -m longlive_serve.bench --device cuda --json results/gpu.json --plot docs/gpu.png
 
 perf: setup
 	$(BIN)/python -m trials.perf --json results/serving.json

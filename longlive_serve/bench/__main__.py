@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what one device makes of LongLive: an eager baseline, then our engines, one after the other.
+
+The networks have random weights and run in this process, through the server's own pipeline and service. Without
+--json and --plot nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from longlive_serve.bench.measure import Plan
+from longlive_serve.bench.record import SECTION, write_record
+from longlive_serve.bench.rows import ROWS
+from longlive_serve.bench.run import Run
+from longlive_serve.bench.show import plot, tables
+from longlive_serve.config import AUTO, PRESETS
+from longlive_serve.models.rope import MAX_FRAMES
+from longlive_serve.models.text_encoder import BYTE_VOCABULARY
+
+EPILOG = """
+What a row says: ms per chunk by phase (denoise: 4 steps; commit; decode: the VAE; host: all else), frames per second
+without and with the VAE, the time to the first frame and from a new prompt to its first frames, memory per session,
+and with how many live sessions at 16 fps no chunk comes late. Beside them, from the same run: how fast matrix products
+and copies are, what share of that each engine reaches, and all attention kernels.
+
+examples:
+  python -m longlive_serve.bench                                        a toy on the CPU, or all of it on a GPU
+  python -m longlive_serve.bench --json results/gpu.json --plot docs/gpu.png
+  python -m longlive_serve.bench --rows "eager baseline" "fused fp8" --chunks 100 --live-seconds 60
+"""
+
+
+class Bar:
+    """Shows on stderr how far the run is: a bar on a terminal, else a line for each row."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self._progress, self._steps = progress, steps
+        self._row, self._task = "", progress.add_task("", total=1)
+
+    def tell(self, row: str, what: str) -> None:
+        if row != self._row:
+            if not self._progress.console.is_terminal:
+                print(f"{row} ...", file=sys.stderr, flush=True)
+            self._row = row
+            self._progress.reset(self._task, total=self._steps)
+        self._progress.update(self._task, advance=1, description=f"{row}: {what}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 when a row failed or none could be measured, 130 after Ctrl-C."""
+    args = _arguments(argv)
+    logging.getLogger("longlive_serve").setLevel(logging.ERROR)  # late chunks are counted; the bar stays whole
+    plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
+    rows = [row for row in ROWS if row.name in args.rows]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        run = Run(args.preset, args.device, rows, plan, Bar(progress, plan.steps).tell)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.measure(lambda: write_record(args.json, argv, run.record) if args.json else None)
+    record = run.record
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    for part in tables(record):
+        console.print(part, highlight=False, markup=False)
+    if args.plot and record["rows"]:
+        plot(record, args.plot)
+    if not record["complete"]:
+        print("stopped; this is what had been measured", file=sys.stderr)
+        return 130
+    return 1 if record["failed"] or not record["rows"] else 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {SECTION}",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [row.name for row in ROWS]
+    parser.add_argument("--device", default=AUTO, help="auto (cuda when there is one, else cpu), or a torch device")
+    presets = [name for name, sizes in PRESETS.items() if sizes.text_encoder.vocab_size >= BYTE_VOCABULARY]
+    parser.add_argument("--preset", choices=presets, help="sizes (default: longlive-1.3b on a GPU, tiny on the CPU)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of: {', '.join(names)}"
+    )
+    text = "measured per row; half as many first frames and prompt switches (default: %(default)s)"
+    parser.add_argument("--chunks", type=_number(4), default=24, metavar="N", help=text)
+    text = "of the same video, before them; the window has to be full (default: %(default)s)"
+    parser.add_argument("--warmup", type=_number(0), default=10, metavar="N", help=text)
+    text = "with each number of live sessions (default: %(default)g)"
+    parser.add_argument("--live-seconds", type=float, default=10.0, metavar="S", help=text)
+    text = "live at once, at most; each needs its slot (default: 8 on a GPU, 2 on the CPU)"
+    parser.add_argument("--max-sessions", type=_number(1), metavar="N", help=text)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, after every row")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the phases of a chunk (needs matplotlib)")
+    args = parser.parse_args(argv)
+    on_cuda = torch.cuda.is_available() if args.device == AUTO else args.device.startswith("cuda")
+    if on_cuda and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no GPU here")
+    args.device = ("cuda" if on_cuda else "cpu") if args.device == AUTO else args.device
+    args.preset = args.preset or ("longlive-1.3b" if on_cuda else "tiny")
+    args.max_sessions = args.max_sessions or (8 if on_cuda else 2)
+    if args.warmup + 2 * args.chunks > MAX_FRAMES // PRESETS[args.preset].window.chunk:
+        parser.error(f"--warmup {args.warmup} --chunks {args.chunks}: a video has no place for so many chunks")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: there is no matplotlib here")
+    return args
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more")
+        return int(text)
+
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

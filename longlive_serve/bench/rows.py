@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: a row of the tables is the server's settings under a name, and the engines built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from longlive_serve.bench.baseline import EagerDiT
+from longlive_serve.bench.baseline_vae import as_reference
+from longlive_serve.bench.networks import random_network
+from longlive_serve.bench.text import WordEncoder
+from longlive_serve.config import FUSED, TINY, TORCH, ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.engines.interface import Engines
+from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
+from longlive_serve.models.vae_decoder import VAEDecoder
+
+BASELINE = "eager baseline"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A name and the settings (keys of ServeConfig) that make it."""
+
+    name: str
+    settings: Mapping[str, object]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name == BASELINE
+
+
+ROWS = (
+    Row(name=BASELINE, settings={"engine": TORCH}),
+    Row(name="torch", settings={"engine": TORCH}),
+    Row(name="fused", settings={"engine": FUSED}),
+    Row(name="fused fp8", settings={"engine": FUSED, "fp8": True}),
+    Row(name="torch tiny", settings={"engine": TORCH, "decoder": TINY}),
+    Row(name="fused tiny", settings={"engine": FUSED, "decoder": TINY}),
+    Row(name="fused fp8 tiny", settings={"engine": FUSED, "fp8": True, "decoder": TINY}),
+)
+"""In the order of measuring; `tiny` stands for the decoder, without it it is the Wan VAE's."""
+
+
+def build(row: Row, config: ServeConfig) -> Engines:
+    """The engines of a row with random weights. Raises ValueError and ImportError for what this machine cannot run."""
+    if config.engine == FUSED and not config.device.startswith("cuda"):
+        raise ValueError(f"engine {FUSED} on {config.device}: its kernels need a GPU")
+    if row.is_baseline:
+        return _build_baseline(config)
+    return _with_words(build_engines(config, load=random_network), config)
+
+
+def _build_baseline(config: ServeConfig) -> Engines:
+    """The torch engine's networks, run as the reference runs them."""
+    engines = _with_words(build_engines(dataclasses.replace(config, slots=1), load=random_network), config)
+    dit, decoder = engines.dit, engines.vae_decoder
+    assert isinstance(dit, TorchDiT)
+    assert isinstance(decoder, TorchVAEDecoder)
+    assert isinstance(decoder.network, VAEDecoder)
+    return dataclasses.replace(
+        engines,
+        dit=EagerDiT(dit.network, config.network, config.slots),
+        vae_decoder=TorchVAEDecoder(as_reference(decoder.network), config.network),
+        name="eager",
+    )
+
+
+def _with_words(engines: Engines, config: ServeConfig) -> Engines:
+    assert isinstance(engines.text_encoder, TorchTextEncoder)
+    return dataclasses.replace(engines, text_encoder=WordEncoder(engines.text_encoder, config.network))
