@@ -15,8 +15,10 @@ FPS = 16  # video frames per second that the network was trained for
 FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
 RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
 AUTO = "auto"
-TORCH, ONNXRUNTIME, TENSORRT = "torch", "onnxruntime", "tensorrt"  # what an engine runs on
+TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what an engine runs on
 TEXT_ENCODER, DIT, VAE_DECODER = NETWORKS = ("text_encoder", "dit", "vae_decoder")
+WAN, TINY = DECODERS = ("wan", "tiny")  # what turns latents into pictures
+TINY_DECODER = "tiny_decoder"  # the network that stands in for the VAE decoder with `decoder = "tiny"`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,14 @@ class VAEConfig:
     base_dim: int
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
+    z_dim: int = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyDecoderConfig:
+    """Sizes of TAEHV's decoder: its widths before each of three doublings and after the last. As published."""
+
+    channels: tuple[int, ...] = (256, 128, 64, 64)
     z_dim: int = 16
 
 
@@ -84,7 +94,7 @@ class WindowConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """One size of LongLive: its three networks and the latent picture they work on."""
+    """One size of LongLive: its three networks, the decoder that may stand in, and the latent picture they work on."""
 
     name: str
     dit: DiTConfig
@@ -93,6 +103,7 @@ class NetworkConfig:
     latent_height: int
     latent_width: int
     window: WindowConfig = WindowConfig()
+    tiny_decoder: TinyDecoderConfig = TinyDecoderConfig()
 
     @property
     def tokens_per_frame(self) -> int:
@@ -100,11 +111,13 @@ class NetworkConfig:
 
     @classmethod
     def from_sizes(cls, sizes: dict[str, Any]) -> NetworkConfig:
-        """The configuration whose `dataclasses.asdict` went through JSON."""
+        """The configuration whose `dataclasses.asdict`, without the tiny decoder, went through JSON."""
         kinds = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig, "window": WindowConfig}
-        parts = {key: kind(**sizes[key]) for key, kind in kinds.items()}
-        vae = dataclasses.replace(parts["vae"], dim_mult=tuple(sizes["vae"]["dim_mult"]))
-        return cls(**sizes | parts | {"vae": vae})
+        parts = {
+            key: kind(**{name: tuple(size) if isinstance(size, list) else size for name, size in sizes[key].items()})
+            for key, kind in kinds.items()
+        }
+        return cls(**sizes | parts)
 
     @property
     def video_size(self) -> tuple[int, int]:
@@ -129,6 +142,7 @@ PRESETS: dict[str, NetworkConfig] = {
             name="demo",  # faster than real time on two CPU cores; its trained weights are shipped
             dit=DiTConfig(dim=128, num_heads=4, num_layers=5, ffn_dim=512, freq_dim=256, text_len=32, text_dim=64),
             vae=VAEConfig(base_dim=16, num_res_blocks=1),
+            tiny_decoder=TinyDecoderConfig(channels=(64, 32, 16, 16)),
             text_encoder=TextEncoderConfig(vocab_size=64, dim=64, ffn_dim=128, num_heads=4, num_layers=2, head_dim=16),
             latent_height=8,
             latent_width=8,
@@ -137,6 +151,7 @@ PRESETS: dict[str, NetworkConfig] = {
             name="tiny",  # for tests; not square on purpose
             dit=DiTConfig(dim=64, num_heads=2, num_layers=2, ffn_dim=128, freq_dim=64, text_len=64, text_dim=32),
             vae=VAEConfig(base_dim=4, num_res_blocks=1),
+            tiny_decoder=TinyDecoderConfig(channels=(16, 8, 4, 4)),
             text_encoder=TextEncoderConfig(vocab_size=384, dim=32, ffn_dim=64, num_heads=2, num_layers=1, head_dim=16),
             latent_height=4,
             latent_width=6,
@@ -149,7 +164,7 @@ PRESETS: dict[str, NetworkConfig] = {
 class ServeConfig:
     """The settings in serve.toml. Every key may be left out."""
 
-    ENGINES: ClassVar[tuple[str, ...]] = (AUTO, TORCH, ONNXRUNTIME, TENSORRT)
+    ENGINES: ClassVar[tuple[str, ...]] = (AUTO, TORCH, FUSED, ONNXRUNTIME, TENSORRT)
     VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
     DTYPES: ClassVar[tuple[str, ...]] = (AUTO, "float32", "float16", "bfloat16")
 
@@ -160,15 +175,21 @@ class ServeConfig:
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
     engine: str = AUTO
-    """`auto`: for every network a plan if `plans` has one, else a graph if `graphs` has one, else torch."""
+    """`auto`: for every network a plan if `plans` has one, else a graph if `graphs` has one, else torch. `fused`:
+    torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
     text_encoder_engine: str = ""
     """Like `engine`, for this network alone; empty: as `engine` says."""
     dit_engine: str = ""
     vae_decoder_engine: str = ""
+    decoder: str = WAN
+    """What turns latents into pictures. `wan`: the Wan VAE, as the reference. `tiny`: TAEHV, many times faster, less
+    detail; it runs in PyTorch alone."""
     graphs: str = ""
     """A folder that `python -m export.to_onnx` made, for the engine onnxruntime. In a file: relative to that file."""
     plans: str = ""
     """A folder that `python -m export.to_tensorrt` made, for the engine tensorrt. In a file: relative to that file."""
+    fp8: bool = False
+    """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
     device: str = "auto"
     """`auto` (cuda when there is one, else cpu) or a torch device."""
     dtype: str = "auto"
@@ -206,12 +227,21 @@ class ServeConfig:
         _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("variant", self.variant, self.VARIANTS)
         _check_choice("engine", self.engine, self.ENGINES)
+        _check_choice("decoder", self.decoder, DECODERS)
+        decoded_by = self.vae_decoder_engine or self.engine
+        if self.decoder == TINY and decoded_by in (ONNXRUNTIME, TENSORRT):
+            raise ValueError(
+                f"decoder: got {TINY!r} with the engine {decoded_by}, which has the Wan VAE alone; "
+                f'expected vae_decoder_engine = "{TORCH}" or decoder = "{WAN}"'
+            )
         for network in NETWORKS:
             _check_choice(f"{network}_engine", getattr(self, f"{network}_engine"), ("", *self.ENGINES))
         asked = {self.engine, *(getattr(self, f"{network}_engine") for network in NETWORKS)}
         for engine, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
             if engine in asked and not getattr(self, key):
                 raise ValueError(f"{key}: got nothing, expected the folder of what the engine {engine} is to run")
+        if self.fp8 and FUSED not in asked:
+            raise ValueError(f"fp8: got true with engine {self.dit_engine or self.engine}, expected {FUSED}")
         _check_choice("dtype", self.dtype, self.DTYPES)
         least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
         for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():

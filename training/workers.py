@@ -40,8 +40,9 @@ class Script:
     on_switch: str = RECACHE
 
 
-def build_pipeline(folder: Path) -> Pipeline:
-    config = ServeConfig(preset="demo", weights=str(folder), device="cpu")
+def build_pipeline(folder: Path, **settings: Any) -> Pipeline:
+    """The demo network in `folder` on the CPU; `settings`: of ServeConfig, on top."""
+    config = ServeConfig(preset="demo", weights=str(folder), device="cpu", **settings)
     return Pipeline(build_engines(config), config.network, config.variant)
 
 
@@ -58,11 +59,11 @@ def video(pipeline: Pipeline, script: Script, chunks: int) -> list[Tensor]:
 
 
 class Workers:
-    """Processes for `with`, each with the networks in `folder` and one core."""
+    """Processes for `with`, each with the networks in `folder`, run as `settings` say, and one core."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(os.cpu_count(), context, _begin, (folder,))
+        self._pool = ProcessPoolExecutor(os.cpu_count(), context, _begin, (folder, settings))
 
     def __enter__(self) -> Workers:
         return self
@@ -79,9 +80,9 @@ class Workers:
         return [future.result() for future in futures]
 
 
-def _begin(folder: Path) -> None:
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    _own.append(build_pipeline(folder))
+    _own.append(build_pipeline(folder, **settings))
 
 
 def _run(task: Callable[[Pipeline, Any], Result], case: Any) -> Result:

@@ -8,7 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longlive_serve.config import AUTO, DIT, NETWORKS, ONNXRUNTIME, TENSORRT, TEXT_ENCODER, TORCH, VAE_DECODER
+from longlive_serve.config import (
+    AUTO,
+    DIT,
+    FUSED,
+    NETWORKS,
+    ONNXRUNTIME,
+    TENSORRT,
+    TEXT_ENCODER,
+    TINY,
+    TINY_DECODER,
+    TORCH,
+    VAE_DECODER,
+)
 
 if TYPE_CHECKING:
     from longlive_serve.config import NetworkConfig, ServeConfig
@@ -27,7 +39,7 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     import torch
 
     from longlive_serve.engines.graph_engine import GraphDiT, GraphTextEncoder, GraphVAEDecoder
-    from longlive_serve.engines.interface import Engines
+    from longlive_serve.engines.interface import DiT, Engines, VAEDecoder
     from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
     from longlive_serve.weights import fingerprint, load_network, load_tokenizer
 
@@ -52,16 +64,25 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
         if backends[TEXT_ENCODER] == TORCH
         else GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
     )
-    dit = (
-        TorchDiT(network(DIT), sizes, slots, variant)
-        if backends[DIT] == TORCH
-        else GraphDiT(graphs(DIT), sizes, slots, variant)
-    )
-    vae_decoder = (
-        TorchVAEDecoder(network(VAE_DECODER), sizes)
-        if backends[VAE_DECODER] == TORCH
-        else GraphVAEDecoder(graphs(VAE_DECODER))
-    )
+    dit: DiT
+    if backends[DIT] == TORCH:
+        dit = TorchDiT(network(DIT), sizes, slots, variant)
+    elif backends[DIT] == FUSED:
+        from longlive_serve.engines.fused_dit_engine import FusedDiT  # it needs Triton
+
+        dit = FusedDiT(network(DIT), sizes, slots, variant, config.fp8)
+    else:
+        dit = GraphDiT(graphs(DIT), sizes, slots, variant)
+    vae_decoder: VAEDecoder
+    if backends[VAE_DECODER] == TORCH:
+        name = TINY_DECODER if config.decoder == TINY else VAE_DECODER
+        vae_decoder = TorchVAEDecoder(network(name), sizes)
+    elif backends[VAE_DECODER] == FUSED:
+        from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
+
+        vae_decoder = FusedVAEDecoder(network(VAE_DECODER), sizes)
+    else:
+        vae_decoder = GraphVAEDecoder(graphs(VAE_DECODER))
     engines = Engines(
         text_encoder=text_encoder,
         dit=dit,
@@ -83,6 +104,10 @@ def choose(network: str, config: ServeConfig) -> str:
         for backend, folder in ((ONNXRUNTIME, config.graphs), (TENSORRT, config.plans)):
             if folder and _has(network, Path(folder)):
                 asked, why = backend, f"as {folder} has it"
+    if asked == FUSED and network == TEXT_ENCODER:
+        asked, why = TORCH, "as there is no fused one"
+    if network == VAE_DECODER and config.decoder == TINY:
+        asked, why = TORCH, "which alone has the tiny decoder"
     log.info("%s: engine %s, %s", network, asked, why)
     return asked
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from longlive_serve.kv_cache import Placement
 
-PromptKV = tuple[Tensor, Tensor]
-"""Cross-attention keys and values of every layer, each [layers, 1, heads, text_len, head_dim]."""
+PromptKV = tuple[Tensor, ...]
+"""Cross-attention keys and values of every layer, each [layers, 1, heads, rows, head_dim], and what else an engine's
+own calls want of a prompt. A step never changes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,3 @@ class Engines:
     """The backend."""
     device: str
     dtype: str
-
-    def synchronize(self) -> None:
-        """Wait for what the device still does, so that times are those of the work."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The causal DiT by fused Triton kernels and CUDA graphs: the fast way to run it on a GPU from PyTorch weights.
+
+Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longlive_serve.config import NetworkConfig
+from longlive_serve.engines.attention_choice import fastest_attention
+from longlive_serve.engines.cuda_graphs import CudaGraphs
+from longlive_serve.engines.interface import PromptKV
+from longlive_serve.kernels.tiles import check_kernels
+from longlive_serve.kv_cache import KVCache, Placement
+from longlive_serve.models.causal_dit import PATCH, CausalDiT
+from longlive_serve.models.fused_dit import CacheRows, FusedCausalDiT, Modulation, PromptRows
+from longlive_serve.models.quantized import Quantized
+from longlive_serve.models.rope import RotaryTables
+from longlive_serve.noise_schedule import NoiseSchedule
+
+COMMIT = -1  # the step of a commit or recache
+
+
+class FusedDiT:
+    """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come."""
+
+    @torch.no_grad()
+    def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str, fp8: bool) -> None:
+        """Raises ValueError for a quantized network, and for FP8 where the device has none."""
+        weight = network.patch_embedding.weight
+        check_kernels(weight.device)
+        check(network, fp8, weight.device, weight.dtype)
+        self.dtype, self.relative = weight.dtype, variant == "infinity"
+        self.network = FusedCausalDiT(network, fp8, fastest_attention(config, weight.device, weight.dtype))
+        self.cache = KVCache(config, slots, weight.device, weight.dtype)
+        grid = config.latent_height // PATCH, config.latent_width // PATCH
+        self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, weight.device)
+        timesteps = NoiseSchedule(weight.device).timesteps
+        levels = [*timesteps, torch.zeros_like(timesteps[0])]
+        self.modulations = [self.network.modulation(level) for level in levels]
+        """Of the denoising steps, and that of a commit last."""
+        self.graphs = CudaGraphs(weight.device)
+
+    def embed_prompt(self, embeds: Tensor) -> PromptKV:
+        prompt = self.network.embed_prompt(embeds.to(self.dtype))
+        return (prompt.keys, prompt.values) if prompt.bias is None else (prompt.keys, prompt.values, prompt.bias)
+
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+        flow = self._run(noisy, step, prompt_kv, slot, placement)
+        assert flow is not None
+        return flow
+
+    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+        self._run(clean, COMMIT, prompt_kv, slot, placement)
+
+    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor | None:
+        """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
+        rows, modulation = self.tables.tokens_per_chunk, self.modulations[step]
+        first, used = placement.first_place * rows, placement.places * rows
+        order = placement.query_slots if self.relative else placement.chunks
+        angles = [*self.tables.of_chunks(order)]
+        if self.relative:
+            angles += self.tables.of_chunks(placement.key_slots)
+
+        def forward(inputs: Sequence[Tensor]) -> Tensor | None:
+            latents, blocks, head, *rest = inputs
+            angles, prompt = rest[: -len(prompt_kv)], rest[-len(prompt_kv) :]
+            cache = CacheRows(
+                keys=self.cache.keys[:, slot],
+                values=self.cache.values[:, slot],
+                first=first,
+                used=used,
+                query_angles=(angles[0], angles[1]),
+                key_angles=(angles[2], angles[3]) if self.relative else None,
+            )
+            rows = PromptRows(keys=prompt[0], values=prompt[1], bias=prompt[2] if len(prompt) > 2 else None)
+            levels = Modulation(blocks=blocks, head=head)
+            return self.network.run(latents, levels, rows, cache, commit=step == COMMIT)
+
+        key = (step == COMMIT, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
+        inputs = (latents, modulation.blocks, modulation.head, *angles, *prompt_kv)
+        return self.graphs(key, slot, forward, inputs, lasting=len(prompt_kv))
+
+
+def check(network: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
+    if any(isinstance(layer, Quantized) for layer in network.modules()):
+        raise ValueError("dit_engine: got fused with quantized weights, expected plain ones: set `fp8` instead")
+    if not fp8:
+        return
+    config = network.config
+    if config.dim % 16 or config.ffn_dim % 16:
+        raise ValueError(f"fp8: got dim {config.dim} and ffn_dim {config.ffn_dim}, expected multiples of 16")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9) or dtype != torch.bfloat16:
+            here = ".".join(map(str, capability))
+            raise ValueError(f"fp8: got {dtype}, compute capability {here}; expected bfloat16 on a GPU of 8.9 or more")

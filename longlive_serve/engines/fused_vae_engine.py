@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VAE decoder by fused kernels and CUDA graphs, a whole chunk in one pass.
+
+Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longlive_serve.config import NetworkConfig
+from longlive_serve.engines.cuda_graphs import CudaGraphs
+from longlive_serve.engines.transfer import to_host
+from longlive_serve.kernels.tiles import check_kernels
+from longlive_serve.models.fused_vae import LAST, FusedVAE
+from longlive_serve.models.quantized import Quantized
+from longlive_serve.models.vae_decoder import VAEDecoder, to_uint8
+
+
+class StreamCache(list[Tensor]):
+    """The feature cache of one stream. It is out of date while the decoder works on that stream."""
+
+    __slots__ = ("__weakref__",)
+
+
+class FusedVAEDecoder:
+    """The streaming Wan VAE decoder.
+
+    Its graphs work on one cache that stays where it is; a stream's own is brought there when its turn comes, and goes
+    back when another's comes: a single session's never moves.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: VAEDecoder, config: NetworkConfig) -> None:
+        """Raises ValueError for a quantized network."""
+        if any(isinstance(layer, Quantized) for layer in network.modules()):
+            raise ValueError("vae_decoder_engine: got fused with quantized weights, expected plain ones")
+        weight = network.conv2.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        check_kernels(self.device)
+        self.network, self.config = FusedVAE(network), config
+        self.graphs = CudaGraphs(self.device)
+        self._working = self._new_cache()
+        self._owner: weakref.ref[StreamCache] | None = None
+
+    def initial_cache(self) -> list[Tensor]:
+        return StreamCache(self._new_cache())
+
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
+        assert isinstance(cache, StreamCache)
+        self._bring(cache)
+        latents = latents.to(self.dtype)
+        parts = [latents[:, :1], latents[:, 1:]] if opening else [latents]
+        frames = [self._decode(part, opening and number == 0) for number, part in enumerate(parts) if part.shape[1]]
+        return to_host(torch.cat(frames, 1)[0]), cache
+
+    def _decode(self, latents: Tensor, opening: bool) -> Tensor:
+        def run(inputs: Sequence[Tensor]) -> Tensor:
+            return to_uint8(self.network.decode(inputs[0], self._working, opening))
+
+        frames = self.graphs((opening, latents.shape), None, run, [latents])
+        assert frames is not None
+        return frames
+
+    def _bring(self, cache: StreamCache) -> None:
+        """Make `cache` the one that is worked on."""
+        owner = None if self._owner is None else self._owner()
+        if owner is cache:
+            return
+        if owner is not None:
+            _copy(self._working, owner)
+        _copy(cache, self._working)
+        self._owner = weakref.ref(cache)
+
+    def _new_cache(self) -> list[Tensor]:
+        size = (self.config.latent_height, self.config.latent_width)
+        tensors = self.network.network.initial_cache(1, *size, self.device, self.dtype)
+        return [tensor.contiguous(memory_format=LAST) for tensor in tensors]
+
+
+def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    torch._foreach_copy_([*target], [*source])

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention without a mask, forward only, in the dtype of its inputs or in FP8; the softmax is computed online.
+
+Source: reference semantics section 2.1, steps 3 and 5; the algorithm is that of FlashAttention-2.
+On a GPU the first call for a head size and a dtype tries a few tile sizes: make it before a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longlive_serve.kernels.quantize import LARGEST, TINY
+from longlive_serve.kernels.tiles import interpreted
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LOG2_LARGEST = math.log2(LARGEST.value)
+ALIGNED = 16  # rows of FP8 start at multiples of so many bytes, or loads are narrow
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + key_bias) v over all keys.
+
+    q [H, L, d], k and v [H, T, d], of any strides with d contiguous; key_bias float32 [T], contiguous and finite.
+    Returns [L, H * d], contiguous, in the inputs' dtype.
+    """
+    assert q.dtype == k.dtype == v.dtype, f"{q.dtype}, {k.dtype} and {v.dtype}"
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "rows of heads are not contiguous"
+    return _attend(q, k, v, q.dtype, bias=key_bias)
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `attention`, with both products in FP8 (E4M3), their sums in float32. Each head of q, k and v has one scale.
+
+    The softmax's weights, at most 1, are multiplied by 448, so that they use the range of E4M3.
+    """
+    scales = [x.abs().amax((1, 2)).float().clamp_min(TINY.value) / LARGEST.value for x in (q, k, v)]
+    small_q, small_k, small_v = (_to_fp8(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
+    return _attend(small_q, small_k, _keys_contiguous(small_v), q.dtype, scales=torch.stack(scales))
+
+
+def _to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """x [H, T, d] / scale [H]."""
+    largest = LARGEST.value
+    return (x / scale[:, None, None]).clamp(-largest, largest).to(torch.float8_e4m3fn)
+
+
+def _keys_contiguous(v: Tensor) -> Tensor:
+    """v [H, T, d] with T contiguous: Hopper's FP8 product wants both operands contiguous along what it sums over."""
+    heads, length, size = v.shape
+    room = triton.cdiv(length, ALIGNED) * ALIGNED
+    turned = torch.empty(heads, size, room, dtype=v.dtype, device=v.device)[:, :, :length].transpose(1, 2)
+    return turned.copy_(v)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, *, bias: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    heads, length, size = q.shape
+    keys = k.shape[1]
+    assert k.shape == v.shape == (heads, keys, size), f"{q.shape}, {k.shape} and {v.shape}"
+    assert bias is None or (bias.shape == (keys,) and bias.dtype == torch.float32), "key_bias"
+    out = torch.empty(length, heads * size, dtype=dtype, device=q.device)
+
+    def grid(chosen: dict[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(length, chosen["BLOCK_M"]), heads
+
+    _attention_kernel[grid](
+        q, k, v, bias, scales, out, length, keys,
+        *q.stride()[:2], *k.stride()[:2], *v.stride(), LOG2_E.value / size**0.5,
+        SIZE=size, BLOCK_D=max(32, triton.next_power_of_2(size)), SHIFT=0.0 if scales is None else LOG2_LARGEST,
+    )  # fmt: skip
+    return out
+
+
+def _configs() -> list[triton.Config]:
+    if interpreted():
+        return [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64})]
+    tiles = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)]
+    return [
+        triton.Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps=warps, num_stages=stages)
+        for rows, keys, warps, stages in tiles
+    ]
+
+
+def _suited(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """float32 is for tests, on small tiles of its own: most of the others need more shared memory than there is."""
+    wide = arguments["q_ptr"].dtype == torch.float32
+    return [config for config in configs if (config.kwargs["BLOCK_M"] == 32) == wide]
+
+
+@triton.jit
+def _over_keys(
+    total, weight, highest, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_place, first, last, scale,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from first to last to the weighted values [M, D] and the weights [M], which are relative to the
+    highest logits so far [M]. Without TAIL there are only whole blocks of keys."""
+    places = tl.arange(0, BLOCK_D)[None, :]
+    keys = first + tl.arange(0, BLOCK_N)
+    k_ptr += keys.to(tl.int64)[:, None] * k_row + places
+    v_ptr += keys.to(tl.int64)[:, None] * v_row + places * v_place
+    for start in range(first, last, BLOCK_N):
+        inside = start + tl.arange(0, BLOCK_N) < last
+        if TAIL or SIZE < BLOCK_D:
+            present = inside[:, None] & (places < SIZE)
+            k = tl.load(k_ptr, mask=present, other=0.0)
+            v = tl.load(v_ptr, mask=present, other=0.0)
+        else:
+            k = tl.load(k_ptr)
+            v = tl.load(v_ptr)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + start + tl.arange(0, BLOCK_N), mask=inside, other=0.0)
+            logits += (bias * (LOG2_E / scale))[None, :]
+        if TAIL:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        new = tl.maximum(highest, tl.max(logits, axis=1) * scale)
+        weights = tl.exp2(logits * scale - (new - SHIFT)[:, None])
+        fading = tl.exp2(highest - new)
+        weight = weight * fading + tl.sum(weights, axis=1)
+        total = tl.dot(
+            weights.to(v.dtype), v, total * fading[:, None], input_precision="ieee", max_num_imprecise_acc=BLOCK_N
+        )
+        highest = new
+        k_ptr += BLOCK_N * k_row
+        v_ptr += BLOCK_N * v_row
+    return total, weight, highest
+
+
+@triton.autotune(_configs(), key=["SIZE"], prune_configs_by={"early_config_prune": _suited})
+@triton.jit
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, scales_ptr, out_ptr, length, keys, q_head, q_row, k_head, k_row,
+    v_head, v_row, v_place, scale,
+    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    heads = tl.num_programs(1)
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    places = tl.arange(0, BLOCK_D)[None, :]
+    inside = (rows < length) & (places < SIZE)
+    q_ptr += head.to(tl.int64) * q_head
+    q = tl.load(q_ptr + rows.to(tl.int64) * q_row + places, mask=inside, other=0.0)
+    if scales_ptr is not None:
+        scale *= tl.load(scales_ptr + head) * tl.load(scales_ptr + heads + head)
+    k_ptr += head.to(tl.int64) * k_head
+    v_ptr += head.to(tl.int64) * v_head
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    whole = keys // BLOCK_N * BLOCK_N
+    total, weight, highest = _over_keys(
+        total, weight, highest, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_place, 0, whole, scale,
+        SIZE, BLOCK_N, BLOCK_D, SHIFT, False,
+    )  # fmt: skip
+    total, weight, highest = _over_keys(
+        total, weight, highest, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_place, whole, keys, scale,
+        SIZE, BLOCK_N, BLOCK_D, SHIFT, True,
+    )  # fmt: skip
+    out = total / weight[:, None]
+    if scales_ptr is not None:
+        out *= tl.load(scales_ptr + 2 * heads + head)
+    tl.store(out_ptr + (rows.to(tl.int64) * heads + head) * SIZE + places, out, mask=inside)

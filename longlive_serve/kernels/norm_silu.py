@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pair before every convolution of the VAE: RMS norm over the channels, then SiLU.
+
+Source: reference semantics section 8.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longlive_serve.kernels.tiles import tile_of
+
+
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """out = SiLU(x / max(||x||, 1e-12) * sqrt(C) * gamma), the norm over the channels of each position.
+
+    x and out [B, C, T, H, W] as channels_last_3d: the channels of a position are contiguous, and so are the positions
+    of a frame; frames may lie anywhere, so that out can be some frames of a longer tensor. gamma: C numbers.
+    """
+    batch, channels, frames, height, width = x.shape
+    assert out.shape == x.shape, f"{out.shape}, not {x.shape}"
+    for tensor in (x, out):
+        assert tensor[0, :, 0].permute(1, 2, 0).is_contiguous(), f"strides {tensor.stride()}"
+    positions = height * width
+    tile = tile_of(channels, positions)
+    _norm_silu_kernel[(triton.cdiv(positions, tile.rows), frames, batch)](
+        x, gamma, out, positions, channels, channels**0.5, x.stride(0), x.stride(2), out.stride(0), out.stride(2),
+        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_silu_kernel(
+    x_ptr, gamma_ptr, out_ptr, positions, channels, root, x_batch, x_frame, out_batch, out_frame,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < positions) & (columns < channels)
+    frame = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    places = rows.to(tl.int64) * channels + columns
+    x = tl.load(x_ptr + batch * x_batch + frame * x_frame + places, mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + columns, mask=columns < channels, other=0.0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(x * x, axis=1))
+    y = x * (root / tl.maximum(norm, 1e-12))[:, None] * gamma
+    tl.store(out_ptr + batch * out_batch + frame * out_frame + places, y * tl.sigmoid(y), mask=inside)

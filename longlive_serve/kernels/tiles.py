@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where kernels run, and how many rows one program of them takes, for those that work on whole rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Tile(NamedTuple):
+    """What one program works on: [rows, block], with the threads for it."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises ValueError where the kernels cannot run."""
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(f"engine: got fused on {device.type}, expected a GPU: its kernels are compiled for one")
+
+
+def tile_of(width: int, rows: int) -> Tile:
+    """The tile for `rows` rows of `width` numbers: one row on a GPU, more where they are short.
+
+    The interpreter's time goes by programs, whatever their size: there a tile is as large as is sensible.
+    """
+    block = triton.next_power_of_2(width)
+    most = 2**18 if interpreted() else 2**11
+    return Tile(
+        rows=min(max(1, most // block), triton.next_power_of_2(rows)), block=block, num_warps=8 if block >= 2**13 else 4
+    )

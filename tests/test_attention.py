@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention kernels, beside PyTorch's own attention in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longlive_serve.kernels.attention import attention, attention_fp8
+from tests.triton_on_cpu import arithmetic_of_a_gpu, error, random
+
+__all__ = ["arithmetic_of_a_gpu"]  # pytest finds it
+
+SHAPES = [  # heads, queries, keys, size of a head
+    (2, 64, 128, 128),  # whole tiles of the interpreter's
+    (2, 70, 150, 128),
+    (3, 1, 1, 32),
+    (1, 129, 65, 64),
+    (2, 33, 40, 16),
+    (1, 33, 100, 96),
+]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[L, H * d] in float64."""
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(0, 1).flatten(1)
+
+
+def inputs(heads: int, length: int, keys: int, size: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries with heads inside, as the projection gives them; keys and values in a longer cache."""
+    q = random(length, heads, size, dtype=dtype).transpose(0, 1)
+    return [q, *(random(heads, keys + 5, size, dtype=dtype, seed=seed)[:, :keys] for seed in (1, 2))]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_is_exact(shape: tuple[int, int, int, int]) -> None:
+    q, k, v = inputs(*shape)
+    out = attention(q, k, v)
+    assert out.is_contiguous()
+    assert error(out, exact(q, k, v)) < 5e-6
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_a_16_bit_result_is_off_by_its_rounding_and_that_of_the_weights(dtype: torch.dtype, step: float) -> None:
+    q, k, v = inputs(2, 70, 150, 128, dtype)
+    out = attention(q, k, v)
+    assert out.dtype == dtype
+    assert error(out, exact(q, k, v)) < 2 * step
+
+
+def test_a_bias_of_log_n_stands_for_a_key_that_is_there_n_times() -> None:
+    q, k, v = inputs(2, 33, 70, 32)
+    times = torch.arange(70, device=q.device) % 5 + 1
+    out = attention(q, k, v, key_bias=times.float().log())
+    repeated = [x.repeat_interleave(times, 1) for x in (k, v)]
+    assert error(out, exact(q, *repeated)) < 5e-6
+    assert error(out, attention(q, *repeated)) < 5e-6
+
+
+def test_one_pad_key_stands_for_all_of_a_prompts_padding() -> None:
+    q, k, v = inputs(2, 33, 512, 32)
+    k[:, 20:], v[:, 20:] = k[:, 20:21].clone(), v[:, 20:21].clone()
+    bias = torch.zeros(21, device=q.device)
+    bias[20] = math.log(512 - 20)
+    assert error(attention(q, k[:, :21], v[:, :21], key_bias=bias), exact(q, k, v)) < 5e-6
+
+
+def test_large_logits_and_zeros_do_no_harm() -> None:
+    q, k, v = inputs(2, 33, 70, 32)
+    q[0] *= 300
+    k[0] *= 300
+    q[1], k[1] = 0, 0
+    for kernel, tolerance in ((attention, 5e-6), (attention_fp8, 0.1)):
+        out = kernel(q, k, v)
+        assert out.isfinite().all()
+        assert error(out[:, 32:], v[1].mean(0).expand(33, -1)) < tolerance
+    assert error(attention(q, k, v)[:, :32], exact(q, k, v)[:, :32]) < 1e-3  # of logits of 1e6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_is_off_by_the_rounding_of_its_inputs_and_weights(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    q, k, v = inputs(*shape, dtype)
+    out = attention_fp8(q, k, v)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    rounded = [fp8(x) for x in (q, k, v)]
+    assert error(out, exact(*rounded)) < 2**-4  # the weights': at most, if all erred alike
+    assert error(out, exact(q, k, v)) < 0.15
+
+
+def test_fp8_takes_numbers_of_any_size() -> None:
+    q, k, v = inputs(2, 33, 70, 32)
+    out = attention_fp8(q * 1e-3, k * 1e3, v * 1e4)
+    assert error(out, attention_fp8(q, k, v) * 1e4) < 0.02
+
+
+def fp8(x: Tensor) -> Tensor:
+    """x [H, T, d] as FP8 with a scale per head holds it."""
+    scale = x.float().abs().amax((1, 2), keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused DiT, in Triton's interpreter: the reference's latents, by CUDA graphs as well, and FP8."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlive_serve.config import DIT, PRESETS, ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.engines.cuda_graphs import CudaGraphs
+from longlive_serve.engines.fused_dit_engine import FusedDiT
+from longlive_serve.engines.torch_engine import TorchDiT
+from longlive_serve.kv_cache import Window
+from longlive_serve.models.causal_dit import CausalDiT
+from longlive_serve.models.quantized import install, scale_for, to_8_bit
+from longlive_serve.replay import Case, case_network, read_tensors, replay
+from longlive_serve.weights import load_network
+from tests.graphs_on_cpu import Graph, graphs_on_cpu
+from tests.test_replay import write_case
+from tests.triton_on_cpu import arithmetic_of_a_gpu
+
+__all__ = ["arithmetic_of_a_gpu"]
+
+TINY = PRESETS["tiny"]
+WINDOW = Window(TINY.window)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def tiny_network() -> CausalDiT:
+    network: CausalDiT = load_network(DIT, TINY, "random", "cpu", torch.float32)
+    return network
+
+
+def both(fp8: bool = False, network: CausalDiT | None = None) -> tuple[TorchDiT, FusedDiT]:
+    network = network or tiny_network()
+    return TorchDiT(network, TINY, 1, "base"), FusedDiT(network, TINY, 1, "base", fp8)
+
+
+def latents(seed: int) -> Tensor:
+    shape = (1, 3, TINY.dit.channels, TINY.latent_height, TINY.latent_width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(rows: int) -> Tensor:
+    embeds = torch.randn(1, TINY.dit.text_len, TINY.dit.text_dim, generator=torch.Generator().manual_seed(0))
+    embeds[:, rows:] = 0
+    return embeds
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [
+        ("dit_tiny_rollout", True),
+        ("dit_tiny_switch_mid_sinkF", True),
+        ("dit_tiny_infinity_switch", True),
+        ("dit_tiny_switch_early_sinkT", False),
+    ],
+)
+def test_it_makes_the_latents_of_the_reference(name: str, graphs: bool, tmp_path: Path) -> None:
+    path = write_case(tmp_path, name)
+    case = Case.load(path)
+    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    with graphs_on_cpu() if graphs else contextlib.nullcontext():
+        dit = FusedDiT(case_network(case, tensors), case.network, 1, case.variant, fp8=False)
+        got = replay(case, tensors, dit)
+    assert error(got, tensors["latents"]) < 5e-6
+    if graphs:
+        assert Graph.replayed > Graph.captured > 2
+
+
+@pytest.mark.parametrize("used", [5, 63, 64])
+def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
+    sizes = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, text_len=192))
+    network = CausalDiT(sizes.dit).eval()
+    plain, fused = TorchDiT(network, sizes, 1, "base"), FusedDiT(network, sizes, 1, "base", fp8=False)
+    embeds = torch.nn.functional.pad(text(64)[:, :used], (0, 0, 0, 192 - used))
+    rows = fused.embed_prompt(embeds)
+    assert rows[0].shape[3] == (64 if used < 64 else 128)
+    flows = [dit.denoise(latents(1), 0, dit.embed_prompt(embeds), 0, WINDOW.step(0)) for dit in (plain, fused)]
+    assert error(flows[1], flows[0]) < 5e-6
+
+
+def test_fp8_is_close_and_keeps_the_cache_close() -> None:
+    plain, fused = both(fp8=True)
+    for dit in (plain, fused):
+        dit.commit(latents(1), dit.embed_prompt(text(9)), 0, WINDOW.step(0))
+    flows = [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(1)) for dit in (plain, fused)]
+    assert 1e-4 < error(flows[1], flows[0]) < 0.1
+    assert 1e-4 < error(fused.cache.keys, plain.cache.keys) < 0.1
+
+
+def test_what_cannot_be_fused_is_refused() -> None:
+    network = tiny_network()
+    weight = network.blocks[0].ffn[0].weight
+    scale = scale_for(weight.abs().amax(1), torch.int8)
+    install(
+        network,
+        {"blocks.0.ffn.0": {"quantized_weight": to_8_bit(weight, scale[:, None], torch.int8), "weight_scale": scale}},
+    )
+    with pytest.raises(ValueError, match="quantized weights"):
+        both(network=network)
+    sizes = dataclasses.replace(TINY.dit, ffn_dim=120)
+    with pytest.raises(ValueError, match="ffn_dim 120, expected multiples of 16"):
+        FusedDiT(CausalDiT(sizes), dataclasses.replace(TINY, dit=sizes), 1, "base", fp8=True)
+    with pytest.raises(ValueError, match="fp8: got true with engine torch, expected fused"):
+        ServeConfig(engine="torch", fp8=True)
+
+
+def test_the_engine_fused_is_built_of_what_can_be_fused() -> None:
+    engines = build_engines(ServeConfig(preset="tiny", engine="fused", device="cpu", fp8=True))
+    assert engines.name == "fused+torch"  # the text encoder is torch's
+    assert type(engines.dit).__name__ == "FusedDiT"
+    assert type(engines.vae_decoder).__name__ == "FusedVAEDecoder"
+
+
+def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:
+    copies = []
+
+    class Counting(CudaGraphs):
+        def _stage(self, number: int, tensor: Tensor, lasting: bool) -> Tensor:
+            before = self._came.get((number, tensor.shape))
+            copies.append((number, not lasting or before is not tensor))
+            return super()._stage(number, tensor, lasting)
+
+    with graphs_on_cpu():
+        graphs = Counting(torch.device("cpu"))
+        weight, other = torch.ones(3), torch.full((3,), 5.0)
+        results = []
+        for turn in range(5):
+            x = torch.full((3,), float(turn))
+            results.append(
+                graphs(
+                    "sum", turn == 4, lambda given: given[0] + given[1], [x, weight if turn < 3 else other], lasting=1
+                )
+            )
+    assert [result.tolist()[0] for result in results] == [1, 2, 3, 8, 9]
+    assert [copied for number, copied in copies if number == 1] == [True, False, False, True, False]
+    assert (Graph.captured, Graph.replayed) == (2, 4)  # two places
+
+
+def test_a_function_that_waits_for_the_device_cannot_be_captured() -> None:
+    with graphs_on_cpu():
+        graphs = CudaGraphs(torch.device("cpu"))
+        graphs("waits", 0, lambda given: given[0] * float(given[0].sum()), [torch.ones(2)])
+        with pytest.raises(RuntimeError, match="waits for the device"):
+            graphs("waits", 0, lambda given: given[0] * float(given[0].sum()), [torch.ones(2)])

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused VAE decoder: the reference's frames, any split of a video, several streams in turn, by graphs as well."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longlive_serve.config import PRESETS, VAE_DECODER
+from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
+from longlive_serve.engines.torch_engine import TorchVAEDecoder
+from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
+from longlive_serve.weights import load_network
+from tests.graphs_on_cpu import Graph, graphs_on_cpu
+from tests.test_vae_decoder import FRAMES, LATENTS, decoder, new_cache, relative_error
+
+__all__ = ["decoder"]
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def video(seed: int, chunks: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, 3 * chunks, 16, TINY.latent_height, TINY.latent_width)
+    return list(torch.randn(shape, generator=generator).split(3, 1))
+
+
+def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray]:
+    cache = engine.initial_cache()
+    for number, part in enumerate(latents):
+        frames, cache = engine.decode(part, cache, number == 0)
+        yield frames
+
+
+def network() -> nn.Module:
+    made: nn.Module = load_network(VAE_DECODER, TINY, "random", "cpu", torch.float32)
+    return made
+
+
+@pytest.mark.parametrize("split", [(1, 5), (1, 1, 1, 1, 1, 1), (1, 2, 3)])
+def test_any_split_gives_the_frames_of_the_reference(decoder, split: tuple[int, ...]) -> None:
+    cache = [tensor.contiguous(memory_format=LAST) for tensor in new_cache(decoder)]
+    fused = FusedVAE(decoder)
+    parts = [fused.decode(part, cache, number == 0) for number, part in enumerate(LATENTS.split(split, 1))]
+    assert relative_error(torch.cat(parts, 1), FRAMES) < 5e-6
+
+
+def test_a_convolution_of_a_doubled_picture_is_one_of_the_picture_itself() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 4, 3, padding=1)
+    x = torch.randn(1, 6, 2, 5, 7).contiguous(memory_format=LAST)
+    expected = conv(nn.functional.interpolate(x[0].transpose(0, 1), scale_factor=2)).transpose(0, 1)[None]
+    torch.testing.assert_close(DoublingConv(conv)(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["as it is", "by graphs"])
+def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: bool) -> None:
+    videos = [video(seed) for seed in range(3)]
+    plain = TorchVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+    with graphs_on_cpu() if graphs else contextlib.nullcontext():
+        engine = FusedVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+        streams = [frames_of(engine, latents) for latents in videos]
+        together = [[next(stream) for stream in streams] for _ in range(4)]
+        captured, replayed = Graph.captured, Graph.replayed
+    for number, latents in enumerate(videos):
+        for turn, frames in enumerate(frames_of(plain, latents)):
+            got = together[turn][number]
+            assert got.shape == frames.shape
+            assert np.abs(got.astype(int) - frames).max() <= 1  # where a number lies on the border between two
+            assert (got != frames).mean() < 1e-3
+    if graphs:
+        assert captured == 3  # opening, the two latent frames after it, a whole chunk
+        assert replayed == 2 + 2 + 8
+
+
+def test_a_stream_that_has_gone_leaves_nothing_behind() -> None:
+    engine = FusedVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+    first = list(frames_of(engine, video(1)))
+    list(frames_of(engine, video(2)))
+    assert all(np.array_equal(a, b) for a, b in zip(frames_of(engine, video(1)), first, strict=True))
