@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
+from longlive_serve.config import DIT, FUSED, VAE_DECODER, ServeConfig
 from longlive_serve.protocol import RECACHE
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
@@ -35,21 +35,24 @@ from training.quality import SHIPPED
 from training.workers import Workers
 
 SESSIONS_OF_FLOW = 4
+FUSED_FP8 = "fused fp8"
+"""No recipe: the engine `fused` with `fp8`, which scales every token as it comes. Here in Triton's interpreter."""
+COLUMNS = (*RECIPES, FUSED_FP8)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
 
-def quantize_all(config: ServeConfig, folder: Path) -> dict[str, str]:
+def quantize_all(config: ServeConfig, recipes: Sequence[str], folder: Path) -> dict[str, str]:
     """The demo network by every recipe: folders of weights."""
     prompts = read_prompts(DEFAULT_PROMPTS)
     with Progress(console=Console(stderr=True)) as bar:
-        for recipe in RECIPES:
+        for recipe in recipes:
             task = bar.add_task(f"calibrating {recipe}", total=len(prompts))
 
             def watched(sessions: int, task: TaskID = task) -> None:
                 bar.update(task, completed=sessions)
 
             quantize(config, [recipe], prompts, folder / recipe, on_session=watched)
-    return {recipe: str(folder / recipe) for recipe in RECIPES}
+    return {recipe: str(folder / recipe) for recipe in recipes}
 
 
 def full_size_ratios(folder: Path) -> dict[str, dict[str, Any]]:
@@ -95,20 +98,21 @@ def of_recipe(config: ServeConfig, name: str, folder: str) -> dict[str, Any]:
 def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argparse.Namespace) -> Iterator[None]:
     """Fill `record`, and say after each part that there is more in it."""
     config = ServeConfig(preset="demo", weights=str(weights), engine="torch", device="cpu", slots=1)
-    folders = quantize_all(config, folder)
-    ratios = full_size_ratios(folder)
-    recipes = {name: ratios[name] | of_recipe(config, name, path) for name, path in folders.items()}
-    record |= {UNQUANTIZED: sizes(config.network, config.weights), "recipes": recipes}
-    of_dit = {name: path for name, path in folders.items() if DIT in RECIPES[name]}
-    for name, figures in flow_errors(config, of_dit, read_prompts(DEFAULT_PROMPTS), SESSIONS_OF_FLOW).items():
-        recipes[name] |= figures
+    folders = quantize_all(config, [name for name in counts.columns if name in RECIPES], folder)
+    record[UNQUANTIZED] = record.get(UNQUANTIZED, {}) | sizes(config.network, config.weights)
+    recipes = record.setdefault("recipes", {})
+    if folders:
+        measure_recipes(config, folders, recipes, folder)
+    if FUSED_FP8 in counts.columns:
+        recipes[FUSED_FP8] = {"formats": {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"}}
+        folders[FUSED_FP8] = config.weights
     yield
     cases = held_out_captions(counts.rollouts, seed=5)
     expected: list[Rollout] = []
     for name, path in {UNQUANTIZED: config.weights, **folders}.items():
         print(name, file=sys.stderr)
         figures = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
-        with Workers(Path(path)) as workers:
+        with Workers(Path(path), **({"dit_engine": FUSED, "fp8": True} if name == FUSED_FP8 else {})) as workers:
             made = workers.map("videos of 60 s", roll_out, cases)
             compared = compare(made, expected or made, cases)
             if name == UNQUANTIZED:
@@ -120,6 +124,15 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
         yield
 
 
+def measure_recipes(config: ServeConfig, folders: dict[str, str], recipes: dict[str, Any], folder: Path) -> None:
+    """What needs no video: sizes, and errors of single forwards."""
+    ratios = full_size_ratios(folder)
+    recipes |= {name: ratios[name] | of_recipe(config, name, path) for name, path in folders.items()}
+    of_dit = {name: path for name, path in folders.items() if DIT in RECIPES[name]}
+    for name, figures in flow_errors(config, of_dit, read_prompts(DEFAULT_PROMPTS), SESSIONS_OF_FLOW).items():
+        recipes[name] |= figures
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quantization.evaluate", description=__doc__)
     text = "weights of the demo network (default: the shipped ones)"
@@ -128,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--json", type=Path, metavar="JSON", help="write the figures to this file, as they come")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the errors against depth and time")
+    text = "measure only these; the other columns of --json stay as they are (default: all)"
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="NAME", help=text)
     text = "measure nothing: print a file of such figures as Markdown (with --plot: draw it as well)"
     parser.add_argument("--table", type=Path, metavar="JSON", help=text)
     for name, count in {"captions": 200, "switches": 100, "rollouts": 6}.items():
@@ -147,7 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_and_write(arguments: argparse.Namespace) -> dict[str, Any]:
     counts = {name: getattr(arguments, name) for name in ("captions", "switches", "rollouts")}
     packages = ("torch", "nvidia-modelopt", "safetensors")
-    record: dict[str, Any] = {
+    record: dict[str, Any] = {}
+    if arguments.json is not None and arguments.json.exists() and arguments.columns != COLUMNS:
+        record = json.loads(arguments.json.read_text())
+        if record["counts"] != counts:
+            raise SystemExit(f"{arguments.json}: was measured with {record['counts']}, expected {counts}")
+    record |= {
         "command": "python -m quantization.evaluate" + "".join(f" --{name} {count}" for name, count in counts.items()),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
@@ -158,6 +178,7 @@ def _measure_and_write(arguments: argparse.Namespace) -> dict[str, Any]:
         "counts": counts,
     }
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the workers begin, and Triton in them
         for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
             if arguments.json is not None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)

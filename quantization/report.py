@@ -29,7 +29,7 @@ def rows(record: Mapping[str, Any]) -> list[list[str]]:
         return [title, *(f"{100 * c[key][place]:.1f} %" if key in c else "" for c in columns)]
 
     def row_of_total(title: str, key: str) -> list[str]:
-        return [title, *(f"{sum(c[key].values()) / 1e6:.1f} MB" for c in columns)]
+        return [title, *(f"{sum(c[key].values()) / 1e6:.1f} MB" if key in c else "" for c in columns)]
 
     return [
         ["", UNQUANTIZED, *record["recipes"]],
@@ -84,7 +84,9 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     depth, time, picture = figure.subplots(1, 3)
-    for color, (name, figures) in zip(("tab:blue", "tab:orange", "tab:green"), record["recipes"].items(), strict=False):
+    for color, (name, figures) in zip(
+        ("tab:blue", "tab:orange", "tab:green", "tab:red"), record["recipes"].items(), strict=False
+    ):
         seconds = [(chunk + 1) * FRAMES_OF_CHUNK / FPS for chunk in range(len(figures["psnr_db_by_chunk"]))]
         if "rel_error_after_block" in figures:
             blocks = range(1, 1 + len(figures["rel_error_after_block"]))

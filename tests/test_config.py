@@ -26,7 +26,7 @@ def test_the_shipped_settings_serve_the_demo_network() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("slot = 3", "got unknown key 'slot', expected some of ['decoder'"),
+        ("slot = 3", "got unknown key 'slot', expected some of ['"),
         ("slots = 0", "slots: got 0, expected 1 or more"),
         ("slots = true", "slots: got True, expected int"),
         ("slots = '2'", "slots: got '2', expected int"),

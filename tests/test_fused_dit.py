@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longlive_serve.bench.baseline import EagerDiT
 from longlive_serve.config import DIT, PRESETS, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.engines.cuda_graphs import CudaGraphs
@@ -24,9 +26,6 @@ from longlive_serve.replay import Case, case_network, read_tensors, replay
 from longlive_serve.weights import load_network
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
 from tests.test_replay import write_case
-from tests.triton_on_cpu import arithmetic_of_a_gpu
-
-__all__ = ["arithmetic_of_a_gpu"]
 
 TINY = PRESETS["tiny"]
 WINDOW = Window(TINY.window)
@@ -43,9 +42,8 @@ def tiny_network() -> CausalDiT:
     return network
 
 
-def both(fp8: bool = False, network: CausalDiT | None = None) -> tuple[TorchDiT, FusedDiT]:
-    network = network or tiny_network()
-    return TorchDiT(network, TINY, 1, "base"), FusedDiT(network, TINY, 1, "base", fp8)
+def both(fp8: bool = False) -> tuple[TorchDiT, FusedDiT]:
+    return TorchDiT(tiny_network(), TINY, 1, "base"), FusedDiT(tiny_network(), TINY, 1, "base", fp8)
 
 
 def latents(seed: int) -> Tensor:
@@ -84,11 +82,23 @@ def test_it_makes_the_latents_of_the_reference(name: str, graphs: bool, tmp_path
         assert Graph.replayed > Graph.captured > 2
 
 
+def test_in_bfloat16_it_is_no_further_from_the_reference_than_the_eager_baseline(tmp_path: Path) -> None:
+    path = write_case(tmp_path, "dit_tiny_rollout")
+    case = Case.load(path)
+    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    distances = []
+    for fused in (False, True):
+        network = case_network(case, tensors).bfloat16()
+        dit = FusedDiT(network, case.network, 1, "base", False) if fused else EagerDiT(network, case.network, 1)
+        distances.append((replay(case, tensors, dit) - tensors["latents"]).norm().item())
+    assert distances[1] < distances[0]
+
+
 @pytest.mark.parametrize("used", [5, 63, 64])
 def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
     sizes = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, text_len=192))
     network = CausalDiT(sizes.dit).eval()
-    plain, fused = TorchDiT(network, sizes, 1, "base"), FusedDiT(network, sizes, 1, "base", fp8=False)
+    plain, fused = TorchDiT(copy.deepcopy(network), sizes, 1, "base"), FusedDiT(network, sizes, 1, "base", fp8=False)
     embeds = torch.nn.functional.pad(text(64)[:, :used], (0, 0, 0, 192 - used))
     rows = fused.embed_prompt(embeds)
     assert rows[0].shape[3] == (64 if used < 64 else 128)
@@ -114,7 +124,7 @@ def test_what_cannot_be_fused_is_refused() -> None:
         {"blocks.0.ffn.0": {"quantized_weight": to_8_bit(weight, scale[:, None], torch.int8), "weight_scale": scale}},
     )
     with pytest.raises(ValueError, match="quantized weights"):
-        both(network=network)
+        FusedDiT(network, TINY, 1, "base", fp8=False)
     sizes = dataclasses.replace(TINY.dit, ffn_dim=120)
     with pytest.raises(ValueError, match="ffn_dim 120, expected multiples of 16"):
         FusedDiT(CausalDiT(sizes), dataclasses.replace(TINY, dit=sizes), 1, "base", fp8=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,7 @@ class Product:
     fp8 = False
 
     def __init__(self, *layers: nn.Linear) -> None:
-        self.weight = torch.cat([layer.weight for layer in layers])
-        self.bias = torch.cat([layer.bias for layer in layers])
+        self.weight, self.bias = _take(layers)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Tensor)
@@ -82,9 +81,9 @@ class FP8Product:
     fp8 = True
 
     def __init__(self, *layers: nn.Linear) -> None:
-        quantized = quantize_rows(torch.cat([layer.weight for layer in layers]))
+        weight, self.bias = _take(layers)
+        quantized = quantize_rows(weight)
         self.weight, self.scales = quantized.values.t(), quantized.scales.t()
-        self.bias = torch.cat([layer.bias for layer in layers])
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Quantized)
@@ -99,6 +98,15 @@ class FP8Product:
         )
 
 
+def _take(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of layers side by side. The layers lose their own: nothing is held twice."""
+    parts = [(layer.weight, layer.bias) for layer in layers]
+    for layer in layers:
+        layer.weight = layer.bias = None  # type: ignore[assignment]
+    weights, biases = zip(*parts, strict=True)
+    return (weights[0], biases[0]) if len(parts) == 1 else (torch.cat(weights), torch.cat(biases))
+
+
 class FusedBlock:
     """The weights of a block as the kernels take them."""
 
@@ -111,7 +119,7 @@ class FusedBlock:
 
 
 class FusedCausalDiT:
-    """As `CausalDiT`, for one video."""
+    """As `CausalDiT`, for one video. Takes most of the network's weights: it cannot be run any more."""
 
     def __init__(self, network: CausalDiT, fp8: bool, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         """fp8: the products of the blocks are FP8 (the prompt's keys and values, made once per prompt, are not).
