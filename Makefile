@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
-.PHONY: help setup dev demo test check bench bench-engines perf chaos soak fuzz pictures quality onnx quantize evaluate serve clean
+.PHONY: help setup dev demo test check bench bench-engines perf chaos soak fuzz pictures quality onnx quantize evaluate serve doctor clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -19,6 +19,7 @@ help:
 	@echo "make onnx   export the demo network as ONNX graphs to graphs/demo, each compared with PyTorch"
 	@echo "make quantize, make evaluate   INT8 and FP8 weights in weights/, what they cost in quality"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
+	@echo "make doctor set up, say whether this machine can serve, how many sessions fit, and what is missing"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
 
 setup: $(VENV)/.complete
@@ -82,6 +83,9 @@ evaluate: dev
 
 serve: setup
 	$(BIN)/python -m longlive_serve.server
+
+doctor: setup
+	$(BIN)/python -m longlive_serve.doctor
 
 clean:
 	rm -rf $(VENV)

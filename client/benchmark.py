@@ -25,7 +25,7 @@ from client.channel import DEFAULT_URL, add_tls_arguments, tls_from
 from client.record import write_record
 from client.viewer import Seen, Watching, watch_together
 from longlive_serve.config import FPS
-from longlive_serve.protocol import PACES, REALTIME
+from longlive_serve.options import PACES, REALTIME
 
 PROMPTS = (
     "A red circle drifts right over a plain black background.",

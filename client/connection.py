@@ -26,7 +26,9 @@ from client.errors import (
     VideoStreamError,
 )
 from client.exchange import Exchange, OpenRequest, StreamedChunk
-from longlive_serve.protocol import RAW, SESSION_HEADER, Options, Request, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import RAW, Options
+from longlive_serve.protocol import SESSION_HEADER, Request
 
 CLOSE_TIMEOUT_S = 5.0  # how long a polite end may take before the stream is cancelled
 AHEAD = 8  # chunks asked for and not consumed, unless told otherwise

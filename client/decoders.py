@@ -8,7 +8,8 @@ import dataclasses
 import av
 import numpy as np
 
-from longlive_serve.protocol import H264, JPEG, FrameChunk
+from longlive_serve.options import H264, JPEG
+from longlive_serve.protocol import FrameChunk
 
 CODECS = {JPEG: "mjpeg", H264: "h264"}
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from longlive_serve.protocol import ServeError
+from longlive_serve.errors import ServeError
 
 
 class VideoStreamError(ServeError):

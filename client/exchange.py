@@ -20,7 +20,9 @@ from client.errors import (
     UnknownSessionError,
     VideoStreamError,
 )
-from longlive_serve.protocol import RAW, FrameChunk, Request, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import RAW
+from longlive_serve.protocol import FrameChunk, Request
 
 if TYPE_CHECKING:
     from client.decoders import Decoder

@@ -26,7 +26,7 @@ from client.timing import Timing
 from client.video_file import VideoFile
 from client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.config import RANDOM_WEIGHTS, ServeConfig
-from longlive_serve.protocol import ASAP, FORMATS, ON_SWITCH, PACES
+from longlive_serve.options import ASAP, FORMATS, ON_SWITCH, PACES
 
 DEFAULT_SECONDS = 30.0
 

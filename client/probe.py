@@ -17,15 +17,21 @@ from tritonclient.grpc import service_pb2_grpc
 
 from client import wire
 from client.channel import DEFAULT_URL, Tls, add_tls_arguments, channel, tls_from
-from longlive_serve.protocol import READY, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import READY, Request
 
 
 def probe(url: str, timeout_s: float, tls: Tls | None = None) -> str:
-    """What the model says: `ready`, or why a new session would have to wait.
+    """What the model says: `ready`, or why a new session would have to wait. Raises as `ask` does."""
+    return ask(url, Request(session_id="probe", start=True, end=True), timeout_s, tls)
 
-    Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses (draining).
+
+def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None) -> str:
+    """The NOTICE that answers a request of no session.
+
+    Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses.
     """
-    message = wire.infer_request(wire.new_session_id(), "probe", {}, start=True, end=True)
+    message = wire.infer_request(wire.new_session_id(), "ask", request.to_tensors(), start=True, end=True)
     with channel(url, tls) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:

@@ -31,7 +31,9 @@ from client.errors import (
     VideoStreamError,
 )
 from client.exchange import StreamedChunk
-from longlive_serve.protocol import Options, Request, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
+from longlive_serve.protocol import Request
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from client.errors import UnavailableError, VideoStreamError
 from client.scenes import FRAMES_PER_CHUNK
 from client.video_stream import AsyncVideoStream, StreamedChunk, Tls
 from longlive_serve.config import FPS
-from longlive_serve.protocol import REALTIME
+from longlive_serve.options import REALTIME
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

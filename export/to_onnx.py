@@ -32,7 +32,7 @@ from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphTensor
 from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
 from longlive_serve.replay import Case, case_network, read_tensors
 from longlive_serve.server import DEFAULT_CONFIG
-from longlive_serve.weights import fingerprint, load_network, recipe
+from longlive_serve.weights import adapters_of, fingerprint, load_network, recipe
 
 MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost
 TOLERANCE = 1e-5  # of the largest value
@@ -69,15 +69,18 @@ class Written:
 
 
 def source_of_config(config: ServeConfig) -> Source:
+    adapters, use_ema = adapters_of(config), config.use_ema
+
     def load(name: str, dtype: torch.dtype) -> nn.Module:
-        network: nn.Module = load_network(name, config.network, config.weights, "cpu", dtype)
+        where = (name, config.network, config.weights, "cpu", dtype)
+        network: nn.Module = load_network(*where, adapters=adapters, use_ema=use_ema)
         return network
 
     return Source(
         sizes=config.network,
         variant=config.variant,
         load=load,
-        fingerprint=lambda name: fingerprint(name, config.weights),
+        fingerprint=lambda name: fingerprint(name, config.weights, adapters, use_ema),
         recipe=lambda name: recipe(name, config.weights),
     )
 

@@ -7,6 +7,7 @@ Read by everyone; imports nothing of the package. All of it is frozen: nothing c
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, ClassVar
@@ -172,6 +173,13 @@ class ServeConfig:
     """Sizes of the networks: a name in PRESETS."""
     weights: str = RANDOM_WEIGHTS
     """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
+    lora: str = ""
+    """LoRA files that are merged into the DiT, each with a scale if it is not 1: `a.safetensors=0.8, b.pt`. Empty: the
+    lora.pt that lies beside the folder's longlive_base.pt, if one does. In a file: relative to that file."""
+    lora_alpha: float = 0.0
+    """The alpha that these were trained with, which the files do not say; 0: their rank."""
+    use_ema: bool = False
+    """The averaged weights in longlive_base.pt (`generator_ema`) instead of the last ones."""
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
     engine: str = AUTO
@@ -217,6 +225,12 @@ class ServeConfig:
     require_token: bool = False
     """Every session has to begin with a token, which its later requests repeat (some clients cannot)."""
 
+    adapters_dir: str = ""
+    """A folder: LoRA files in it may be merged into the DiT of sessions to come, while others are live; empty: never.
+    In a file: relative to that file."""
+    admin_token: str = ""
+    """What a request that does so has to say, 16 characters or more."""
+
     trace_dir: str = ""
     """A folder: what every session did when is written there, for trace viewers; empty: nowhere."""
     log_format: str = "text"
@@ -250,8 +264,22 @@ class ServeConfig:
         for key in ("idle_timeout_s", "max_wait_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected more than 0")
+        if self.adapters_dir and len(self.admin_token) < 16:
+            raise ValueError("admin_token: got less than 16 characters, expected 16 or more with an adapters_dir")
         if not 0 < self.headroom <= 1:
             raise ValueError(f"headroom: got {self.headroom}, expected more than 0 and at most 1")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha >= 0):
+            raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected 0 or more")
+        if not all(path and math.isfinite(scale) for path, scale in self.adapters):
+            raise ValueError(f"lora: got {self.lora!r}, expected file names, each with or without =SCALE, and commas")
+
+    @property
+    def adapters(self) -> tuple[tuple[str, float], ...]:
+        """The files that `lora` names, each with its scale."""
+        return tuple(_with_scale(entry.strip()) for entry in self.lora.split(",")) if self.lora.strip() else ()
 
     @property
     def network(self) -> NetworkConfig:
@@ -267,8 +295,9 @@ class ServeConfig:
         try:
             config = cls(**_typed(cls, values))
             folder = Path(path).absolute().parent
-            paths = {key: getattr(config, key) for key in ("weights", "graphs", "plans")}
+            paths = {key: getattr(config, key) for key in ("weights", "graphs", "plans", "adapters_dir")}
             paths = {key: str(folder / value) for key, value in paths.items() if value not in ("", RANDOM_WEIGHTS)}
+            paths["lora"] = ", ".join(f"{folder / path}={scale!r}" for path, scale in config.adapters)
             return dataclasses.replace(config, **paths)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -284,6 +313,15 @@ def _typed(cls: type[ServeConfig], values: dict[str, Any]) -> dict[str, Any]:
         elif type(value) is not fields[key]:
             raise ValueError(f"{key}: got {value!r}, expected {fields[key].__name__}")
     return values
+
+
+def _with_scale(entry: str) -> tuple[str, float]:
+    """`FILE=SCALE` or `FILE`, whose name may have a = in it."""
+    path, _, scale = entry.rpartition("=")
+    try:
+        return path.strip(), float(scale)
+    except ValueError:
+        return entry, 1.0
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

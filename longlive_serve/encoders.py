@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from longlive_serve.protocol import H264, JPEG, RAW, FrameChunk, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import H264, JPEG, RAW
+from longlive_serve.protocol import FrameChunk
 from longlive_serve.stream import Encode
 
 JPEG_QUANTIZER = 3  # 1 (best) to 31

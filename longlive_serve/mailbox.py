@@ -6,7 +6,8 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 
-from longlive_serve.protocol import Request, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import Request
 from longlive_serve.stream import Sink
 
 

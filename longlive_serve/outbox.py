@@ -12,7 +12,8 @@ import queue
 import threading
 from collections.abc import Callable
 
-from longlive_serve.protocol import FrameChunk, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import FrameChunk
 from longlive_serve.stream import Encode, Sink
 
 log = logging.getLogger(__name__)

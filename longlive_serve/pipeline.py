@@ -20,12 +20,14 @@ from torch import Tensor
 
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
 from longlive_serve.engines.clock import Clock, Mark
-from longlive_serve.engines.interface import EncodedPrompt, Engines, PromptKV
+from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines, PromptKV
 from longlive_serve.engines.transfer import to_device
+from longlive_serve.errors import ServeError
 from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
-from longlive_serve.protocol import CLEAR, RECACHE, FrameChunk, ServeError
+from longlive_serve.options import CLEAR, RECACHE
+from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session, SinkChunk
 from longlive_serve.trace import Phase
 
@@ -128,14 +130,17 @@ class Pipeline:
             return ""
         if due:
             session.prompt = session.pending.pop(0)
-        encoded, session.prompt_kv = self._embed(session.prompt)
+        encoded, session.prompt_kv = self._embed(session, session.prompt)
         if session.chunk > 0:
             self._switch_cache(session)
         return prompt_notice(session.prompt.index, encoded)
 
-    def _embed(self, prompt: Prompt) -> tuple[EncodedPrompt, PromptKV]:
+    def _embed(self, session: Session, prompt: Prompt) -> tuple[EncodedPrompt, PromptKV]:
         encoded = self.engines.text_encoder.encode(prompt.text)
-        return encoded, self.engines.dit.embed_prompt(encoded.embeds)
+        return encoded, self._dit(session).embed_prompt(encoded.embeds)
+
+    def _dit(self, session: Session) -> DiT:
+        return session.dit or self.engines.dit
 
     def _switch_cache(self, session: Session) -> None:
         """Do to the cache what the session's `on_switch` says."""
@@ -154,7 +159,7 @@ class Pipeline:
     def _commit(self, session: Session, latents: Tensor, placement: Placement) -> None:
         """Write clean keys and values, and remember what the sink's places were given."""
         assert session.prompt_kv is not None
-        self.engines.dit.commit(latents, session.prompt_kv, session.slot, placement)
+        self._dit(session).commit(latents, session.prompt_kv, session.slot, placement)
         parts = latents.split(self.config.window.chunk, 1)
         for place, (chunk, part) in enumerate(zip(placement.chunks, parts, strict=True), placement.first_place):
             if place < self.window.sink:
@@ -170,8 +175,9 @@ class Pipeline:
         if kept > self.window.capacity:
             for place, one in enumerate(session.sink):
                 placement = dataclasses.replace(self.window.step(place), chunks=(one.chunk,))
-                self.engines.dit.commit(one.latents, self._embed(one.prompt)[1], session.slot, placement)
-        _, session.prompt_kv = self._embed(session.prompt)
+                prompt_kv = self._embed(session, one.prompt)[1]
+                self._dit(session).commit(one.latents, prompt_kv, session.slot, placement)
+        _, session.prompt_kv = self._embed(session, session.prompt)
         if kept:
             self._recache(session, keep_sink=True)
         oldest = session.chunk - len(session.recent)
@@ -182,7 +188,7 @@ class Pipeline:
     def _denoise(self, session: Session) -> Tensor:
         """Four steps and the commit: the chunk's clean latents [1, frames, channels, h, w]."""
         assert session.prompt_kv is not None
-        dit, schedule = self.engines.dit, self.schedule
+        dit, schedule = self._dit(session), self.schedule
         placement = self.window.step(session.chunk, session.first_cached)
         with self._phase("denoise"):
             x, *noises = self._draw(session)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire: tensor names, requests, frame chunks and errors, as the client and the Triton model both see them.
+"""The wire: tensor names, requests and frame chunks, as the client and the Triton model both see them.
 
 Imported by the client, by `model.py` and by the service. NumPy only: it knows neither torch nor Triton.
 
@@ -16,6 +16,8 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
   to any request is FINAL.
 * START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
   says why a new session would have to wait. No session comes of it.
+* START and END together with OPTIONS.adapters and no other tensor change the LoRA adapters of sessions to come; the
+  answer's NOTICE says what they are now. Sessions that are live go on as they are.
 * With `early_frames`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 in all but the last.
 * With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
   anew with each START.
@@ -25,22 +27,18 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+
+from longlive_serve.errors import invalid
+from longlive_serve.options import Options
 
 MODEL_NAME = "longlive"
 CLIENT_HEADER = "x-client-id"  # of gRPC: who the client is, as a proxy that knows it says
 SESSION_HEADER = "x-session-id"  # of gRPC: for proxies that keep a session on one server
-RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
-REALTIME, ASAP = PACES = ("realtime", "asap")
-RAW, JPEG, H264 = FORMATS = ("raw", "jpeg", "h264")
-MAX_FPS = 120
 READY = "ready"  # the NOTICE that answers a probe when a new session would start at once
-TOKEN_LENGTHS = (16, 256)  # characters, at least and at most
 MAX_SNAPSHOT_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
 
@@ -73,98 +71,6 @@ OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE, SNAPSHOT, E
 _NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8, "FP32": np.float32}
 
 
-class ServeError(Exception):
-    """An error that crosses the wire as `[kind] message`; the client raises it again under the same kind."""
-
-    INVALID_REQUEST: ClassVar[str] = "invalid_request"
-    FORBIDDEN: ClassVar[str] = "forbidden"
-    RATE_LIMITED: ClassVar[str] = "rate_limited"
-    UNKNOWN_SESSION: ClassVar[str] = "unknown_session"
-    SESSION_EXISTS: ClassVar[str] = "session_exists"
-    FRAME_LIMIT: ClassVar[str] = "frame_limit"
-    CANCELLED: ClassVar[str] = "cancelled"
-    SHUTTING_DOWN: ClassVar[str] = "shutting_down"
-    UNAVAILABLE: ClassVar[str] = "unavailable"
-    INTERNAL: ClassVar[str] = "internal"
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"[{kind}] {message}")
-        self.kind = kind
-        self.message = message
-
-    @classmethod
-    def parse(cls, text: str) -> ServeError:
-        """The error that `text` (an error message off the wire) carries; INTERNAL when it is not one of ours."""
-        kinds = {value for name, value in vars(ServeError).items() if name.isupper()}
-        found = re.search(rf"\[({'|'.join(sorted(kinds))})\] (.*)", text, re.DOTALL)  # Triton may put words before it
-        if found:
-            return cls(found[1], found[2])
-        if "must specify the START flag" in text:  # Triton's own words: it knows no such sequence
-            return cls(cls.UNKNOWN_SESSION, text)
-        return cls(cls.INTERNAL, text)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """The keys of the OPTIONS object."""
-
-    global_sink: bool | None = None
-    """START only: a recache keeps the sink of the first prompt (the reference's default) or renews it."""
-    on_switch: str | None = None
-    """START only: what a prompt switch does to the KV cache. `recache` (the default) rebuilds it under the new prompt,
-    `keep` goes on with the old one, `clear` drops it: the three ways that the paper compares."""
-    pace: str | None = None
-    """START only: `realtime` (the default) keeps to a playback clock, a little ahead of it; `asap` generates as fast as
-    live sessions leave time for."""
-    fps: int | None = None
-    """START only: frames per second of the playback clock (default: 16)."""
-    snapshot_every: int | None = None
-    """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
-    format: str | None = None
-    """START only: how frames are sent: `raw` (the default), `jpeg` or `h264`."""
-    early_frames: bool | None = None
-    """START only: send a chunk's frames as soon as each latent frame is decoded (default: the chunk at once)."""
-    token: str | None = None
-    """A secret of the client's. What START carried, every later request of the session must repeat, and so must a
-    START with its snapshot."""
-    at_latent_frame: int | None = None
-    """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
-
-    @classmethod
-    def from_json(cls, text: str) -> Options:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
-        if not isinstance(values, dict):
-            raise _invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        kinds: dict[str, type] = dict.fromkeys(("on_switch", "pace", "token", "format"), str)
-        kinds |= dict.fromkeys(("global_sink", "early_frames"), bool)
-        expected = kinds | dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), int)
-        for key, value in values.items():
-            if key not in expected:
-                raise _invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(expected)}")
-            if type(value) is not expected[key]:
-                raise _invalid(f"OPTIONS.{key}: got {value!r}, expected {expected[key].__name__}")
-        options = cls(**values)
-        for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
-            if getattr(options, key) not in (None, *choices):
-                raise _invalid(f"OPTIONS.{key}: got {getattr(options, key)!r}, expected one of {list(choices)}")
-        if options.fps is not None and not 1 <= options.fps <= MAX_FPS:
-            raise _invalid(f"OPTIONS.fps: got {options.fps}, expected 1 to {MAX_FPS}")
-        if options.snapshot_every is not None and options.snapshot_every < 1:
-            raise _invalid(f"OPTIONS.snapshot_every: got {options.snapshot_every}, expected 1 or more")
-        if options.token is not None and not TOKEN_LENGTHS[0] <= len(options.token) <= TOKEN_LENGTHS[1]:
-            expected_length = f"{TOKEN_LENGTHS[0]} to {TOKEN_LENGTHS[1]}"
-            raise _invalid(f"OPTIONS.token: got {len(options.token)} characters, expected {expected_length}")
-        if options.at_latent_frame is not None and options.at_latent_frame < 0:
-            raise _invalid(f"OPTIONS.at_latent_frame: got {options.at_latent_frame}, expected 0 or more")
-        return options
-
-    def to_json(self) -> str:
-        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """One request of a session, checked. `None` means that the tensor was absent."""
@@ -175,7 +81,7 @@ class Request:
     prompt: str | None = None
     seed: int | None = None
     chunks: int | None = None
-    options: Options = Options()
+    options: Options = dataclasses.field(default_factory=Options)
     snapshot: bytes | None = None
     client: str = ""
     """Who asks, if something between the client and the server says so (CLIENT_HEADER)."""
@@ -203,42 +109,55 @@ class Request:
 
     def _check(self) -> None:
         if not self.session_id:
-            raise _invalid("session id: got none, expected a non-empty string as the sequence's correlation id")
-        if self.probes:
+            raise invalid("session id: got none, expected a non-empty string as the sequence's correlation id")
+        if self.probes or self.sets_adapters:
             return
+        if self.options.adapters is not None:
+            raise invalid("OPTIONS.adapters: got it with a session's request, expected START and END and nothing else")
         if self.prompt is not None and not self.prompt.strip():
-            raise _invalid("PROMPT: got an empty prompt, expected a description of the video")
+            raise invalid("PROMPT: got an empty prompt, expected a description of the video")
         if self.chunks is not None and self.chunks < 0:
-            raise _invalid(f"CHUNKS: got {self.chunks}, expected 0 (until stopped) or more")
+            raise invalid(f"CHUNKS: got {self.chunks}, expected 0 (until stopped) or more")
         if self.start and self.prompt is None and self.snapshot is None:
-            raise _invalid("START: got no PROMPT, expected one (or a SNAPSHOT)")
+            raise invalid("START: got no PROMPT, expected one (or a SNAPSHOT)")
         if self.snapshot is not None:
             self._check_snapshot()
         if self.start and self.end and not self.chunks:
-            raise _invalid("START with END: got no CHUNKS, expected 1 or more (nothing could stop it)")
+            raise invalid("START with END: got no CHUNKS, expected 1 or more (nothing could stop it)")
         if self.start and self.options.at_latent_frame is not None:
-            raise _invalid("OPTIONS.at_latent_frame: got it in START, expected it with the PROMPT of a later request")
+            raise invalid("OPTIONS.at_latent_frame: got it in START, expected it with the PROMPT of a later request")
         if self.prompt is None and self.options.at_latent_frame is not None:
-            raise _invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
-        if not self.start and self.seed is not None:
-            raise _invalid("SEED: got it after START, expected it in START only")
+            raise invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
+        if not self.start:
+            self._check_after_start()
+
+    def _check_after_start(self) -> None:
+        if self.seed is not None:
+            raise invalid("SEED: got it after START, expected it in START only")
         for key in ("global_sink", "on_switch", "pace", "fps", "snapshot_every", "format", "early_frames"):
-            if not self.start and getattr(self.options, key) is not None:
-                raise _invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
+            if getattr(self.options, key) is not None:
+                raise invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
 
     def _check_snapshot(self) -> None:
         if not self.start:
-            raise _invalid("SNAPSHOT: got it after START, expected it in START only")
+            raise invalid("SNAPSHOT: got it after START, expected it in START only")
         kept = {"PROMPT": self.prompt, "SEED": self.seed}
         kept |= {f"OPTIONS.{key}": getattr(self.options, key) for key in ("global_sink", "on_switch")}
         for name, value in kept.items():
             if value is not None:
-                raise _invalid(f"{name}: got it with a SNAPSHOT, expected none: the snapshot has its own")
+                raise invalid(f"{name}: got it with a SNAPSHOT, expected none: the snapshot has its own")
 
     @property
     def probes(self) -> bool:
         """The request only asks whether the model answers."""
         return self == Request(session_id=self.session_id, start=True, end=True, client=self.client)
+
+    @property
+    def sets_adapters(self) -> bool:
+        """The request changes the adapters of sessions to come."""
+        options = Options(adapters=self.options.adapters, token=self.options.token)
+        alone = Request(session_id=self.session_id, start=True, end=True, client=self.client, options=options)
+        return options.adapters is not None and self == alone
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors to send, by wire name; only those that are set."""
@@ -300,10 +219,6 @@ class FrameChunk:
         )
 
 
-def _invalid(message: str) -> ServeError:
-    return ServeError(ServeError.INVALID_REQUEST, message)
-
-
 def _bytes_array(text: str) -> np.ndarray[Any, Any]:
     return np.array([text.encode()], dtype=np.object_)
 
@@ -313,10 +228,10 @@ def _single(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec) -> An
     if array is None:
         return None
     if tuple(array.shape) != spec.shape:
-        raise _invalid(f"{spec.name}: got shape {list(array.shape)}, expected {list(spec.shape)}")
+        raise invalid(f"{spec.name}: got shape {list(array.shape)}, expected {list(spec.shape)}")
     expected = _NUMPY_DTYPES.get(spec.dtype, np.object_)
     if array.dtype != expected:
-        raise _invalid(f"{spec.name}: got dtype {array.dtype}, expected {spec.dtype}")
+        raise invalid(f"{spec.name}: got dtype {array.dtype}, expected {spec.dtype}")
     return array[0]
 
 
@@ -331,7 +246,7 @@ def _bytes(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit:
         return None
     if array.ndim != 1 or array.dtype != _NUMPY_DTYPES[spec.dtype] or array.size > limit:
         got = f"{array.dtype} {list(array.shape)}"
-        raise _invalid(f"{spec.name}: got {got}, expected {spec.dtype} {list(spec.shape)} of at most {limit} bytes")
+        raise invalid(f"{spec.name}: got {got}, expected {spec.dtype} {list(spec.shape)} of at most {limit} bytes")
     return array.tobytes()
 
 
@@ -340,8 +255,8 @@ def _text(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit: 
     if value is None:
         return None
     if len(value) > limit:
-        raise _invalid(f"{spec.name}: got {len(value)} bytes, expected at most {limit}")
+        raise invalid(f"{spec.name}: got {len(value)} bytes, expected at most {limit}")
     try:
         return str(value.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _invalid(f"{spec.name}: got bytes that are not UTF-8 ({error}), expected UTF-8 text") from None
+        raise invalid(f"{spec.name}: got bytes that are not UTF-8 ({error}), expected UTF-8 text") from None

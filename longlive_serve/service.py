@@ -14,13 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from longlive_serve.adapters import Adapters
 from longlive_serve.config import ServeConfig
+from longlive_serve.errors import ServeError
 from longlive_serve.mailbox import Mailbox
 from longlive_serve.outbox import Outbox, OutboxSink
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import FrameChunk, Request, ServeError
+from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.scheduler import SECOND
-from longlive_serve.sessions import Sessions
+from longlive_serve.sessions import Sessions, goodbye
 from longlive_serve.snapshot import dump
 from longlive_serve.statistics import Change
 from longlive_serve.stream import Sink, Stream
@@ -46,6 +48,7 @@ class VideoService:
         self._on_statistics = on_statistics
         self._sessions = Sessions(pipeline, config, chunk_s)
         self._mail = Mailbox()
+        self._adapters = Adapters(pipeline, config, self._mail.wake)
         self._outbox = Outbox()
         self._draining = threading.Event()
         self._stopping = threading.Event()
@@ -85,6 +88,8 @@ class VideoService:
         self._read_mail()
         if self._draining.is_set():
             sessions.say_goodbye()
+            self._adapters.abandon(goodbye())
+        self._adapters.apply()
         sessions.drop_the_gone()
         sessions.admit()
         sessions.tell_the_waiting()
@@ -111,7 +116,10 @@ class VideoService:
             try:
                 if isinstance(request, ServeError):
                     raise request
-                self._sessions.handle(request, sink, self._draining.is_set())
+                if request.sets_adapters:
+                    self._adapters.change(request.options, sink)
+                else:
+                    self._sessions.handle(request, sink, self._draining.is_set())
             except ServeError as error:
                 sink.fail(error)
             except Exception as error:  # a request's border

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longlive_serve.engines.interface import PromptKV
-from longlive_serve.protocol import RECACHE
+from longlive_serve.engines.interface import DiT, PromptKV
+from longlive_serve.options import RECACHE
 
 MAX_PENDING = 64  # prompts to come of one session, and its open requests for chunks
 NOW = -1  # `Prompt.at_latent_frame` of a prompt that is meant for the next chunk
@@ -100,7 +100,7 @@ class Session:
     global_sink: bool = True
     """A recache keeps the sink of the first prompt: the reference's default."""
     on_switch: str = RECACHE
-    """What a prompt switch does to the cache: one of `protocol.ON_SWITCH`."""
+    """What a prompt switch does to the cache: one of `options.ON_SWITCH`."""
     first_cached: int = 0
     """The first chunk that the cache knows of: more than 0 after a switch that cleared it."""
     chunk: int = 0
@@ -115,6 +115,8 @@ class Session:
     recent: deque[Tensor] = dataclasses.field(default_factory=deque)
     """Clean latents of the last chunks, as many as the window holds: what a recache needs."""
     decoder_cache: list[Tensor] | None = None
+    dit: DiT | None = None
+    """The one that it began with, where that may be exchanged for later sessions; None: the pipeline's."""
 
     def add_prompt(self, text: str, at_latent_frame: int = NOW) -> Prompt:
         """Accept a prompt to come. A prompt for NOW replaces one for NOW that has not taken effect yet."""

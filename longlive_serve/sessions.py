@@ -16,9 +16,11 @@ import torch
 
 from longlive_serve.config import FPS, NetworkConfig, ServeConfig
 from longlive_serve.encoders import make_encode
+from longlive_serve.errors import ServeError
 from longlive_serve.kv_cache import KVCache
+from longlive_serve.options import ASAP, RECACHE
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import ASAP, READY, RECACHE, FrameChunk, Request, ServeError
+from longlive_serve.protocol import READY, FrameChunk, Request
 from longlive_serve.scheduler import SECOND, Scheduler
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.snapshot import dump, load_session
@@ -177,6 +179,7 @@ class Sessions:
             raise ServeError(ServeError.FORBIDDEN, text)
         self._check_client(request.client)
         session = self._from_snapshot(request) if request.snapshot is not None else _new_session(request)
+        session.dit = self._pipeline.engines.dit
         session.client, session.token = request.client, options.token or ""
         orders = deque([Order(sink, request.chunks or None)])
         stream = Stream(session, orders, request.end, time.monotonic(), options.snapshot_every or 0)

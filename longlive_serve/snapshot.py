@@ -21,7 +21,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from longlive_serve.config import NetworkConfig, WindowConfig
-from longlive_serve.protocol import MAX_PROMPT_BYTES, ON_SWITCH, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import ON_SWITCH
+from longlive_serve.protocol import MAX_PROMPT_BYTES
 from longlive_serve.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
 
 VERSION = 2

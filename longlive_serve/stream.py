@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from longlive_serve.protocol import FrameChunk, Request, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.session import MAX_PENDING, Session
 from longlive_serve.trace import Phase, Trace
 

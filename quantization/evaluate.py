@@ -22,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from longlive_serve.config import DIT, FUSED, VAE_DECODER, ServeConfig
-from longlive_serve.protocol import RECACHE
+from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
+from longlive_serve.options import RECACHE
+from quantization.dynamic_fp8 import simulate
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
 from quantization.recipes import RECIPES
@@ -36,7 +37,7 @@ from training.workers import Workers
 
 SESSIONS_OF_FLOW = 4
 FUSED_FP8 = "fused fp8"
-"""No recipe: the engine `fused` with `fp8`, which scales every token as it comes. Here in Triton's interpreter."""
+"""No recipe: the engine `fused` with `fp8`, which scales every token as it comes."""
 COLUMNS = (*RECIPES, FUSED_FP8)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
@@ -112,7 +113,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     for name, path in {UNQUANTIZED: config.weights, **folders}.items():
         print(name, file=sys.stderr)
         figures = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
-        with Workers(Path(path), **({"dit_engine": FUSED, "fp8": True} if name == FUSED_FP8 else {})) as workers:
+        with Workers(Path(path), simulate if name == FUSED_FP8 else None) as workers:
             made = workers.map("videos of 60 s", roll_out, cases)
             compared = compare(made, expected or made, cases)
             if name == UNQUANTIZED:
@@ -178,7 +179,6 @@ def _measure_and_write(arguments: argparse.Namespace) -> dict[str, Any]:
         "counts": counts,
     }
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the workers begin, and Triton in them
         for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
             if arguments.json is not None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)

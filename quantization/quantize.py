@@ -23,20 +23,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TORCH, VAE_DECODER, WAN, ServeConfig
+from longlive_serve.checkpoint_files import INDEX
+from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, TORCH, VAE_DECODER, WAN, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.server import DEFAULT_CONFIG
-from longlive_serve.weights import (
-    FILES,
-    QUANTIZED_FILE,
-    TINY_DECODER_FILE,
-    TOKENIZER_FOLDER,
-    fingerprint,
-    load_state,
-    recipe,
-    sha256,
-)
+from longlive_serve.weights import fingerprint, load_state, recipe, sha256
+from longlive_serve.weights_folder import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
 from quantization import calibration
 from quantization.calibration import Seen, calibrate, chunks_of_session, settings_of
 from quantization.checkpoint import Observed, quantized_state, write
@@ -94,6 +87,15 @@ def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str
     folder = Path(config.weights)
     if not folder.is_dir():
         raise ValueError(f"weights: got {config.weights!r}, expected a folder of checkpoints to quantize")
+    for name in (*NETWORKS, TINY_DECODER):
+        file = find(name, config.weights)
+        assert file is not None
+        whole = file.path.parent == folder and not file.path.name.endswith(INDEX)
+        if not whole or file.kind in (LONGLIVE, DIFFUSERS) or config.lora:
+            raise ValueError(
+                f"weights: got the {name} in {file.path}, lora {config.lora!r}, expected a file for each network "
+                "and no adapters: first python -m export.convert, then quantize what comes out"
+            )
     if out.resolve() == folder.resolve():
         raise ValueError(f"out: got {out}, the folder that is read; expected another one")
     if not prompts:
@@ -139,14 +141,21 @@ def _write_folder(
             write(out / quantized, state, about)
             files.append(quantized)
         else:
-            files.append(quantized if (source / quantized).exists() else FILES[network])
+            files.append(_file(network, config).name)
             shutil.copy2(source / files[-1], out / files[-1])
-    for tiny_decoder in source.glob(Path(TINY_DECODER_FILE).with_suffix(".*").name):
+    if (tiny_decoder := _file(TINY_DECODER, config)).exists():
         shutil.copy2(tiny_decoder, out)
-    shutil.copytree(source / TOKENIZER_FOLDER, out / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    tokenizer = tokenizer_folder(source)
+    shutil.copytree(tokenizer, out / tokenizer.relative_to(source), dirs_exist_ok=True)
     record["files"] = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in files}
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _file(network: str, config: ServeConfig) -> Path:
+    file = find(network, config.weights)
+    assert file is not None
+    return file.path
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor
 
-from longlive_serve import protocol
+from longlive_serve.options import Options
 from longlive_serve.protocol import FrameChunk
 
 SIZE = (4, 6)  # height and width of a frame
@@ -49,8 +49,8 @@ class Received:
         return self.tensors["SNAPSHOT"].tobytes() if "SNAPSHOT" in self.tensors else None
 
     @property
-    def options(self) -> protocol.Options:
-        return protocol.Options.from_json(self.tensors["OPTIONS"][0].decode() if "OPTIONS" in self.tensors else "{}")
+    def options(self) -> Options:
+        return Options.from_json(self.tensors["OPTIONS"][0].decode() if "OPTIONS" in self.tensors else "{}")
 
 
 class Conversation:

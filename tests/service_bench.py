@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from longlive_serve.config import PRESETS, ServeConfig
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import FrameChunk, Options, Request, ServeError
+from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.service import VideoService
 from longlive_serve.session import Session
 from longlive_serve.statistics import Change
@@ -38,7 +40,7 @@ class CountingPipeline:
     """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared."""
 
     config = PRESETS["tiny"]
-    engines = SimpleNamespace(name="none", device="cpu", dtype="float32")
+    engines = SimpleNamespace(name="none", device="cpu", dtype="float32", dit=None)
     phases: tuple[Phase, ...] = ()
 
     def __init__(self) -> None:

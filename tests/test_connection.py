@@ -12,7 +12,7 @@ import pytest
 
 from client import errors
 from client.video_stream import VideoStream
-from longlive_serve.protocol import Options
+from longlive_serve.options import Options
 from tests.both_streams import Open, indices
 from tests.scripted_triton import (
     Conversation,

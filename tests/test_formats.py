@@ -11,8 +11,9 @@ from client.decoders import Decoder
 from longlive_serve.config import ServeConfig
 from longlive_serve.encoders import make_encode
 from longlive_serve.engines import build_engines
+from longlive_serve.errors import ServeError
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import FrameChunk, ServeError
+from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import Prompt, SeededNoise, Session
 
 SIZE = (48, 64)

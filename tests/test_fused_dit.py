@@ -8,6 +8,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.quantized import install, scale_for, to_8_bit
 from longlive_serve.replay import Case, case_network, read_tensors, replay
 from longlive_serve.weights import load_network
+from quantization.dynamic_fp8 import simulate
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
 from tests.test_replay import write_case
 
@@ -113,6 +115,16 @@ def test_fp8_is_close_and_keeps_the_cache_close() -> None:
     flows = [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(1)) for dit in (plain, fused)]
     assert 1e-4 < error(flows[1], flows[0]) < 0.1
     assert 1e-4 < error(fused.cache.keys, plain.cache.keys) < 0.1
+
+
+def test_fp8_is_what_the_evaluation_simulates() -> None:
+    plain, fused = both(fp8=True)
+    simulate(SimpleNamespace(engines=SimpleNamespace(dit=plain)))  # type: ignore[arg-type]
+    flows = [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(0)) for dit in (plain, fused)]
+    exact = both()[0]
+    expected = exact.denoise(latents(2), 1, exact.embed_prompt(text(9)), 0, WINDOW.step(0))
+    apart, off = error(flows[0], flows[1]), error(flows[1], expected)
+    assert apart < off / 5  # a number near the middle of two of FP8's may be rounded to either
 
 
 def test_what_cannot_be_fused_is_refused() -> None:

@@ -26,7 +26,8 @@ from client.errors import (
 )
 from client.probe import main, probe
 from client.video_stream import Tls, VideoStream
-from longlive_serve.protocol import MAX_SNAPSHOT_BYTES, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import MAX_SNAPSHOT_BYTES
 from longlive_serve.server import TritonServer
 from tests.live import RawStream, frames_of, metric, play, start_server, stub_of, text
 

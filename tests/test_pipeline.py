@@ -13,8 +13,9 @@ import torch
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.engines.interface import EncodedPrompt
+from longlive_serve.errors import ServeError
 from longlive_serve.pipeline import Pipeline, prompt_notice
-from longlive_serve.protocol import FrameChunk, ServeError
+from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longlive_serve.protocol import MAX_PROMPT_BYTES, FrameChunk, Options, Request, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
+from longlive_serve.protocol import MAX_PROMPT_BYTES, FrameChunk, Request
 
 
 def text(value: str | bytes) -> np.ndarray[Any, Any]:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from longlive_serve.options import CLEAR, RECACHE
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import CLEAR, RECACHE, FrameChunk
+from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import Session
 from training.latents import HELD_OUT
 from training.measures import Case, after_30s, after_switch, early_and_late, held_out_captions, switches

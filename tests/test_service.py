@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from longlive_serve.protocol import Options, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
 from tests.service_bench import RecordingSink, bench, closed, wait_until
 
 

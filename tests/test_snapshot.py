@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longlive_serve.config import PRESETS
+from longlive_serve.errors import ServeError
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import ServeError
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.snapshot import SUM_BYTES, dump, load_session
 from training.quality import SHIPPED

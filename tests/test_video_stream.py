@@ -12,7 +12,8 @@ import pytest
 
 from client import errors
 from client.connection import AHEAD, CONFIRM_EVERY
-from longlive_serve.protocol import Options, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
 from tests.both_streams import Open, indices
 from tests.scripted_triton import (
     Conversation,

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from longlive_serve.options import CLEAR, KEEP, RECACHE
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import CLEAR, KEEP, RECACHE
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.reader import read
 from training.workers import Script, Workers, build_pipeline, video

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
+from longlive_serve.options import RECACHE
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import RECACHE
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 
 Case = TypeVar("Case")
@@ -40,9 +40,8 @@ class Script:
     on_switch: str = RECACHE
 
 
-def build_pipeline(folder: Path, **settings: Any) -> Pipeline:
-    """The demo network in `folder` on the CPU; `settings`: of ServeConfig, on top."""
-    config = ServeConfig(preset="demo", weights=str(folder), device="cpu", **settings)
+def build_pipeline(folder: Path) -> Pipeline:
+    config = ServeConfig(preset="demo", weights=str(folder), device="cpu")
     return Pipeline(build_engines(config), config.network, config.variant)
 
 
@@ -59,11 +58,14 @@ def video(pipeline: Pipeline, script: Script, chunks: int) -> list[Tensor]:
 
 
 class Workers:
-    """Processes for `with`, each with the networks in `folder`, run as `settings` say, and one core."""
+    """Processes for `with`, each with the networks in `folder` and one core.
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    `prepare`, a function of a module, may change each pipeline before its first video.
+    """
+
+    def __init__(self, folder: Path, prepare: Callable[[Pipeline], None] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(os.cpu_count(), context, _begin, (folder, settings))
+        self._pool = ProcessPoolExecutor(os.cpu_count(), context, _begin, (folder, prepare))
 
     def __enter__(self) -> Workers:
         return self
@@ -80,9 +82,12 @@ class Workers:
         return [future.result() for future in futures]
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
+def _begin(folder: Path, prepare: Callable[[Pipeline], None] | None) -> None:
     torch.set_num_threads(1)
-    _own.append(build_pipeline(folder, **settings))
+    pipeline = build_pipeline(folder)
+    if prepare is not None:
+        prepare(pipeline)
+    _own.append(pipeline)
 
 
 def _run(task: Callable[[Pipeline, Any], Result], case: Any) -> Result:

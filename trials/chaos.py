@@ -29,7 +29,7 @@ from rich.progress import Progress
 from client.benchmark import PROMPTS, server_metrics
 from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
-from longlive_serve.protocol import ASAP
+from longlive_serve.options import ASAP
 from trials.cluster import Cluster
 from trials.command import attempt
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Self
 
 from client.probe import probe
-from longlive_serve.protocol import SESSION_HEADER, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import SESSION_HEADER
 from longlive_serve.server import TritonServer
 
 PROBE_S = 5.0  # a model that gives no answer for this long is dead

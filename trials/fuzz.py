@@ -33,7 +33,8 @@ from client.errors import UnavailableError
 from client.probe import probe
 from client.record import write_record
 from client.video_stream import VideoStream
-from longlive_serve.protocol import INPUTS, MAX_PROMPT_BYTES, ServeError
+from longlive_serve.errors import ServeError
+from longlive_serve.protocol import INPUTS, MAX_PROMPT_BYTES
 from longlive_serve.server import TritonServer
 from trials.command import attempt
 
@@ -61,6 +62,7 @@ HOSTILE_JSON = (
     "[]", "null", '{"pace": 3}', '{"pace": "warp"}', '{"fps": 0}', '{"fps": 1e999}', '{"zoom": 1}', '{"token": "x"}',
     '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}', '{"on_switch": true}', "[" * 9000,
     '{"global_sink": null}', '{"fps": 99999999999999999999999999}', '{"pace": NaN}',
+    '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
 )  # fmt: skip
 HOSTILE_NUMBERS = (-1, -(2**31), 2**31 - 1, 7)
 DTYPES = (np.int8, np.int32, np.int64, np.uint8, np.float32, np.float64, np.bool_, np.object_)

@@ -24,7 +24,8 @@ from typing import Any
 from client.benchmark import PROMPTS, summary
 from client.record import write_record
 from client.viewer import Watching, watch_together
-from longlive_serve.protocol import ASAP, MODEL_NAME, Options
+from longlive_serve.options import ASAP, Options
+from longlive_serve.protocol import MODEL_NAME
 from longlive_serve.server import TritonServer
 from trials.command import attempt
 

@@ -14,8 +14,10 @@ from typing import Any
 from longlive_serve.bench.text import PROMPTS
 from longlive_serve.bench.timing import spread
 from longlive_serve.config import FPS, ServeConfig
+from longlive_serve.errors import ServeError
+from longlive_serve.options import REALTIME, Options
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import REALTIME, FrameChunk, Options, Request, ServeError
+from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.scheduler import CHUNK_FRAMES, SECOND, Scheduler
 from longlive_serve.service import VideoService
 from longlive_serve.stream import Encode

@@ -41,7 +41,7 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     from longlive_serve.engines.graph_engine import GraphDiT, GraphTextEncoder, GraphVAEDecoder
     from longlive_serve.engines.interface import DiT, Engines, VAEDecoder
     from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
-    from longlive_serve.weights import fingerprint, load_network, load_tokenizer
+    from longlive_serve.weights import adapters_of, fingerprint, load_network, load_tokenizer
 
     sizes, variant, device = config.network, config.variant, config.device
     if device == AUTO:
@@ -51,13 +51,16 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
 
     def network(name: str) -> Any:
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
-        return (load or load_network)(name, sizes, config.weights, device, getattr(torch, dtype))
+        where = (name, sizes, config.weights, device, getattr(torch, dtype))
+        return load(*where) if load else load_network(*where, adapters=adapters, use_ema=config.use_ema)
 
     def graphs(name: str) -> dict[str, Graph]:
         folder = Path(folders[backends[name]])
-        weights = fingerprint(name, config.weights)  # none: what has been exported needs no checkpoints
+        # None is fine: what has been exported needs no checkpoints.
+        weights = fingerprint(name, config.weights, adapters, config.use_ema)
         return open_graphs(name, backends[name], folder, sizes, variant, device, config.dtype, weights)
 
+    adapters = adapters_of(config)
     tokenizer, slots = load_tokenizer(sizes, config.weights), config.slots
     text_encoder = (
         TorchTextEncoder(network(TEXT_ENCODER), tokenizer)

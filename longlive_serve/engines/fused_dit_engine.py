@@ -6,6 +6,7 @@ Built by `build_engines`. Tested against the torch engine; without a GPU its ker
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -29,22 +30,33 @@ COMMIT = -1  # the step of a commit or recache
 class FusedDiT:
     """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come."""
 
-    @torch.no_grad()
     def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str, fp8: bool) -> None:
-        """Raises ValueError for a quantized network, and for FP8 where the device has none."""
-        weight = network.patch_embedding.weight
-        check_kernels(weight.device)
-        check(network, fp8, weight.device, weight.dtype)
-        self.dtype, self.relative = weight.dtype, variant == "infinity"
-        self.network = FusedCausalDiT(network, fp8, fastest_attention(config, weight.device, weight.dtype))
-        self.cache = KVCache(config, slots, weight.device, weight.dtype)
+        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
+        device, self.dtype = network.patch_embedding.weight.device, network.patch_embedding.weight.dtype
+        self.relative, self.fp8 = variant == "infinity", fp8
+        self.attend = fastest_attention(config, device, self.dtype)
+        self.cache = KVCache(config, slots, device, self.dtype)
         grid = config.latent_height // PATCH, config.latent_width // PATCH
-        self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, weight.device)
-        timesteps = NoiseSchedule(weight.device).timesteps
+        self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
+        self._take(network)
+
+    def with_network(self, network: CausalDiT) -> FusedDiT:
+        """As `Exchangeable.with_network`. Takes the network's weights."""
+        other = copy.copy(self)
+        other._take(network)
+        return other
+
+    @torch.no_grad()
+    def _take(self, network: CausalDiT) -> None:
+        device = network.patch_embedding.weight.device
+        check_kernels(device)
+        check(network, self.fp8, device, self.dtype)
+        self.network = FusedCausalDiT(network, self.fp8, self.attend)
+        timesteps = NoiseSchedule(device).timesteps
         levels = [*timesteps, torch.zeros_like(timesteps[0])]
         self.modulations = [self.network.modulation(level) for level in levels]
         """Of the denoising steps, and that of a commit last."""
-        self.graphs = CudaGraphs(weight.device)
+        self.graphs = CudaGraphs(device)
 
     def embed_prompt(self, embeds: Tensor) -> PromptKV:
         prompt = self.network.embed_prompt(embeds.to(self.dtype))

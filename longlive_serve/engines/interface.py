@@ -8,13 +8,14 @@ belongs to one thread. B is 1 everywhere: sessions take turns at chunk borders.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longlive_serve.kv_cache import Placement
+from longlive_serve.models.causal_dit import CausalDiT
 
 PromptKV = tuple[Tensor, ...]
 """Cross-attention keys and values of every layer, each [layers, 1, heads, rows, head_dim], and what else an engine's
@@ -65,6 +66,15 @@ class DiT(Protocol):
 
         With one chunk this is a chunk's commit, with the chunks of `Window.recache` it is a recache.
         """
+        ...
+
+
+@runtime_checkable
+class Exchangeable(DiT, Protocol):
+    """A DiT whose weights can be others for sessions to come."""
+
+    def with_network(self, network: CausalDiT) -> Exchangeable:
+        """The same engine, on the same cache, with other weights; this one goes on beside it."""
         ...
 
 

@@ -6,6 +6,7 @@ Built by `build_engines`. The reference engine: the others are tested against it
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ class TorchDiT:
     def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
         timesteps = self.clean_timestep.expand(clean.shape[:2])
         self.network(clean, timesteps, prompt_kv, self._view(slot, placement), commit=True)
+
+    def with_network(self, network: CausalDiT) -> TorchDiT:
+        """As `Exchangeable.with_network`."""
+        other = copy.copy(self)
+        other.network = network
+        return other
 
     def _view(self, slot: int, placement: Placement) -> CacheView:
         return CacheView(*self.cache.slot(slot), self.tables, placement, self.relative)

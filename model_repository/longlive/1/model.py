@@ -12,9 +12,10 @@ import triton_python_backend_utils as pb  # part of Triton's Python backend
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
+from longlive_serve.errors import ServeError
 from longlive_serve.logs import set_up
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import CLIENT_HEADER, FrameChunk, Request, ServeError
+from longlive_serve.protocol import CLIENT_HEADER, FrameChunk, Request
 from longlive_serve.service import VideoService
 from longlive_serve.termination import on_sigterm
 from longlive_serve.triton_metrics import TritonMetrics

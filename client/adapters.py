@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes the LoRA adapters of a server while it runs: `python -m client.adapters style.safetensors=0.8`.
+
+Sessions that begin later have them; those that are live go on as they are. The adapters named replace those named
+before; none at all takes them away. The files lie in the server's `adapters_dir`; the token is its `admin_token`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from client.channel import DEFAULT_URL, Tls, add_tls_arguments, tls_from
+from client.probe import ask
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
+from longlive_serve.protocol import Request
+
+TOKEN_VARIABLE = "LONGLIVE_ADMIN_TOKEN"
+
+
+def set_adapters(
+    url: str, adapters: Mapping[str, float], token: str, timeout_s: float = 600.0, tls: Tls | None = None
+) -> str:
+    """Give sessions to come these adapters (file names, with scales); returns when they are in force, with their names.
+
+    Raises ServeError when the server refuses, and ConnectionError when no answer comes within `timeout_s`.
+    """
+    options = Options(adapters=dict(adapters), token=token)
+    return ask(url, Request(session_id="adapters", start=True, end=True, options=options), timeout_s, tls)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m client.adapters", description=__doc__)
+    text = "a file in the server's adapters_dir, with its scale if that is not 1"
+    parser.add_argument("adapters", nargs="*", metavar="FILE[=SCALE]", help=text)
+    parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
+    text = f"the server's admin_token (default: what the environment has as {TOKEN_VARIABLE})"
+    parser.add_argument("--token", default=os.environ.get(TOKEN_VARIABLE, ""), help=text)
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: %(default)g")
+    add_tls_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        adapters = dict(map(_adapter, args.adapters))
+        print(set_adapters(args.url, adapters, args.token, args.timeout, tls_from(parser, args)))
+    except (ServeError, ConnectionError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    name, equals, scale = text.partition("=")
+    try:
+        return name, float(scale) if equals else 1.0
+    except ValueError:
+        raise ValueError(f"{text}: got scale {scale!r}, expected a number") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts published weights to one folder: `python -m export.convert --weights FOLDER --out FOLDER`.
+
+What comes out: a .safetensors file per network (text encoder, DiT with its LoRA adapters merged, VAE decoder, tiny
+decoder if there is one) in one dtype, the tokenizer, and config.json, which says what all of it was made of. It is a
+folder for `weights` in serve.toml like the one that went in, and loads as the same networks.
+
+Every file is there whole or not at all. Interrupted, the same command goes on; files that are there and were made of
+the same sources stay, and anything else is never overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from export.converted_folder import (
+    FORMAT,
+    MADE_BY,
+    RECORD,
+    check_folder,
+    copy_folder,
+    is_copied,
+    is_there,
+    write_record,
+)
+from export.tensor_writer import DTYPES, size_of, write_tensors
+from longlive_serve.checkpoint import MADE_OF, Checkpoint
+from longlive_serve.checkpoint_files import files_of, sha256
+from longlive_serve.config import DIT, NETWORKS, PRESETS, TINY_DECODER, ServeConfig
+from longlive_serve.lora import rank_of
+from longlive_serve.weights import adapters_of, load_tokenizer
+from longlive_serve.weights_folder import (
+    CONVERTED_FILE,
+    CONVERTED_TOKENIZER_FOLDER,
+    QUANTIZED,
+    find,
+    folder_of,
+    tokenizer_folder,
+)
+
+OnBytes = Callable[[str, int], None]
+EXAMPLES = """
+examples:
+  # The layout of the reference: FOLDER/wan_models/Wan2.1-T2V-1.3B and FOLDER/longlive_models/models, whose lora.pt is
+  # merged into the DiT.
+  python -m export.convert --weights FOLDER --out weights/longlive
+
+  # An adapter of your own on top, at 80 %; files that are named replace that default, so name lora.pt as well.
+  python -m export.convert --weights FOLDER --out weights/style \\
+      --lora FOLDER/longlive_models/models/lora.pt style.safetensors=0.8
+
+  # The demo network, in float32.
+  python -m export.convert --preset demo --weights model_repository/longlive/1/demo --dtype float32 --out weights/demo
+
+then, in serve.toml: weights = "weights/longlive" and no `lora`, as it is merged; or first quantize what came out:
+  python -m quantization.quantize --config serve.toml --recipe fp8 --out weights/fp8
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A network on its way."""
+
+    checkpoint: Checkpoint
+    shapes: dict[str, torch.Size]
+    """Of its tensors, in the order in which they come."""
+    name: str
+    """Of the file to be written."""
+
+
+def convert(
+    config: ServeConfig,
+    parts: Sequence[Part],
+    dtype: torch.dtype,
+    out: Path,
+    on_bytes: OnBytes = lambda what, count: None,
+) -> int:
+    """Write `parts` and the tokenizer to the folder `out`; returns how many of these were there already.
+
+    `on_bytes` hears what is being worked on, and how many bytes more of all `work` are done. Raises ValueError rather
+    than overwrite anything that this has not written.
+    """
+    tokenizer, copy = tokenizer_folder(Path(config.weights)), out / CONVERTED_TOKENIZER_FOLDER
+    load_tokenizer(config.network, config.weights)  # whether it is one
+    check_folder(config, out, sum(size_of(part.shapes, dtype) for part in parts))
+    made = {part.name: _made_of(part, config, dtype, on_bytes) for part in parts}
+    there = {part.name for part in parts if is_there(out / part.name, made[part.name])}
+    copied = is_copied(tokenizer, copy)
+    out.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        if part.name in there:
+            on_bytes(part.name, size_of(part.shapes, dtype))
+            continue
+        about = {MADE_OF: json.dumps(made[part.name]), "format": "pt"}
+        said = functools.partial(on_bytes, part.name)
+        write_tensors(out / part.name, part.shapes, part.checkpoint.tensors(), dtype, about, said)
+    if not copied:
+        copy_folder(tokenizer, copy)
+    if len(there) < len(parts) or not copied or not (out / RECORD).exists():
+        write_record(config, out, made)
+    return len(there) + copied
+
+
+def parts_of(config: ServeConfig) -> list[Part]:
+    """The networks in the folder of `config`, each checked against its sizes. Raises ValueError."""
+    if folder_of(config.weights) is None:
+        raise ValueError(f"weights: got {config.weights!r}, expected a folder of weights to convert")
+    adapters = adapters_of(config)
+    parts = []
+    for name in (*NETWORKS, TINY_DECODER):
+        file = find(name, config.weights)
+        assert file is not None
+        if name == TINY_DECODER and not file.path.exists():
+            continue
+        if file.kind == QUANTIZED:
+            raise ValueError(f"{file.path}: got quantized weights, expected others: convert first, then quantize")
+        of_dit: dict[str, Any] = {"adapters": adapters, "use_ema": config.use_ema} if name == DIT else {}
+        checkpoint = Checkpoint(name=name, config=config.network, file=file, **of_dit)
+        checkpoint.tensors()  # checks them all, and reads none yet
+        shapes = {key: tensor.shape for key, tensor in checkpoint.state().items()}
+        parts.append(Part(checkpoint=checkpoint, shapes=shapes, name=CONVERTED_FILE.format(name)))
+    return parts
+
+
+def work(parts: Sequence[Part], dtype: torch.dtype) -> int:
+    """The bytes of which `on_bytes` hears in all: those to hash and those to write."""
+    sources = [path for part in parts for path in _sources(part.checkpoint)]
+    return sum(path.stat().st_size for path in sources) + sum(size_of(part.shapes, dtype) for part in parts)
+
+
+def _sources(checkpoint: Checkpoint) -> list[Path]:
+    return [*files_of(checkpoint.file.path), *(adapter.path for adapter in checkpoint.adapters)]
+
+
+def _made_of(part: Part, config: ServeConfig, dtype: torch.dtype, on_bytes: OnBytes) -> dict[str, Any]:
+    """What a file is made of; equal ones make equal files."""
+
+    def hashed(path: Path) -> str:
+        return sha256(path, lambda count: on_bytes(f"{path.name} (hash)", count))
+
+    checkpoint, folder = part.checkpoint, Path(config.weights)
+    sources = [
+        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": hashed(path)}
+        for path in files_of(checkpoint.file.path)
+    ]
+    lora: list[dict[str, Any]] = list(checkpoint.origin().get("lora", ()))  # of a folder converted before
+    for adapter in checkpoint.adapters:
+        facts = {"scale": adapter.scale, "alpha": adapter.alpha or float(rank_of(adapter)), "rank": rank_of(adapter)}
+        lora.append({"file": adapter.path.name, "sha256": hashed(adapter.path)} | facts)
+    return {
+        "made_by": MADE_BY,
+        "format": FORMAT,
+        "preset": config.preset,
+        "dtype": str(dtype).removeprefix("torch."),
+        "sources": sources,
+        "lora": lora,
+        "use_ema": checkpoint.use_ema,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.convert",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog=EXAMPLES,
+    )
+    text = "what to convert, in any layout that `weights` in serve.toml may have"
+    parser.add_argument("--weights", metavar="FOLDER", required=True, help=text)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to; it may exist")
+    text = "adapters to merge into the DiT (default: lora.pt beside longlive_base.pt, if it is there)"
+    parser.add_argument("--lora", nargs="+", metavar="FILE[=SCALE]", default=[], help=text)
+    text = "that the adapters were trained with (default: their rank)"
+    parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", default=0.0, help=text)
+    parser.add_argument("--use-ema", action="store_true", help="the averaged weights of longlive_base.pt")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", choices=names, default="bfloat16", help="default: %(default)s, as the reference")
+    text = "sizes of the networks (default: %(default)s)"
+    parser.add_argument("--preset", choices=list(PRESETS), default="longlive-1.3b", help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        config = ServeConfig(
+            preset=arguments.preset,
+            weights=arguments.weights,
+            lora=", ".join(arguments.lora),
+            lora_alpha=arguments.lora_alpha,
+            use_ema=arguments.use_ema,
+        )
+        dtype = getattr(torch, arguments.dtype)
+        parts = parts_of(config)
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("looking at the files", total=work(parts, dtype))
+
+            def on_bytes(what: str, count: int) -> None:
+                bar.update(task, description=what, advance=count)
+
+            skipped = convert(config, parts, dtype, arguments.out, on_bytes)
+    except ValueError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"convert: {error}; the same command goes on where it stopped", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert: stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    for name, file in json.loads((arguments.out / RECORD).read_text())["files"].items():
+        print(f"{file['bytes'] / 1e6:10.1f} MB  {arguments.out / name}")
+    print(f"{skipped} were there already" if skipped else "all were written anew")
+    print(f'serve it with  preset = "{config.preset}", weights = "{arguments.out.absolute()}"  in a serve.toml')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes the LoRA adapters of sessions to come while others are live.
+
+Used by the service's worker. A thread of its own merges the weights; the worker takes the result between two chunks.
+A session keeps the DiT that it began with, which goes when its last session has gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hmac
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from longlive_serve.config import DIT, ServeConfig
+from longlive_serve.engines.interface import Exchangeable
+from longlive_serve.errors import ServeError
+from longlive_serve.lora import Adapter
+from longlive_serve.models.causal_dit import CausalDiT
+from longlive_serve.options import Options
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.stream import Sink, notice_chunk
+from longlive_serve.weights import adapters_of, load_network
+
+log = logging.getLogger(__name__)
+
+
+class Adapters:
+    """The adapters of sessions to come: those of the settings, and on top those that were asked for last."""
+
+    def __init__(self, pipeline: Pipeline, config: ServeConfig, wake: Callable[[], None]) -> None:
+        """`wake` is called from another thread when there is something for `apply`."""
+        self._pipeline, self._config, self._wake = pipeline, config, wake
+        self._asked: Sink | None = None
+        """Waits for what is being loaded."""
+        self._loaded: CausalDiT | ServeError | None = None
+        self._said = ""
+
+    def change(self, options: Options, sink: Sink) -> None:
+        """Begin to load; the answer goes to `sink` when it is done. Raises ServeError for what cannot be done."""
+        config, wanted, dit = self._config, options.adapters or {}, self._pipeline.engines.dit
+        if not config.adapters_dir:
+            raise ServeError(ServeError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
+        if not hmac.compare_digest(config.admin_token.encode(), (options.token or "").encode()):
+            raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: expected the admin_token of the server's settings")
+        if not isinstance(dit, Exchangeable):
+            text = f"OPTIONS.adapters: got engine {self._pipeline.engines.name}, expected torch or fused for the DiT"
+            raise ServeError(ServeError.INVALID_REQUEST, text)
+        if self._asked is not None:
+            raise ServeError(ServeError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
+        adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in wanted.items()]
+        scales = [f"{name}={scale:g}" for name, scale in wanted.items()]
+        self._said = ", ".join(scales) or "none but those of the settings"
+        self._asked = sink
+        threading.Thread(target=self._load, args=(adapters, dit.dtype), name="longlive-adapters", daemon=True).start()
+
+    def apply(self) -> None:
+        """Take what has been loaded, if something has, and answer."""
+        sink, loaded = self._asked, self._loaded
+        if loaded is None or sink is None:
+            return
+        self._asked = self._loaded = None
+        if isinstance(loaded, ServeError):
+            sink.fail(loaded)
+            return
+        engines = self._pipeline.engines
+        assert isinstance(engines.dit, Exchangeable)
+        self._pipeline.engines = dataclasses.replace(engines, dit=engines.dit.with_network(loaded))
+        log.info("adapters of sessions to come: %s", self._said)
+        sink.send(notice_chunk(self._config.network.video_size, f"adapters: {self._said}"), final=True)
+
+    def abandon(self, error: ServeError) -> None:
+        """Answer whoever waits with `error`; what is loaded still is not taken."""
+        if self._asked is not None:
+            self._asked.fail(error)
+            self._asked = None
+
+    def _file(self, name: str) -> Path:
+        folder = Path(self._config.adapters_dir)
+        if name != Path(name).name or not (folder / name).is_file():
+            there = sorted(path.name for path in folder.glob("*") if path.is_file())
+            raise ServeError(ServeError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {there}")
+        return folder / name
+
+    def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
+        """In the thread."""
+        config, device = self._config, self._pipeline.engines.device
+        what = (DIT, config.network, config.weights, device, dtype)
+        try:
+            together = [*adapters_of(config), *adapters]
+            self._loaded = load_network(*what, adapters=together, use_ema=config.use_ema)
+        except ValueError as error:
+            self._loaded = ServeError(ServeError.INVALID_REQUEST, str(error))
+        except Exception as error:  # the border of the thread
+            log.exception("adapters failed")
+            self._loaded = ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}")
+        self._wake()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of tensors, memory-mapped: torch's, safetensors, sharded safetensors; and what is wrong with one that is none.
+
+Called by `checkpoint` and `lora`. It knows no networks, and nothing is ever unpickled beyond plain tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+INDEX = ".index.json"  # ends the name of the file that says which shard holds which tensor
+PIECE = 512 * 1024 * 1024  # bytes
+MOST_LISTED = 20  # problems in one message
+
+
+def read_tensors(path: Path, keys: Sequence[str] = (), required: bool = False) -> dict[str, Tensor]:
+    """All tensors of a file, or of the shards that an index names: they lie in the mapped file and are not read yet.
+
+    A torch file may hold several dicts of tensors: it is the first of `keys` that is there, else (unless `required`)
+    the file's own dict. Raises ValueError that names the file, what it is and what to do.
+    """
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
+    state = _open(path)
+    names = list(state) if isinstance(state, Mapping) else [type(state).__name__]
+    key = next((key for key in keys if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)), None)
+    if key is not None:
+        state = state[key]
+    elif required:
+        raise ValueError(f"{path}: got {listed(names)}, expected the key {' or '.join(keys)}")
+    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        expected = "".join(f"the key {key}, or " for key in keys)
+        raise ValueError(f"{path}: got {listed(names)}, expected {expected}tensors alone by name")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold the tensors: `path` itself, or the shards that it is the index of. Raises ValueError."""
+    return [path] if not path.name.endswith(INDEX) else sorted({path.parent / name for name in _index(path).values()})
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether `read_tensors` maps the file; torch's format of before 2020 (1.6) has to be read at once."""
+    return all(part.suffix == ".safetensors" or zipfile.is_zipfile(part) for part in files_of(path))
+
+
+def streamed(read: Callable[[], dict[str, Tensor]], mapped: bool) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of what `read` gives; who takes them keeps none.
+
+    What has been read of a mapped file counts as this process's memory until the file is closed: `read` opens it anew
+    after every 512 MiB.
+    """
+    state, seen = read(), 0
+    for name in list(state):
+        if mapped and seen > PIECE:
+            state, seen = {}, 0
+            state = read()
+        seen += state[name].nbytes
+        yield name, state[name]
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says about itself. Raises ValueError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:  # OSError and the library's own
+        raise ValueError(f"{path}: cannot be read as tensors: {_why(path, error)}") from None
+
+
+def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Of the file's bytes; `on_bytes` hears how many more have been read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(16 * 1024 * 1024):
+            digest.update(piece)
+            on_bytes(len(piece))
+    return digest.hexdigest()
+
+
+def listed(things: Sequence[str], between: str = ", ") -> str:
+    """The things one after the other, the first of very many."""
+    more = len(things) - MOST_LISTED
+    return between.join(map(str, things[:MOST_LISTED])) + (f"{between}and {more} more" if more > 0 else "")
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
+    except Exception as error:  # each format has its own kinds
+        raise ValueError(f"{path}: cannot be read as tensors: {_why(path, error)}") from None
+
+
+def _index(path: Path) -> dict[str, str]:
+    """The shard of each tensor."""
+    try:
+        shards: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
+        if any(Path(name).name != name for name in shards.values()):
+            raise ValueError("a shard is not in the same folder")
+    except OSError:
+        raise ValueError(f"{path}: no such file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an index of shards: {type(error).__name__}: {error}. Fetch it again") from None
+    return shards
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    shards = _index(path)
+    names = sorted(set(shards.values()))
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise ValueError(
+            f"{path}: got {len(names) - len(missing)} of {len(names)} shards, missing {listed(missing)}: "
+            "expected all of them beside it. Fetch those"
+        )
+    states = {name: read_tensors(path.parent / name) for name in names}
+    if absent := [name for name, shard in shards.items() if name not in states[shard]]:
+        raise ValueError(f"{path}: its shards do not hold {listed(absent)}, expected what it says. Fetch all of them")
+    return {name: states[shard][name] for name, shard in shards.items()}
+
+
+def _why(path: Path, error: Exception) -> str:
+    """What is wrong with a file that cannot be read, and what to do."""
+    with path.open("rb") as file:
+        size, head = path.stat().st_size, file.read(64)
+    first_line = str(error).partition("\n")[0][:300]
+    what, todo = f"{type(error).__name__}: {first_line}", "Expected a file of tensors; fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        what, todo = "it is a pointer of git-lfs", "Fetch the file itself: git lfs pull"
+    elif head[:1] == b"<":
+        what, todo = "it is a web page", "Fetch the file itself"
+    elif path.suffix == ".safetensors":
+        expected = _safetensors_bytes(path)
+        if size < expected:
+            what, todo = f"it is cut off: got {size} bytes, expected {expected}", "Fetch it again"
+    elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        what, todo = f"it is cut off: got {size} bytes without the end of torch's archive", "Fetch it again"
+    elif found := re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]+)", str(error)):
+        what = f"it holds code or objects ({found[1] or found[2]}), of which nothing was run; expected tensors alone"
+        todo = "Fetch it from its source, or save its tensors alone with torch.save"
+    return f"{what}. {todo}"
+
+
+def _safetensors_bytes(path: Path) -> int:
+    """How long the file says that it is; as far as it can be told."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8).ljust(8, b"\0"), "little")
+        header = file.read(min(length, 100_000_000))
+    try:
+        entries = json.loads(header)
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+        return 8 + length + max(ends)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 8 + length if 0 < length <= 100_000_000 else 8

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Can this machine serve? `python -m longlive_serve.doctor` looks at what is installed, the GPU, the machine, the
+settings and the memory that they take, and says of all that is not well what to do.
+
+It loads no network and changes nothing. Exit code 0: a server would start; 1: something stands in the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longlive_serve.config import AUTO, ServeConfig
+from longlive_serve.doctor import engines, gpu, machine, memory, settings, software
+from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Section, lines_of, paint, wrap
+from longlive_serve.doctor.ports import ports
+from longlive_serve.server import DEFAULT_CONFIG, DEFAULT_PORTS
+
+WIDEST = 118
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that was found."""
+
+    sections: Sequence[Section]
+    can_serve: bool
+    summary: str
+    memory: dict[str, Any] | None
+    """`sizing.ServerMemory` in bytes; None: the settings cannot be read."""
+
+
+def examine(path: Path, host: str, wanted: Mapping[str, int]) -> Report:
+    """`path`: the settings file; `wanted`: the ports by name."""
+    config, read = settings.read(path)
+    asked = config.device if config else AUTO
+    gpus = gpu.find_gpus()
+    used = gpu.used_gpu(gpus, asked)
+    device = ("cuda" if used and software.torch_cuda() else "cpu") if asked == AUTO else asked.partition(":")[0]
+    planned = "cuda" if used else device  # when PyTorch for CUDA is there as well
+    here = engines.here(device, used)
+    sections = [
+        Section("Software", software.software()),
+        Section("Triton Inference Server", software.triton_server()),
+        Section("GPU", gpu.gpu_findings(gpus, used, asked)),
+        Section("Engines", engines.engine_findings(here, device)),
+        Section("Machine", [*machine.findings(config), *ports(host, wanted)]),
+    ]
+    title, choice, needs = f"Settings: {path}", {}, None
+    if config is None:
+        sections.append(Section(title, [read]))
+    else:
+        choice = engines.chosen(config)
+        findings = [read, *engines.chosen_findings(config, choice, here, device, used)]
+        sections.append(Section(title, findings + settings.files(config, choice, used)))
+        found = memory.memory_findings(config, choice, planned, used, machine.usable_memory())
+        sections.append(Section("Memory", found))
+        needs = dataclasses.asdict(memory.needed(config, choice, planned))
+    can_serve, summary = _summary(sections, config, choice, device)
+    return Report(sections=sections, can_serve=can_serve, summary=summary, memory=needs)
+
+
+def _summary(
+    sections: Sequence[Section], config: ServeConfig | None, choice: Mapping[str, str], device: str
+) -> tuple[bool, str]:
+    """Whether it can serve, and with what, or why not."""
+    findings = [finding for section in sections for finding in section.findings]
+    problems = [finding for finding in findings if finding.level == PROBLEM]
+    if problems or config is None:
+        return False, "cannot serve here: " + "; ".join(
+            f"{one.subject}: {textwrap.shorten(one.found, 60, placeholder='...')}" for one in problems
+        )
+    others = [(sum(one.level == level for one in findings), level) for level in (WARNING, NOTE)]
+    counts = ", ".join(f"{count} {level}{'s' * (count > 1)}" for count, level in others if count)
+    what = f"preset {config.preset} with {' and '.join(dict.fromkeys(choice.values()))}"
+    return True, f"can serve here: {what} on the {'CPU' if device == 'cpu' else 'GPU'}" + (counts and f" ({counts})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m longlive_serve.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "serve.toml (default: the shipped one, the demo network)"
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="TOML", help=text)
+    parser.add_argument("--host", default="127.0.0.1", help="that the server is to listen on (default: %(default)s)")
+    default = ",".join(str(port) for port in DEFAULT_PORTS.values())
+    text = f"of {', '.join(DEFAULT_PORTS)}, which it is to listen on; 0: a free one (default: %(default)s)"
+    parser.add_argument("--ports", default=default, metavar="N,N,N", help=text)
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    args = parser.parse_args(argv)
+    numbers = args.ports.split(",")
+    if len(numbers) != len(DEFAULT_PORTS) or not all(number.isdecimal() for number in numbers):
+        parser.error(f"--ports: got {args.ports}, expected {len(DEFAULT_PORTS)} numbers with commas between them")
+    report = examine(args.config.absolute(), args.host, dict(zip(DEFAULT_PORTS, map(int, numbers), strict=True)))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        _show(report)
+    return 0 if report.can_serve else 1
+
+
+def _show(report: Report) -> None:
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
+    for line in lines_of(report.sections, width, colours):
+        print(line)
+    level = OK if report.can_serve else PROBLEM
+    first, *others = wrap(f"{level}: {report.summary}", width, 2)
+    print("\n".join([first.replace(level, paint(level), 1) if colours else first, *others]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the settings take of the device's memory, and how many sessions fit, by `sizing.py`.
+
+Called by the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from longlive_serve.config import (
+    AUTO,
+    DECODERS,
+    DIT,
+    FUSED,
+    NETWORKS,
+    ONNXRUNTIME,
+    PRESETS,
+    RANDOM_WEIGHTS,
+    TENSORRT,
+    TEXT_ENCODER,
+    TINY,
+    TINY_DECODER,
+    TORCH,
+    VAE_DECODER,
+    ServeConfig,
+)
+from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.gpu import MIB, Gpu
+from longlive_serve.engines.graph_files import Manifest
+from longlive_serve.sizing import ServerMemory, parameters, server_memory
+from longlive_serve.triton_install import PACKAGE_PARENT
+
+MEASURED = PACKAGE_PARENT / "results" / "gpu.json"
+SECTION = "longlive_serve.bench"
+COMMON_GPUS = {  # what their drivers say that they have
+    "H200": 143771 * MIB,
+    "H100 80 GB": 81559 * MIB,
+    "L40S": 46068 * MIB,
+    "RTX 4090": 24564 * MIB,
+}
+MANY = 1000
+FULL = PRESETS["longlive-1.3b"]
+MEASURE = "how many it keeps up with, the benchmark tells: python -m longlive_serve.bench"
+SHORT = {TEXT_ENCODER: "text encoder", DIT: "DiT", VAE_DECODER: "VAE decoder", TINY_DECODER: "tiny decoder"}
+
+
+def precision(config: ServeConfig, choice: Mapping[str, str], device: str) -> str:
+    """What the DiT and its cache are held in, as `build_engines` decides it."""
+    if config.dtype != AUTO:
+        return config.dtype
+    default = "float32" if device == "cpu" else "bfloat16"
+    folder = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}.get(choice.get(DIT, TORCH), "")
+    with contextlib.suppress(ValueError, KeyError):  # told where files are looked for
+        return Manifest.read(Path(folder)).graphs[DIT].dtype if folder else default
+    return default
+
+
+def needed(config: ServeConfig, choice: Mapping[str, str], device: str) -> ServerMemory:
+    return server_memory(
+        config.network,
+        dtype=precision(config, choice, device),
+        decoder=config.decoder,
+        fused_dit=choice.get(DIT) == FUSED,
+        fused_decoder=choice.get(VAE_DECODER) == FUSED,
+        fp8=config.fp8,
+        on_cuda=device != "cpu",
+    )
+
+
+def memory_findings(
+    config: ServeConfig, choice: Mapping[str, str], device: str, gpu: Gpu | None, main: float
+) -> list[Finding]:
+    """`gpu`: the one that would be used; `main`: bytes of main memory that may be."""
+    memory = needed(config, choice, device)
+    kind = "FP8 and " * config.fp8 + precision(config, choice, device)
+    parts = ", ".join(f"{SHORT[name]} {size(count)}" for name, count in memory.networks.items())
+    session = memory.session
+    held = (
+        f"KV cache {size(session.kv_slot)}, prompt {size(session.prompt_kv)}, "
+        f"decoder's cache {size(session.decoder_cache)}, latents {size(session.latents)}"
+    )
+    findings = [
+        Finding(OK, "networks", f"{size(sum(memory.networks.values()))} in {kind}: {parts}"),
+        Finding(OK, "a session", f"{size(session.total)}: {held}"),
+    ]
+    if gpu is not None:
+        findings.append(_slots(config, memory, gpu.memory, gpu.name))
+        findings += _loading(config, choice, main)
+        findings.append(_by_compute(config, gpu))
+    elif device == "cpu":
+        findings.append(_slots(config, memory, int(main), "main memory"))
+        text = "fewer than fit: the server measures when it starts how many it keeps up with, and admits no more"
+        findings.append(Finding(NOTE, "by compute", text, "make bench shows what viewers notice"))
+    return findings if gpu is not None else [*findings, _on_gpus()]
+
+
+def _slots(config: ServeConfig, memory: ServerMemory, there: int, where: str) -> Finding:
+    need, fit = memory.total(config.slots), memory.sessions_in(there)
+    text = (
+        f"{config.slots} slots take {size(need)}, {size(memory.working)} of it to work in, of {size(there)} ({where})"
+    )
+    if need > there:
+        ways = [f"slots = {fit}"] if fit else ["more memory"]
+        if config.decoder != TINY:
+            ways.append('decoder = "tiny"')
+        return Finding(PROBLEM, "by memory", f"{text}: {fit or 'no'} sessions fit", " or ".join(ways))
+    return Finding(OK, "by memory", f"{text}: {fit if fit < MANY else f'more than {MANY}'} sessions fit")
+
+
+def _loading(config: ServeConfig, choice: Mapping[str, str], main: float) -> list[Finding]:
+    """Random weights are made in main memory, in float32; checkpoints are read piece by piece."""
+    made = [name for name in NETWORKS if choice.get(name, TORCH) in (TORCH, FUSED)]
+    need = max((4 * parameters(config.network, name) for name in made), default=0)
+    if config.weights != RANDOM_WEIGHTS or need < main:
+        return []
+    text = f"random weights take {size(need)} of main memory for a while, there are {size(main)}"
+    return [Finding(WARNING, "loading", text, "more memory or swap, or checkpoints")]
+
+
+def _on_gpus() -> Finding:
+    """Sessions of the full size, as no small one fills a GPU."""
+    wan, tiny = (server_memory(FULL, dtype="bfloat16", decoder=decoder) for decoder in DECODERS)
+    fits = ", ".join(
+        f"{name} {wan.sessions_in(there)} ({tiny.sessions_in(there)})" for name, there in COMMON_GPUS.items()
+    )
+    text = f"sessions of {FULL.name} that fit by memory (with the tiny decoder): {fits}"
+    return Finding(NOTE, "on a GPU", text, MEASURE)
+
+
+def _by_compute(config: ServeConfig, gpu: Gpu) -> Finding:
+    try:
+        record = json.loads(MEASURED.read_text())
+        run, kind = record[SECTION], "tiny_vae" if config.decoder == TINY else "full_vae"
+        sessions, row = record[f"live_sessions_{kind}"], run["figures_of"][kind]
+        if run["preset"] != config.preset or sessions is None:
+            raise KeyError(config.preset)
+        text = f"{sessions} live sessions at 16 fps with {row}, measured on {run['hardware']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        text = f"not measured for preset {config.preset}; it may be fewer sessions than fit"
+        return Finding(NOTE, "by compute", text, MEASURE)
+    if not str(run["hardware"]).startswith(gpu.name):
+        return Finding(NOTE, "by compute", f"{text}; here is {gpu.name}", MEASURE)
+    return Finding(OK, "by compute", text)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that cross the wire. Raised by everyone who serves, raised again by the client."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class ServeError(Exception):
+    """An error that crosses the wire as `[kind] message`; the client raises it again under the same kind."""
+
+    INVALID_REQUEST: ClassVar[str] = "invalid_request"
+    FORBIDDEN: ClassVar[str] = "forbidden"
+    RATE_LIMITED: ClassVar[str] = "rate_limited"
+    UNKNOWN_SESSION: ClassVar[str] = "unknown_session"
+    SESSION_EXISTS: ClassVar[str] = "session_exists"
+    FRAME_LIMIT: ClassVar[str] = "frame_limit"
+    CANCELLED: ClassVar[str] = "cancelled"
+    SHUTTING_DOWN: ClassVar[str] = "shutting_down"
+    UNAVAILABLE: ClassVar[str] = "unavailable"
+    INTERNAL: ClassVar[str] = "internal"
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"[{kind}] {message}")
+        self.kind = kind
+        self.message = message
+
+    @classmethod
+    def parse(cls, text: str) -> ServeError:
+        """The error that `text` (an error message off the wire) carries; INTERNAL when it is not one of ours."""
+        kinds = {value for name, value in vars(ServeError).items() if name.isupper()}
+        found = re.search(rf"\[({'|'.join(sorted(kinds))})\] (.*)", text, re.DOTALL)  # Triton may put words before it
+        if found:
+            return cls(found[1], found[2])
+        if "must specify the START flag" in text:  # Triton's own words: it knows no such sequence
+            return cls(cls.UNKNOWN_SESSION, text)
+        return cls(cls.INTERNAL, text)
+
+
+def invalid(message: str) -> ServeError:
+    """The error for a request that is wrong; `message` says what was got and what was expected."""
+    return ServeError(ServeError.INVALID_REQUEST, message)
