@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
-.PHONY: help setup dev demo test check bench bench-engines perf chaos soak fuzz pictures quality onnx quantize evaluate serve doctor clean
+.PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -12,6 +12,7 @@ help:
 	@echo "make check  set up, run the linter and the type checker"
 	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
 	@echo "make bench-engines  set up, measure the engines on this machine's GPU, write results/gpu.json and docs/gpu.png"
+	@echo "make autoscaling  set up, simulate a fleet of GPUs, write results/autoscaling.json and docs/autoscaling.png"
 	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its figures with those of the benchmark"
 	@echo "make chaos, make soak, make fuzz   kill servers, run for half an hour, send wrong requests; into results/serving.json"
 	@echo "make pictures  the demo, and the pictures in docs/ from it"
@@ -20,6 +21,7 @@ help:
 	@echo "make quantize, make evaluate   INT8 and FP8 weights in weights/, what they cost in quality"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
 	@echo "make doctor set up, say whether this machine can serve, how many sessions fit, and what is missing"
+	@echo "make deploy-check  set up, check images, manifests, alerts and dashboards; try the image's layout out"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
 
 setup: $(VENV)/.complete
@@ -32,7 +34,7 @@ $(VENV)/.complete: pyproject.toml
 	@touch $@
 
 $(VENV)/.complete-dev: $(VENV)/.complete
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(DEMO),export,quantization,bench,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(DEMO),export,quantization,bench,deploy,dev]'
 	@touch $@
 
 demo: setup
@@ -51,6 +53,10 @@ bench: dev
 
 bench-engines: dev
 	$(BIN)/python -m longlive_serve.bench --device cuda --json results/gpu.json --plot docs/gpu.png
+
+autoscaling: dev
+	$(BIN)/python -m deploy.simulator --sweep --json results/autoscaling.json --plot docs/autoscaling.png
+	$(BIN)/python -m deploy.capacity --page docs/capacity.md
 
 perf: setup
 	$(BIN)/python -m trials.perf --json results/serving.json
@@ -86,6 +92,10 @@ serve: setup
 
 doctor: setup
 	$(BIN)/python -m longlive_serve.doctor
+
+deploy-check: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deploy-check]'
+	$(BIN)/python -m deploy.check
 
 clean:
 	rm -rf $(VENV)

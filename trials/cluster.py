@@ -20,30 +20,12 @@ from typing import Self
 
 from client.probe import probe
 from longlive_serve.errors import ServeError
-from longlive_serve.protocol import SESSION_HEADER
 from longlive_serve.server import TritonServer
 
 PROBE_S = 5.0  # a model that gives no answer for this long is dead
 POLL_S = 0.5
 
-_HAPROXY = """
-global
-  maxconn 512
-defaults
-  mode http
-  timeout connect 2s
-  timeout client 600s
-  timeout server 600s
-  retries 2
-  option redispatch
-frontend sessions
-  bind 127.0.0.1:{port} proto h2
-  default_backend servers
-backend servers
-  balance hdr({header})
-  hash-type consistent djb2 avalanche
-{servers}
-"""
+PROXY = Path(__file__).parents[1] / "deploy/proxy/haproxy.cfg"  # as in production; the servers stand in a second file
 
 
 class Cluster:
@@ -56,8 +38,10 @@ class Cluster:
         self._haproxy = haproxy
         self._config = config
         self._stack = contextlib.ExitStack()
-        self._ports = _free_ports(servers + 1)
-        self.url = f"127.0.0.1:{self._ports[-1]}"
+        proxy, status, *ports = _free_ports(2 + 2 * servers)
+        self._ports = list(zip(ports[::2], ports[1::2], strict=True))  # gRPC and HTTP of every server
+        self.url = f"127.0.0.1:{proxy}"
+        self._addresses = {"LONGLIVE_PROXY": self.url, "LONGLIVE_PROXY_STATUS": f"127.0.0.1:{status}"}
         self.servers: list[TritonServer] = []
         self.restarts = 0
         self._proxy: subprocess.Popen[bytes] | None = None
@@ -66,20 +50,18 @@ class Cluster:
 
     def __enter__(self) -> Self:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="longlive-cluster-")))
-        ports = self._ports[:-1]
-        lines = [f"  server s{n} 127.0.0.1:{port} proto h2 check inter 500ms" for n, port in enumerate(ports)]
-        text = _HAPROXY.format(port=self._ports[-1], header=SESSION_HEADER, servers="\n".join(lines))
-        self._settings = folder / "haproxy.cfg"
-        self._settings.write_text(text)
+        lines = [f"  server s{n} 127.0.0.1:{grpc} check port {http}" for n, (grpc, http) in enumerate(self._ports)]
+        self._list = folder / "servers.cfg"
+        self._list.write_text("\n".join(["backend servers", *lines, ""]))
         try:
-            for port in ports:
-                self.servers.append(self._start_server(port))
+            for number in range(len(self._ports)):
+                self.servers.append(self._start_server(number))
             self._start_proxy()
             self.wait_until_healthy()
         except BaseException:
             self._stop()
             raise
-        watches = [self._watch_proxy, *(lambda n=n: self._watch_server(n) for n in range(len(ports)))]
+        watches = [self._watch_proxy, *(lambda n=n: self._watch_server(n) for n in range(len(self._ports)))]
         self._supervisors = [threading.Thread(target=watch, daemon=True) for watch in watches]
         for thread in self._supervisors:
             thread.start()
@@ -113,18 +95,19 @@ class Cluster:
                 raise TimeoutError(f"the cluster was not healthy after {timeout_s:g} s")
             time.sleep(POLL_S)
 
-    def _start_server(self, port: int) -> TritonServer:
-        return TritonServer(config=self._config, grpc_port=port, drain_timeout_s=2.0).__enter__()
+    def _start_server(self, number: int) -> TritonServer:
+        grpc, http = self._ports[number]
+        return TritonServer(config=self._config, grpc_port=grpc, http_port=http, drain_timeout_s=2.0).__enter__()
 
     def _start_proxy(self) -> None:
-        self._proxy = subprocess.Popen([self._haproxy, "-db", "-q", "-f", str(self._settings)])
+        command = [self._haproxy, "-db", "-q", "-f", str(PROXY), "-f", str(self._list)]
+        self._proxy = subprocess.Popen(command, env=os.environ | self._addresses)
 
     def _watch_server(self, number: int) -> None:
-        port = self._ports[number]
         while not self._stopping.wait(POLL_S):
             if not _answers(self.servers[number].grpc_url) and not self._stopping.is_set():
                 self.servers[number].kill()
-                self.servers[number] = self._start_server(port)
+                self.servers[number] = self._start_server(number)
                 self.restarts += 1
 
     def _watch_proxy(self) -> None:
