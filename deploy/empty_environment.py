@@ -109,6 +109,7 @@ class Image:
         given = {name: value for name, value in stage.arguments().items() if value}
         python = Path(sys.base_prefix, "bin")  # the one that this environment was made of, as the base image has one
         environment = os.environ | given | {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
+        environment |= {"PIP_QUIET": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environment.pop("VIRTUAL_ENV", None)
         subprocess.run(["sh", "-euc", command], cwd=where, env=environment, check=True)
 

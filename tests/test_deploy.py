@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 import subprocess
 import time
 import tomllib
@@ -498,9 +497,7 @@ def test_every_recording_is_used() -> None:
         assert not rule.record or rule.record in asked or rule.record in adapter, rule.record
 
 
-@pytest.mark.skipif(
-    shutil.which("promtool", path=f"{os.environ['PATH']}:{tools.CACHE}") is None, reason="needs promtool"
-)
+@pytest.mark.skipif(tools.find("promtool") is None, reason="needs promtool")
 def test_promtool_takes_the_rules() -> None:
     promtool = str(tools.find("promtool"))
     where = DEPLOY / "prometheus"

@@ -29,6 +29,9 @@ class GlobalNoise:
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape)
 
+    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
