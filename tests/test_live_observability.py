@@ -50,7 +50,7 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
     assert told["bytes"] == frames_of(chunks).nbytes
     assert told["first_frame_seconds_count"] == told["switch_seconds_count"] == 1
     assert told["slots"] == 2
-    assert told['info{device="cpu",dtype="float32",engine="torch",preset="tiny",variant="base"}'] == 1
+    assert told['info{decoder="wan",device="cpu",dtype="float32",engine="torch",preset="tiny",variant="base"}'] == 1
     phases = {name: value for name, value in told.items() if name.startswith("phase_seconds")}
     assert len(phases) == 4
     assert sum(phases.values()) == pytest.approx(told["chunk_seconds_sum"], rel=0.2)
