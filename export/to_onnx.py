@@ -30,6 +30,7 @@ from longlive_serve.config import AUTO, DIT, NETWORKS, ONNXRUNTIME, NetworkConfi
 from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest, sizes_of
 from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphTensor
 from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
+from longlive_serve.logs import at_level
 from longlive_serve.replay import Case, case_network, read_tensors
 from longlive_serve.server import DEFAULT_CONFIG
 from longlive_serve.weights import adapters_of, fingerprint, load_network, recipe
@@ -172,15 +173,9 @@ def write_graph(graph: ExportableGraph, path: Path) -> int:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages and names, which nobody can act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings(), at_level("torch.onnx", logging.ERROR):
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Flat(nn.Module):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -187,6 +188,7 @@ def test_ctrl_c_shows_what_has_been_measured(
     assert "torch tiny" not in printed.out
     assert "stopped" in printed.err
     assert not json.loads(path.read_text())["longlive_serve.bench"]["complete"]
+    assert logging.getLogger("longlive_serve").level == logging.NOTSET, "whoever runs it in a process goes on logging"
 
 
 def test_a_row_that_fails_leaves_the_others(

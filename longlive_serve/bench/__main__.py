@@ -25,6 +25,7 @@ from longlive_serve.bench.rows import ROWS
 from longlive_serve.bench.run import Run
 from longlive_serve.bench.show import plot, tables
 from longlive_serve.config import AUTO, PRESETS
+from longlive_serve.logs import at_level
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY
 
@@ -60,11 +61,11 @@ class Bar:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a row failed or none could be measured, 130 after Ctrl-C."""
     args = _arguments(argv)
-    logging.getLogger("longlive_serve").setLevel(logging.ERROR)  # late chunks are counted; the bar stays whole
     plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
     rows = [row for row in ROWS if row.name in args.rows]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
+    with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         run = Run(args.preset, args.device, rows, plan, Bar(progress, plan.steps).tell)
         with contextlib.suppress(KeyboardInterrupt):
             run.measure(lambda: write_record(args.json, argv, run.record) if args.json else None)
