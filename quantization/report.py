@@ -99,6 +99,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             )
             alone = _percent(figures["flow_rel_error_of_block_alone"])
             depth.plot(blocks, alone, "x:", color=color, label=f"{name}: the flow, this block alone quantized")
+        if figures["latent_rel_error"]:
             time.plot(seconds, _percent(figures["latent_rel_error_by_chunk"]), color=color, label=name)
         picture.plot(seconds, figures["psnr_db_by_chunk"], color=color, label=name)
     for axes, x, y in (
