@@ -32,6 +32,7 @@ __all__ = ["ServerError", "TritonServer", "main"]
 DEFAULT_REPOSITORY = PACKAGE_PARENT / "model_repository"
 DEFAULT_CONFIG = DEFAULT_REPOSITORY / MODEL_NAME / "1" / "serve.toml"
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "metrics": 8002}
+ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
 EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
 
 
@@ -41,7 +42,7 @@ class TritonServer:
     `config` is the serve.toml that the model reads (default: the one in the repository). A port of 0 is chosen
     freely. On exit, clients have `drain_timeout_s` to leave, and new sessions are refused; then connections break.
     With `tls_cert` and `tls_key` (PEM files) gRPC speaks TLS alone, with `tls_client_ca` only to clients that this
-    authority has signed; Triton's HTTP knows no TLS and then stays on loopback.
+    authority has signed; Triton's HTTP knows no TLS and then answers for health alone.
     Entering raises ServerError, or ValueError for a wrong serve.toml. The `*_url` are `host:port`.
     """
 
@@ -55,7 +56,7 @@ class TritonServer:
         http_port: int = 0,
         metrics_port: int = 0,
         ready_timeout_s: float = 600.0,
-        drain_timeout_s: float = 5.0,
+        drain_timeout_s: float = 10.0,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
         tls_client_ca: Path | None = None,
@@ -176,25 +177,28 @@ class TritonServer:
             f"--grpc-header-forward-pattern={CLIENT_HEADER}",
         ]
         for name, port in self._ports.items():
-            host = "127.0.0.1" if self._tls and name == "http" else self._host
-            options += [f"--{name}-address={host}", f"--{name}-port={port}"]
+            options += [f"--{name}-address={self._host}", f"--{name}-port={port}"]
         options += self._tls
+        if self._tls:  # by a header that nobody knows
+            options.append(f"--http-restricted-api={ALL_BUT_HEALTH}:{secrets.token_hex(16)}={secrets.token_hex(16)}")
         if not Path("/dev/nvidiactl").exists():
             options.append("--allow-gpu-metrics=false")
         return options
 
     def _wait_until_ready(self) -> None:
-        """Wait for the model: Triton's own readiness does not say that a model answers."""
+        """Wait for the model, as Triton's own readiness does not say that one answers, and for the metrics."""
         assert self._group is not None
-        url = f"http://{self.http_url}/v2/models/{MODEL_NAME}/ready"
+        waited_for = [f"http://{self.http_url}/v2/models/{MODEL_NAME}/ready", f"http://{self.metrics_url}/metrics"]
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + self._ready_timeout_s
         while time.monotonic() < deadline:
             status = self._group.process.poll()
             if status is not None:
                 self._fail(f"Triton ended with exit status {status} before the model was ready")
-            with contextlib.suppress(OSError), opener.open(url, timeout=1):
-                return
+            with contextlib.suppress(OSError), opener.open(waited_for[0], timeout=1):
+                del waited_for[0]
+                if not waited_for:
+                    return
             time.sleep(0.05)
         self._fail(f"the model was not ready after {self._ready_timeout_s:g} s (--ready-timeout)")
 
@@ -240,7 +244,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, port in DEFAULT_PORTS.items():
         text = f"port of {PORT_NAMES[name]}; 0: a free one (default: {port})"
         parser.add_argument(f"--{name}-port", type=int, default=port, metavar="PORT", help=text)
-    for name, seconds, what in (("ready", 600.0, "the model to load"), ("drain", 5.0, "clients to leave")):
+    for name, seconds, what in (("ready", 600.0, "the model to load"), ("drain", 10.0, "clients to leave")):
         text = f"seconds for {what} (default: {seconds:g})"
         dest = f"{name}_timeout_s"
         parser.add_argument(f"--{name}-timeout", type=float, default=seconds, dest=dest, metavar="S", help=text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.live import metric, start_server, wait_until
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -222,6 +222,11 @@ def test_tls_and_mutual_tls(tmp_path: Path) -> None:
             watch(server, None)
         with pytest.raises(ConnectionLostError, match="cannot be reached"):
             watch(server, Tls())  # signed by an authority that this machine does not know
+        with urllib.request.urlopen(f"http://{server.http_url}/v2/models/longlive/ready", timeout=5) as answer:
+            assert answer.status == 200, "a load balancer may ask for it in the clear"
+        for path in ("", "/models/longlive/config", "/systemsharedmemory/status"):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(f"http://{server.http_url}/v2{path}", timeout=5)
     with start_server(tmp_path, **files, tls_client_ca=tmp_path / "ca.pem") as server:
         assert watch(server, tls("client")) == 2
         for wrong in (None, "stranger"):
