@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from client.channel import DEFAULT_URL, Tls, add_tls_arguments, tls_from
+from client.channel import DEFAULT_URL, Tls, add_access_arguments, tls_from
 from client.probe import ask
 from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
@@ -22,14 +22,19 @@ TOKEN_VARIABLE = "LONGLIVE_ADMIN_TOKEN"
 
 
 def set_adapters(
-    url: str, adapters: Mapping[str, float], token: str, timeout_s: float = 600.0, tls: Tls | None = None
+    url: str,
+    adapters: Mapping[str, float],
+    token: str,
+    timeout_s: float = 600.0,
+    tls: Tls | None = None,
+    access_token: str | None = None,
 ) -> str:
     """Give sessions to come these adapters (file names, with scales); returns when they are in force, with their names.
 
     Raises ServeError when the server refuses, and ConnectionError when no answer comes within `timeout_s`.
     """
     options = Options(adapters=dict(adapters), token=token)
-    return ask(url, Request(session_id="adapters", start=True, end=True, options=options), timeout_s, tls)
+    return ask(url, Request(session_id="adapters", start=True, end=True, options=options), timeout_s, tls, access_token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = f"the server's admin_token (default: what the environment has as {TOKEN_VARIABLE})"
     parser.add_argument("--token", default=os.environ.get(TOKEN_VARIABLE, ""), help=text)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: %(default)g")
-    add_tls_arguments(parser)
+    add_access_arguments(parser)
     args = parser.parse_args(argv)
     try:
         adapters = dict(map(_adapter, args.adapters))
-        print(set_adapters(args.url, adapters, args.token, args.timeout, tls_from(parser, args)))
+        tls = tls_from(parser, args)
+        print(set_adapters(args.url, adapters, args.token, args.timeout, tls, args.access_token))
     except (ServeError, ConnectionError) as error:
         print(error, file=sys.stderr)
         return 1

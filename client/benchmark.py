@@ -21,7 +21,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from client.channel import DEFAULT_URL, add_tls_arguments, tls_from
+from client.channel import DEFAULT_URL, add_access_arguments, tls_from
 from client.record import write_record
 from client.viewer import Seen, Watching, watch_together
 from longlive_serve.config import FPS
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace, url: str, metrics_url: str) -> list[dict[str, 
             fps=args.fps,
             pace=args.pace,
             tls=args.tls,
+            access_token=args.access_token,
         )
         before = server_metrics(metrics_url)
         print(f"{viewers} viewers for {args.seconds:g} s ...", file=sys.stderr)
@@ -199,7 +200,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (with --serve)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of them (extra `bench`)")
-    add_tls_arguments(parser)
+    add_access_arguments(parser)
     args = parser.parse_args(argv)
     args.tls = tls_from(parser, args)
     if args.config is not None and not args.serve:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gRPC channels to a server, plain or with TLS. Used by the stream and by the probe."""
+"""gRPC channels to a server, plain or with TLS, and what lets a client in. Used by the stream and by the probe."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 
 DEFAULT_URL = "127.0.0.1:8001"
+ACCESS_VARIABLE = "LONGLIVE_ACCESS_TOKEN"
 Options = Sequence[tuple[str, int]]
 
 
@@ -42,15 +44,31 @@ def channel(url: str, tls: Tls | None) -> Any:
     return grpc.insecure_channel(url) if tls is None else grpc.secure_channel(url, tls.credentials())
 
 
-def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
+def bearer(access_token: str | None) -> tuple[tuple[str, str], ...]:
+    """The header of a call by which a proxy lets the client in; none without a token."""
+    return () if access_token is None else (("authorization", f"Bearer {access_token}"),)
+
+
+def turned_away(url: str, code: grpc.StatusCode) -> str:
+    """What to say when a proxy has not let a call through; empty: that is not what has happened."""
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return f"{url}: got no access token that is known there, expected one (access_token, or ${ACCESS_VARIABLE})"
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        return f"{url}: this call is not let through there"
+    return ""
+
+
+def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     text = "speak TLS; the server's certificate must be signed by this authority ('system': by one of the system's)"
     parser.add_argument("--tls-ca", metavar="PEM", help=text)
     parser.add_argument("--tls-cert", metavar="PEM", help="this client's own certificate (mutual TLS)")
     parser.add_argument("--tls-key", metavar="PEM", help="its private key")
+    text = f"what a proxy lets this client in by (default: what the environment has as {ACCESS_VARIABLE})"
+    parser.add_argument("--access-token", metavar="TOKEN", default=os.environ.get(ACCESS_VARIABLE), help=text)
 
 
 def tls_from(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:
-    """What `add_tls_arguments` took in; ends the program when it does not fit together."""
+    """What `add_access_arguments` took in of it; ends the program when it does not fit together."""
     if args.tls_ca is None and (args.tls_cert or args.tls_key):
         parser.error("--tls-cert and --tls-key go with --tls-ca")
     if args.tls_ca is None:

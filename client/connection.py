@@ -15,11 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client.channel import Tls, aio_channel
+from client.channel import Tls, aio_channel, bearer, turned_away
 from client.errors import (
     ConnectionLostError,
+    ForbiddenError,
     SessionCancelledError,
     SessionExistsError,
     StallError,
@@ -30,6 +31,7 @@ from longlive_serve.errors import ServeError
 from longlive_serve.options import RAW, Options
 from longlive_serve.protocol import SESSION_HEADER, Request
 
+REASON_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0  # how long a polite end may take before the stream is cancelled
 AHEAD = 8  # chunks asked for and not consumed, unless told otherwise
 CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
@@ -51,6 +53,7 @@ class Settings:
     heartbeat_s: float
     check: bool
     tls: Tls | None
+    access_token: str | None
 
 
 class Connection:
@@ -74,12 +77,13 @@ class Connection:
 
     async def open(self) -> None:
         """Connect and send the START. Raises InvalidRequestError when it must not be sent."""
-        _, message = self._exchange.ask(dataclasses.replace(self._start, chunks=self._portion()))
+        self._opening, message = self._exchange.ask(dataclasses.replace(self._start, chunks=self._portion()))
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()
         self._channel = aio_channel(self._settings.url, self._settings.tls, _CHANNEL_OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._call = stub.ModelStreamInfer(metadata=((SESSION_HEADER, self._start.session_id),))
+        headers = ((SESSION_HEADER, self._start.session_id), *bearer(self._settings.access_token))
+        self._call = stub.ModelStreamInfer(metadata=headers)
         self._reader = asyncio.create_task(self._read())
         self._heart = asyncio.create_task(self._beat())
         self._opened = True
@@ -110,6 +114,11 @@ class Connection:
             await self._reader
             await self._channel.close()
             del self._call, self._channel, self._reader, self._heart  # gRPC keeps the connection until they are gone
+
+    async def refusal(self) -> VideoStreamError | None:
+        """Wait for the first answer to the START, and return it if it is an error."""
+        await self._wait_until(lambda: self._opening.answered or self._opening.closed)
+        return self._opening.error
 
     async def next_chunk(self) -> StreamedChunk | None:
         """The next chunk; None when all that were asked for have come. Raises what ended the session too early."""
@@ -169,15 +178,19 @@ class Connection:
         return opened
 
     async def _write(self, message: Any) -> None:
-        try:
-            async with self._writing:
-                await self._call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-            if not self._call.done():
-                raise  # this task was cancelled, not the stream
-            await self._reader  # it learns why
-            assert self._exchange.failure is not None
-            raise self._exchange.failure from None
+        async with self._writing:
+            write = asyncio.ensure_future(self._call.write(message))
+            try:  # gRPC leaves a write waiting when the call is cancelled before it is connected; the reader ends
+                await asyncio.wait((write, self._reader), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                write.cancel()
+        if write.done():
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+                write.result()
+                return
+        await self._reader  # it learns why
+        assert self._exchange.failure is not None
+        raise self._exchange.failure
 
     async def _read(self) -> None:
         """Take in the responses as they come: an acknowledgement must never wait behind unread chunks."""
@@ -191,11 +204,30 @@ class Connection:
                 self._changed.set()
             error = self._lost("the server closed it")
         except grpc.aio.AioRpcError as rpc_error:
-            error = self._lost(f"{rpc_error.code().name}: {rpc_error.details()}")
+            why = rpc_error if self._heard else await self._reason(rpc_error)
+            refusal = turned_away(self._settings.url, why.code())
+            lost = f"{why.code().name}: {why.details()}"
+            error = ForbiddenError(ServeError.FORBIDDEN, refusal) if refusal else self._lost(lost)
         except asyncio.CancelledError:
             error = _cancelled("cancelled by this client")
         self._exchange.fail(error)
         self._changed.set()
+
+    async def _reason(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """Why the stream ended before anything came.
+
+        A proxy that turns it away answers and resets it at once, and gRPC may see the reset alone: then a call that is
+        no stream is told why.
+        """
+        if error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL):
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+            headers = bearer(self._settings.access_token)
+            try:
+                await stub.ServerLive(service_pb2.ServerLiveRequest(), metadata=headers, timeout=REASON_TIMEOUT_S)
+            except grpc.aio.AioRpcError as other:
+                if other.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE):
+                    return other
+        return error
 
     async def _beat(self) -> None:
         while self._exchange.failure is None:

@@ -20,7 +20,8 @@ class InvalidRequestError(VideoStreamError):
 
 
 class ForbiddenError(VideoStreamError):
-    """The session belongs to somebody else: the token is not the one that it began with."""
+    """The session belongs to somebody else: the token is not the one that it began with. Or a proxy lets nobody in who
+    shows no access token that it knows."""
 
 
 class RateLimitedError(VideoStreamError):

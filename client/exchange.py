@@ -42,6 +42,7 @@ class OpenRequest:
     start: bool
     due: float  # chunks still to come; math.inf: until stopped
     streams: bool  # answered by chunks; else by one acknowledgement
+    answered: bool = False  # something has come back for it
     acknowledgement: StreamedChunk | None = None
     error: VideoStreamError | None = None
     closed: bool = False
@@ -134,6 +135,7 @@ class Exchange:
 
     def _take(self, request: OpenRequest, chunk: FrameChunk) -> None:
         streamed = StreamedChunk(**vars(chunk), arrived=time.monotonic())
+        request.answered = True
         if chunk.completes:
             self.chunks += 1
             request.due = max(0, request.due - 1)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from client.channel import DEFAULT_URL, add_tls_arguments, tls_from
+from client.channel import DEFAULT_URL, add_access_arguments, tls_from
 from client.contact_sheet import ContactSheet
 from client.errors import VideoStreamError
 from client.scenes import Scene, load_scenes
@@ -106,6 +106,7 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         early_frames=args.early_frames,
         stall_timeout=args.stall_timeout,
         tls=args.tls,
+        access_token=args.access_token,
     )
 
 
@@ -215,7 +216,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stall-timeout", type=float, default=30.0, metavar="S", help="give up after this silence (default: 30)"
     )
-    add_tls_arguments(parser)
+    add_access_arguments(parser)
     args = parser.parse_args(argv)
     args.tls = tls_from(parser, args)
     if args.name is not None and args.prompts is not None:

@@ -16,17 +16,17 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from client import wire
-from client.channel import DEFAULT_URL, Tls, add_tls_arguments, channel, tls_from
+from client.channel import DEFAULT_URL, Tls, add_access_arguments, bearer, channel, tls_from, turned_away
 from longlive_serve.errors import ServeError
 from longlive_serve.protocol import READY, Request
 
 
-def probe(url: str, timeout_s: float, tls: Tls | None = None) -> str:
+def probe(url: str, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
     """What the model says: `ready`, or why a new session would have to wait. Raises as `ask` does."""
-    return ask(url, Request(session_id="probe", start=True, end=True), timeout_s, tls)
+    return ask(url, Request(session_id="probe", start=True, end=True), timeout_s, tls, access_token)
 
 
-def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None) -> str:
+def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
     """The NOTICE that answers a request of no session.
 
     Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses.
@@ -35,14 +35,15 @@ def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None) ->
     with channel(url, tls) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:
-            for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s):
+            for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s, metadata=bearer(access_token)):
                 if response.error_message:
                     raise _told(response.error_message)
                 chunk = wire.frame_chunk(response)
                 if chunk is not None:
                     return chunk.notice
         except grpc.RpcError as error:
-            raise ConnectionError(f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name})") from None
+            silence = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name})"
+            raise ConnectionError(turned_away(url, error.code()) or silence) from None
     raise ConnectionError(f"{url}: the stream ended without an answer")
 
 
@@ -57,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: %(default)g")
     parser.add_argument("--ready", action="store_true", help="ask also whether a new session would start at once")
-    add_tls_arguments(parser)
+    add_access_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        answer = probe(args.url, args.timeout, tls_from(parser, args))
+        answer = probe(args.url, args.timeout, tls_from(parser, args), args.access_token)
     except (OSError, ValueError) as error:
         if not isinstance(error, ConnectionError):
             parser.error(str(error))

@@ -2,61 +2,31 @@
 """A session that outlives its connection, in asyncio: what VideoStream and AsyncVideoStream share.
 
 Not used by itself. When a connection breaks, stalls or its server shuts down, it makes another one that goes on from
-the session's last snapshot, and drops what comes a second time. How a connection works is `connection.py`'s.
+the session's last snapshot (`continuation.py`), and drops what comes a second time. When a server has no free slot, it
+asks others before the session waits (`attempts.py`). How a connection works is `connection.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
-import random
-import time
-from collections import deque
+from collections.abc import Coroutine
+from typing import Any
 
 from client import wire
+from client.attempts import RESUMABLE, TRIES, Attempts
 from client.channel import DEFAULT_URL, Tls
 from client.connection import AHEAD, Connection, Settings
-from client.errors import (
-    ConnectionLostError,
-    InvalidRequestError,
-    ServerFailedError,
-    ServerShutdownError,
-    SessionCancelledError,
-    StallError,
-    UnavailableError,
-    UnknownSessionError,
-    VideoStreamError,
-)
+from client.continuation import Continuation, SentPrompt
+from client.errors import InvalidRequestError, SessionCancelledError, VideoStreamError
 from client.exchange import StreamedChunk
 from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
 from longlive_serve.protocol import Request
 
 log = logging.getLogger(__name__)
-
-RESUMABLE = (
-    ConnectionLostError,
-    StallError,
-    ServerShutdownError,
-    ServerFailedError,
-    SessionCancelledError,  # by the server, for not reading for long; or by `close` of a connection given up
-    UnavailableError,
-    UnknownSessionError,
-)
-BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 5.0  # before the second try, and at most; doubled each time
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class SentPrompt:
-    """A prompt switch that the session has to keep."""
-
-    text: str
-    at_latent_frame: int | None
-    accepted: float = math.inf
-    """When the server's word came (monotonic): a snapshot that came later has the prompt in it."""
 
 
 class ResumableStream:
@@ -78,6 +48,7 @@ class ResumableStream:
         early_frames: bool | None = None,
         snapshot_every: int | None = None,
         snapshot: bytes | None = None,
+        tries: int = TRIES,
         resume_for: float = 60.0,
         stall_timeout: float | None = 30.0,
         heartbeat_s: float = 300.0,
@@ -85,6 +56,7 @@ class ResumableStream:
         session_id: str | None = None,
         token: str | None = None,
         tls: Tls | None = None,
+        access_token: str | None = None,
     ) -> None:
         """
         prompt: what the video shows; None with `snapshot`, which has its own.
@@ -97,6 +69,9 @@ class ResumableStream:
             needs PyAV on both sides). What comes out of here are pictures in any case.
         early_frames: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the first frame
             and the first one under a new prompt come earlier.
+        tries: so many servers are asked for a free slot before the session waits in the queue of the last one, each
+            under a new session id, because that is what a load balancer goes by; 1: wait at the first. A session
+            that goes on elsewhere asks as many.
         resume_for: when the connection breaks, stalls, or its server shuts down or fails, try for this many seconds
             to go on elsewhere, with the next frame; 0: raise at once. There may be a slight jump at the seam.
         snapshot_every: every so many chunks `StreamedChunk.snapshot` holds the whole session, as bytes (default: 1
@@ -108,33 +83,43 @@ class ResumableStream:
         heartbeat_s: an empty request goes out this often, because Triton forgets a sequence that sends none.
         check: refuse a wrong request here, at once; False leaves it to the server.
         token: every request of the session repeats it, so that nobody else can steer it (default: a random one).
+        access_token: by which a proxy lets this client in, if there is one that asks.
         """
         _check_count("chunks", chunks)
         _check_count("ahead", ahead)
+        _check_count("tries", tries)
         self.session_id = wire.new_session_id() if session_id is None else session_id
+        """The one in force: every connection has another."""
         self.token = wire.new_session_id() if token is None else token
         self.resumed = 0
         """How often the session went on over another connection."""
         self._settings = Settings(
-            url=url, ahead=ahead, stall_timeout=stall_timeout, heartbeat_s=heartbeat_s, check=check, tls=tls
+            url=url,
+            ahead=ahead,
+            stall_timeout=stall_timeout,
+            heartbeat_s=heartbeat_s,
+            check=check,
+            tls=tls,
+            access_token=access_token,
         )
-        self._resume_for = resume_for
-        self._owed: float = math.inf if chunks is None else chunks  # chunks asked for that have not come
-        self._next_frame = -1  # -1: none came yet
-        self._ready: deque[StreamedChunk] = deque()  # came, not consumed
-        self._prompts: list[SentPrompt] = []  # those that no snapshot has
-        every = 1 if snapshot_every is None and resume_for else snapshot_every
-        how = Options(
-            pace=pace, fps=fps, snapshot_every=every, token=self.token, format=frame_format, early_frames=early_frames
+        options = Options(
+            global_sink=global_sink,
+            on_switch=on_switch,
+            pace=pace,
+            fps=fps,
+            snapshot_every=1 if snapshot_every is None and resume_for else snapshot_every,
+            format=frame_format,
+            early_frames=early_frames,
+            token=self.token,
         )
-        self._again = Request(session_id=self.session_id, start=True, options=how, snapshot=snapshot)
-        options = dataclasses.replace(how, global_sink=global_sink, on_switch=on_switch)
-        self._start = dataclasses.replace(self._again, prompt=prompt, seed=seed, options=options)
-        self._begun = False  # an answer has come
-        self._broke: float | None = None  # when the session broke off; None once it goes on
-        self._tries = 0  # to go on, since it broke off
+        start = Request(
+            session_id=self.session_id, start=True, prompt=prompt, seed=seed, options=options, snapshot=snapshot
+        )
+        self._video = Continuation(start, math.inf if chunks is None else chunks)
+        self._attempts = Attempts(self._video, tries=tries, resume_for=resume_for)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # that watch a connection begin, or end a refused one
         self._ended = False  # closed or cancelled
         self._resuming = asyncio.Lock()
 
@@ -148,13 +133,12 @@ class ResumableStream:
     async def _open(self) -> None:
         if self._loop is not None:
             raise RuntimeError("a stream is opened once: make a new one")
-        connection = Connection(self._start, self._settings, self._owed)
+        self._connection = self._next_connection()
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self._connection = connection
         if self._ended:
             raise SessionCancelledError(ServeError.CANCELLED, "cancelled by this client")
-        await connection.open()
+        await self._begin(self._connection)
 
     async def _close(self) -> None:
         """End the session, and the stream. Chunks that were not consumed are dropped."""
@@ -163,17 +147,19 @@ class ResumableStream:
         polite, self._ended = not self._ended, True
         self._stop.set()
         await self._connection.close(politely=polite)
+        if polite and self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def _next_chunk(self) -> StreamedChunk | None:
         """The next chunk; None when all that were asked for have come, or after `cancel`."""
         while not self._ended:
-            if self._ready:
-                return self._ready.popleft()
+            if self._video.ready:
+                return self._video.ready.popleft()
             connection = self._current()
             try:
                 chunk = await connection.next_chunk()
             except RESUMABLE as error:
-                if self._ended or not self._owed:  # then only the word that it was the last chunk is missing
+                if self._ended or not self._video.owed:  # then only the word that it was the last chunk is missing
                     return None
                 await self._resume(connection, error)
             else:
@@ -183,23 +169,8 @@ class ResumableStream:
         return None
 
     def _take(self, chunk: StreamedChunk) -> None:
-        """Note what has come, and keep it unless it came before."""
-        self._begun = True
-        if chunk.snapshot:
-            self._again = dataclasses.replace(self._again, snapshot=chunk.snapshot)
-            self._start = self._again
-            self._prompts = [prompt for prompt in self._prompts if prompt.accepted > chunk.arrived]
-        after = chunk.first_frame + len(chunk.frames)
-        if not len(chunk.frames):
-            self._ready.append(chunk)
-        elif after > self._next_frame:
-            came_before = max(0, self._next_frame - chunk.first_frame)
-            self._next_frame = after
-            self._owed -= chunk.completes
-            self.resumed += self._broke is not None
-            self._broke = None
-            first = chunk.first_frame + came_before
-            self._ready.append(dataclasses.replace(chunk, frames=chunk.frames[came_before:], first_frame=first))
+        if self._video.take(chunk):
+            self.resumed += self._attempts.went_on()
 
     async def _switch_prompt(self, text: str, at_latent_frame: int | None) -> int:
         prompt = SentPrompt(text=text, at_latent_frame=at_latent_frame)
@@ -213,13 +184,13 @@ class ResumableStream:
     async def _send(self, connection: Connection, prompt: SentPrompt) -> int:
         word = await connection.switch_prompt(prompt.text, prompt.at_latent_frame)
         prompt.accepted = word.arrived
-        if prompt not in self._prompts:
-            self._prompts.append(prompt)
+        if prompt not in self._video.prompts:
+            self._video.prompts.append(prompt)
         return word.prompt_index
 
     async def _request_chunks(self, count: int) -> None:
         _check_count("chunks", count)
-        self._owed += count
+        self._video.owed += count
         connection = self._current()
         try:
             await connection.request_chunks(count)
@@ -238,41 +209,52 @@ class ResumableStream:
                 return
             for chunk in broken.received:
                 self._take(chunk)
-            if self._broke is None:
-                self._broke, self._tries = time.monotonic(), 0
-            if self._hopeless(error) or time.monotonic() - self._broke >= self._resume_for:
+            if self._ended or not self._attempts.make_sense(error):
                 raise error
-            await self._back_off()
-            await broken.close(politely=False)
+            if self._attempts.refused(error):  # no pause: it asks few servers, and probably each of them once
+                self._run_beside(broken.close())  # Triton would keep a place for a session that is but cancelled
+            else:
+                await self._pause(self._attempts.next_round(), error)
+                await broken.close(politely=False)
             if self._ended:
                 return
-            level = logging.WARNING if self._tries == 1 else logging.DEBUG
-            log.log(level, "session %s: %s; going on at frame %d", self.session_id, error, max(0, self._next_frame))
-            # A new id: the server may not have noticed yet that the old connection is gone.
+            # A new id: it leads elsewhere, and this server may not have noticed yet that the old connection is gone.
             self.session_id = wire.new_session_id()
-            start = dataclasses.replace(self._start, session_id=self.session_id)
-            self._connection = Connection(start, self._settings, self._owed)
+            self._connection = self._next_connection()
             with contextlib.suppress(*RESUMABLE):  # whoever uses the connection next is told, and comes back here
-                await self._connection.open()
-                for prompt in list(self._prompts):
+                await self._begin(self._connection)
+                for prompt in list(self._video.prompts):
                     await self._send(self._connection, prompt)
 
-    def _hopeless(self, error: VideoStreamError) -> bool:
-        if not self._begun or not self._owed or self._ended:
-            return True  # what never gave an answer is no session yet: then it is the address or the request
-        return isinstance(error, UnavailableError) and self._next_frame < 0
+    def _next_connection(self) -> Connection:
+        return Connection(self._attempts.next_start(self.session_id), self._settings, self._video.owed)
 
-    async def _back_off(self) -> None:
-        """Let time pass before every try but the first; `cancel` and `close` end it."""
-        if self._tries:
-            delay = min(LONGEST_BACK_OFF_S, BACK_OFF_S * 2**self._tries) * random.uniform(0.5, 1.0)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), delay)
-        self._tries += 1
+    async def _begin(self, connection: Connection) -> None:
+        await connection.open()
+        self._run_beside(self._watch(connection))
+
+    async def _watch(self, connection: Connection) -> None:
+        """If the server has no slot, ask the next one now: it may be long until somebody wants a chunk."""
+        with contextlib.suppress(*RESUMABLE):
+            error = await connection.refusal()
+            if error is not None and self._attempts.refused(error):
+                await self._resume(connection, error)
+
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _pause(self, seconds: float, error: VideoStreamError) -> None:
+        """Let time pass because of `error`; `cancel` and `close` end it."""
+        level = logging.DEBUG if seconds else logging.WARNING
+        log.log(level, "session %s: %s; going on at frame %d", self.session_id, error, self._video.next_frame)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
 
     def _cancel(self) -> None:
         self._stop.set()
-        self._ready.clear()
+        self._video.ready.clear()
         self._current().cancel()
 
 

@@ -30,6 +30,7 @@ class Watching:
     fps: int = FPS
     pace: str = REALTIME
     tls: Tls | None = None
+    access_token: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,7 +72,13 @@ class Viewer:
         began = time.monotonic()
         settings = self._watching
         stream = AsyncVideoStream(
-            self._prompt(0), url=settings.url, seed=self._number, pace=settings.pace, fps=settings.fps, tls=settings.tls
+            self._prompt(0),
+            url=settings.url,
+            seed=self._number,
+            pace=settings.pace,
+            fps=settings.fps,
+            tls=settings.tls,
+            access_token=settings.access_token,
         )
         try:
             async with stream:

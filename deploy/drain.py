@@ -2,34 +2,21 @@
 """Waits until a server that gets no new sessions has none left: `python -m deploy.drain --for 600`, before SIGTERM.
 
 Sessions that are still there when the time is over are for the server itself to end, which it does with a snapshot to
-go on with elsewhere. Standard library alone. Exit code 0, however it went: what comes next is the same.
+go on with elsewhere. Exit code 0, however it went: what comes next is the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
+
+from longlive_serve.statistics import sessions_at
 
 DEFAULT_URL = "http://127.0.0.1:8002/metrics"
 SETTLE_S = 10.0  # until proxies have heard that this server is going; sessions may still come
 POLL_S = 1.0
-GAUGES = ("longlive_live_sessions", "longlive_waiting_sessions")
-
-
-def sessions(url: str) -> int | None:
-    """Sessions that are live or wait; None: the server does not say."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=5) as response:
-            text = response.read().decode()
-    except (OSError, ValueError):
-        return None
-    found = [re.search(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE) for name in GAUGES]
-    return sum(int(float(match[1])) for match in found if match) if all(found) else None
 
 
 def drain(ask: Callable[[], int | None], seconds: float, settle_s: float) -> int:
@@ -49,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "sessions may still come for so long (default: %(default)g)"
     parser.add_argument("--settle", type=float, default=SETTLE_S, metavar="S", help=text)
     args = parser.parse_args(argv)
-    left = drain(lambda: sessions(args.url), args.seconds, args.settle)
+    left = drain(lambda: sessions_at(args.url), args.seconds, args.settle)
     print(f"drained: {left} sessions left")
     return 0
 

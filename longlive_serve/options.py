@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 from longlive_serve.errors import invalid
 
@@ -36,6 +37,9 @@ class Options:
     """START only: how frames are sent: `raw` (the default), `jpeg` or `h264`."""
     early_frames: bool | None = None
     """START only: send a chunk's frames as soon as each latent frame is decoded (default: the chunk at once)."""
+    max_wait_s: float | None = None
+    """START only: how long to wait for a slot, at most; the server's own `max_wait_s` holds as well (the smaller).
+    0: be refused at once where there is none."""
     token: str | None = None
     """A secret of the client's. What START carried, every later request of the session must repeat, and so must a
     START with its snapshot."""
@@ -52,30 +56,37 @@ class Options:
             raise invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        kinds: dict[str, type] = dict.fromkeys(("on_switch", "pace", "token", "format"), str)
-        kinds |= dict.fromkeys(("global_sink", "early_frames"), bool)
-        expected = kinds | dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), int) | {"adapters": dict}
+        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("on_switch", "pace", "token", "format"), (str,))
+        kinds |= dict.fromkeys(("global_sink", "early_frames"), (bool,))
+        kinds |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
+        kinds |= {"max_wait_s": (int, float), "adapters": (dict,)}
         for key, value in values.items():
-            if key not in expected:
-                raise invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(expected)}")
-            if type(value) is not expected[key]:
-                raise invalid(f"OPTIONS.{key}: got {value!r}, expected {expected[key].__name__}")
+            if key not in kinds:
+                raise invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(kinds)}")
+            if type(value) not in kinds[key]:
+                raise invalid(f"OPTIONS.{key}: got {value!r}, expected {' or '.join(k.__name__ for k in kinds[key])}")
         options = cls(**values)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        """Raises ServeError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
         for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
-            if getattr(options, key) not in (None, *choices):
-                raise invalid(f"OPTIONS.{key}: got {getattr(options, key)!r}, expected one of {list(choices)}")
+            if getattr(self, key) not in (None, *choices):
+                raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
         for key, least, most in (("fps", 1, MAX_FPS), ("snapshot_every", 1, None), ("at_latent_frame", 0, None)):
-            number = getattr(options, key)
+            number = getattr(self, key)
             if number is not None and not least <= number <= (number if most is None else most):
                 expected_range = f"{least} or more" if most is None else f"{least} to {most}"
                 raise invalid(f"OPTIONS.{key}: got {number}, expected {expected_range}")
-        if options.token is not None and not TOKEN_LENGTHS[0] <= len(options.token) <= TOKEN_LENGTHS[1]:
+        if self.max_wait_s is not None and not 0 <= self.max_wait_s < math.inf:
+            raise invalid(f"OPTIONS.max_wait_s: got {self.max_wait_s}, expected a finite number, 0 or more")
+        if self.token is not None and not TOKEN_LENGTHS[0] <= len(self.token) <= TOKEN_LENGTHS[1]:
             expected_length = f"{TOKEN_LENGTHS[0]} to {TOKEN_LENGTHS[1]}"
-            raise invalid(f"OPTIONS.token: got {len(options.token)} characters, expected {expected_length}")
-        for name, scale in (options.adapters or {}).items():
+            raise invalid(f"OPTIONS.token: got {len(self.token)} characters, expected {expected_length}")
+        for name, scale in (self.adapters or {}).items():
             if type(scale) not in (int, float) or not -MAX_SCALE <= scale <= MAX_SCALE:
                 raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, at most {MAX_SCALE:g}")
-        return options
 
     def to_json(self) -> str:
         return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v is not None})

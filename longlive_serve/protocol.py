@@ -21,7 +21,8 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
 * With `early_frames`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 in all but the last.
 * With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
   anew with each START.
-* A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue.
+* A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue; with
+  OPTIONS.max_wait_s = 0 it does not wait: it is refused at once, so that the client can ask another server.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ class Request:
     def _check_after_start(self) -> None:
         if self.seed is not None:
             raise invalid("SEED: got it after START, expected it in START only")
-        for key in ("global_sink", "on_switch", "pace", "fps", "snapshot_every", "format", "early_frames"):
+        at_start = ("global_sink", "on_switch", "pace", "fps", "snapshot_every", "format", "early_frames", "max_wait_s")
+        for key in at_start:
             if getattr(self.options, key) is not None:
                 raise invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
 

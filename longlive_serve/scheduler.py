@@ -175,6 +175,16 @@ class Scheduler:
         seat.hurried = False
         return late
 
+    def work_ahead(self, chunks: int) -> None:
+        """From now on so many chunks more may be ready before they are due."""
+        for seat in self._seats.values():
+            seat.lead += chunks
+
+    def is_behind(self, now: int) -> bool:
+        """Whether a chunk that plays later may be generated now."""
+        playing = (seat for seat in self._seats.values() if seat.ready and seat.started is not None)
+        return any(seat.fps is not None and seat.released <= now for seat in playing)
+
     def remove(self, session_id: str) -> None:
         """Forget a session, wherever it stands, and free its slot."""
         seat = self._seats.pop(session_id, None)

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.protocol import CLIENT_HEADER, MODEL_NAME
+from longlive_serve.statistics import sessions_at
 from longlive_serve.triton_install import PACKAGE_PARENT, ServerError, find_install
 from longlive_serve.triton_process import PORT_NAMES, ProcessGroup, choose_ports
 
@@ -33,6 +34,7 @@ DEFAULT_REPOSITORY = PACKAGE_PARENT / "model_repository"
 DEFAULT_CONFIG = DEFAULT_REPOSITORY / MODEL_NAME / "1" / "serve.toml"
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "metrics": 8002}
 ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
+POLL_S = 0.25
 EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
 
 
@@ -131,10 +133,20 @@ class TritonServer:
         self._group.log.echo = self._verbose
         try:
             self._group.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # 2.51 never exits while a client's stream is open
-                self._group.process.wait(self._drain_timeout_s + EXIT_SLACK_S)
+            self._wait_until_gone()
         finally:
             self._group.close()
+
+    def _wait_until_gone(self) -> None:
+        """Triton 2.51 stays while a client's stream is open, or after it has refused one: for as long as it may."""
+        assert self._group is not None
+        deadline = time.monotonic() + self._drain_timeout_s + EXIT_SLACK_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._group.process.wait(POLL_S)
+                return
+            if sessions_at(f"http://{self.metrics_url}/metrics") == 0:
+                deadline = min(deadline, time.monotonic() + EXIT_SLACK_S)
 
     def kill(self) -> None:
         """End Triton at once, clients or not."""

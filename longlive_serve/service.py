@@ -60,7 +60,7 @@ class VideoService:
         self._mail.put(request, OutboxSink(sink, self._outbox))
 
     def drain(self) -> None:
-        """End every session with an error that says so, and from now on every new one. May be called by any thread."""
+        """End every session soon, with an error that says so, and every new one. May be called by any thread."""
         self._draining.set()
         self._mail.wake()
 
@@ -87,7 +87,7 @@ class VideoService:
         sessions = self._sessions
         self._read_mail()
         if self._draining.is_set():
-            sessions.say_goodbye()
+            sessions.say_goodbye(at_once=self._stopping.is_set())
             self._adapters.abandon(goodbye())
         self._adapters.apply()
         sessions.drop_the_gone()

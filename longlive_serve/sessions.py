@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 NO_FAILURE = (ServeError.CANCELLED, ServeError.SHUTTING_DOWN, ServeError.UNAVAILABLE)  # ends that are nobody's fault
 
+GOODBYE_CHUNKS, GOODBYE_S = 2, 5.0  # every viewer is sent so much more before the server goes, if it takes no longer
 DOUBT = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
 
 
@@ -51,6 +52,8 @@ class Sessions:
         self._pipeline = pipeline
         self._config = config
         self._streams: dict[str, Stream] = {}
+        self._goes_at: float | None = None
+        """When the goodbyes are said at last, once the server is to go."""
 
     def __getitem__(self, session_id: str) -> Stream:
         return self._streams[session_id]
@@ -79,7 +82,9 @@ class Sessions:
 
     def admit(self) -> None:
         for session_id, slot in self.scheduler.admit(time.monotonic_ns()):
-            self._streams[session_id].session.slot = slot
+            session = self._streams[session_id].session
+            session.slot = slot
+            self.statistics.add("resumed_sessions", int(session.chunk > 0))  # a snapshot has at least one
 
     def drop_the_gone(self) -> None:
         """End sessions whose client went away or reads nothing, and those that hold on to a slot without using it."""
@@ -96,16 +101,18 @@ class Sessions:
                 self.end(stream, ServeError(ServeError.CANCELLED, f"the client does not read: {text}"))
 
     def tell_the_waiting(self) -> None:
-        """Say to those who wait where they stand; refuse those for whom the queue is too long."""
-        now, config, size = time.monotonic(), self._config, self._pipeline.config.video_size
+        """Refuse those who wait no longer, and those for whom the queue is too long; tell the others their place."""
+        now, most = time.monotonic(), self._config.max_waiting
+        for stream in list(self._streams.values()):  # first: who does not wait takes nobody's place
+            if now - stream.came >= stream.max_wait_s and self.scheduler.place(stream.session.id):
+                waited = stream.max_wait_s
+                self._refuse(stream, f"no slot became free in {waited:g} s" if waited else "no slot is free")
         for stream in list(self._streams.values()):
             place = self.scheduler.place(stream.session.id)
-            if place > config.max_waiting:
-                self.end(stream, self._full(f"{config.max_waiting} sessions are waiting for a slot already"))
-            elif place and now - stream.came > config.max_wait_s:
-                self.end(stream, self._full(f"no slot became free in {config.max_wait_s:g} s"))
+            if place > most:
+                self._refuse(stream, f"{most} sessions are waiting for a slot already")
             else:
-                stream.tell_place(place, self.scheduler.waiting, size)
+                stream.tell_place(place, self.scheduler.waiting, self._network.video_size)
 
     def delivered(self, stream: Stream, chunk: FrameChunk) -> None:
         """A chunk (or an early part of it) was sent: count it, and see whether the session goes on."""
@@ -147,8 +154,21 @@ class Sessions:
         for stream in list(self._streams.values()):
             self.end(stream, error)
 
-    def say_goodbye(self) -> None:
-        """End every session because the server goes; those that take snapshots get a last one to go on with."""
+    def say_goodbye(self, at_once: bool) -> None:
+        """End every session because the server goes; those that take snapshots get a last one to go on with.
+
+        Unless it is to be done `at_once`, the first call ends those that wait, and what is generated from then on is
+        generated ahead, so that viewers have something to watch while they move; a later call ends the rest.
+        """
+        now = time.monotonic()
+        if self._goes_at is None:
+            self._goes_at = now + GOODBYE_S
+            self.scheduler.work_ahead(GOODBYE_CHUNKS)
+            for stream in list(self._streams.values()):
+                if self.scheduler.place(stream.session.id):
+                    self.end(stream, goodbye())
+        if not at_once and now < self._goes_at and self.scheduler.is_behind(time.monotonic_ns()):
+            return
         for stream in list(self._streams.values()):
             session = stream.session
             if stream.snapshot_every and session.recent and stream.orders:
@@ -182,7 +202,9 @@ class Sessions:
         session.dit = self._pipeline.engines.dit
         session.client, session.token = request.client, options.token or ""
         orders = deque([Order(sink, request.chunks or None)])
-        stream = Stream(session, orders, request.end, time.monotonic(), options.snapshot_every or 0)
+        own, most = options.max_wait_s, self._config.max_wait_s
+        stream = Stream(session, orders, request.end, time.monotonic(), most if own is None else min(own, most))
+        stream.snapshot_every = options.snapshot_every or 0
         stream.early_frames = bool(options.early_frames)
         stream.encode = make_encode(options.format, self._network.video_size, options.fps or FPS)
         stream.trace = Trace(session.id) if self._config.trace_dir else None
@@ -205,13 +227,17 @@ class Sessions:
         assert request.snapshot is not None
         engines, token = self._pipeline.engines, request.options.token or ""
         device, dtype = engines.device, self._pipeline.dtype
-        session = load_session(request.snapshot, request.session_id, token, self._network, device, dtype)
-        self.statistics.add("resumed_sessions")
-        return session
+        return load_session(request.snapshot, request.session_id, token, self._network, device, dtype)
 
-    def _full(self, why: str) -> ServeError:
-        self.statistics.add("refused_sessions")
-        return ServeError(ServeError.UNAVAILABLE, f"{why}; try again in {self._config.max_wait_s:g} s")
+    def _refuse(self, stream: Stream, why: str) -> None:
+        """End a session that waits. One that would not wait its turn is no demand: its viewer asks here and there."""
+        if stream.max_wait_s < self._config.max_wait_s:
+            self.statistics.add("redirected_sessions")
+            hint = "START with a new session id, for another server, or without OPTIONS.max_wait_s, to wait here"
+        else:
+            self.statistics.add("refused_sessions")
+            hint = f"try again in {self._config.max_wait_s:g} s"
+        self.end(stream, ServeError(ServeError.UNAVAILABLE, f"{why}; {hint}"))
 
     def _update(self, stream: Stream, request: Request, sink: Sink) -> None:
         session = stream.session

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import re
+import urllib.request
 from collections.abc import Sequence
 
 GAUGE, COUNTER = "gauge", "counter"
@@ -44,6 +46,9 @@ FAMILIES: dict[str, Family] = {
     "phase_seconds": Family(kind=COUNTER, description="time spent on chunks, by phase"),
     "failed_sessions": Family(kind=COUNTER, description="sessions that ended with an error"),
     "refused_sessions": Family(kind=COUNTER, description="sessions that found no slot"),
+    "redirected_sessions": Family(
+        kind=COUNTER, description="sessions that found no slot and would not wait as long as others: they ask elsewhere"
+    ),
     "resumed_sessions": Family(kind=COUNTER, description="sessions that began with a snapshot"),
     "deadline_misses": Family(kind=COUNTER, description="chunks that came after their playback was due"),
     **_histogram("chunk_seconds", "time to generate a chunk"),
@@ -87,3 +92,16 @@ class Statistics:
         changes = [(name, labels, self._values[name, labels]) for name, labels in self._changed]
         self._changed.clear()
         return changes
+
+
+def sessions_at(metrics_url: str) -> int | None:
+    """Sessions that are live or wait at a server, by the metrics that it exports there; None: it does not say."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(metrics_url, timeout=5) as response:
+            text = response.read().decode()
+    except (OSError, ValueError):
+        return None
+    names = ("longlive_live_sessions", "longlive_waiting_sessions")
+    found = [re.search(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE) for name in names]
+    return sum(int(float(match[1])) for match in found if match) if all(found) else None

@@ -60,6 +60,8 @@ class Stream:
     """True once the client has said END: the session ends with its last order."""
     came: float
     """When its START came (monotonic seconds, as all times here)."""
+    max_wait_s: float
+    """How long it may wait for a slot."""
     snapshot_every: int = 0
     """Chunks from one snapshot to the next; 0: none are sent."""
     early_frames: bool = False

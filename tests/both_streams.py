@@ -19,8 +19,11 @@ class BlockingAsyncVideoStream:
     def __init__(self, prompt: str, **settings: Any) -> None:
         self._stream = AsyncVideoStream(prompt, **settings)
         self._runner = asyncio.Runner()
-        self.session_id, self.token = self._stream.session_id, self._stream.token
-        self.cancel = self._stream.cancel
+        self.token, self.cancel = self._stream.token, self._stream.cancel
+
+    @property
+    def session_id(self) -> str:
+        return self._stream.session_id
 
     def __enter__(self) -> Self:
         self._runner.run(self._stream.__aenter__())

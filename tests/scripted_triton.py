@@ -187,3 +187,43 @@ def recorded(script: Script, into: list[Received]) -> Script:
         yield from script(conversation)
 
     return run
+
+
+Part = Callable[[Conversation, Received], Iterator[Any]]
+
+
+class Sequel:
+    """A script for every connection in turn; remembers what each of them was asked first."""
+
+    def __init__(self, *parts: Part) -> None:
+        self._parts = iter(parts)
+        self.starts: list[Received] = []
+
+    def __call__(self, conversation: Conversation) -> Iterator[Any]:
+        start = conversation.next()
+        self.starts.append(start)
+        yield from next(self._parts)(conversation, start)
+
+
+def breaks_after(*indices: int, snapshots: bool = True) -> Part:
+    def part(conversation: Conversation, start: Received) -> Iterator[Any]:
+        for index in indices:
+            yield chunk(start, index, snapshot=f"after {index}".encode() if snapshots else b"")
+
+    return part
+
+
+def ends_after(*indices: int) -> Part:
+    def part(conversation: Conversation, start: Received) -> Iterator[Any]:
+        for index in indices:
+            yield chunk(start, index, final=index == indices[-1])
+        while True:
+            yield acknowledgement(conversation.next())
+
+    return part
+
+
+def full(conversation: Conversation, start: Received) -> Iterator[Any]:
+    """No slot is free, and the queue is full or the session would not wait."""
+    yield error(start, "[unavailable] no slot is free; try again in 30 s")
+    yield error(conversation.next(), "[unknown_session] it has ended")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -155,6 +156,16 @@ def test_cancel_frees_a_caller_that_waits_for_a_switch(stream: Open) -> None:
         threading.Timer(0.1, video.cancel).start()
         with pytest.raises(errors.SessionCancelledError):
             video.switch_prompt("a bear")
+
+
+def test_cancel_frees_a_caller_that_waits_for_the_connection(stream: Open) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        video = stream("a fox", url=f"127.0.0.1:{mute.getsockname()[1]}")
+        threading.Timer(0.3, video.cancel).start()
+        since = time.monotonic()
+        with pytest.raises(errors.SessionCancelledError), video:
+            pass
+        assert time.monotonic() - since < 5
 
 
 def test_a_stream_cancelled_before_it_opens_does_not_open(stream: Open) -> None:

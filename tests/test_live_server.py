@@ -195,6 +195,19 @@ def test_the_third_session_waits_for_a_slot(server: TritonServer) -> None:
         assert notices == ["waiting for a slot: place 1 of 1", "a slot is free: generating", ""]
 
 
+def test_who_asks_in_vain_for_a_slot_waits_at_the_last_try(tmp_path: Path) -> None:
+    with start_server(tmp_path, slots=1) as server, VideoStream("a fox", url=server.grpc_url) as live:
+        next(live.chunks())
+        with VideoStream("a bird", url=server.grpc_url, chunks=2, tries=3) as video:
+            chunks, first_id = video.chunks(), video.session_id
+            assert next(chunks).notice == "waiting for a slot: place 1 of 1"
+            assert video.session_id != first_id
+            assert (metric(server, "redirected_sessions"), metric(server, "refused_sessions")) == (2, 0)
+            live.close()
+            told = [(chunk.notice, len(chunk.frames)) for chunk in chunks]
+            assert told == [("a slot is free: generating", 0), ("", 9), ("", 12)]
+
+
 def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
     with (
         start_server(tmp_path, idle_timeout_s=0.5) as server,
@@ -235,4 +248,4 @@ def test_a_live_session_is_paced_and_one_beyond_the_queue_is_refused(tmp_path: P
         took = chunks[-1].arrived - chunks[0].arrived
         assert 5 * 0.25 <= took < 8 * 0.25, "one chunk ahead of a clock that plays a chunk in a quarter of a second"
         assert metric(server, "deadline_misses") == 0
-        assert metric(server, "refused_sessions") == 1
+        assert metric(server, "refused_sessions") == 1, "however many servers it would have asked"

@@ -26,9 +26,10 @@ def read(tensors: dict[str, Any], *, start: bool = True, end: bool = False, sess
 
 
 def test_a_request_survives_the_wire() -> None:
-    options = Options(global_sink=False)
+    options = Options(global_sink=False, max_wait_s=0)
     request = Request(session_id="s", start=True, prompt="a fox — здесь", seed=-3, chunks=0, options=options)
     assert read(request.to_tensors()) == request
+    assert Options.from_json('{"max_wait_s": 2.5}') == Options(max_wait_s=2.5)
     later = Request(session_id="s", prompt="the fox sleeps", options=Options(at_latent_frame=40))
     assert read(later.to_tensors(), start=False) == later
     assert read({}, start=False) == Request(session_id="s")
@@ -62,6 +63,12 @@ def test_a_request_survives_the_wire() -> None:
         ({"PROMPT": text("a"), "OPTIONS": text('{"pace": "fast"}')}, {}, "OPTIONS.pace: got 'fast', expected one of"),
         ({"OPTIONS": text('{"pace": "asap"}')}, {"start": False}, "OPTIONS.pace: got it after START"),
         ({"PROMPT": text("a"), "OPTIONS": text('{"global_sink": 1}')}, {}, "OPTIONS.global_sink: got 1, expected bool"),
+        ({"PROMPT": text("a"), "OPTIONS": text('{"max_wait_s": "1"}')}, {}, "max_wait_s: got '1', expected int or"),
+        ({"PROMPT": text("a"), "OPTIONS": text('{"max_wait_s": true}')}, {}, "max_wait_s: got True, expected int or"),
+        ({"PROMPT": text("a"), "OPTIONS": text('{"max_wait_s": -1}')}, {}, "OPTIONS.max_wait_s: got -1, expected a"),
+        ({"PROMPT": text("a"), "OPTIONS": text('{"max_wait_s": NaN}')}, {}, "max_wait_s: got nan, expected a finite"),
+        ({"PROMPT": text("a"), "OPTIONS": text('{"max_wait_s": 1e999}')}, {}, "max_wait_s: got inf, expected a finite"),
+        ({"OPTIONS": text('{"max_wait_s": 0}')}, {"start": False}, "OPTIONS.max_wait_s: got it after START"),
         (
             {"PROMPT": text("a"), "OPTIONS": text('{"on_switch": "x"}')},
             {},

@@ -5,47 +5,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from client import errors
 from client.video_stream import VideoStream
-from tests.scripted_triton import Conversation, Received, ScriptedTriton, acknowledgement, chunk, error, recorded
-
-Part = Callable[[Conversation, Received], Iterator[Any]]
-
-
-class Sequel:
-    """A script for every connection in turn; remembers what each of them was asked first."""
-
-    def __init__(self, *parts: Part) -> None:
-        self._parts = iter(parts)
-        self.starts: list[Received] = []
-
-    def __call__(self, conversation: Conversation) -> Iterator[Any]:
-        start = conversation.next()
-        self.starts.append(start)
-        yield from next(self._parts)(conversation, start)
-
-
-def breaks_after(*indices: int, snapshots: bool = True) -> Part:
-    def part(conversation: Conversation, start: Received) -> Iterator[Any]:
-        for index in indices:
-            yield chunk(start, index, snapshot=f"after {index}".encode() if snapshots else b"")
-
-    return part
-
-
-def ends_after(*indices: int) -> Part:
-    def part(conversation: Conversation, start: Received) -> Iterator[Any]:
-        for index in indices:
-            yield chunk(start, index, final=index == indices[-1])
-        while True:
-            yield acknowledgement(conversation.next())
-
-    return part
+from tests.scripted_triton import (
+    Conversation,
+    Received,
+    ScriptedTriton,
+    Sequel,
+    acknowledgement,
+    breaks_after,
+    chunk,
+    ends_after,
+    error,
+    full,
+    recorded,
+)
 
 
 def numbers(video: VideoStream) -> list[int]:
@@ -159,13 +138,10 @@ def test_a_session_that_waited_for_its_first_frame_begins_again() -> None:
 
 
 def test_a_full_server_is_asked_again_while_it_goes_on() -> None:
-    def full(conversation: Conversation, start: Received) -> Iterator[Any]:
-        yield error(start, "[unavailable] 16 sessions are waiting; try again in 30 s")
-        conversation.gone.wait(10)
-
     script = Sequel(breaks_after(0), full, full, ends_after(1))
-    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2) as video:
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2, tries=1) as video:
         assert numbers(video) == [0, 1]
+    assert {start.options.max_wait_s for start in script.starts} == {None}
 
 
 def test_it_gives_up_in_time_with_the_last_error() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the service keeps in bounds: clocks, the queue, tokens, rates, unread chunks; and what it counts."""
+"""What the service keeps in bounds: clocks, tokens, rates, unread chunks; and what it counts."""
 
 from __future__ import annotations
 
@@ -36,43 +36,6 @@ def test_a_late_chunk_is_counted() -> None:
         seen = len(live.chunks)
         wait_until(lambda: len(live.chunks) == seen + 3)
         assert at.figures["deadline_misses"] == 1, "playback goes on from the late chunk"
-
-
-def test_who_waits_is_told_the_place_in_the_queue() -> None:
-    with bench(slots=1) as at:
-        first, second, third = (at.start(name, chunks=1 if name == "b" else None) for name in "abc")
-        wait_until(lambda: bool(third.chunks))
-        assert [chunk.notice for chunk in second.chunks + third.chunks] == [
-            "waiting for a slot: place 1 of 2",
-            "waiting for a slot: place 2 of 2",
-        ]
-        assert all(len(chunk.frames) == 0 for chunk in second.chunks + third.chunks)
-        at.ask("a", end=True)
-        wait_until(closed(first, second))
-        assert [chunk.notice for chunk in second.chunks[1:]] == ["a slot is free: generating", ""]
-        assert third.chunks[-1].notice == "waiting for a slot: place 1 of 1"
-
-
-def test_beyond_the_queue_a_session_is_refused_with_a_hint() -> None:
-    with bench(slots=1, max_waiting=1, max_wait_s=7.5) as at:
-        at.start("a")
-        at.start("b")
-        wait_until(lambda: at.figures["waiting_sessions"] == 1)
-        refused = at.start("c")
-        wait_until(closed(refused))
-        assert refused.errors[0].kind == ServeError.UNAVAILABLE
-        assert refused.errors[0].message == "1 sessions are waiting for a slot already; try again in 7.5 s"
-        wait_until(lambda: at.figures["refused_sessions"] == 1)
-        assert at.figures["failed_sessions"] == 0
-
-
-def test_who_has_waited_too_long_is_refused() -> None:
-    with bench(slots=1, max_wait_s=0.2) as at:
-        at.start("a")
-        waiting = at.start("b")
-        wait_until(closed(waiting))
-        assert waiting.errors[0].kind == ServeError.UNAVAILABLE
-        assert "no slot became free in 0.2 s" in waiting.errors[0].message
 
 
 def test_a_session_may_not_pile_up_prompts() -> None:
@@ -159,6 +122,30 @@ def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> 
         assert last.snapshot == f"at {len(with_snapshots.chunks) - 1}".encode()
         assert len(without.chunks[-1].frames)
         assert {sink.errors[0].kind for sink in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}
+
+
+def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile() -> None:
+    with bench(slots=2, lead=1) as at:
+        playing, soon = at.start("a", options=Options(fps=1)), at.start("b", options=Options(fps=1))
+        wait_until(lambda: len(playing.chunks) == len(soon.chunks) == 2)  # the third is made in 9 s
+        waiting = at.start("c")
+        time.sleep(0.1)
+        assert len(playing.chunks) == 2
+        at.service.drain()
+        wait_until(closed(waiting, playing, soon))
+        assert [len(sink.chunks) for sink in (playing, soon)] == [4, 4]
+        assert not any(len(chunk.frames) for chunk in waiting.chunks)
+        assert {sink.errors[0].kind for sink in (playing, soon, waiting)} == {ServeError.SHUTTING_DOWN}
+
+
+def test_it_does_not_work_ahead_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlive_serve.sessions.GOODBYE_S", 0.0)
+    with bench(lead=1) as at:
+        playing = at.start("a", options=Options(fps=1))
+        wait_until(lambda: len(playing.chunks) == 2)
+        at.service.drain()
+        wait_until(closed(playing))
+        assert len(playing.chunks) == 2
 
 
 def test_early_frames_leave_in_parts_and_count_as_one_chunk() -> None:

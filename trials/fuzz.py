@@ -61,7 +61,7 @@ HOSTILE_TEXTS = (
 HOSTILE_JSON = (
     "[]", "null", '{"pace": 3}', '{"pace": "warp"}', '{"fps": 0}', '{"fps": 1e999}', '{"zoom": 1}', '{"token": "x"}',
     '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}', '{"on_switch": true}', "[" * 9000,
-    '{"global_sink": null}', '{"fps": 99999999999999999999999999}', '{"pace": NaN}',
+    '{"global_sink": null}', '{"fps": 99999999999999999999999999}', '{"pace": NaN}', '{"max_wait_s": 1e999}',
     '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
 )  # fmt: skip
 HOSTILE_NUMBERS = (-1, -(2**31), 2**31 - 1, 7)
@@ -214,7 +214,9 @@ def video(url: str, seed: int, chunks: int, ids: list[str]) -> np.ndarray[Any, A
     last_try = time.monotonic() + 60
     while True:
         try:
-            with VideoStream("a red fox runs", url=url, seed=seed, chunks=chunks, pace="asap", resume_for=0) as stream:
+            with VideoStream(  # one try: it keeps its id, which others attack
+                "a red fox runs", url=url, seed=seed, chunks=chunks, pace="asap", tries=1, resume_for=0
+            ) as stream:
                 ids.append(stream.session_id)
                 return np.concatenate([chunk.frames for chunk in stream.chunks()])
         except UnavailableError:
