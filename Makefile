@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
-.PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
+.PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -14,7 +14,8 @@ help:
 	@echo "make bench-engines  set up, measure the engines on this machine's GPU, write results/gpu.json and docs/gpu.png"
 	@echo "make autoscaling  set up, simulate a fleet of GPUs, write results/autoscaling.json and docs/autoscaling.png"
 	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its figures with those of the benchmark"
-	@echo "make chaos, make soak, make fuzz   kill servers, run for half an hour, send wrong requests; into results/serving.json"
+	@echo "make chaos, make fleet   kill servers; keep strangers out and let a server go; into results/serving.json"
+	@echo "make soak, make fuzz   run for half an hour, send wrong requests; into the same file"
 	@echo "make pictures  the demo, and the pictures in docs/ from it"
 	@echo "make quality  set up, measure what the demo network shows, write results/quality.json"
 	@echo "make onnx   export the demo network as ONNX graphs to graphs/demo, each compared with PyTorch"
@@ -63,6 +64,9 @@ perf: setup
 
 chaos: setup
 	$(BIN)/python -m trials.chaos --json results/serving.json
+
+fleet: setup
+	$(BIN)/python -m trials.fleet --json results/serving.json
 
 soak: setup
 	$(BIN)/python -m trials.soak --json results/serving.json

@@ -12,23 +12,27 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
-import trustme
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client.channel import Tls
+from client.channel import Tls, bearer, channel
+from client.errors import ForbiddenError
 from client.probe import probe
 from client.video_stream import VideoStream
-from deploy import drain, tools
+from deploy import tools
 from deploy.queries import dcgm_counters, rules
 from longlive_serve.protocol import CLIENT_HEADER, MODEL_NAME, READY, SESSION_HEADER
 from longlive_serve.server import TritonServer
+from longlive_serve.statistics import sessions_at
 from tests.deployment import (
     PROXY,
     asked_for,
     manifests,
     the,
 )
-from trials.cluster import _free_ports
+from trials.cluster import STICKY, _free_ports
+from trials.keys import Keys
 
 HAPROXY = tools.find("haproxy")
 EXTERNAL = {"up", "ALERTS"}  # Prometheus' own
@@ -54,28 +58,30 @@ def test_the_proxies_list_the_pods_by_their_names(server_list: Path) -> None:
 def test_the_proxy_goes_by_the_names_of_the_wire() -> None:
     text = (PROXY / "haproxy.cfg").read_text()
     assert f"balance hdr({SESSION_HEADER})" in text
-    assert text.count(f"set-header {CLIENT_HEADER} ") == text.count("set-header") == 2
+    assert text.count(f"set-header {CLIENT_HEADER} ") == text.count("set-header") == 1
     assert f"/v2/models/{MODEL_NAME}/ready" in text
 
 
+def test_every_list_of_servers_keeps_sessions_where_they_are(server_list: Path) -> None:
+    assert f"hdr({SESSION_HEADER})" in STICKY
+    assert STICKY in (PROXY / "haproxy.cfg").read_text()
+    for servers in (server_list, PROXY / "compose.cfg"):
+        assert f"backend servers\n{STICKY}\n" in servers.read_text()
+
+
 @pytest.fixture
-def certificates(tmp_path: Path) -> Path:
-    """A folder with an authority, and certificates that it has signed: of the proxy and of a client."""
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-    for name, host in (("tls", "127.0.0.1"), ("client", "viewer.example.org")):
-        issued = authority.issue_cert(host)
-        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.crt")
-        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
-    return tmp_path
+def keys(tmp_path: Path) -> Keys:
+    found = Keys(tmp_path / "keys")
+    found.make()
+    return found
 
 
 @needs_haproxy
-def test_haproxy_takes_its_configuration(server_list: Path, certificates: Path) -> None:
-    tls = {"LONGLIVE_TLS_CERT": str(certificates / "tls.crt"), "LONGLIVE_PROXY": "127.0.0.1:8080"}
-    mutual = tls | {"LONGLIVE_TLS_CLIENT_CA": str(certificates / "ca.crt")}
+def test_haproxy_takes_its_configuration(server_list: Path, keys: Keys) -> None:
+    every = keys.of_proxy("127.0.0.1:8443")
     for servers in (server_list, PROXY / "compose.cfg"):
-        for environment in ({}, tls, mutual):
+        for left_out in (set(every), {"LONGLIVE_TLS_CLIENT_CA"}, {"LONGLIVE_SERVERS_CA"}, set()):
+            environment = {name: value for name, value in every.items() if name not in left_out}
             command = [str(HAPROXY), "-c", "-f", str(PROXY / "haproxy.cfg"), "-f", str(servers)]
             done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
@@ -84,7 +90,7 @@ def test_haproxy_takes_its_configuration(server_list: Path, certificates: Path) 
 @contextlib.contextmanager
 def running_proxy(folder: Path, server: str, **environment: str) -> Iterator[tuple[str, str, str]]:
     """A proxy before `server`, as its line says; yields where it listens: in the clear, with TLS, for metrics."""
-    (folder / "servers.cfg").write_text(f"backend servers\n  server s {server}\n")
+    (folder / "servers.cfg").write_text(f"backend servers\n{STICKY}\n  server s {server}\n")
     plain, tls, status = (f"127.0.0.1:{port}" for port in _free_ports(3))
     addresses = {"LONGLIVE_PROXY": plain, "LONGLIVE_PROXY_TLS": tls, "LONGLIVE_PROXY_STATUS": status}
     command = [str(HAPROXY), "-db", "-q", "-f", str(PROXY / "haproxy.cfg"), "-f", str(folder / "servers.cfg")]
@@ -104,16 +110,54 @@ def running_proxy(folder: Path, server: str, **environment: str) -> Iterator[tup
         process.wait()
 
 
-@needs_haproxy
-def test_the_proxy_lets_in_who_shows_a_certificate(server: TritonServer, certificates: Path) -> None:
+@pytest.fixture
+def proxy(server: TritonServer, keys: Keys) -> Iterator[str]:
+    """Where a proxy listens that lets in who shows a certificate and a token, three times in ten seconds."""
     line = f"{server.grpc_url} check port {server.http_url.partition(':')[2]}"
-    ca = str(certificates / "ca.crt")
-    files = {"LONGLIVE_TLS_CERT": str(certificates / "tls.crt"), "LONGLIVE_TLS_CLIENT_CA": ca}
-    with running_proxy(certificates, line, **files) as (plain, tls, _):
-        assert probe(plain, 10) == READY
-        assert probe(tls, 10, Tls(ca=ca, cert=certificates / "client.crt", key=certificates / "client.key")) == READY
-        with pytest.raises(ConnectionError):
-            probe(tls, 2, Tls(ca=ca))
+    environment = keys.of_proxy("") | {"LONGLIVE_PROXY_RATE": "3"}
+    of_servers = [name for name in environment if name.startswith(("LONGLIVE_SERVERS", "LONGLIVE_PROXY_TLS"))]
+    with running_proxy(keys.folder, line, **{k: v for k, v in environment.items() if k not in of_servers}) as urls:
+        yield urls[1]
+
+
+def watch(url: str, keys: Keys, token: str | None) -> int:
+    with VideoStream("a fox", url=url, chunks=2, pace="asap", tls=keys.client, access_token=token) as video:
+        return len(list(video.chunks()))
+
+
+@needs_haproxy
+def test_the_proxy_lets_in_who_shows_a_certificate_and_a_token(proxy: str, keys: Keys) -> None:
+    assert probe(proxy, 10, keys.client, keys.token) == READY
+    assert watch(proxy, keys, keys.token) == 2
+    for token in (None, "wrong", f"{keys.token}."):
+        with pytest.raises(ConnectionError, match="no access token that is known"):
+            probe(proxy, 10, keys.client, token)
+        with pytest.raises(ForbiddenError, match="no access token that is known"):
+            watch(proxy, keys, token)
+    with pytest.raises(ConnectionError, match="UNAVAILABLE"):
+        probe(proxy, 2, Tls(ca=keys.folder / "ca.crt"), keys.token)
+
+
+@needs_haproxy
+def test_the_proxy_lets_nobody_have_more_than_his_share(proxy: str, keys: Keys) -> None:
+    for _ in range(3):
+        assert probe(proxy, 10, keys.client, keys.token) == READY
+    with pytest.raises(ConnectionError, match="UNAVAILABLE"):
+        probe(proxy, 10, keys.client, keys.token)
+
+
+@needs_haproxy
+def test_the_proxy_lets_nothing_through_but_streams(proxy: str, keys: Keys) -> None:
+    with channel(proxy, keys.client) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        for call, request in (
+            (stub.SystemSharedMemoryStatus, service_pb2.SystemSharedMemoryStatusRequest()),
+            (stub.RepositoryIndex, service_pb2.RepositoryIndexRequest()),
+            (stub.ModelInfer, service_pb2.ModelInferRequest(model_name=MODEL_NAME)),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request, timeout=5, metadata=bearer(keys.token))
+            assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +203,8 @@ def test_every_metric_of_the_proxy_is_exported(exported_by_proxy: set[str]) -> N
 
 def test_a_drain_counts_the_sessions_of_a_live_server(server: TritonServer) -> None:
     url = f"http://{server.metrics_url}/metrics"
-    assert drain.sessions(url) == 0
+    assert sessions_at(url) == 0
     with VideoStream("a fox", url=server.grpc_url, seed=1, fps=1) as video:
         assert next(video.chunks()) is not None
-        assert drain.sessions(url) == 1
-    assert drain.sessions("http://127.0.0.1:1/metrics") is None
+        assert sessions_at(url) == 1
+    assert sessions_at("http://127.0.0.1:1/metrics") is None

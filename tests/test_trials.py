@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trials import chaos, fuzz, perf, soak, tables
+from trials import chaos, fleet, fuzz, perf, soak, tables
 
 TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
 
@@ -40,10 +40,13 @@ def test_viewers_come_and_go_for_a_while(tmp_path: Path) -> None:
     assert figures["prompt_switches"] >= 4
 
 
-@pytest.mark.skipif(
+needs_haproxy = pytest.mark.skipif(
     shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin") is None,
     reason="needs haproxy (Debian, Ubuntu: apt-get install haproxy)",
 )
+
+
+@needs_haproxy
 def test_viewers_lose_no_frame_while_servers_die(tmp_path: Path) -> None:
     options = ["--preset", "tiny", "--weights", "random", "--servers", "2", "--viewers", "4", "--victims", "1"]
     options += ["--kills", "4", "--fps", "8", "--every", "2", "4", "--compare", "1", "--seed", "1"]
@@ -51,6 +54,35 @@ def test_viewers_lose_no_frame_while_servers_die(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "serving.json").read_text())
     assert (record["chaos_kills"], record["chaos_lost_frames"]) == (4, 0)
     assert record["trials.chaos"]["resumed"] > 0
+
+
+@needs_haproxy
+def test_a_fleet_keeps_strangers_out_and_viewers_happy(tmp_path: Path) -> None:
+    record = tmp_path / "serving.json"
+    assert fleet.main(["--preset", "tiny", "--weights", "random", "--fps", "8", "--json", str(record)]) == 0
+    figures = json.loads(record.read_text())["trials.fleet"]
+    assert (figures["servers"], figures["viewers"]) == (3, 12)
+    assert sum(figures["live_by_server"]) == figures["found_over_another_connection"] == 12
+    assert max(figures["live_by_server"]) <= 6
+    assert len(figures["turned_away"]) == 6
+    assert figures["resumed_after_kill"] > 0
+    assert figures["resumed_after_drain"] >= figures["drained_with_sessions"] > 0
+    assert figures["drain_exit_s"] < 10
+
+
+def test_what_a_fleet_must_not_do_is_said() -> None:
+    good = dict.fromkeys(("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left"), 0)
+    fine = good | {"turned_away": {"no token": True}, "found_over_another_connection": 2, "viewers": 2}
+    assert fleet.complaints(fine) == []
+    for change in ({"turned_away": {"no token": False}}, {"found_over_another_connection": 1}, {"lost_frames": 1}):
+        assert len(fleet.complaints(fine | change)) == 1
+
+
+def test_how_long_the_picture_stood_still() -> None:
+    arrived = [0.0, 0.5, 4.0]  # 9 frames and 12 at 8 fps play for 2.625 s
+    chunks = [_chunk(first, count, at) for (first, count), at in zip([(0, 9), (9, 12), (21, 12)], arrived, strict=True)]
+    assert fleet.standstill(chunks, 8) == 4.0 - 2.625
+    assert fleet.standstill(chunks[:2], 8) == 0.0
 
 
 def test_a_lost_and_a_repeated_frame_are_noticed() -> None:
@@ -61,9 +93,9 @@ def test_a_lost_and_a_repeated_frame_are_noticed() -> None:
     assert (seen.lost, seen.repeated) == (12, 12)
 
 
-def _chunk(first: int, count: int) -> chaos.StreamedChunk:
+def _chunk(first: int, count: int, arrived: float = 0.0) -> chaos.StreamedChunk:
     pictures = np.zeros((count, 2, 2, 3), np.uint8)
-    return chaos.StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=0.0)
+    return chaos.StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=arrived)
 
 
 def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:

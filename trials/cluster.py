@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Some servers behind HAProxy, and a supervisor that starts again whatever died, as an orchestrator would.
 
-Used by the trials. A session stays on the server that the hash of its id names (gRPC header `x-session-id`).
+Used by the trials. HAProxy's settings are those of deploy/; with `Keys` everybody shows who they are.
 """
 
 from __future__ import annotations
@@ -21,29 +21,36 @@ from typing import Self
 from client.probe import probe
 from longlive_serve.errors import ServeError
 from longlive_serve.server import TritonServer
+from trials.keys import Keys
 
 PROBE_S = 5.0  # a model that gives no answer for this long is dead
 POLL_S = 0.5
 
 PROXY = Path(__file__).parents[1] / "deploy/proxy/haproxy.cfg"  # as in production; the servers stand in a second file
+STICKY = "  stick on hdr(x-session-id) table sticky"
 
 
 class Cluster:
     """For `with`: ready on entry, gone on exit. `url` is where clients connect."""
 
-    def __init__(self, servers: int, config: Path) -> None:
+    def __init__(self, servers: int, config: Path, keys: Keys | None = None) -> None:
         haproxy = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
         if haproxy is None:
             raise RuntimeError("haproxy: not found; install it (Debian, Ubuntu: apt-get install haproxy)")
         self._haproxy = haproxy
         self._config = config
         self._stack = contextlib.ExitStack()
-        proxy, status, *ports = _free_ports(2 + 2 * servers)
+        clear, proxy, status, *ports = _free_ports(3 + 2 * servers)
         self._ports = list(zip(ports[::2], ports[1::2], strict=True))  # gRPC and HTTP of every server
         self.url = f"127.0.0.1:{proxy}"
         self._addresses = {"LONGLIVE_PROXY": self.url, "LONGLIVE_PROXY_STATUS": f"127.0.0.1:{status}"}
+        self._keys = keys
+        if keys is not None:
+            keys.make()
+            self._addresses |= keys.of_proxy(self.url) | {"LONGLIVE_PROXY": f"127.0.0.1:{clear}"}
         self.servers: list[TritonServer] = []
         self.restarts = 0
+        self._going: set[int] = set()  # servers that are to end by themselves
         self._proxy: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._supervisors: list[threading.Thread] = []
@@ -52,7 +59,7 @@ class Cluster:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="longlive-cluster-")))
         lines = [f"  server s{n} 127.0.0.1:{grpc} check port {http}" for n, (grpc, http) in enumerate(self._ports)]
         self._list = folder / "servers.cfg"
-        self._list.write_text("\n".join(["backend servers", *lines, ""]))
+        self._list.write_text("\n".join(["backend servers", STICKY, *lines, ""]))
         try:
             for number in range(len(self._ports)):
                 self.servers.append(self._start_server(number))
@@ -84,9 +91,15 @@ class Cluster:
         assert self._proxy is not None
         _kill(self._proxy.pid)
 
+    def end_server(self, number: int) -> None:
+        """SIGTERM; returns when the server has gone. It is started again as well."""
+        self._going.add(number)
+        self.servers[number].stop()
+        self._going.remove(number)
+
     def healthy(self) -> bool:
         """Whether every server's model answers, and through the proxy too."""
-        return all(_answers(url) for url in (*(server.grpc_url for server in self.servers), self.url))
+        return all(self._answers(url) for url in (*(server.grpc_url for server in self.servers), self.url))
 
     def wait_until_healthy(self, timeout_s: float = 120.0) -> None:
         end = time.monotonic() + timeout_s
@@ -97,7 +110,9 @@ class Cluster:
 
     def _start_server(self, number: int) -> TritonServer:
         grpc, http = self._ports[number]
-        return TritonServer(config=self._config, grpc_port=grpc, http_port=http, drain_timeout_s=2.0).__enter__()
+        tls = {} if self._keys is None else self._keys.of_server
+        server = TritonServer(config=self._config, grpc_port=grpc, http_port=http, **tls)
+        return server.__enter__()
 
     def _start_proxy(self) -> None:
         command = [self._haproxy, "-db", "-q", "-f", str(PROXY), "-f", str(self._list)]
@@ -105,7 +120,8 @@ class Cluster:
 
     def _watch_server(self, number: int) -> None:
         while not self._stopping.wait(POLL_S):
-            if not _answers(self.servers[number].grpc_url) and not self._stopping.is_set():
+            lives = self._answers(self.servers[number].grpc_url)
+            if not (lives or number in self._going or self._stopping.is_set()):
                 self.servers[number].kill()
                 self.servers[number] = self._start_server(number)
                 self.restarts += 1
@@ -117,6 +133,16 @@ class Cluster:
                 self._start_proxy()
                 self.restarts += 1
 
+    def _answers(self, url: str) -> bool:
+        tls, token = (None, None) if self._keys is None else (self._keys.client, self._keys.token)
+        try:
+            probe(url, PROBE_S, tls, token)
+        except ServeError:  # it refuses, so it lives
+            return True
+        except ConnectionError:
+            return False
+        return True
+
     def _stop(self) -> None:
         self._stopping.set()
         for thread in self._supervisors:
@@ -127,16 +153,6 @@ class Cluster:
         for server in self.servers:
             server.stop()
         self._stack.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        probe(url, PROBE_S)
-    except ServeError:  # it refuses, so it lives
-        return True
-    except ConnectionError:
-        return False
-    return True
 
 
 def _kill(pid: int) -> None:

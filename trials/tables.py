@@ -29,7 +29,7 @@ def viewers(record: dict[str, Any]) -> str:
 
 def trials(record: dict[str, Any]) -> str:
     """What the service survived."""
-    chaos, soak, fuzz = (record[f"trials.{name}"] for name in ("chaos", "soak", "fuzz"))
+    chaos, soak, fuzz, fleet = (record[f"trials.{name}"] for name in ("chaos", "soak", "fuzz", "fleet"))
     kills = ", ".join(f"{count} x {what}" for what, count in sorted(chaos["kills"].items()))
     seam = f"{chaos['seam_difference_of_255']:.2f} of 255 from the uninterrupted video"
     came = (
@@ -43,6 +43,7 @@ def trials(record: dict[str, Any]) -> str:
     ]
     rows = {
         f"kills: {kills}": f"{came}: **{chaos['lost_frames']} lost, {chaos['repeated_frames']} repeated**; {seam}",
+        f"{fleet['servers']} servers with mutual TLS and tokens; one killed, one drained": _fleet(fleet),
         f"{soak['minutes']:g} minutes, {soak['viewers_at_once']} viewers at once": f"{soak['sessions']} sessions, "
         f"{soak['prompt_switches']} prompt switches, {late}; {memory}",
         f"{fuzz['requests']} wrong requests": f"{fuzz['crashes']} crashes, {fuzz['disturbed_videos']} disturbed videos",
@@ -50,6 +51,19 @@ def trials(record: dict[str, Any]) -> str:
     }
     return "\n".join(
         ["| trial | result |", "| --- | --- |", *(f"| {what} | {result} |" for what, result in rows.items())]
+    )
+
+
+def _fleet(figures: dict[str, Any]) -> str:
+    refused, lost = (
+        figures["turned_away"].values(),
+        f"{figures['lost_frames']} lost, {figures['repeated_frames']} repeated",
+    )
+    return (
+        f"{figures['viewers']} viewers at {figures['fps']} fps and {figures['late_viewers']} who came meanwhile, "
+        f"{figures['resumed_after_kill']} and {figures['resumed_after_drain']} resumed: **{lost}**, "
+        f"{figures['viewers_who_saw_a_stall']} saw a stall; {figures['found_over_another_connection']} of "
+        f"{figures['viewers']} found over another connection; {sum(refused)} of {len(refused)} strangers turned away"
     )
 
 

@@ -11,6 +11,7 @@ set -eu
   echo "  hold valid 5s"
   echo "  hold nx 1s          # a pod that goes gets nothing new from then on; what it has goes on"
   echo "backend servers"
+  echo "  stick on hdr(x-session-id) table sticky"
   pod=0
   while [ "$pod" -lt "$SERVERS" ]; do
     echo "  server longlive-$pod longlive-$pod.longlive.$NAMESPACE.svc.$CLUSTER_DOMAIN:8001 check port 8000" \
