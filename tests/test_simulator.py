@@ -14,13 +14,15 @@ import pytest
 pytest.importorskip("simpy", reason="needs the extra `deploy`")
 
 from deploy.simulator import __main__ as command
-from deploy.simulator.arrivals import TRACES, Arrivals, Trace
+from deploy.simulator.arrivals import TRACES, Arrivals
 from deploy.simulator.cluster import Cluster
-from deploy.simulator.figures import Run, percentile, simulate, with_room
-from deploy.simulator.fleet import DRAINING, Fleet, Tally
+from deploy.simulator.figures import Run, simulate, with_room
+from deploy.simulator.fleet import Fleet
 from deploy.simulator.hpa import Autoscaler, proposed
+from deploy.simulator.pod import DRAINING
 from deploy.simulator.policy import SHIPPED, Direction, Policy, Rate
 from deploy.simulator.record import RESULTS, SECTION
+from deploy.simulator.tally import Tally
 from deploy.simulator.world import World, capacity
 
 SHIPPED_POLICY = Policy.from_toml()
@@ -115,7 +117,7 @@ def test_shipped_thresholds_hold_through_a_day() -> None:
     figures = run("diurnal", 1000).figures
     good_enough(figures)
     has_no_leak(figures)
-    assert figures["moved_by_cause"]["scale_down"] > 0  # and yet nobody noticed
+    assert figures["moved_by_cause"]["scale_down"] > 0  # and hardly anybody noticed
     assert figures["gpu_hours_by_perfect"] < 1.7
 
 
@@ -137,7 +139,7 @@ def test_a_fleet_that_is_too_small_and_never_grows_refuses() -> None:
     assert fixed["refused_share"] > 0.1
     assert fixed["gpu_hours"] == pytest.approx(20 * 6)
     assert fixed["peak_live"] == 60
-    assert run("burst", 100, world=IMMORTAL).figures["refused"] == 0
+    assert run("burst", 100, world=IMMORTAL).figures["refused_share"] < 0.001
 
 
 def test_a_seed_decides_everything() -> None:
@@ -145,21 +147,6 @@ def test_a_seed_decides_everything() -> None:
     assert first.figures == again.figures
     assert first.moments == again.moments
     assert first.figures != other.figures
-
-
-def test_a_fleet_without_a_queue_refuses_as_erlang_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With steady arrivals the share is known, whatever the lengths of sessions: Erlang's B formula."""
-    steady = Trace(name="steady", hours=40, description="", shape=lambda times, random: 0 * times + 1)
-    monkeypatch.setitem(TRACES, "steady", steady)
-    service = dataclasses.replace(SHIPPED_POLICY.service, max_waiting=0)
-    policy = dataclasses.replace(SHIPPED_POLICY, service=service).fixed(30)
-    figures = run("steady", 100, policy, IMMORTAL).figures
-    blocked = 1.0
-    for slots in range(1, 91):
-        blocked = 100 * blocked / (slots + 100 * blocked)
-    assert figures["refused_share"] == pytest.approx(blocked, abs=0.01)
-    assert figures["arrived"] == pytest.approx(100 / World().mean_session_s * steady.seconds, rel=0.02)
-    assert figures["perfect_gpu_hours"] == pytest.approx(100 / 3 * 40, rel=0.02)
 
 
 @pytest.mark.parametrize("trace", ["burst", "flash_crowd"])
@@ -171,15 +158,17 @@ def test_a_trace_reaches_the_peak_that_was_asked_for(trace: str) -> None:
     assert max(settled) < 1.3 * min(settled)
 
 
-def test_viewers_notice_a_move_where_the_lead_is_short() -> None:
-    stalls = []
-    for lead in (1, 2):
+def test_viewers_notice_a_move_where_little_is_sent_ahead() -> None:
+    shares = []
+    for lead, goodbye in ((1, 0), (2, 0), (2, 2)):
         policy = dataclasses.replace(SHIPPED_POLICY, service=dataclasses.replace(SHIPPED_POLICY.service, lead=lead))
-        figures = run("burst", 300, policy, IMMORTAL).figures
-        assert figures["moved_by_cause"]["scale_down"] > 10
-        stalls.append(figures["stalls_by_cause"]["scale_down"])
-    assert stalls[0] > 0
-    assert stalls[1] == 0
+        figures = run("burst", 1000, policy, dataclasses.replace(IMMORTAL, goodbye_chunks=goodbye)).figures
+        moved = figures["moved_by_cause"]["scale_down"]
+        assert moved > 50
+        shares.append(figures["stalls_by_cause"]["scale_down"] / moved)
+    assert shares[0] > 0.1
+    assert shares[1] < 0.02
+    assert shares[2] == 0
 
 
 def test_late_chunks_let_a_fleet_grow() -> None:
@@ -214,8 +203,8 @@ def test_a_pod_that_drains_keeps_its_number() -> None:
 
 def test_percentiles_count_those_who_did_not_wait() -> None:
     tally = Tally(at_once=90, waits=[3.0, 1.0, 2.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
-    assert [percentile(tally, percent) for percent in (50, 90, 91, 95, 100)] == [0, 0, 1, 5, 10]
-    assert percentile(Tally(), 95) == 0
+    assert [tally.wait(percent) for percent in (50, 90, 91, 95, 100)] == [0, 0, 1, 5, 10]
+    assert Tally().wait(95) == 0
 
 
 # Settings, command, committed figures
@@ -227,6 +216,7 @@ def test_a_wrong_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("target_busy_share = 0.7", "target_busy_share = 7", "target_busy_share: got 7"),
         ('"Pods"', '"Pots"', "got 'Pots'"),
         ("grace_period_s", "grace", "grace"),
+        ("tries = ", "tries = -", "tries: got -"),
     ):
         path = tmp_path / "policy.toml"
         path.write_text(SHIPPED.read_text().replace(old, new))

@@ -122,6 +122,7 @@ def _table(traces: Mapping[str, Mapping[str, Any]]) -> Table:
         grid.add_column(name, justify="right")
     for key, label, style in (
         ("arrived", "viewers who come", ",d"),
+        ("at_once_share", "find a slot at once", ".2%"),
         ("wait_p50_s", "wait p50, s", ".1f"),
         ("wait_p95_s", "wait p95, s", ".1f"),
         ("wait_p99_s", "wait p99, s", ".1f"),

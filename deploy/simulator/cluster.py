@@ -16,9 +16,11 @@ from collections.abc import Callable, Generator
 import numpy as np
 import simpy
 
-from deploy.simulator.fleet import DRAINING, FAILURE, GONE, READY, SCALE_DOWN, STARTING, Broken, Fleet, Pod
+from deploy.simulator.fleet import Fleet
 from deploy.simulator.hpa import Autoscaler
+from deploy.simulator.pod import DRAINING, GONE, READY, STARTING, Broken, Pod
 from deploy.simulator.policy import Policy
+from deploy.simulator.tally import FAILURE, SCALE_DOWN
 from deploy.simulator.world import CHUNK_PLAYS_S, World
 
 Process = Generator[simpy.Event, None, None]
@@ -64,7 +66,7 @@ class Cluster:
         for _ in range(self._replicas):
             pod = self._fleet.order(0.0)
             self._pods.append(pod)
-            self._fleet.add(pod, 0.0)
+            self._fleet.add(pod)
         self._fleet.begin()
         self._env.process(self._control(on_round))
         self._env.run(until=seconds)
@@ -139,14 +141,14 @@ class Cluster:
         yield self._env.timeout(self._random.triangular(least, most, likely))
         if pod.state == STARTING:
             self._fleet.advance(self._env.now)
-            self._fleet.add(pod, self._env.now)
+            self._fleet.add(pod)
 
     def _dismiss(self, pod: Pod) -> None:
         if pod.state == STARTING:
             self._fleet.retire(pod, self._env.now)
         elif pod.state == READY:
             self.drained += 1
-            self._fleet.withdraw(pod, DRAINING)
+            self._fleet.withdraw(pod)
             self._env.process(self._drain(pod))
 
     def _drain(self, pod: Pod) -> Process:
@@ -175,7 +177,7 @@ class Cluster:
             number = self._random.randrange(self._replicas)
         pod = self._pods[number]
         self.failures += 1
-        fleet.withdraw(pod, DRAINING)
+        fleet.withdraw(pod)
         silence = world.stall_timeout_s if self._random.random() < world.silent_failures else 0.0
         broken = fleet.break_off(pod, now, FAILURE, silence)
         self._pods[number] = self._order()  # which Kubernetes does not ask the autoscaler about

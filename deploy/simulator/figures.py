@@ -10,8 +10,9 @@ from typing import Any
 
 from deploy.simulator.arrivals import HOUR, TRACES, Arrivals
 from deploy.simulator.cluster import Cluster, Moment
-from deploy.simulator.fleet import CAUSES, Fleet, Tally
+from deploy.simulator.fleet import Fleet
 from deploy.simulator.policy import Policy
+from deploy.simulator.tally import CAUSES
 from deploy.simulator.world import World
 
 
@@ -57,10 +58,11 @@ def _figures(trace: str, arrivals: Arrivals, fleet: Fleet, cluster: Cluster) -> 
         "live_at_the_beginning": tally.already_live,
         "completed": tally.completed,
         "live_at_the_end": fleet.live,
-        "waiting_at_the_end": fleet.waiting + fleet.unnoticed,
-        "wait_p50_s": percentile(tally, 50),
-        "wait_p95_s": percentile(tally, 95),
-        "wait_p99_s": percentile(tally, 99),
+        "waiting_at_the_end": fleet.waiting + fleet.adrift,
+        "at_once_share": tally.at_once / tally.arrived if tally.arrived else 0.0,
+        "wait_p50_s": tally.wait(50),
+        "wait_p95_s": tally.wait(95),
+        "wait_p99_s": tally.wait(99),
         "refused": tally.refused,
         "refused_share": tally.refused / tally.arrived if tally.arrived else 0.0,
         "stalls": tally.stalls.total(),
@@ -77,10 +79,3 @@ def _figures(trace: str, arrivals: Arrivals, fleet: Fleet, cluster: Cluster) -> 
         "gpu_hours_by_perfect": gpu_hours / perfect,
         "fixed_gpu_hours": peak_pods * hours,
     }
-
-
-def percentile(tally: Tally, percent: int) -> float:
-    """Of the waits of all who came and got a slot: so many in a hundred waited no longer."""
-    count = tally.at_once + len(tally.waits)
-    rank = math.ceil(percent * count / 100)
-    return 0.0 if rank <= tally.at_once else sorted(tally.waits)[rank - tally.at_once - 1]

@@ -1,97 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pods and the sessions on them: who gets a slot, who waits, who is refused, who is moved. Exact, session by session.
 
-Driven by the cluster, which tells it up to when to advance. It knows neither simpy nor the autoscaler. A session's id
-decides which pod it is sent to, and a full pod sends it on: together, any pod with a free slot, each as likely.
+Driven by the cluster, which tells it up to when to advance. It knows neither simpy nor the autoscaler. Nobody knows
+which pods have a free slot: a viewer's client tries one after another, and waits in the queue of the last.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import random
-from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
 
 from deploy.simulator.arrivals import Arrivals
+from deploy.simulator.pod import DRAINING, GONE, READY, Broken, Pod, Waiting, put, take
 from deploy.simulator.policy import Service
-from deploy.simulator.world import CHUNK_PLAYS_S, World
-
-STARTING, READY, DRAINING, GONE = range(4)
-FAILURE, SCALE_DOWN = CAUSES = ("pod_failure", "scale_down")  # what moves a session
-SHUT = -1
-
-
-class Pod:
-    __slots__ = ("place", "sessions", "state")
-
-    def __init__(self) -> None:
-        self.state = STARTING
-        self.sessions: dict[int, float] = {}
-        """When each ends."""
-        self.place = SHUT
-        """Where it stands among the pods with a free slot."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Broken:
-    """A session without a pod."""
-
-    cause: str
-    since: float
-    noticed: float
-    remaining: float
-    slack: float
-    """Seconds for which the viewer still has something to look at."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Tally:
-    """What has happened so far."""
-
-    already_live: int = 0
-    arrived: int = 0
-    completed: int = 0
-    refused: int = 0
-    lost: int = 0
-    at_once: int = 0
-    """Sessions that found a free slot when they came."""
-    waits: list[float] = dataclasses.field(default_factory=list)
-    """Of those who got one later."""
-    moved: Counter[str] = dataclasses.field(default_factory=Counter)
-    stalls: Counter[str] = dataclasses.field(default_factory=Counter)
-    longest_gap_s: float = 0.0
+from deploy.simulator.tally import SCALE_DOWN, Tally
+from deploy.simulator.world import World
 
 
 class Fleet:
-    """All pods, and the queue in front of them."""
+    """All pods, and all clients."""
 
     def __init__(self, world: World, service: Service, arrivals: Arrivals, seed: int) -> None:
         self.tally = Tally()
         self.live = 0
-        self.ready = 0
+        self.waiting = 0
+        """Who stand in the queues of pods, those who were watching already among them."""
+        self.adrift = 0
+        """Sessions that broke off and ask nobody for a slot: their clients do not know yet, or back off."""
         self.pods = 0
         """That hold a GPU, in whatever state."""
-        self.unnoticed = 0
-        """Sessions that broke off and whose clients do not know yet."""
         self.capacity = world.capacity
         self._world, self._service, self._arrivals = world, service, arrivals
         self._random = random.Random(seed)
-        self._open: list[Pod] = []  # pods with a free slot
-        self._ends: list[tuple[float, int, Pod]] = []  # a heap; of sessions that were moved, too
-        self._number = 0  # of the last session
-        self._waiting: deque[tuple[float, float]] = deque()  # when they came, how long they will stay
-        self._broken: deque[Broken] = deque()
+        self._open: list[Pod] = []  # ready, with a free slot
+        self._full: list[Pod] = []  # ready, without one
+        # A heap of sessions' ends (those of sessions that were moved, too) and of what is to be done at some time.
+        self._events: list[tuple[float, int, Pod | Callable[[float], None]]] = []
+        self._number = 0  # of the last event
         self._gpu_s = 0.0
 
     @property
-    def waiting(self) -> int:
-        """Who wait for a slot, those who were watching already among them."""
-        return len(self._waiting) + len(self._broken)
+    def ready(self) -> int:
+        return len(self._open) + len(self._full)
 
     @property
     def full(self) -> int:
         """Pods that take sessions but have no free slot."""
-        return self.ready - len(self._open)
+        return len(self._full)
 
     def gpu_seconds(self, now: float) -> float:
         """That all pods together have held a GPU for."""
@@ -115,129 +72,180 @@ class Fleet:
             if not self._open:
                 break
             self.tally.already_live += 1
-            self._seat(0.0, remaining)
+            self._seat(self._random.choice(self._open), 0.0, remaining)
 
-    def add(self, pod: Pod, now: float) -> None:
-        """The pod takes sessions."""
+    def add(self, pod: Pod) -> None:
+        """The pod takes sessions. Those who wait at others do not hear of it."""
         pod.state = READY
-        self.ready += 1
-        self._reopen(pod)
-        self._admit(now)
+        put(pod, self._open)
 
-    def withdraw(self, pod: Pod, state: int) -> None:
-        """The pod takes no more sessions."""
+    def withdraw(self, pod: Pod) -> None:
+        """The pod takes no more sessions, but those in its queue as long as it is there."""
         assert pod.state == READY
-        pod.state = state
-        self.ready -= 1
-        if pod.place != SHUT:
-            self._shut(pod)
+        pod.state = DRAINING
+        take(pod, self._open if len(pod.sessions) < self.capacity else self._full)
 
     def break_off(self, pod: Pod, now: float, cause: str, unnoticed_for: float = 0.0) -> list[Broken]:
-        """The pod is gone, and its sessions are on no pod. Whoever calls this has them resumed when it is noticed."""
-        chunk, lead, count = self._world.chunk_s, self._service.lead, len(pod.sessions)
-        broken = []
+        """The pod is gone, and its sessions are on no pod. Whoever calls this has them resumed when it is noticed.
+
+        Those in its queue get an error. Sessions that broke off before are among those that look further; a viewer who
+        has seen nothing yet is refused.
+        """
+        count, noticed = len(pod.sessions), now + unnoticed_for
+        broken = [waiting.broken for waiting in pod.queue if waiting.broken is not None]
+        self.tally.refused += len(pod.queue) - len(broken)
+        self.waiting -= len(pod.queue)
+        lead = self._service.lead + (self._world.goodbye_chunks if cause == SCALE_DOWN else 0)
         for end in pod.sessions.values():
-            # A chunk comes when it may be made and those of other sessions have been; where in that cycle it broke off
-            # is chance.
-            delay = chunk * self._random.uniform(1, count)
-            slack = lead * CHUNK_PLAYS_S - delay + CHUNK_PLAYS_S * self._random.random()
-            noticed = now + unnoticed_for
+            slack = self._world.slack(lead, count, self._random)
             one = Broken(cause=cause, since=now, noticed=noticed, remaining=max(0.0, end - now), slack=slack)
             broken.append(one)
         self.live -= count
-        self.unnoticed += count
+        self.adrift += len(broken)
+        pod.queue.clear()
         pod.sessions.clear()
         self.retire(pod, now)
         return broken
 
     def resume(self, broken: list[Broken], now: float) -> None:
         """Their clients have noticed and look for a slot."""
-        self.unnoticed -= len(broken)
-        self._broken += broken
-        self._admit(now)
+        for one in broken:
+            if one.rounds:
+                self._back_off(one, now)
+            else:
+                self._look_for_a_slot(one, now)
 
     def advance(self, until: float) -> None:
         """Let sessions come and go, each at its time."""
-        ends = self._ends
+        events = self._events
         times, lengths = self._arrivals.until(until)
         for came, length in zip(times, lengths, strict=True):
-            while ends and ends[0][0] <= came:
-                self._end_first()
+            while events and events[0][0] <= came:
+                self._next_event()
             self._arrive(came, length)
-        while ends and ends[0][0] <= until:
-            self._end_first()
-        self._give_up(until)
+        while events and events[0][0] <= until:
+            self._next_event()
+
+    def _next_event(self) -> None:
+        now, number, what = heapq.heappop(self._events)
+        if isinstance(what, Pod):
+            self._end(number, what, now)
+        else:
+            what(now)
+
+    def _at(self, time: float, what: Pod | Callable[[float], None]) -> int:
+        """Returns the event's number."""
+        self._number += 1
+        heapq.heappush(self._events, (time, self._number, what))
+        return self._number
 
     def _arrive(self, now: float, length: float) -> None:
         self.tally.arrived += 1
-        if self._open:
-            self.tally.at_once += 1
-            self._seat(now, length)
-            return
-        self._give_up(now)
-        if len(self._waiting) < self._service.max_waiting * self.ready:
-            self._waiting.append((now, length))
-        else:
+        pod, _ = self._draw()
+        if pod is None:
             self.tally.refused += 1
+        elif len(pod.sessions) < self.capacity:
+            self.tally.at_once += 1
+            self._seat(pod, now, length)
+        else:
+            self._wait(pod, Waiting(since=now, length=length))
 
-    def _end_first(self) -> None:
-        end, number, pod = heapq.heappop(self._ends)
+    def _draw(self) -> tuple[Pod | None, int]:
+        """The first with a free slot of the pods that a client tries, or else the last of them; how many it tried.
+
+        The pod is the one that the hash of the try's id names, and each try has a new id: any pod, each as likely. The
+        proxy's limit of 125 % of the mean only makes that better, by what it knows: all, if every session comes through
+        one proxy; the more proxies there are, the less each has seen, and the hash alone is what is left.
+        """
+        open_, full, tries = self._open, self._full, self._service.tries
+        ready = len(open_) + len(full)
+        if not ready:
+            return None, tries
+        for tried in range(1, tries + 1):
+            number = int(self._random.random() * ready)
+            if number < len(open_):
+                return open_[number], tried
+        return full[number - len(open_)], tries
+
+    def _seat(self, pod: Pod, now: float, length: float) -> None:
+        end = now + length
+        pod.sessions[self._at(end, pod)] = end
+        if len(pod.sessions) == self.capacity and pod.state == READY:
+            take(pod, self._open)
+            put(pod, self._full)
+        self.live += 1
+
+    def _end(self, number: int, pod: Pod, now: float) -> None:
         if pod.sessions.pop(number, None) is None:
             return  # it went on elsewhere
         self.tally.completed += 1
         self.live -= 1
-        if pod.state == READY:
-            if pod.place == SHUT:
-                self._reopen(pod)
-            if self._waiting or self._broken:
-                self._admit(end)
-        elif not pod.sessions:
-            self.retire(pod, end)
+        if pod.state == READY and len(pod.sessions) == self.capacity - 1:
+            take(pod, self._full)
+            put(pod, self._open)
+        if pod.queue:
+            self._admit(pod, now)
+        elif pod.state != READY and not pod.sessions:
+            self.retire(pod, now)
 
-    def _seat(self, now: float, length: float) -> Pod:
-        pod = self._open[int(self._random.random() * len(self._open))]
-        self._number += 1
-        pod.sessions[self._number] = now + length
-        heapq.heappush(self._ends, (now + length, self._number, pod))
-        if len(pod.sessions) == self.capacity:
-            self._shut(pod)
-        self.live += 1
-        return pod
+    def _wait(self, pod: Pod, waiting: Waiting) -> None:
+        """In the pod's queue, if that is not too long with them."""
+        pod.line_up(waiting)
+        self.waiting += 1
+        if len(pod.queue) > self._service.max_waiting:
+            self._turn_away(pod, pod.queue[-1], waiting.since)
+        if waiting in pod.queue:
+            self._at(waiting.since + self._service.max_wait_s, partial(self._turn_away, pod, waiting))
 
-    def _admit(self, now: float) -> None:
-        """Give free slots to those who were watching already, then to those who wait longest."""
-        self._give_up(now)
-        while self._open and self._broken:
-            self._go_on(self._broken.popleft(), now)
-        while self._open and self._waiting:
-            came, length = self._waiting.popleft()
-            self.tally.waits.append(now - came)
-            self._seat(now, length)
+    def _turn_away(self, pod: Pod, waiting: Waiting, now: float) -> None:
+        if waiting not in pod.queue:
+            return  # long since seated
+        pod.queue.remove(waiting)
+        self.waiting -= 1
+        if waiting.broken is None:
+            self.tally.refused += 1
+        else:
+            self.adrift += 1
+            self._back_off(waiting.broken, now)
 
-    def _go_on(self, broken: Broken, now: float) -> None:
+    def _admit(self, pod: Pod, now: float) -> None:
+        """Give the pod's free slot to the first in its queue."""
+        waiting = pod.queue.pop(0)
+        self.waiting -= 1
+        if waiting.broken is None:
+            self.tally.waits.append(now - waiting.since)
+            self._seat(pod, now, waiting.length)
+        else:
+            self._go_on(waiting.broken, pod, now)
+
+    def _look_for_a_slot(self, broken: Broken, now: float) -> None:
+        """A round of tries. How long they take counts in the gap, but does not delay them."""
+        pod, tried = self._draw()
+        broken.rounds += 1
+        broken.connecting_s += sum(self._random.uniform(*self._world.reconnect_s) for _ in range(tried))
+        self.adrift -= pod is not None
+        if pod is None:
+            self._back_off(broken, now)
+        elif len(pod.sessions) < self.capacity:
+            self._go_on(broken, pod, now)
+        else:
+            self._wait(pod, Waiting(since=now, length=broken.remaining, broken=broken))
+
+    def _back_off(self, broken: Broken, now: float) -> None:
+        """As the client does it after a round: it asks whether it is too late before it pauses, and not after."""
+        world = self._world
+        if now - broken.noticed >= world.resume_for_s:
+            self.adrift -= 1
+            self.tally.lost += 1
+            return
+        first, most = world.back_off_s
+        pause = min(most, first * 2**broken.rounds) * self._random.uniform(0.5, 1.0)
+        self._at(now + pause, partial(self._look_for_a_slot, broken))
+
+    def _go_on(self, broken: Broken, pod: Pod, now: float) -> None:
         world, tally = self._world, self.tally
-        others = len(self._seat(now, broken.remaining).sessions) - 1
-        chunks = others * self._random.random() + world.recache_of_chunk + 1
-        gap = now - broken.since + self._random.uniform(*world.reconnect_s) + chunks * world.chunk_s
+        gap = now - broken.since + broken.connecting_s + world.first_chunk_s(len(pod.sessions), self._random)
+        self._seat(pod, now, broken.remaining)
         tally.moved[broken.cause] += 1
         tally.stalls[broken.cause] += gap > broken.slack
         tally.longest_gap_s = max(tally.longest_gap_s, gap)
-
-    def _give_up(self, now: float) -> None:
-        while self._waiting and now - self._waiting[0][0] > self._service.max_wait_s:
-            self._waiting.popleft()
-            self.tally.refused += 1
-        while self._broken and now - self._broken[0].noticed > self._world.resume_for_s:
-            self._broken.popleft()
-            self.tally.lost += 1
-
-    def _reopen(self, pod: Pod) -> None:
-        pod.place = len(self._open)
-        self._open.append(pod)
-
-    def _shut(self, pod: Pod) -> None:
-        last = self._open.pop()
-        if last is not pod:
-            last.place = pod.place
-            self._open[pod.place] = last
-        pod.place = SHUT

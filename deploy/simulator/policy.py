@@ -41,11 +41,17 @@ class Drain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """Settings of every pod's serve.toml."""
+    """How pods and clients settle who gets a slot."""
 
     lead: int
     max_wait_s: float
     max_waiting: int
+    tries: int
+    """The client's; the others stand in every pod's serve.toml."""
+
+    def __post_init__(self) -> None:
+        if self.tries < 1:
+            raise ValueError(f"tries: got {self.tries}, expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

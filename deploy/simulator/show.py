@@ -19,6 +19,7 @@ def trace_table(record: Mapping[str, Any]) -> str:
     head = (
         "trace",
         "viewers",
+        "a slot at once",
         "wait p50 / p95 / p99",
         "refused",
         "moved / stalls: pod failed",
@@ -38,17 +39,19 @@ def trace_table(record: Mapping[str, Any]) -> str:
         moved, stalls = trace["moved_by_cause"], trace["stalls_by_cause"]
         causes = (f"{moved[cause]:,} / {stalls[cause]:,}" for cause in ("pod_failure", "scale_down"))
         hours = (f"{trace[key]:,.0f}" for key in ("gpu_hours", "perfect_gpu_hours", "fixed_gpu_hours"))
-        refused = f"{trace['refused']:,} ({trace['refused_share']:.1%})"
+        refused = f"{trace['refused']:,} ({trace['refused_share']:.2%})"
         viewers = f"{trace['arrived'] + trace['live_at_the_beginning']:,}"
         counts = f"{trace['lost']:,}", f"{trace['peak_pods']:,}"
-        rows.append((name, viewers, f"{' / '.join(waits)} s", refused, *causes, *counts, *hours))
+        at_once = f"{trace['at_once_share']:.2%}"
+        rows.append((name, viewers, at_once, f"{' / '.join(waits)} s", refused, *causes, *counts, *hours))
     return markdown(head, rows)
 
 
 def sweep_tables(record: Mapping[str, Any]) -> str:
     """What other thresholds would give."""
     sweep = record[SECTION]["sweep"]
-    return "\n\n".join((_headroom(sweep["headroom"]), _refused(sweep["refused"]), _drain(sweep["drain"])))
+    shown = _headroom(sweep["headroom"]), _refused(sweep["refused"]), _drain(sweep["drain"]), _tries(sweep["tries"])
+    return "\n\n".join(shown)
 
 
 def _headroom(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,14 +69,14 @@ def _headroom(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _refused(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ("refused viewers count as demand for", "refused", "wait p95", "GPU-hours by perfect")
+    head = ("refused viewers count as demand for", "refused", "wait p99", "GPU-hours by perfect")
     return markdown(
         head,
         (
             (
                 f"{row['refused_window_s']} s" if row["refused_window_s"] else "not at all",
                 f"{row['refused_share']:.1%}",
-                f"{row['wait_p95_s']:.0f} s",
+                f"{row['wait_p99_s']:.0f} s",
                 f"{row['gpu_hours_by_perfect']:.2f}",
             )
             for row in rows
@@ -82,12 +85,12 @@ def _refused(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _drain(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ("lead, chunks", "grace period", "sessions moved", "stalls", "GPU-hours by perfect")
+    head = ("sent ahead, chunks", "grace period", "sessions moved", "stalls", "GPU-hours by perfect")
     return markdown(
         head,
         (
             (
-                str(row["lead"]),
+                str(row["goodbye_chunks"]),
                 f"{row['grace_period_s']} s",
                 str(row["moved"]),
                 str(row["stalls"]),
@@ -96,3 +99,13 @@ def _drain(rows: Sequence[Mapping[str, Any]]) -> str:
             for row in rows
         ),
     )
+
+
+def _tries(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for every number of tries, a column for every trace with a capacity: who is refused, and the waits."""
+    columns = dict.fromkeys(f"{row['trace']}, {row['capacity']} on a GPU" for row in rows)
+    lines: dict[int, list[str]] = {}
+    for row in rows:
+        cell = f"{row['refused_share']:.2%}; {row['wait_p95_s']:.0f} / {row['wait_p99_s']:.0f} s"
+        lines.setdefault(row["tries"], []).append(cell)
+    return markdown(["tries", *columns], ([f"{tries}", *cells] for tries, cells in lines.items()))

@@ -19,8 +19,10 @@ PEAKS = (100, 3000)
 SEEDS = (0, 1, 2, 3)
 WINDOWS = (0, 60, 120, 300)
 GRACES = (0, 300, 600, 1200)
-LEADS = (1, 2)
+GOODBYES = (0, 1, 2)
 DAY_PEAK = 1000
+TRIES = (1, 2, 4, 8, 16, 32)
+CAPACITIES = (1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,9 @@ class Case:
     trace: str
     peak: int
     policy: Policy
-    varied: dict[str, float]
+    varied: dict[str, Any]
+    world: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What is other than in the world that all is run in."""
 
 
 def cases(policy: Policy) -> Iterator[Case]:
@@ -44,13 +48,19 @@ def cases(policy: Policy) -> Iterator[Case]:
         changed = dataclasses.replace(policy, refused_window_s=window)
         varied = {"refused_window_s": window}
         yield Case(table="refused", trace="flash_crowd", peak=PEAKS[-1], policy=changed, varied=varied)
-    for lead in LEADS:
+    for chunks in GOODBYES:
         for grace in GRACES:
-            service = dataclasses.replace(policy.service, lead=lead)
-            drain = dataclasses.replace(policy.drain, grace_period_s=grace)
-            changed = dataclasses.replace(policy, service=service, drain=drain)
-            varied = {"lead": lead, "grace_period_s": grace}
-            yield Case(table="drain", trace="diurnal", peak=DAY_PEAK, policy=changed, varied=varied)
+            changed = dataclasses.replace(policy, drain=dataclasses.replace(policy.drain, grace_period_s=grace))
+            world: dict[str, Any] = {"goodbye_chunks": chunks}
+            varied = world | {"grace_period_s": grace}
+            yield Case(table="drain", trace="diurnal", peak=DAY_PEAK, policy=changed, varied=varied, world=world)
+    for tries in TRIES:
+        changed = dataclasses.replace(policy, service=dataclasses.replace(policy.service, tries=tries))
+        for trace, peak in (("diurnal", DAY_PEAK), ("burst", PEAKS[-1])):
+            for room in CAPACITIES:
+                world = {"capacity": room}
+                varied = world | {"tries": tries, "trace": trace}
+                yield Case(table="tries", trace=trace, peak=peak, policy=changed, varied=varied, world=world)
 
 
 def run(
@@ -66,6 +76,7 @@ def run(
 
 def _row(case: Case, world: World, seeds: Sequence[int]) -> dict[str, Any]:
     """What is told of a case: sums over its seeds, and the wait of the worst."""
+    world = dataclasses.replace(world, **case.world)
     policy = with_room(case.policy, case.peak, world.capacity)
     runs = [simulate(case.trace, world=world, policy=policy, peak=case.peak, seed=seed).figures for seed in seeds]
     return {

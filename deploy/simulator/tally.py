@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has happened to viewers so far. The fleet counts, the figures are made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+
+FAILURE, SCALE_DOWN = CAUSES = ("pod_failure", "scale_down")  # what moves a session
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    already_live: int = 0
+    arrived: int = 0
+    completed: int = 0
+    refused: int = 0
+    lost: int = 0
+    at_once: int = 0
+    """Sessions that found a free slot when they came, with one of their tries."""
+    waits: list[float] = dataclasses.field(default_factory=list)
+    """Of those who got one later."""
+    moved: Counter[str] = dataclasses.field(default_factory=Counter)
+    stalls: Counter[str] = dataclasses.field(default_factory=Counter)
+    longest_gap_s: float = 0.0
+
+    def wait(self, percent: int) -> float:
+        """Of the waits of all who came and got a slot: so many in a hundred waited no longer."""
+        count = self.at_once + len(self.waits)
+        rank = math.ceil(percent * count / 100)
+        return 0.0 if rank <= self.at_once else sorted(self.waits)[rank - self.at_once - 1]
