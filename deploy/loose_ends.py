@@ -11,7 +11,8 @@ from typing import Any
 
 from deploy.manifests import Document, title
 
-NOT_SHIPPED = {("Secret", "longlive-tls")}  # made by whoever deploys
+SECRETS = ("longlive-tls", "longlive-tokens", "longlive-clients", "longlive-pod-tls", "longlive-proxy-tls")
+NOT_SHIPPED = {("Secret", name) for name in SECRETS}  # made by whoever deploys
 WORKLOADS = ("StatefulSet", "Deployment", "Job")
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
@@ -84,8 +85,17 @@ def _named(documents: Sequence[Document]) -> Iterator[tuple[Document, str, str]]
                         yield one, kind, volume[key][name]
         if one["kind"] == "StatefulSet":
             yield one, "Service", spec["serviceName"]
-        if "scaleTargetRef" in spec:
-            yield one, spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]
+        yield from ((one, kind, name) for kind, name in _references(spec))
+
+
+def _references(part: Any) -> Iterator[tuple[str, str]]:
+    """What has a kind and a name, inside a document, is another one: what is scaled, a Gateway, a policy's target."""
+    if isinstance(part, Mapping):
+        if "kind" in part and "name" in part:
+            yield part["kind"], part["name"]
+        part = list(part.values())
+    for inner in part if isinstance(part, list) else []:
+        yield from _references(inner)
 
 
 def _selectors(documents: Sequence[Document]) -> Iterator[tuple[Document, Mapping[str, str]]]:
@@ -101,7 +111,7 @@ def _selectors(documents: Sequence[Document]) -> Iterator[tuple[Document, Mappin
             peers = [peer for rule in spec.get("ingress", []) for peer in rule.get("from", [])]
             peers += [peer for rule in spec.get("egress", []) for peer in rule.get("to", [])]
             for peer in peers:
-                if "podSelector" in peer:
+                if "podSelector" in peer and "namespaceSelector" not in peer:
                     yield one, peer["podSelector"]["matchLabels"]
 
 
