@@ -14,6 +14,13 @@ import grpc
 
 DEFAULT_URL = "127.0.0.1:8001"
 ACCESS_VARIABLE = "LONGLIVE_ACCESS_TOKEN"
+# Where an option of a command is not given, the environment may have it.
+VARIABLES = {
+    "tls-ca": "LONGLIVE_TLS_CA",
+    "tls-cert": "LONGLIVE_CLIENT_CERT",
+    "tls-key": "LONGLIVE_CLIENT_KEY",
+    "access-token": ACCESS_VARIABLE,
+}
 Options = Sequence[tuple[str, int]]
 
 
@@ -59,12 +66,15 @@ def turned_away(url: str, code: grpc.StatusCode) -> str:
 
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "speak TLS; the server's certificate must be signed by this authority ('system': by one of the system's)"
-    parser.add_argument("--tls-ca", metavar="PEM", help=text)
-    parser.add_argument("--tls-cert", metavar="PEM", help="this client's own certificate (mutual TLS)")
-    parser.add_argument("--tls-key", metavar="PEM", help="its private key")
-    text = f"what a proxy lets this client in by (default: what the environment has as {ACCESS_VARIABLE})"
-    parser.add_argument("--access-token", metavar="TOKEN", default=os.environ.get(ACCESS_VARIABLE), help=text)
+    for name, kind, text in (
+        ("tls-ca", "PEM", "speak TLS; this authority, or 'system': one of the system's, must have signed the server's"),
+        ("tls-cert", "PEM", "this client's own certificate (mutual TLS)"),
+        ("tls-key", "PEM", "its private key"),
+        ("access-token", "TOKEN", "what a proxy lets this client in by"),
+    ):
+        variable = VARIABLES[name]
+        default = os.environ.get(variable)
+        parser.add_argument(f"--{name}", metavar=kind, default=default, help=f"{text} (default: ${variable})")
 
 
 def tls_from(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:

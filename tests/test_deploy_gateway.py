@@ -13,6 +13,7 @@ import pytest
 import yaml
 from tritonclient.grpc import service_pb2
 
+from client.channel import VARIABLES
 from client.video_stream import AsyncVideoStream
 from deploy import tools
 from deploy.images import ROOT
@@ -143,6 +144,8 @@ def test_pods_hear_the_envoys_of_this_gateway_and_nobody_else(rendered: list[Doc
 def test_envoy_and_pods_speak_the_same_tls(rendered: list[Document]) -> None:
     (server,) = the("StatefulSet", rendered)["spec"]["template"]["spec"]["containers"]
     assert any(argument.startswith("--tls-client-ca=") for argument in server["args"])
+    for_probes = {one["name"] for one in server["env"]} & set(VARIABLES.values())
+    assert for_probes == {VARIABLES[name] for name in ("tls-ca", "tls-cert", "tls-key")}
     policy, envoy = the("BackendTLSPolicy", rendered)["spec"], the("EnvoyProxy", rendered)["spec"]
     (authority,) = policy["validation"]["caCertificateRefs"]
     shown = envoy["backendTLS"]["clientCertificateRef"]

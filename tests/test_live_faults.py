@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import trustme
 
+from client.channel import VARIABLES
 from client.errors import (
     ConnectionLostError,
     ForbiddenError,
@@ -198,7 +199,7 @@ def test_a_viewer_who_pauses_for_long_goes_on_where_it_was(tmp_path: Path) -> No
         assert video.resumed == 1
 
 
-def test_tls_and_mutual_tls(tmp_path: Path) -> None:
+def test_tls_and_mutual_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority, stranger = trustme.CA(), trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     for name, signer in (("server", authority), ("client", authority), ("stranger", stranger)):
@@ -229,6 +230,9 @@ def test_tls_and_mutual_tls(tmp_path: Path) -> None:
                 urllib.request.urlopen(f"http://{server.http_url}/v2{path}", timeout=5)
     with start_server(tmp_path, **files, tls_client_ca=tmp_path / "ca.pem") as server:
         assert watch(server, tls("client")) == 2
+        for name, file in (("tls-ca", "ca.pem"), ("tls-cert", "client.pem"), ("tls-key", "client.key")):
+            monkeypatch.setenv(VARIABLES[name], str(tmp_path / file))  # as pods have it
+        assert main(["--url", server.grpc_url]) == 0
         for wrong in (None, "stranger"):
             with pytest.raises(ConnectionLostError, match="cannot be reached"):
                 watch(server, tls(wrong))
