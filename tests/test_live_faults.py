@@ -121,7 +121,7 @@ def test_a_session_outlives_its_server(tmp_path: Path) -> None:
             elif fault == "server":
                 os.kill(server.pid, signal.SIGKILL)
             if fault:
-                server.stop()
+                (server.stop if fault == "drain" else server.kill)()
                 server = stack.enter_context(start_server(tmp_path, grpc_port=port))
         assert not list(chunks)
         assert frame == 9 + 12 * 39
