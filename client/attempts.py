@@ -51,22 +51,24 @@ class Attempts:
         return self._video.start(session_id, max_wait_s=0 if self._asked < self._tries else None)
 
     def refused(self, error: VideoStreamError) -> bool:
-        """Whether a server had no free slot, and others are still to be asked."""
-        return isinstance(error, UnavailableError) and self._asked < self._tries
+        """Whether a server took no session, being full or about to go, and others are still to be asked."""
+        goes = isinstance(error, ServerShutdownError) and not self._video.begun
+        return (goes or isinstance(error, UnavailableError)) and self._asked < self._tries
 
     def make_sense(self, error: VideoStreamError) -> bool:
         """Whether to try again after a connection has ended with `error`, which is taken note of."""
         refused = self.refused(error)
-        if refused:
-            self._video.begun = True
-        elif self._broke is None:
+        if not refused and self._broke is None:
             self._broke, self._rounds = time.monotonic(), 0
-        if not self._video.begun:  # what never gave an answer is no session yet: then it is the address or the request
-            return False
         if self._broke is not None and time.monotonic() - self._broke >= self._resume_for:
             return False
+        if refused:
+            self._video.begun |= isinstance(error, UnavailableError)
+            return True
+        if not self._video.begun:  # what never gave an answer is no session yet: then it is the address or the request
+            return False
         if isinstance(error, UnavailableError) and not self._video.next_frame:
-            return refused
+            return False
         return self._video.owed > 0
 
     def next_round(self) -> float:

@@ -35,6 +35,8 @@ class ServeError(Exception):
             return cls(found[1], found[2])
         if "must specify the START flag" in text:  # Triton's own words: it knows no such sequence
             return cls(cls.UNKNOWN_SESSION, text)
+        if "stopped accepting new inference requests" in text:  # it was told to end
+            return cls(cls.SHUTTING_DOWN, text)
         return cls(cls.INTERNAL, text)
 
 

@@ -106,7 +106,29 @@ def test_with_one_try_it_waits_at_the_first(stream: Open) -> None:
         stream("a fox", tries=0)
 
 
-@pytest.mark.parametrize("kind", ["invalid_request", "forbidden", "rate_limited", "session_exists", "shutting_down"])
+GOING = (
+    "[shutting_down] the server is shutting down; connect again later",
+    "Server is stopping, scheduler for model has stopped accepting new inference requests",  # Triton itself
+)
+
+
+@pytest.mark.parametrize("words", GOING)
+def test_a_server_that_is_about_to_go_is_left_for_another(stream: Open, words: str) -> None:
+    def goes(conversation: Conversation, start: Received) -> Iterator[Any]:
+        yield error(start, words)
+        yield error(conversation.next(), words)
+
+    script = Sequel(goes, goes, ends_after(0))
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=1) as video:
+        assert indices(video) == [0]
+    assert waits(script) == [0, 0, 0]
+    with ScriptedTriton(Sequel(goes, goes)) as server:
+        video = stream("a fox", url=server.url, chunks=1, tries=2)
+        with pytest.raises(errors.ServerShutdownError), video:
+            indices(video)
+
+
+@pytest.mark.parametrize("kind", ["invalid_request", "forbidden", "rate_limited", "session_exists"])
 def test_who_is_refused_for_another_reason_does_not_ask_elsewhere(stream: Open, kind: str) -> None:
     def refuses(conversation: Conversation, start: Received) -> Iterator[Any]:
         yield error(start, f"[{kind}] no")
