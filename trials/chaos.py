@@ -31,7 +31,7 @@ from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.options import ASAP
 from trials.cluster import Cluster
-from trials.command import attempt
+from trials.command import add_cluster_arguments, attempt
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ("server", "model", "proxy", "client")
@@ -244,10 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trials.chaos", description=__doc__)
-    demo = ROOT / "model_repository/longlive/1/demo"
-    parser.add_argument("--preset", default="demo", help="default: %(default)s")
-    parser.add_argument("--weights", default=str(demo), help="a folder, or random (default: those of the demo)")
-    for name, count, what in (
+    counts = (
         ("servers", 3, "behind the proxy"),
         ("viewers", 12, "that are not killed"),
         ("victims", 3, "viewers that are"),
@@ -255,12 +252,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("fps", 3, "at which all watch: slow, so that few cores are enough"),
         ("compare", 6, "first seams that are compared with an uninterrupted run"),
         ("seed", 0, "of what is killed when"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"{what} (default: %(default)s)")
+    )
+    add_cluster_arguments(parser, counts)
     parser.add_argument(
         "--every", type=float, nargs=2, default=(4.0, 12.0), metavar="S", help="seconds between kills (default: 4 12)"
     )
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
     return parser.parse_args(argv)
 
 

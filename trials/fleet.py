@@ -31,9 +31,9 @@ from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.options import Options
 from longlive_serve.protocol import SESSION_HEADER, Request
-from trials.chaos import RESUME_FOR_S, Seen, leaks, left_behind, litter
+from trials.chaos import RESUME_FOR_S, Seen, leaks, left_behind, litter, stream
 from trials.cluster import Cluster
-from trials.command import attempt
+from trials.command import add_cluster_arguments, attempt
 from trials.keys import Keys
 
 ROOT = Path(__file__).parents[1]
@@ -54,18 +54,11 @@ class Audience:
     def come(self, count: int) -> None:
         for _ in range(count):
             seen = Seen(number=len(self.seen))
-            stream = AsyncVideoStream(
-                PROMPTS[seen.number % len(PROMPTS)],
-                url=self._url,
-                seed=seen.number,
-                fps=self._fps,
-                resume_for=RESUME_FOR_S,
-                tls=self._keys.client,
-                access_token=self._keys.token,
-            )
+            access = {"tls": self._keys.client, "access_token": self._keys.token}
+            video = stream(self._url, seen.number, fps=self._fps, resume_for=RESUME_FOR_S, **access)
             self.seen.append(seen)
-            self.streams.append(stream)
-            self._tasks.append(asyncio.create_task(self._watch(stream, seen)))
+            self.streams.append(video)
+            self._tasks.append(asyncio.create_task(self._watch(video, seen)))
 
     async def more(self, chunks: int = CHUNKS_MORE) -> None:
         """Until everybody has got so many. Raises what a session ended with."""
@@ -84,8 +77,8 @@ class Audience:
     def resumed(self) -> int:
         return sum(len(one.seams) for one in self.seen)
 
-    async def _watch(self, stream: AsyncVideoStream, seen: Seen) -> None:
-        async with stream as video:
+    async def _watch(self, video: AsyncVideoStream, seen: Seen) -> None:
+        async with video:
             async for chunk in video.chunks():
                 if len(chunk.frames):
                     seen.take(chunk, video.resumed)
@@ -115,11 +108,11 @@ def _refused(knock: Callable[[], object]) -> bool:
     return False
 
 
-def steer(url: str, stream: AsyncVideoStream, keys: Keys) -> bool:
-    """Send the session of `stream` a prompt over a connection of its own; whether it was found."""
-    request = Request(session_id=stream.session_id, prompt=PROMPTS[0], options=Options(token=stream.token))
-    message = wire.infer_request(stream.session_id, "steer", request.to_tensors())
-    headers = ((SESSION_HEADER, stream.session_id), *bearer(keys.token))
+def steer(url: str, video: AsyncVideoStream, keys: Keys) -> bool:
+    """Send the session of `video` a prompt over a connection of its own; whether it was found."""
+    request = Request(session_id=video.session_id, prompt=PROMPTS[0], options=Options(token=video.token))
+    message = wire.infer_request(video.session_id, "steer", request.to_tensors())
+    headers = ((SESSION_HEADER, video.session_id), *bearer(keys.token))
     with channel(url, keys.client) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:
@@ -145,7 +138,7 @@ async def watch(cluster: Cluster, keys: Keys, args: argparse.Namespace) -> dict[
     await audience.more()
     figures: dict[str, Any] = {"live_by_server": [_live(server.metrics_url) for server in cluster.servers]}
     figures["turned_away"] = await asyncio.to_thread(strangers, cluster.url, cluster.servers[0].grpc_url, keys)
-    found = [await asyncio.to_thread(steer, cluster.url, stream, keys) for stream in audience.streams]
+    found = [await asyncio.to_thread(steer, cluster.url, video, keys) for video in audience.streams]
     figures["found_over_another_connection"] = sum(found)
     print("killing a server ...", file=sys.stderr)
     cluster.kill_server(0)
@@ -221,17 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trials.fleet", description=__doc__)
-    demo = ROOT / "model_repository/longlive/1/demo"
-    parser.add_argument("--preset", default="demo", help="default: %(default)s")
-    parser.add_argument("--weights", default=str(demo), help="a folder, or random (default: those of the demo)")
-    for name, count, what in (
+    counts = (
         ("servers", 3, "behind the proxy"),
         ("viewers", 12, "at once, from the beginning on"),
         ("late", 3, "viewers who come while a server drains"),
         ("fps", 3, "at which all watch: slow, so that few cores are enough"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"{what} (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    )
+    add_cluster_arguments(parser, counts)
     return parser.parse_args(argv)
 
 
