@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from longlive_serve.adapters import Adapters
 from longlive_serve.config import ServeConfig
+from longlive_serve.engines.transfer import use_device
 from longlive_serve.errors import ServeError
 from longlive_serve.mailbox import Mailbox
 from longlive_serve.outbox import Outbox, OutboxSink
@@ -72,6 +73,7 @@ class VideoService:
         self._outbox.stop()
 
     def _run(self) -> None:
+        use_device(self._pipeline.engines.device)
         self._publish()
         while not self._stopping.is_set():
             try:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
+import torch
 
 from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
-from tests.service_bench import RecordingSink, bench, closed, wait_until
+from tests.service_bench import CountingPipeline, RecordingSink, bench, closed, wait_until
 
 
 def test_a_request_gets_its_chunks_and_one_end() -> None:
@@ -18,6 +20,17 @@ def test_a_request_gets_its_chunks_and_one_end() -> None:
         wait_until(closed(sink))
         assert [chunk.first_frame for chunk in sink.chunks] == [0, 9, 21]
         wait_until(lambda: at.figures["chunks"] == 3)
+
+
+def test_the_thread_that_computes_is_on_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of its own begins on the first GPU, whichever the others are on."""
+    used: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: used.append((threading.current_thread().name, name)))
+    for device in ("cuda:1", "cuda", "cpu"):
+        monkeypatch.setattr(CountingPipeline.engines, "device", device)
+        with bench() as at:
+            wait_until(closed(at.start("a", chunks=1, end=True)))
+    assert used == [("longlive-worker", "cuda:1")]
 
 
 def test_more_chunks_are_answers_to_the_request_that_asked_for_them() -> None:

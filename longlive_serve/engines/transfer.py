@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors to the device and frames back, through pinned memory: the device copies while the host goes on.
+"""Which device a thread uses; tensors to it, and frames back through pinned memory: it copies while the host goes on.
 
 Used by the pipeline and the engines. On the CPU nothing is copied.
 """
@@ -11,6 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def use_device(device: str) -> None:
+    """Kernels, graphs and events of this thread are of `device` from now on. Every thread that computes calls it."""
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:
