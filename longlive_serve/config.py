@@ -198,6 +198,8 @@ class ServeConfig:
     """A folder that `python -m export.to_tensorrt` made, for the engine tensorrt. In a file: relative to that file."""
     fp8: bool = False
     """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
+    fp8_attention: bool = False
+    """With `fp8`: the KV cache and attention to it are FP8 too, with a scale for each layer's queries, keys, values."""
     device: str = "auto"
     """`auto` (cuda when there is one, else cpu) or a torch device."""
     dtype: str = "auto"
@@ -256,6 +258,8 @@ class ServeConfig:
                 raise ValueError(f"{key}: got nothing, expected the folder of what the engine {engine} is to run")
         if self.fp8 and FUSED not in asked:
             raise ValueError(f"fp8: got true with engine {self.dit_engine or self.engine}, expected {FUSED}")
+        if self.fp8_attention and not self.fp8:
+            raise ValueError("fp8_attention: got true without fp8, expected fp8 = true beside it")
         _check_choice("dtype", self.dtype, self.DTYPES)
         least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
         for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():

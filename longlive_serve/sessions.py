@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from longlive_serve.config import FPS, NetworkConfig, ServeConfig
 from longlive_serve.encoders import make_encode
 from longlive_serve.errors import ServeError
@@ -45,8 +43,8 @@ class Sessions:
         self.statistics = Statistics()
         self.statistics.set("slots", config.slots)
         engines = pipeline.engines
-        dtype = getattr(torch, engines.dtype)
-        self.statistics.set("kv_cache_bytes", KVCache.bytes_of(pipeline.config, config.slots, dtype))
+        cache = KVCache.bytes_of(pipeline.config, config.slots, engines.dit.cache_dtype)
+        self.statistics.set("kv_cache_bytes", cache)
         what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "engine": engines.name}
         self.statistics.set("info", 1, **what, device=engines.device, dtype=engines.dtype)
         self._pipeline = pipeline

@@ -89,13 +89,15 @@ class SessionMemory:
         return self.kv_slot + self.prompt_kv + self.decoder_cache + self.latents
 
 
-def session_memory(config: NetworkConfig, dtype: str, decoder: str = WAN) -> SessionMemory:
+def session_memory(
+    config: NetworkConfig, dtype: str, decoder: str = WAN, *, fp8_attention: bool = False
+) -> SessionMemory:
     size, dit, window = BYTES_OF[dtype], config.dit, config.window
-    per_row = 2 * dit.num_layers * dit.dim * size  # a key and a value in every layer
+    per_row = 2 * dit.num_layers * dit.dim  # numbers: a key and a value in every layer
     picture = dit.channels * config.latent_height * config.latent_width
     return SessionMemory(
-        kv_slot=window.window * config.tokens_per_frame * per_row,
-        prompt_kv=dit.text_len * per_row,
+        kv_slot=window.window * config.tokens_per_frame * per_row * (1 if fp8_attention else size),
+        prompt_kv=dit.text_len * per_row * size,
         decoder_cache=decoder_cache_values(config, decoder) * size,
         latents=(window.window + window.sink) * picture * size,
     )
@@ -136,6 +138,7 @@ def server_memory(
     fused_dit: bool = False,
     fused_decoder: bool = False,
     fp8: bool = False,
+    fp8_attention: bool = False,
     on_cuda: bool = True,
 ) -> ServerMemory:
     """Of the networks in PyTorch. Graphs and plans hold the same weights; what they work in is their own affair."""
@@ -150,7 +153,7 @@ def server_memory(
     return ServerMemory(
         networks=networks,
         working=working + (CUDA_CONTEXT if on_cuda else 0),
-        session=session_memory(config, dtype, decoder),
+        session=session_memory(config, dtype, decoder, fp8_attention=fp8_attention),
     )
 
 

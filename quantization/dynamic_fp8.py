@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused engine computes with `fp8`, in plain PyTorch: its kernels are made for a GPU.
+"""What the fused engine computes with `fp8` and `fp8_attention`, in plain PyTorch: its kernels are made for a GPU.
 
 Used by `evaluate`. A test holds it equal to the engine's own kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longlive_serve.engines.torch_engine import TorchDiT
+from longlive_serve.models.causal_dit import Attention
+from longlive_serve.models.modulation import attention_scales, modulation
 from longlive_serve.models.quantized import LARGEST
 from longlive_serve.pipeline import Pipeline
 
@@ -31,15 +35,45 @@ class DynamicFP8Linear(nn.Module):
 
 def rounded_by_rows(x: Tensor) -> Tensor:
     """x [.., N] as FP8 (E4M3) holds it, each row with the scale that maps its largest number to the format's."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST[FP8]
-    return ((x / scale).to(FP8).float() * scale).to(x.dtype)
+    return rounded(x, x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST[FP8])
+
+
+def rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """x as multiples of `scale` that FP8 (E4M3) has."""
+    largest = LARGEST[FP8]
+    return ((x / scale).clamp(-largest, largest).to(FP8).float() * scale).to(x.dtype)
 
 
 def simulate(pipeline: Pipeline) -> None:
-    """Such layers where the fused engine multiplies in FP8: all of the blocks but the prompt's keys and values."""
+    """`fp8`: such layers where the fused engine has FP8 products: in the blocks, but for keys and values of prompts."""
     dit = pipeline.engines.dit
     assert isinstance(dit, TorchDiT)
     for number, block in enumerate(dit.network.blocks):
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear) and name not in ("cross_attn.k", "cross_attn.v"):
                 dit.network.set_submodule(f"blocks.{number}.{name}", DynamicFP8Linear(layer))
+
+
+def simulate_attention(pipeline: Pipeline) -> None:
+    """`fp8` and `fp8_attention`, of the base variant."""
+    dit = pipeline.engines.dit
+    assert isinstance(dit, TorchDiT)
+    levels = [*dit.timesteps, dit.clean_timestep]
+    with torch.no_grad():
+        scales = attention_scales(dit.network, [modulation(dit.network, level) for level in levels])
+    simulate(pipeline)
+    for block, of_layer in zip(dit.network.blocks, scales, strict=True):
+        attention: Attention = block.self_attn
+        attention.attend = functools.partial(_attend, attention, of_layer)  # type: ignore[method-assign]
+
+
+def _attend(attention: Attention, scales: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As `Attention.attend`. The softmax's weights are multiples of 1/448, the result of what the values are."""
+    assert mask is None, "only training has a mask"
+    q, k, v = (rounded(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    total = weights.sum(-1, keepdim=True)
+    out = rounded(rounded(weights, 1 / torch.tensor(LARGEST[FP8])) @ v / total, scales[2])
+    product = attention.o  # its input is FP8 already
+    return F.linear(out.transpose(1, 2).flatten(2), product.weight, product.bias)

@@ -24,7 +24,7 @@ from rich.progress import Progress, TaskID
 
 from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
 from longlive_serve.options import RECACHE
-from quantization.dynamic_fp8 import simulate
+from quantization.dynamic_fp8 import simulate, simulate_attention
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
 from quantization.recipes import RECIPES
@@ -36,9 +36,13 @@ from training.quality import SHIPPED
 from training.workers import Workers
 
 SESSIONS_OF_FLOW = 4
-FUSED_FP8 = "fused fp8"
-"""No recipe: the engine `fused` with `fp8`, which scales every token as it comes."""
-COLUMNS = (*RECIPES, FUSED_FP8)
+FUSED = {"fused fp8": simulate, "fused fp8 attention": simulate_attention}
+"""No recipes: the engine `fused` with `fp8`, which scales every token as it comes, and with `fp8_attention` too."""
+FORMATS_OF_FUSED = {
+    "fused fp8": "FP8 (E4M3): a scale for every token, one for every output channel",
+    "fused fp8 attention": "the same; queries, keys, values and the KV cache in FP8 with a scale for every layer",
+}
+COLUMNS = (*RECIPES, *FUSED)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
 
@@ -104,16 +108,16 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     recipes = record.setdefault("recipes", {})
     if folders:
         measure_recipes(config, folders, recipes, folder)
-    if FUSED_FP8 in counts.columns:
-        recipes[FUSED_FP8] = {"formats": {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"}}
-        folders[FUSED_FP8] = config.weights
+    for name in (name for name in FUSED if name in counts.columns):
+        recipes[name] = {"formats": {DIT: FORMATS_OF_FUSED[name]}}
+        folders[name] = config.weights
     yield
     cases = held_out_captions(counts.rollouts, seed=5)
     expected: list[Rollout] = []
     for name, path in {UNQUANTIZED: config.weights, **folders}.items():
         print(name, file=sys.stderr)
         figures = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
-        with Workers(Path(path), simulate if name == FUSED_FP8 else None) as workers:
+        with Workers(Path(path), FUSED.get(name)) as workers:
             made = workers.map("videos of 60 s", roll_out, cases)
             compared = compare(made, expected or made, cases)
             if name == UNQUANTIZED:

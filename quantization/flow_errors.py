@@ -50,7 +50,7 @@ class Onlookers:
     """
 
     def __init__(self, leader: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
-        self.leader, self.dtype = Watched(leader), leader.dtype
+        self.leader, self.dtype, self.cache_dtype = Watched(leader), leader.dtype, leader.cache_dtype
         self.others = {name: Watched(engine) for name, engine in others.items()}
         layers = len(leader.network.blocks)
         self.flow = {name: [list[float]() for _ in leader.timesteps] for name in others}

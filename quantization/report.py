@@ -85,7 +85,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     depth, time, picture = figure.subplots(1, 3)
     for color, (name, figures) in zip(
-        ("tab:blue", "tab:orange", "tab:green", "tab:red"), record["recipes"].items(), strict=False
+        ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"), record["recipes"].items(), strict=False
     ):
         seconds = [(chunk + 1) * FRAMES_OF_CHUNK / FPS for chunk in range(len(figures["psnr_db_by_chunk"]))]
         if "rel_error_after_block" in figures:

@@ -86,13 +86,15 @@ def kernels_of_rows() -> None:
     rms_norm(x, vector, eps=1e-6)
     quantize_rows(x)
     gelu(inner, fp8=True)
-    queries = x.new_zeros(TOKENS, HEADS, HEAD).transpose(0, 1)
-    cache, angles = x.new_zeros(HEADS, WINDOW, HEAD), torch.zeros(WINDOW, HEAD // 2)
-    norm_rotate_write(
-        x.new_zeros(TOKENS, 3 * WIDTH), vector, vector, angles[:TOKENS], angles[:TOKENS], queries, cache, cache,
-        first_row=TOKENS, eps=1e-6, rotate_keys=True,
-    )  # fmt: skip
-    rotate_keys(cache, angles, angles, cache)
+    qkv, angles = x.new_zeros(TOKENS, 3 * WIDTH), torch.zeros(WINDOW, HEAD // 2)
+    for dtype, scales in ((x.dtype, None), (torch.float8_e4m3fn, torch.ones(3))):
+        queries = torch.zeros(TOKENS, HEADS, HEAD, dtype=dtype).transpose(0, 1)
+        cache = torch.zeros(HEADS, WINDOW, HEAD, dtype=dtype)
+        norm_rotate_write(
+            qkv, vector, vector, angles[:TOKENS], angles[:TOKENS], queries, cache, cache,
+            first_row=TOKENS, eps=1e-6, rotate_keys=True, scales=scales,
+        )  # fmt: skip
+        rotate_keys(cache, angles, angles, cache)
     frames = x.new_zeros(1, 96, 4, 60, 104).to(memory_format=torch.channels_last_3d)
     norm_silu(frames, vector[:96], frames)
 
@@ -102,7 +104,8 @@ def kernels_of_attention() -> None:
     cache = queries.new_zeros(HEADS, WINDOW, HEAD)
     attention(queries, cache, cache)
     attention(queries, cache[:, :101], cache[:, :101], key_bias=torch.zeros(101))
-    attention_fp8(queries, queries, queries)
+    small = cache.to(torch.float8_e4m3fn)
+    attention_fp8(small[:, :TOKENS], small, small, torch.ones(3))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ class CountingPipeline:
     """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared."""
 
     config = PRESETS["tiny"]
-    engines = SimpleNamespace(name="none", device="cpu", dtype="float32", dit=None)
+    engines = SimpleNamespace(
+        name="none", device="cpu", dtype="float32", dit=SimpleNamespace(cache_dtype=torch.float32)
+    )
     phases: tuple[Phase, ...] = ()
 
     def __init__(self) -> None:

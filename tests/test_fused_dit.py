@@ -20,12 +20,12 @@ from longlive_serve.engines import build_engines
 from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.fused_dit_engine import FusedDiT
 from longlive_serve.engines.torch_engine import TorchDiT
-from longlive_serve.kv_cache import Window
+from longlive_serve.kv_cache import KVCache, Window
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.quantized import install, scale_for, to_8_bit
 from longlive_serve.replay import Case, case_network, read_tensors, replay
 from longlive_serve.weights import load_network
-from quantization.dynamic_fp8 import simulate
+from quantization.dynamic_fp8 import simulate, simulate_attention
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
 from tests.test_replay import write_case
 
@@ -44,8 +44,9 @@ def tiny_network() -> CausalDiT:
     return network
 
 
-def both(fp8: bool = False) -> tuple[TorchDiT, FusedDiT]:
-    return TorchDiT(tiny_network(), TINY, 1, "base"), FusedDiT(tiny_network(), TINY, 1, "base", fp8)
+def both(fp8: bool = False, fp8_attention: bool = False, variant: str = "base") -> tuple[TorchDiT, FusedDiT]:
+    fused = FusedDiT(tiny_network(), TINY, 1, variant, fp8, fp8_attention)
+    return TorchDiT(tiny_network(), TINY, 1, variant), fused
 
 
 def latents(seed: int) -> Tensor:
@@ -108,23 +109,51 @@ def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
     assert error(flows[1], flows[0]) < 5e-6
 
 
-def test_fp8_is_close_and_keeps_the_cache_close() -> None:
-    plain, fused = both(fp8=True)
-    for dit in (plain, fused):
+def second_chunk(*dits: TorchDiT | FusedDiT) -> list[Tensor]:
+    """Its flow at the second step, after a first chunk that was committed."""
+    for dit in dits:
         dit.commit(latents(1), dit.embed_prompt(text(9)), 0, WINDOW.step(0))
-    flows = [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(1)) for dit in (plain, fused)]
+    return [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(1)) for dit in dits]
+
+
+@pytest.mark.parametrize("variant", ["base", "infinity"])
+@pytest.mark.parametrize("fp8_attention", [False, True])
+def test_fp8_is_close_and_keeps_the_cache_close(fp8_attention: bool, variant: str) -> None:
+    plain, fused = both(True, fp8_attention, variant)
+    flows = second_chunk(plain, fused)
     assert 1e-4 < error(flows[1], flows[0]) < 0.1
-    assert 1e-4 < error(fused.cache.keys, plain.cache.keys) < 0.1
+    keys = fused.cache.keys.float()
+    if fused.network.fp8_attention is not None:
+        keys *= fused.network.fp8_attention.scales[:, 1, None, None, None, None]
+    assert 1e-4 < error(keys, plain.cache.keys) < 0.1
 
 
-def test_fp8_is_what_the_evaluation_simulates() -> None:
-    plain, fused = both(fp8=True)
-    simulate(SimpleNamespace(engines=SimpleNamespace(dit=plain)))  # type: ignore[arg-type]
-    flows = [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(0)) for dit in (plain, fused)]
-    exact = both()[0]
-    expected = exact.denoise(latents(2), 1, exact.embed_prompt(text(9)), 0, WINDOW.step(0))
-    apart, off = error(flows[0], flows[1]), error(flows[1], expected)
-    assert apart < off / 5  # a number near the middle of two of FP8's may be rounded to either
+@pytest.mark.parametrize("fp8_attention", [False, True])
+def test_fp8_is_what_the_evaluation_simulates(fp8_attention: bool) -> None:
+    plain, fused = both(True, fp8_attention)
+    prepare = simulate_attention if fp8_attention else simulate
+    prepare(SimpleNamespace(engines=SimpleNamespace(dit=plain)))  # type: ignore[arg-type]
+    simulated, flow, expected = second_chunk(plain, fused, both()[0])
+    # A number near the middle of two of FP8's may be rounded to either.
+    assert error(simulated, flow) < error(flow, expected) / 5
+
+
+def test_a_slot_with_fp8_attention_is_a_quarter_of_one_in_float32() -> None:
+    plain, fused = both(True, True)
+    assert plain.cache.keys.nbytes == 4 * fused.cache.keys.nbytes
+    assert KVCache.bytes_of(TINY, 1, fused.cache_dtype) == fused.cache.keys.nbytes + fused.cache.values.nbytes
+
+
+def test_fp8_attention_by_graphs_is_the_same() -> None:
+    flows = []
+    for graphs in (False, True):
+        with graphs_on_cpu() if graphs else contextlib.nullcontext():
+            fused = both(True, True)[1]
+            prompt = fused.embed_prompt(text(9))
+            for chunk in range(3):  # the first of a size runs as it is, the next one is captured
+                fused.commit(latents(chunk), prompt, 0, WINDOW.step(chunk))
+            flows.append([fused.denoise(latents(4), step, prompt, 0, WINDOW.step(3)) for step in range(4)])
+    assert all(plain.equal(replayed) for plain, replayed in zip(*flows, strict=True))
 
 
 def test_what_cannot_be_fused_is_refused() -> None:
@@ -142,6 +171,8 @@ def test_what_cannot_be_fused_is_refused() -> None:
         FusedDiT(CausalDiT(sizes), dataclasses.replace(TINY, dit=sizes), 1, "base", fp8=True)
     with pytest.raises(ValueError, match="fp8: got true with engine torch, expected fused"):
         ServeConfig(engine="torch", fp8=True)
+    with pytest.raises(ValueError, match="fp8_attention: got true without fp8"):
+        ServeConfig(engine="fused", fp8_attention=True)
 
 
 def test_the_engine_fused_is_built_of_what_can_be_fused() -> None:
@@ -149,6 +180,9 @@ def test_the_engine_fused_is_built_of_what_can_be_fused() -> None:
     assert engines.name == "fused+torch"  # the text encoder is torch's
     assert type(engines.dit).__name__ == "FusedDiT"
     assert type(engines.vae_decoder).__name__ == "FusedVAEDecoder"
+    assert engines.dit.cache_dtype == torch.float32
+    small = build_engines(ServeConfig(preset="tiny", engine="fused", device="cpu", fp8=True, fp8_attention=True))
+    assert small.dit.cache_dtype == torch.float8_e4m3fn
 
 
 def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:

@@ -203,6 +203,27 @@ class TestRotary:
             assert bfloat16_error(got, rotate(self.heads(x, weight.float(), 12), cos, sin)) <= 1
         assert values.equal(qkv[:, 3072:].unflatten(1, (12, -1)).transpose(0, 1))
 
+    def test_fp8_is_rounded_once_to_multiples_of_the_scales(self) -> None:
+        qkv, weight, (cos, sin) = random(11, 3 * 192), random(192, seed=1), random(2, 11, 16, seed=2)
+        queries, keys, values = torch.zeros(3, 6, 11, 32, device=DEVICE)
+        norm_rotate_write(qkv, weight, weight, cos, sin, queries, keys, values, first_row=0, eps=EPS, rotate_keys=True)
+        scales = torch.tensor([0.02, 0.01, 0.001], device=DEVICE)  # the largest values are out of range
+        small = torch.zeros(3, 6, 11, 32, dtype=torch.float8_e4m3fn, device=DEVICE)
+        norm_rotate_write(qkv, weight, weight, cos, sin, *small, first_row=0, eps=EPS, rotate_keys=True, scales=scales)
+        for got, wanted, scale in zip(small, (queries, keys, values), scales, strict=True):
+            rounded = (wanted / scale).clamp(-448, 448)
+            assert ((got.float() - rounded).abs() <= rounded.abs().clamp_min(2**-6) * 2**-4 * 1.001).all()
+        assert small[2].float().abs().max() == 448
+
+    def test_fp8_keys_keep_their_scale_when_they_are_rotated(self) -> None:
+        keys, angles = random(3, 41, 16), random(41, 8, seed=1)
+        small = (keys * 60).to(torch.float8_e4m3fn)
+        small[0, 0, :2] = 448  # a pair that comes to more than there is
+        out = torch.empty_like(small)
+        rotate_keys(small, angles.cos(), angles.sin(), out)
+        wanted = rotate(small.float(), angles.cos(), angles.sin()).clamp(-448, 448)
+        assert ((out.float() - wanted).abs() <= wanted.abs().clamp_min(2**-6) * 2**-4 * 1.001).all()
+
     @pytest.mark.parametrize("size", [128, 96, 16])
     def test_stored_keys_are_rotated_into_another_tensor_or_in_place(self, size: int) -> None:
         keys, (cos, sin) = random(3, 100, size)[:, :41], random(2, 41, size // 2, seed=1)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """All the attention kernels at hand, side by side: the queries of a chunk against the keys of a full window.
 
-That is more than half of a step's operations. Errors are against PyTorch in float32.
+That is more than half of a step's operations. Errors are against PyTorch in float32. Those in FP8 are given FP8, as in
+the fused engine, where what makes queries, keys and values quantizes them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlive_serve.bench.timing import seconds_of
 from longlive_serve.config import NetworkConfig
-from longlive_serve.engines.attention_choice import CANDIDATES, Attend, example
+from longlive_serve.engines.attention_choice import CANDIDATES, Attend, AttendFP8, example, fp8_candidates, in_fp8
 
 DEFAULT = "torch's choice"
+Call = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
+"""What is timed, and what makes [1, H, L, d] in float32 of its result."""
 
 
 def measure_attention(config: NetworkConfig, device: str, dtype: str) -> dict[str, Any]:
@@ -28,11 +32,13 @@ def measure_attention(config: NetworkConfig, device: str, dtype: str) -> dict[st
     q, k, v = example(config, torch.device(device), getattr(torch, dtype))
     chunk, window = q.shape[2], k.shape[2]
     expected, kernels = exact(q, k, v), []
-    for name, attend in _candidates(on_cuda).items():
+    calls = {name: _call(attend, q, k, v) for name, attend in _candidates(on_cuda).items()}
+    calls |= _calls_in_fp8(q, k, v) if on_cuda else {}
+    for name, (call, wide) in calls.items():
         facts: dict[str, Any] = {"name": name}
         try:
-            difference = attend(q, k, v).float() - expected
-            facts["seconds"] = seconds_of(functools.partial(attend, q, k, v), device, 50 if on_cuda else 5)
+            difference = wide(call()) - expected
+            facts["seconds"] = seconds_of(call, device, 50 if on_cuda else 5)
         except Exception as error:  # torch, Triton and imports have kinds of their own for what does not run here
             facts["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -48,10 +54,14 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([_math(*(x.float() for x in head)) for head in heads], dim=1)
 
 
+def _call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return functools.partial(attend, q, k, v), Tensor.float
+
+
 def _candidates(on_cuda: bool) -> dict[str, Attend]:
     """Those that the fused engine chooses from, and for comparison others that it does not."""
     candidates: dict[str, Attend] = {DEFAULT: F.scaled_dot_product_attention}
-    return candidates | CANDIDATES | {"math": _math, "triton fp8": _triton_fp8} if on_cuda else candidates
+    return candidates | CANDIDATES | {"flex": _flex, "math": _math} if on_cuda else candidates
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,8 +69,28 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def _triton_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from longlive_serve.kernels.attention import attention_fp8  # it needs Triton
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _compiled_flex()(q, k, v)
 
-    heads: Tensor = attention_fp8(q[0], k[0], v[0]).unflatten(-1, (q.shape[1], -1))
-    return heads.transpose(0, 1)[None]
+
+@functools.cache
+def _compiled_flex() -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Attend = torch.compile(flex_attention)
+    return compiled
+
+
+def _calls_in_fp8(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    small = in_fp8(q, k, v)
+
+    def of(attend: AttendFP8 | Exception) -> Tensor:
+        if isinstance(attend, Exception):
+            raise attend
+        return attend(*small)
+
+    def wide(out: Tensor) -> Tensor:
+        heads: Tensor = (out.float() * small[3][2]).unflatten(-1, (q.shape[1], -1))
+        return heads.transpose(0, 1)[None]
+
+    return {name: (functools.partial(of, attend), wide) for name, attend in fp8_candidates(q.device).items()}

@@ -31,7 +31,8 @@ class EagerDiT:
 
     def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int) -> None:
         weight = network.patch_embedding.weight
-        self.network, self.config, self.dtype = network, config, weight.dtype
+        self.network, self.config = network, config
+        self.dtype = self.cache_dtype = weight.dtype
         self.sink = config.window.sink * config.tokens_per_frame
         self.rotary = ComplexRotary(config, weight.device)
         self.timesteps = NoiseSchedule(weight.device).timesteps

@@ -126,7 +126,7 @@ class Alone:
             self.pipeline.advance(session)
         self.tick("memory")
         held = torch.cuda.memory_allocated() - before if on_cuda else _held(session)
-        slot = KVCache.bytes_of(self.pipeline.config, 1, engines.dit.dtype)
+        slot = KVCache.bytes_of(self.pipeline.config, 1, engines.dit.cache_dtype)
         return {"slot": slot, "held": held, "total": slot + held}
 
     def new_session(self, slot: int = 1) -> Session:

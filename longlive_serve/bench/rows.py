@@ -36,11 +36,16 @@ ROWS = (
     Row(name="torch", settings={"engine": TORCH}),
     Row(name="fused", settings={"engine": FUSED}),
     Row(name="fused fp8", settings={"engine": FUSED, "fp8": True}),
+    Row(name="fused fp8 attention", settings={"engine": FUSED, "fp8": True, "fp8_attention": True}),
     Row(name="torch tiny", settings={"engine": TORCH, "decoder": TINY}),
     Row(name="fused tiny", settings={"engine": FUSED, "decoder": TINY}),
     Row(name="fused fp8 tiny", settings={"engine": FUSED, "fp8": True, "decoder": TINY}),
+    Row(
+        name="fused fp8 attention tiny",
+        settings={"engine": FUSED, "fp8": True, "fp8_attention": True, "decoder": TINY},
+    ),
 )
-"""In the order of measuring; `tiny` stands for the decoder, without it it is the Wan VAE's."""
+"""In the order of measuring; `attention` stands for that in FP8, `tiny` for the decoder: without it the Wan VAE's."""
 
 
 def build(row: Row, config: ServeConfig) -> Engines:

@@ -20,6 +20,7 @@ from longlive_serve.bench.measure import Alone, Plan
 from longlive_serve.bench.roofline import FP8, achieved, measure_roofline, shares
 from longlive_serve.bench.rows import Row, build
 from longlive_serve.config import ServeConfig
+from longlive_serve.engines.transfer import use_device
 from longlive_serve.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Run:
     def measure(self, save: Callable[[], None]) -> None:
         """Fill `record`. `save` is called after every row, and at the end."""
         config = self._config({})
+        use_device(self.device)
         self.tell("the device", "matrix products and copies")
         self.record["roofline"] = measure_roofline(self.device, self.dtype)
         self.tell("the device", "attention")
@@ -98,6 +100,7 @@ class Run:
             "decoder": config.decoder,
             "dtype": engines.dtype,
             "fp8": config.fp8,
+            "fp8_attention": config.fp8_attention,
             "baseline": row.is_baseline,
             **figures,
             "live": live,

@@ -138,7 +138,8 @@ def gpu_findings(gpus: list[Gpu], used: Gpu | None, device: str) -> list[Finding
         text = f"{size(used.memory - used.free)} of it are taken: {size(used.free)} are free"
         findings.append(Finding(WARNING, "GPU memory", text, "nvidia-smi shows by whom; end it, or serve elsewhere"))
     if used.has_fp8:
-        findings.append(Finding(OK, "FP8", "possible: engine fused with fp8 = true, or FP8 plans"))
+        text = "possible: engine fused with fp8 = true, and fp8_attention = true, or FP8 plans"
+        findings.append(Finding(OK, "FP8", text))
     else:
         action = "serve in bfloat16; FP8 is for Ada, Hopper and later"
         findings.append(

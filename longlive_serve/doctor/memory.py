@@ -67,6 +67,7 @@ def needed(config: ServeConfig, choice: Mapping[str, str], device: str) -> Serve
         fused_dit=choice.get(DIT) == FUSED,
         fused_decoder=choice.get(VAE_DECODER) == FUSED,
         fp8=config.fp8,
+        fp8_attention=config.fp8_attention,
         on_cuda=device != "cpu",
     )
 

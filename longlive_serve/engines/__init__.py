@@ -41,11 +41,13 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     from longlive_serve.engines.graph_engine import GraphDiT, GraphTextEncoder, GraphVAEDecoder
     from longlive_serve.engines.interface import DiT, Engines, VAEDecoder
     from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
+    from longlive_serve.engines.transfer import use_device
     from longlive_serve.weights import adapters_of, fingerprint, load_network, load_tokenizer
 
     sizes, variant, device = config.network, config.variant, config.device
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    use_device(device)
     folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
     backends = {network: choose(network, config) for network in NETWORKS}
 
@@ -73,7 +75,7 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     elif backends[DIT] == FUSED:
         from longlive_serve.engines.fused_dit_engine import FusedDiT  # it needs Triton
 
-        dit = FusedDiT(network(DIT), sizes, slots, variant, config.fp8)
+        dit = FusedDiT(network(DIT), sizes, slots, variant, config.fp8, config.fp8_attention)
     else:
         dit = GraphDiT(graphs(DIT), sizes, slots, variant)
     vae_decoder: VAEDecoder

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from longlive_serve.config import NetworkConfig
-from longlive_serve.engines.attention_choice import fastest_attention
+from longlive_serve.engines.attention_choice import fastest_attention, fastest_fp8_attention
 from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.interface import PromptKV
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, CausalDiT
-from longlive_serve.models.fused_dit import CacheRows, FusedCausalDiT, Modulation, PromptRows
+from longlive_serve.models.fused_dit import CacheRows, FP8Attention, FusedCausalDiT, PromptRows
+from longlive_serve.models.modulation import Modulation, attention_scales, modulation
 from longlive_serve.models.quantized import Quantized
 from longlive_serve.models.rope import RotaryTables
 from longlive_serve.noise_schedule import NoiseSchedule
@@ -30,12 +31,22 @@ COMMIT = -1  # the step of a commit or recache
 class FusedDiT:
     """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come."""
 
-    def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str, fp8: bool) -> None:
+    def __init__(
+        self,
+        network: CausalDiT,
+        config: NetworkConfig,
+        slots: int,
+        variant: str,
+        fp8: bool = False,
+        fp8_attention: bool = False,
+    ) -> None:
         """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
         device, self.dtype = network.patch_embedding.weight.device, network.patch_embedding.weight.dtype
         self.relative, self.fp8 = variant == "infinity", fp8
         self.attend = fastest_attention(config, device, self.dtype)
-        self.cache = KVCache(config, slots, device, self.dtype)
+        self.attend_fp8 = fastest_fp8_attention(config, device) if fp8_attention else None
+        self.cache_dtype = torch.float8_e4m3fn if fp8_attention else self.dtype
+        self.cache = KVCache(config, slots, device, self.cache_dtype)
         grid = config.latent_height // PATCH, config.latent_width // PATCH
         self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
         self._take(network)
@@ -51,11 +62,14 @@ class FusedDiT:
         device = network.patch_embedding.weight.device
         check_kernels(device)
         check(network, self.fp8, device, self.dtype)
-        self.network = FusedCausalDiT(network, self.fp8, self.attend)
         timesteps = NoiseSchedule(device).timesteps
         levels = [*timesteps, torch.zeros_like(timesteps[0])]
-        self.modulations = [self.network.modulation(level) for level in levels]
+        self.modulations = [modulation(network, level) for level in levels]
         """Of the denoising steps, and that of a commit last."""
+        attention = None
+        if self.attend_fp8 is not None:
+            attention = FP8Attention(attend=self.attend_fp8, scales=attention_scales(network, self.modulations))
+        self.network = FusedCausalDiT(network, self.fp8, self.attend, attention)
         self.graphs = CudaGraphs(device)
 
     def embed_prompt(self, embeds: Tensor) -> PromptKV:
@@ -72,7 +86,7 @@ class FusedDiT:
 
     def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor | None:
         """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
-        rows, modulation = self.tables.tokens_per_chunk, self.modulations[step]
+        rows, level = self.tables.tokens_per_chunk, self.modulations[step]
         first, used = placement.first_place * rows, placement.places * rows
         order = placement.query_slots if self.relative else placement.chunks
         angles = [*self.tables.of_chunks(order)]
@@ -95,7 +109,7 @@ class FusedDiT:
             return self.network.run(latents, levels, rows, cache, commit=step == COMMIT)
 
         key = (step == COMMIT, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
-        inputs = (latents, modulation.blocks, modulation.head, *angles, *prompt_kv)
+        inputs = (latents, level.blocks, level.head, *angles, *prompt_kv)
         return self.graphs(key, slot, forward, inputs, lasting=len(prompt_kv))
 
 

@@ -65,7 +65,7 @@ class GraphDiT:
 
     def __init__(self, graphs: Mapping[str, Graph], config: NetworkConfig, slots: int, variant: str) -> None:
         self.prompt_kv, self.dit = graphs[PROMPT_KV], graphs[DIT]
-        self.dtype = self.dit.dtype
+        self.dtype = self.cache_dtype = self.dit.dtype
         self.relative = variant == "infinity"
         self.chunk, self.tokens_per_frame = config.window.chunk, config.tokens_per_frame
         device, window = self.dit.device, config.window.window

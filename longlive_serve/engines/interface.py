@@ -48,7 +48,9 @@ class DiT(Protocol):
     """The causal DiT with the KV cache of every slot."""
 
     dtype: torch.dtype
-    """Of its latents and its cache."""
+    """Of its latents."""
+    cache_dtype: torch.dtype
+    """Of the keys and values of its slots."""
 
     def embed_prompt(self, embeds: Tensor) -> PromptKV:
         """[1, text_len, text_dim] -> keys and values that every later call under this prompt takes."""

@@ -50,7 +50,8 @@ class TorchDiT:
 
     def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str) -> None:
         weight = network.patch_embedding.weight
-        self.network, self.dtype = network, weight.dtype
+        self.network = network
+        self.dtype = self.cache_dtype = weight.dtype
         self.relative = variant == "infinity"
         self.cache = KVCache(config, slots, weight.device, weight.dtype)
         self.tables = RotaryTables(

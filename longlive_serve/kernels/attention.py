@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longlive_serve.kernels.quantize import LARGEST, TINY
+from longlive_serve.kernels.quantize import LARGEST
 from longlive_serve.kernels.tiles import interpreted
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -34,20 +34,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None
     return _attend(q, k, v, q.dtype, bias=key_bias)
 
 
-def attention_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `attention`, with both products in FP8 (E4M3), their sums in float32. Each head of q, k and v has one scale.
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
+    """As `attention`, of numbers in FP8 (E4M3), with sums in float32.
 
-    The softmax's weights, at most 1, are multiplied by 448, so that they use the range of E4M3.
+    scales float32 [3], contiguous: what the numbers of q, k and v are multiples of. Returns float8_e4m3fn [L, H * d],
+    whose scale is that of v: no sum of values with weights that add up to 1 is larger than the largest value. The
+    softmax's weights, at most 1, are multiplied by 448, so that they use the range of E4M3.
     """
-    scales = [x.abs().amax((1, 2)).float().clamp_min(TINY.value) / LARGEST.value for x in (q, k, v)]
-    small_q, small_k, small_v = (_to_fp8(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
-    return _attend(small_q, small_k, _keys_contiguous(small_v), q.dtype, scales=torch.stack(scales))
-
-
-def _to_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x [H, T, d] / scale [H]."""
-    largest = LARGEST.value
-    return (x / scale[:, None, None]).clamp(-largest, largest).to(torch.float8_e4m3fn)
+    assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn, f"{q.dtype}, {k.dtype} and {v.dtype}"
+    assert scales.shape == (3,), f"scales {scales.shape}"
+    assert scales.is_contiguous(), f"scales of stride {scales.stride()}"
+    return _attend(q, k, _keys_contiguous(v), q.dtype, scales=scales)
 
 
 def _keys_contiguous(v: Tensor) -> Tensor:
@@ -148,7 +145,7 @@ def _attention_kernel(
     q_ptr += head.to(tl.int64) * q_head
     q = tl.load(q_ptr + rows.to(tl.int64) * q_row + places, mask=inside, other=0.0)
     if scales_ptr is not None:
-        scale *= tl.load(scales_ptr + head) * tl.load(scales_ptr + heads + head)
+        scale *= tl.load(scales_ptr) * tl.load(scales_ptr + 1)
     k_ptr += head.to(tl.int64) * k_head
     v_ptr += head.to(tl.int64) * v_head
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -165,5 +162,5 @@ def _attention_kernel(
     )  # fmt: skip
     out = total / weight[:, None]
     if scales_ptr is not None:
-        out *= tl.load(scales_ptr + 2 * heads + head)
+        out = tl.clamp(out, -LARGEST, LARGEST)  # weights are rounded, their sum is not
     tl.store(out_ptr + (rows.to(tl.int64) * heads + head) * SIZE + places, out, mask=inside)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longlive_serve.kernels.norms import inverse_rms
+from longlive_serve.kernels.quantize import scaled
 from longlive_serve.kernels.tiles import tile_of
 
 
@@ -27,13 +28,14 @@ def norm_rotate_write(
     first_row: int,
     eps: float,
     rotate_keys: bool,
+    scales: Tensor | None = None,
 ) -> None:
     """Fill q_out [H, L, d] and the rows first_row to first_row + L of k_cache and v_cache [H, T, d], in place.
 
     qkv [L, 3D], rows contiguous: each token's query, key and value. Queries and keys: RMS norm over D = H * d, times
     their weight [D], then in each head the pairs (2i, 2i + 1) rotated by the angles whose cosines and sines are cos and
     sin, float32 [L, d/2], contiguous; keys only with `rotate_keys`. Outputs may have any strides, but heads' rows are
-    contiguous.
+    contiguous. With scales, float32 [3], outputs are FP8 (E4M3): multiples of the scales of queries, keys and values.
     """
     heads, length, size = q_out.shape
     width = heads * size
@@ -44,7 +46,7 @@ def norm_rotate_write(
     tile = tile_of(width, length)
     _norm_rotate_write_kernel[(triton.cdiv(length, tile.rows),)](
         qkv, q_weight, k_weight, cos, sin, q_out, k_out, v_out, length, width, qkv.stride(0),
-        *q_out.stride()[:2], *k_out.stride()[:2], *v_out.stride()[:2], eps,
+        *q_out.stride()[:2], *k_out.stride()[:2], *v_out.stride()[:2], eps, scales,
         ROTATE_KEYS=rotate_keys, SIZE=size, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
     )  # fmt: skip
 
@@ -52,7 +54,8 @@ def norm_rotate_write(
 def rotate_keys(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotate the pairs (2i, 2i + 1) of keys [H, T, d] into out, of the same shape, which may be keys itself.
 
-    cos, sin float32 [T, d/2], contiguous. Any strides, but heads' rows are contiguous. Source: reference semantics
+    cos, sin float32 [T, d/2], contiguous. Any strides, but heads' rows are contiguous. In FP8 a number keeps the scale
+    that it has. Source: reference semantics
     sections 2.2 and 7.
     """
     heads, length, size = keys.shape
@@ -91,7 +94,7 @@ def _normed(x_ptr, weight_ptr, columns, inside, width, eps):
 @triton.jit
 def _norm_rotate_write_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, length, width, stride,
-    q_head, q_row, k_head, k_row, v_head, v_row, eps,
+    q_head, q_row, k_head, k_row, v_head, v_row, eps, scales_ptr,
     ROTATE_KEYS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -106,12 +109,18 @@ def _norm_rotate_write_kernel(
     places = columns % SIZE
     qkv_ptr += rows * stride
     q = _rotate(_normed(qkv_ptr, q_weight_ptr, columns, inside, width, eps), cos, sin, ROWS, BLOCK)
+    if scales_ptr is not None:
+        q = scaled(q, tl.load(scales_ptr))
     tl.store(q_ptr + heads * q_head + rows * q_row + places, q, mask=inside)
     k = _normed(qkv_ptr + width, k_weight_ptr, columns, inside, width, eps)
     if ROTATE_KEYS:
         k = _rotate(k, cos, sin, ROWS, BLOCK)
+    if scales_ptr is not None:
+        k = scaled(k, tl.load(scales_ptr + 1))
     tl.store(k_ptr + heads * k_head + rows * k_row + places, k, mask=inside)
     v = tl.load(qkv_ptr + 2 * width + columns, mask=inside, other=0.0)
+    if scales_ptr is not None:
+        v = scaled(v.to(tl.float32), tl.load(scales_ptr + 2))
     tl.store(v_ptr + heads * v_head + rows * v_row + places, v, mask=inside)
 
 
@@ -129,4 +138,7 @@ def _rotate_keys_kernel(
     cos = tl.load(cos_ptr + rows * (SIZE // 2) + pairs, mask=in_pairs, other=0.0)
     sin = tl.load(sin_ptr + rows * (SIZE // 2) + pairs, mask=in_pairs, other=0.0)
     keys = tl.load(keys_ptr + head * keys_head + rows * keys_row + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + head * out_head + rows * out_row + columns, _rotate(keys, cos, sin, ROWS, BLOCK), mask=inside)
+    keys = _rotate(keys, cos, sin, ROWS, BLOCK)
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        keys = scaled(keys, 1.0)  # only the range is held to
+    tl.store(out_ptr + head * out_head + rows * out_row + columns, keys, mask=inside)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The causal DiT in as few passes over memory as its arithmetic allows: fused kernels, one product for q, k and v,
-FP8 products as an option.
+FP8 products and FP8 self-attention as options.
 
 Called by the fused engine, with B = 1. It takes the weights of a `CausalDiT`, which says what is computed; values are
 rounded less often here. Shapes: L tokens of the forward, D width, H heads, d head width, T rows of a cache.
@@ -20,19 +20,10 @@ from longlive_serve.kernels.attention import attention as attention_with_bias
 from longlive_serve.kernels.norms import residual_norm, rms_norm
 from longlive_serve.kernels.quantize import Quantized, gelu, quantize_rows
 from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
-from longlive_serve.models.causal_dit import Angles, Block, CausalDiT, time_features
+from longlive_serve.models.causal_dit import Angles, Block, CausalDiT
+from longlive_serve.models.modulation import Modulation
 
 PROMPT_ROWS = 64  # prompts are cut to a multiple of so many rows: few shapes, hence few CUDA graphs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Modulation:
-    """What a noise level does to every block and to the head: constants, as all frames of a forward share it."""
-
-    blocks: Tensor
-    """[layers, 6, D]: shift, scale, gate of self-attention, then of the FFN."""
-    head: Tensor
-    """[2, D]: shift, scale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +42,7 @@ class CacheRows:
     """The KV cache as one forward sees it."""
 
     keys: Tensor
-    """[layers, H, T, d], written in place."""
+    """[layers, H, T, d], written in place. With FP8 attention multiples of its scales, in FP8."""
     values: Tensor
     first: int
     """The row of the forward's first token; its other tokens follow."""
@@ -60,6 +51,16 @@ class CacheRows:
     query_angles: Angles
     key_angles: Angles | None
     """None: keys are stored rotated, like the queries. Else: stored plain, and rotated by these in every call."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FP8Attention:
+    """Self-attention of FP8 (E4M3) queries, keys and values."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """q [H, L, d], k and v [H, T, d], scales [3] -> FP8 [L, H * d] with the scale of v, over all keys."""
+    scales: Tensor
+    """Of the queries, keys and values of each layer: float32 [layers, 3]."""
 
 
 class Product:
@@ -121,23 +122,22 @@ class FusedBlock:
 class FusedCausalDiT:
     """As `CausalDiT`, for one video. Takes most of the network's weights: it cannot be run any more."""
 
-    def __init__(self, network: CausalDiT, fp8: bool, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        network: CausalDiT,
+        fp8: bool,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        fp8_attention: FP8Attention | None = None,
+    ) -> None:
         """fp8: the products of the blocks are FP8 (the prompt's keys and values, made once per prompt, are not).
 
-        attend: q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d], over all keys.
+        attend: q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d], over all keys. fp8_attention: what attends to the
+        cache instead of it, with `fp8` alone.
         """
-        self.network, self.attend = network, attend
+        assert fp8 or fp8_attention is None, "FP8 attention is followed by an FP8 product"
+        self.network, self.attend, self.fp8_attention = network, attend, fp8_attention
         self.config, self.eps = network.config, network.config.eps
         self.blocks = [FusedBlock(block, FP8Product if fp8 else Product) for block in network.blocks]
-
-    def modulation(self, timestep: Tensor) -> Modulation:
-        """What the network does at `timestep` (a 0-dim tensor)."""
-        network = self.network
-        features = time_features(timestep, self.config.freq_dim).to(network.patch_embedding.weight.dtype)
-        time = network.time_embedding(features)
-        shared = network.time_projection(time).unflatten(-1, (6, -1))
-        blocks = torch.cat([block.modulation for block in network.blocks]) + shared
-        return Modulation(blocks=blocks, head=network.head.modulation[0] + time)
 
     def embed_prompt(self, text: Tensor) -> PromptRows:
         """Text encoder output [1, text_len, text_dim] -> what cross-attention needs of it.
@@ -184,21 +184,27 @@ class FusedCausalDiT:
         return self.network._unpatchify(self.network.head.head(z)[None], latents.shape)
 
     def _write_kv(self, block: FusedBlock, layer: int, z: Tensor | Quantized, cache: CacheRows) -> Tensor:
-        """Keys and values into the cache; the queries [1, H, L, d], rotated."""
+        """Keys and values into the cache; the queries [H, L, d], rotated."""
         qkv, own = block.qkv(z), block.own
-        q = qkv.new_empty(len(qkv), self.config.num_heads, self.config.head_dim).transpose(0, 1)
+        heads = len(qkv), self.config.num_heads, self.config.head_dim
+        q = torch.empty(heads, dtype=cache.keys.dtype, device=qkv.device).transpose(0, 1)
         norm_rotate_write(
             qkv, own.norm_q.weight, own.norm_k.weight, *cache.query_angles, q, cache.keys[layer], cache.values[layer],
             first_row=cache.first, eps=self.eps, rotate_keys=cache.key_angles is None,
+            scales=self.fp8_attention.scales[layer] if self.fp8_attention else None,
         )  # fmt: skip
-        return q[None]
+        return q
 
     def _attend_to_cache(self, block: FusedBlock, layer: int, q: Tensor, cache: CacheRows) -> Tensor:
         keys, values = cache.keys[layer, :, : cache.used], cache.values[layer, :, : cache.used]
         if cache.key_angles is not None:
             plain, keys = keys, torch.empty_like(keys)
             rotate_keys(plain, *cache.key_angles, keys)
-        return _project(block.o, self.attend(q, keys[None], values[None])[0].transpose(0, 1).flatten(1))
+        if self.fp8_attention is not None:
+            scales = self.fp8_attention.scales[layer]
+            small = self.fp8_attention.attend(q, keys, values, scales)
+            return block.o(Quantized(small, scales[2].expand(len(small), 1).contiguous()))
+        return _project(block.o, self.attend(q[None], keys[None], values[None])[0].transpose(0, 1).flatten(1))
 
     def _attend_to_prompt(self, block: FusedBlock, layer: int, y: Tensor | Quantized, prompt: PromptRows) -> Tensor:
         keys, values = prompt.keys[layer], prompt.values[layer]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether cuDNN has a plan for our FP8 attention on a GPU that is not here: `python -m tests.cudnn_plans`.
+
+cuDNN plans for a device whose properties it is told. It is asked with the graph that the fused engine makes, at the
+sizes that are served. What stands where the driver and the CUDA runtime would be is made with gcc: nothing is compiled
+for a GPU or run. The wheels are NVIDIA's and lie in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
+WHEELS = ("nvidia-cudnn-cu13==9.19.0.56", "nvidia-cuda-nvrtc==13.0.88", "nvidia-cudnn-frontend==1.22.0")
+"""The libraries that torch 2.11 brings, the compiler among them; the way to them is that of pyproject.toml."""
+H200 = {
+    "cudaDeviceId": 0,
+    "deviceName": "NVIDIA H200",
+    "deviceVer": 900,
+    "driverVer": 13000,
+    "isTccDriver": 0,
+    "l2CacheSize": 62914560,
+    "maxBlockSize": [1024, 1024, 64],
+    "maxCtasPerSM": 32,
+    "maxGridSize": [2147483647, 65535, 65535],
+    "maxRegistersPerSM": 65536,
+    "maxSharedMemoryPerBlock": 49152,
+    "maxSharedMemoryPerBlockOptin": 232448,
+    "maxThreadsPerBlock": 1024,
+    "maxThreadsPerSM": 2048,
+    "memClockRateKHz": 3201000,
+    "memoryBusWidth": 6144,
+    "multiProcessorCount": 132,
+    "oversizedSharedMemoryPerBlock": 0,
+    "pciDeviceId": 0,
+    "regsPerBlock": 65536,
+    "reservedSharedMemoryPerBlock": 1024,
+    "smClockRateKHz": 1980000,
+    "smCountOrigin": 0,
+    "supportCoopLaunch": 1,
+    "totalGlobalMem": 150754820096,
+    "version": 1,
+    "warpSize": 32,
+}
+_DRIVER = """
+cuCtxGetCurrent cuCtxGetLimit cuCtxPopCurrent cuCtxPushCurrent cuDeviceGet cuDeviceGetCount cuDriverGetVersion
+cuGetErrorName cuGetErrorString cuKernelGetAttribute cuKernelSetAttribute cuLaunchCooperativeKernel
+cuLaunchKernel cuLaunchKernelEx cuLibraryGetKernel cuLibraryLoadData cuLibraryLoadFromFile cuLibraryUnload
+cuLinkAddData cuLinkComplete cuLinkCreate cuLinkDestroy cuModuleGetFunction cuModuleLoadData cuModuleUnload
+cuOccupancyMaxPotentialClusterSize cuStreamGetCtx cuTensorMapEncodeIm2col cuTensorMapEncodeTiled
+"""
+"""What cuDNN looks for in the driver's library before it plans."""
+_RUNTIME = """
+#include <string.h>
+int cudaGetDevice(int *device) { return *device = 0; }
+int cudaGetDeviceProperties(char *facts, int device) {
+    memset(facts, 0, 1008);
+    *(int *)(facts + 360) = CAPABILITY / 100;
+    *(int *)(facts + 364) = CAPABILITY % 100 / 10;
+    return 0;
+}
+int cudaGetDeviceProperties_v2(char *facts, int device) { return cudaGetDeviceProperties(facts, device); }
+"""
+"""What the frontend asks itself: the compute capability."""
+_PRODUCTS = "long cublasLtGetVersion(void) { return 130100; }\n"
+
+
+def libraries() -> Path:
+    """The unpacked wheels; fetched when they are not there. Raises RuntimeError."""
+    folder = HOME / "-".join(wheel.rpartition("=")[2] for wheel in WHEELS)
+    if not folder.exists():
+        HOME.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        with tempfile.TemporaryDirectory(dir=HOME) as made:
+            _run(*pip, "--only-binary=:all:", "--dest", made, *WHEELS)
+            for wheel in Path(made).glob("*.whl"):
+                zipfile.ZipFile(wheel).extractall(Path(made, "unpacked"))
+            Path(made, "unpacked").rename(folder)
+    return folder
+
+
+def plans(capability: int) -> dict[str, str]:
+    """By queries x keys the plans that cuDNN has on an H200 of this compute capability (its own is 900), or why none.
+
+    Raises RuntimeError where it cannot be asked.
+    """
+    folder = libraries()
+    with tempfile.TemporaryDirectory() as made:
+        driver = "".join(f"int {function}(void) {{ return 0; }}\n" for function in _DRIVER.split())
+        sources = {"libcuda.so.1": driver, "libcudart.so.13": _RUNTIME, "libcublasLt.so.13": _PRODUCTS}
+        for name, source in sources.items():
+            Path(made, f"{name}.c").write_text(source)
+            options = [f"-DCAPABILITY={capability}", "-shared", "-fPIC", f"-Wl,-soname,{name}"]
+            _run("gcc", *options, "-o", str(Path(made, name)), str(Path(made, f"{name}.c")))
+        env = os.environ | {
+            "LD_LIBRARY_PATH": f"{made}:{folder / 'nvidia/cudnn/lib'}:{folder / 'nvidia/cu13/lib'}",
+            "PYTHONPATH": f"{folder}:{ROOT}",
+        }
+        printed = _run(sys.executable, "-m", "tests.cudnn_plans", str(capability), env=env)
+    found: dict[str, str] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def _run(*command: str, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _ask(capability: int) -> dict[str, str]:
+    """In the process that has the libraries."""
+    import cudnn
+    import torch
+
+    from longlive_serve.config import PRESETS
+    from longlive_serve.engines.cudnn_attention import attention_graph
+
+    config = PRESETS["longlive-1.3b"]
+    heads, size, rows = config.dit.num_heads, config.dit.head_dim, config.tokens_per_frame
+    device = cudnn.create_device_properties(json.dumps(H200 | {"deviceVer": capability}))
+    found = {}
+    for queries, keys in ((3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)):  # steps and recaches
+        q, out = torch.empty(2, rows * queries, heads, size, dtype=torch.float8_e4m3fn, device="meta").transpose(1, 2)
+        k, v = torch.empty(2, heads, rows * 12, size, dtype=q.dtype, device="meta")[:, :, : rows * keys]
+        graph = attention_graph(cudnn, q, k, v, out, device_property=device)
+        try:
+            graph.validate()
+            graph.build_operation_graph()
+            graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+            graph.check_support()
+        except cudnn.cudnnGraphNotSupportedError as error:
+            found[f"{queries}x{keys}"] = f"none: {str(error).splitlines()[0]}"
+        else:
+            names = [graph.get_plan_name_at_index(number) for number in range(graph.get_execution_plan_count())]
+            found[f"{queries}x{keys}"] = ", ".join(names)
+    return found
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        print(json.dumps(_ask(int(sys.argv[1]))))
+        return 0
+    found = plans(H200["deviceVer"])  # type: ignore[arg-type]
+    print("\n".join(f"frames {size}: {names}" for size, names in found.items()))
+    return int(any(names.startswith("none") for names in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

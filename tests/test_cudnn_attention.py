@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cuDNN's FP8 attention: what we ask of it, that it has plans for it, and what is taken where it has none."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlive_serve.bench import attention_table
+from longlive_serve.config import PRESETS
+from longlive_serve.engines import attention_choice
+from longlive_serve.engines.attention_choice import example, fastest_fp8_attention, fp8_candidates, in_fp8
+from longlive_serve.engines.cudnn_attention import CudnnAttention
+from longlive_serve.kernels.attention import attention_fp8
+from tests.cudnn_on_cpu import Graph, cudnn_on_cpu  # noqa: F401
+from tests.cudnn_plans import plans
+from tests.triton_on_cpu import error, random
+
+TINY = PRESETS["tiny"]
+CPU = torch.device("cpu")
+
+
+def inputs(queries: int, keys: int, heads: int = 3, size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries with heads inside, keys and values in a longer cache, and three scales of different sizes."""
+    q = random(queries, heads, size).transpose(0, 1)
+    cache = [factor * random(heads, keys + 7, size, seed=seed)[:, :keys] for factor, seed in ((3.0, 1), (0.2, 2))]
+    q8, k8, v8, scales = in_fp8(q[None], *(x[None] for x in cache))
+    room = torch.zeros(2, heads, keys + 7, size, dtype=q8.dtype)
+    room[0, :, :keys], room[1, :, :keys] = k8, v8
+    return q8, room[0, :, :keys], room[1, :, :keys], scales
+
+
+@pytest.mark.usefixtures("cudnn_on_cpu")
+def test_it_is_given_what_our_own_kernel_is_given() -> None:
+    attend = CudnnAttention(CPU)
+    for queries, keys in ((33, 70), (33, 41)):
+        tensors = inputs(queries, keys)
+        got = attend(*tensors)
+        assert got.dtype == torch.float8_e4m3fn
+        assert got.is_contiguous()
+        assert error(got.float(), attention_fp8(*tensors).float()) < 0.07  # their weights are rounded at other places
+
+
+@pytest.mark.usefixtures("cudnn_on_cpu")
+def test_a_plan_is_made_once_for_each_size() -> None:
+    attend = CudnnAttention(CPU)
+    for keys in (70, 41, 70, 41):
+        attend(*inputs(33, keys))
+    assert Graph.built == 2
+    with pytest.raises(RuntimeError, match="cuDNN has no FP8 attention for this here: head size"):
+        attend(*inputs(33, 70, size=24))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_log_says_which_was_taken_and_why(
+    there: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a device that says that it is CUDA."""
+    if there:
+        request.getfixturevalue("cudnn_on_cpu")
+    monkeypatch.setattr(attention_choice, "CudnnAttention", lambda _: CudnnAttention(CPU))
+    monkeypatch.setattr(attention_choice, "example", lambda config, _, dtype: example(config, CPU, dtype))
+    monkeypatch.setattr(attention_choice, "_median", lambda call: 2e-3 if "Cudnn" in str(call) else 3e-3)
+    caplog.set_level(logging.INFO)
+    attend = fastest_fp8_attention(TINY, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    if there:
+        assert isinstance(attend, CudnnAttention)
+        assert "attention in FP8: cudnn fp8 (triton fp8 3.00 ms, cudnn fp8 2.00 ms)" in caplog.text
+    else:
+        assert attend is attention_fp8
+        assert "attention in FP8: no cudnn fp8: No module named 'cudnn'" in caplog.text
+        assert "attention in FP8: triton fp8 (triton fp8 3.00 ms)" in caplog.text
+
+
+def test_without_a_gpu_our_own_kernel_is_taken() -> None:
+    assert fastest_fp8_attention(TINY, CPU) is attention_fp8
+    assert fp8_candidates(CPU).keys() == {"triton fp8"}
+
+
+def test_the_benchmark_shows_what_fp8_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = attention_table._calls_in_fp8(*example(TINY, CPU, torch.float32))
+    call, wide = calls["triton fp8"]
+    expected = attention_table.exact(*example(TINY, CPU, torch.float32))
+    assert 0.005 < error(wide(call()), expected) < 0.1
+    missing = ImportError("no cudnn here")
+    monkeypatch.setattr(attention_table, "fp8_candidates", lambda _: {"cudnn fp8": missing})
+    call, _ = attention_table._calls_in_fp8(*example(TINY, CPU, torch.float32))["cudnn fp8"]
+    with pytest.raises(ImportError, match="no cudnn here"):
+        call()
+
+
+@pytest.mark.parametrize(("capability", "has"), [(890, False), (900, True), (1000, True)])
+def test_cudnn_has_a_plan_for_every_size_from_hopper_on(capability: int, has: bool) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("cuDNN cannot be asked here: no gcc")
+    try:
+        found = plans(capability)
+    except RuntimeError as reason:
+        pytest.skip(f"cuDNN cannot be asked here: {reason}")
+    assert len(found) == 8
+    assert {not names.startswith("none") for names in found.values()} == {has}, found
