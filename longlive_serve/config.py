@@ -200,6 +200,8 @@ class ServeConfig:
     """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
     fp8_attention: bool = False
     """With `fp8`: the KV cache and attention to it are FP8 too, with a scale for each layer's queries, keys, values."""
+    fp8_decoder: bool = False
+    """The fused Wan VAE decoder convolves in FP8, by cuDNN on Hopper and later."""
     device: str = "auto"
     """`auto` (cuda when there is one, else cpu) or a torch device."""
     dtype: str = "auto"
@@ -256,10 +258,7 @@ class ServeConfig:
         for engine, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
             if engine in asked and not getattr(self, key):
                 raise ValueError(f"{key}: got nothing, expected the folder of what the engine {engine} is to run")
-        if self.fp8 and FUSED not in asked:
-            raise ValueError(f"fp8: got true with engine {self.dit_engine or self.engine}, expected {FUSED}")
-        if self.fp8_attention and not self.fp8:
-            raise ValueError("fp8_attention: got true without fp8, expected fp8 = true beside it")
+        self._check_fp8(FUSED in asked, decoded_by)
         _check_choice("dtype", self.dtype, self.DTYPES)
         least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
         for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():
@@ -273,6 +272,16 @@ class ServeConfig:
         if not 0 < self.headroom <= 1:
             raise ValueError(f"headroom: got {self.headroom}, expected more than 0 and at most 1")
         self._check_adapters()
+
+    def _check_fp8(self, has_fused: bool, decoded_by: str) -> None:
+        if self.fp8 and not has_fused:
+            raise ValueError(f"fp8: got true with engine {self.dit_engine or self.engine}, expected {FUSED}")
+        if self.fp8_attention and not self.fp8:
+            raise ValueError("fp8_attention: got true without fp8, expected fp8 = true beside it")
+        if self.fp8_decoder and (decoded_by, self.decoder) != (FUSED, WAN):
+            raise ValueError(
+                f"fp8_decoder: got true with engine {decoded_by} and decoder {self.decoder}, expected {FUSED} and {WAN}"
+            )
 
     def _check_adapters(self) -> None:
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha >= 0):

@@ -90,7 +90,12 @@ class SessionMemory:
 
 
 def session_memory(
-    config: NetworkConfig, dtype: str, decoder: str = WAN, *, fp8_attention: bool = False
+    config: NetworkConfig,
+    dtype: str,
+    decoder: str = WAN,
+    *,
+    fp8_attention: bool = False,
+    fp8_decoder: bool = False,
 ) -> SessionMemory:
     size, dit, window = BYTES_OF[dtype], config.dit, config.window
     per_row = 2 * dit.num_layers * dit.dim  # numbers: a key and a value in every layer
@@ -98,18 +103,21 @@ def session_memory(
     return SessionMemory(
         kv_slot=window.window * config.tokens_per_frame * per_row * (1 if fp8_attention else size),
         prompt_kv=dit.text_len * per_row * size,
-        decoder_cache=decoder_cache_values(config, decoder) * size,
+        decoder_cache=decoder_cache_bytes(config, decoder, size, fp8_decoder),
         latents=(window.window + window.sink) * picture * size,
     )
 
 
-def decoder_cache_values(config: NetworkConfig, decoder: str) -> int:
-    """Numbers in the cache of a stream."""
+def decoder_cache_bytes(config: NetworkConfig, decoder: str, size: int, fp8: bool = False) -> int:
+    """The cache of a stream, `size` bytes to a number; with `fp8` one to those of residual blocks."""
     if decoder == TINY:
         widths = config.tiny_decoder.channels[:-1]
-        per_pixel = sum(3 * channels << 2 * stage for stage, channels in enumerate(widths))
+        per_pixel = sum(3 * channels * size << 2 * stage for stage, channels in enumerate(widths))
     else:
-        per_pixel = sum(2 * channels * layer.scale**2 for layer in _vae_layers(config.vae) for channels in layer.cached)
+        per_pixel = sum(
+            2 * sum(layer.cached) * layer.scale**2 * (1 if fp8 and layer.is_residual else size)
+            for layer in _vae_layers(config.vae)
+        )
     return per_pixel * config.latent_height * config.latent_width
 
 
@@ -139,6 +147,7 @@ def server_memory(
     fused_decoder: bool = False,
     fp8: bool = False,
     fp8_attention: bool = False,
+    fp8_decoder: bool = False,
     on_cuda: bool = True,
 ) -> ServerMemory:
     """Of the networks in PyTorch. Graphs and plans hold the same weights; what they work in is their own affair."""
@@ -147,13 +156,15 @@ def server_memory(
     networks = {network: size * parameters(config, network) for network in (TEXT_ENCODER, DIT, drawn_by)}
     if fp8:
         networks[DIT] -= _saved_by_fp8(config.dit, size)
+    if fp8_decoder:
+        networks[VAE_DECODER] -= _saved_by_fp8_decoder(config.vae, size)
     parts = _dit_working(config, size), _decoder_working(config, decoder, fused_decoder, size)
     # CUDA graphs keep what they worked in; PyTorch itself gives it to who comes next.
     working = sum(parts) if fused_dit or fused_decoder else max(parts)
     return ServerMemory(
         networks=networks,
         working=working + (CUDA_CONTEXT if on_cuda else 0),
-        session=session_memory(config, dtype, decoder, fp8_attention=fp8_attention),
+        session=session_memory(config, dtype, decoder, fp8_attention=fp8_attention, fp8_decoder=fp8_decoder),
     )
 
 
@@ -168,6 +179,10 @@ class _CausalLayers:
     """Pixels per latent pixel, in height and in width, where it works."""
     parameters: int
     """Of all that belongs to the block."""
+
+    @property
+    def is_residual(self) -> bool:
+        return len(self.cached) == 2
 
 
 def _vae_layers(config: VAEConfig) -> Iterator[_CausalLayers]:
@@ -210,6 +225,13 @@ def _saved_by_fp8(config: DiTConfig, size: int) -> int:
     return config.num_layers * (weights * (size - 1) - 4 * (7 * dim + ffn))
 
 
+def _saved_by_fp8_decoder(config: VAEConfig, size: int) -> int:
+    """As `_saved_by_fp8`, for the two convolutions of every residual block; their biases are float32."""
+    blocks = [layer for layer in _vae_layers(config) if layer.is_residual]
+    weights = sum(27 * inputs * layer.outputs for layer in blocks for inputs in layer.cached)
+    return weights * (size - 1) - sum(2 * layer.outputs * (4 + 4 - size) for layer in blocks)
+
+
 def _dit_working(config: NetworkConfig, size: int) -> int:
     """A recache of the whole window: its rows, twice as wide as the FFN and some times as the network."""
     rows = config.window.window * config.tokens_per_frame
@@ -221,5 +243,5 @@ def _decoder_working(config: NetworkConfig, decoder: str, fused: bool, size: int
     channels = config.tiny_decoder.channels[-1] if decoder == TINY else config.vae.base_dim
     height, width = config.video_size
     frames = 4 * (config.window.chunk if fused else 1)
-    caches = (1 if fused else 2) * decoder_cache_values(config, decoder)
-    return (caches + WIDE_PICTURES[decoder] * frames * channels * height * width) * size
+    caches = (1 if fused else 2) * decoder_cache_bytes(config, decoder, size)
+    return caches + WIDE_PICTURES[decoder] * frames * channels * height * width * size

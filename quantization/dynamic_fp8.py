@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longlive_serve.engines.torch_engine import TorchDiT
+from longlive_serve.engines.torch_engine import TorchDiT, TorchVAEDecoder
 from longlive_serve.models.causal_dit import Attention
-from longlive_serve.models.modulation import attention_scales, modulation
+from longlive_serve.models.fp8_scales import attention_scales, silu_scale
+from longlive_serve.models.modulation import modulation
 from longlive_serve.models.quantized import LARGEST
+from longlive_serve.models.vae_decoder import CausalConv3d, ResidualBlock
 from longlive_serve.pipeline import Pipeline
 
 FP8 = torch.float8_e4m3fn
@@ -77,3 +79,19 @@ def _attend(attention: Attention, scales: Tensor, q: Tensor, k: Tensor, v: Tenso
     out = rounded(rounded(weights, 1 / torch.tensor(LARGEST[FP8])) @ v / total, scales[2])
     product = attention.o  # its input is FP8 already
     return F.linear(out.transpose(1, 2).flatten(2), product.weight, product.bias)
+
+
+def simulate_decoder(pipeline: Pipeline) -> None:
+    """`fp8_decoder`: such convolutions in the residual blocks, which do nearly all of the Wan VAE's work."""
+    decoder = pipeline.engines.vae_decoder
+    assert isinstance(decoder, TorchVAEDecoder)
+    for block in decoder.network.modules():
+        if isinstance(block, ResidualBlock):
+            for norm, conv in block.normed_convolutions():
+                weight = rounded_by_rows(conv.weight.detach().flatten(1)).view_as(conv.weight)
+                conv.weight = nn.Parameter(weight, requires_grad=False)
+                conv.convolve = functools.partial(_convolve, conv, silu_scale(norm))  # type: ignore[method-assign]
+
+
+def _convolve(conv: CausalConv3d, scale: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return CausalConv3d.convolve(conv, rounded(x, scale), weight)

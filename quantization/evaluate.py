@@ -24,7 +24,7 @@ from rich.progress import Progress, TaskID
 
 from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
 from longlive_serve.options import RECACHE
-from quantization.dynamic_fp8 import simulate, simulate_attention
+from quantization.dynamic_fp8 import simulate, simulate_attention, simulate_decoder
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
 from quantization.recipes import RECIPES
@@ -36,11 +36,16 @@ from training.quality import SHIPPED
 from training.workers import Workers
 
 SESSIONS_OF_FLOW = 4
-FUSED = {"fused fp8": simulate, "fused fp8 attention": simulate_attention}
-"""No recipes: the engine `fused` with `fp8`, which scales every token as it comes, and with `fp8_attention` too."""
+FUSED = {
+    "fused fp8": simulate,
+    "fused fp8 attention": simulate_attention,
+    "fused fp8 decoder": simulate_decoder,
+}
+"""No recipes: the engine `fused` with `fp8`, with `fp8_attention` too, and with `fp8_decoder` alone."""
 FORMATS_OF_FUSED = {
-    "fused fp8": "FP8 (E4M3): a scale for every token, one for every output channel",
-    "fused fp8 attention": "the same; queries, keys, values and the KV cache in FP8 with a scale for every layer",
+    "fused fp8": {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"},
+    "fused fp8 attention": {DIT: "the same; queries, keys, values and the KV cache with a scale for every layer"},
+    "fused fp8 decoder": {VAE_DECODER: "FP8 (E4M3): a scale for every layer, one for every output channel"},
 }
 COLUMNS = (*RECIPES, *FUSED)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
@@ -109,7 +114,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     if folders:
         measure_recipes(config, folders, recipes, folder)
     for name in (name for name in FUSED if name in counts.columns):
-        recipes[name] = {"formats": {DIT: FORMATS_OF_FUSED[name]}}
+        recipes[name] = {"formats": FORMATS_OF_FUSED[name]}
         folders[name] = config.weights
     yield
     cases = held_out_captions(counts.rollouts, seed=5)

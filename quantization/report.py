@@ -20,7 +20,7 @@ SHORT = {DIT: "DiT", TEXT_ENCODER: "text", VAE_DECODER: "VAE"}
 def rows(record: Mapping[str, Any]) -> list[list[str]]:
     """A heading, then a row per measure; a column per recipe, the unquantized network first."""
     columns = [record[UNQUANTIZED], *record["recipes"].values()]
-    steps = len(next(c["flow_rel_error_by_step"] for c in columns if "flow_rel_error_by_step" in c))
+    steps = len(next((c["flow_rel_error_by_step"] for c in columns if "flow_rel_error_by_step" in c), ()))
 
     def row(title: str, key: str, form: str, scale: float = 1.0) -> list[str]:
         return [title, *(form.format(scale * c[key]) if key in c else "" for c in columns)]
@@ -67,10 +67,12 @@ def markdown(record: Mapping[str, Any]) -> str:
     heading[0] = f"{counts['captions']} captions, {counts['switches']} switches, {counts['rollouts']} videos of 60 s"
     lines = [heading, ["---"] * len(heading), *body]
     blocks = _blocks(record)
-    lines_of_blocks = [["error of the flow with one block quantized", *map(str, range(1, 1 + len(blocks[0][1])))]]
-    lines_of_blocks.append(["---"] * len(lines_of_blocks[0]))
-    lines_of_blocks += [[name, *(f"{100 * error:.1f} %" for error in errors)] for name, errors in blocks]
-    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in (lines, lines_of_blocks))
+    parts = [lines]
+    if blocks:  # of recipes alone
+        numbers = ["error of the flow with one block quantized", *map(str, range(1, 1 + len(blocks[0][1])))]
+        errors_of = [[name, *(f"{100 * error:.1f} %" for error in errors)] for name, errors in blocks]
+        parts.append([numbers, ["---"] * len(numbers), *errors_of])
+    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in parts)
 
 
 def _blocks(record: Mapping[str, Any]) -> list[tuple[str, Sequence[float]]]:
@@ -84,9 +86,9 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     depth, time, picture = figure.subplots(1, 3)
-    for color, (name, figures) in zip(
-        ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"), record["recipes"].items(), strict=False
-    ):
+    blocks = range(0)
+    for number, (name, figures) in enumerate(record["recipes"].items()):
+        color = f"C{number}"
         seconds = [(chunk + 1) * FRAMES_OF_CHUNK / FPS for chunk in range(len(figures["psnr_db_by_chunk"]))]
         if "rel_error_after_block" in figures:
             blocks = range(1, 1 + len(figures["rel_error_after_block"]))
@@ -109,7 +111,8 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     ):
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
     depth.set_xticks(blocks)
     depth.set_ylim(bottom=0, top=1.4 * depth.get_ylim()[1])  # room for the legend
     time.set_ylim(bottom=0)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In place of cuDNN's frontend: a graph of one attention, computed on the CPU at the addresses that it is given.
+"""In place of cuDNN's frontend: graphs of attention and of convolutions, computed on the CPU at the addresses that they
+are given.
 
 It does what the documentation says of each number and knows of no kernel: what it shows is that every pointer, shape,
 stride and scale goes where it belongs.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4)}
+BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
 
 
 class Declared:
@@ -24,6 +26,7 @@ class Declared:
 
     def __init__(self, **said: Any) -> None:
         self.said = said
+        self.value: Callable[[dict[int, int]], Tensor] = self.at
 
     def __getattr__(self, name: str) -> Any:
         def say(value: Any) -> Declared:
@@ -49,6 +52,25 @@ class Graph:
     def tensor(self, **said: Any) -> Declared:
         return Declared(**said)
 
+    def conv_fprop(self, image: Declared, weight: Declared, **how: Any) -> Declared:
+        def products(pointers: dict[int, int]) -> Tensor:
+            x, kernel = image.at(pointers).float(), weight.at(pointers).float()
+            return torch.nn.functional.conv3d(x, kernel, None, how["stride"], how["padding"], how["dilation"])
+
+        return self._step(products)
+
+    def mul(self, a: Declared, b: Declared, name: str) -> Declared:
+        return self._step(lambda pointers: a.value(pointers) * b.at(pointers).float())
+
+    def add(self, a: Declared, b: Declared, name: str) -> Declared:
+        return self._step(lambda pointers: a.value(pointers) + b.at(pointers).float())
+
+    def _step(self, value: Callable[[dict[int, int]], Tensor]) -> Declared:
+        self.inputs: dict[str, Any] = {}
+        self.out = Declared()
+        self.out.value = value
+        return self.out
+
     def sdpa_fp8(self, **inputs: Any) -> list[Declared | None]:
         assert inputs["generate_stats"] is False
         self.inputs, self.out, self.largest = inputs, Declared(), [Declared(), Declared()]
@@ -56,7 +78,7 @@ class Graph:
 
     def build(self, _: list[str]) -> None:
         Graph.built += 1
-        if self.inputs["q"].said["dim"][3] % 16:
+        if self.inputs and self.inputs["q"].said["dim"][3] % 16:
             raise NotSupportedError("head size")
 
     def get_workspace_size(self) -> int:
@@ -65,6 +87,9 @@ class Graph:
     def execute(self, pointers: dict[int, int], workspace: int, handle: str) -> None:
         assert handle == "handle"
         assert workspace
+        if not self.inputs:
+            self.out.at(pointers).copy_(self.out.value(pointers))
+            return
         got = {name: one.at(pointers).float() for name, one in self.inputs.items() if isinstance(one, Declared)}
         q, k, v = (got[name] * got[f"descale_{name}"] for name in "qkv")
         logits = q @ k.transpose(2, 3) * self.inputs["attn_scale"]
@@ -83,7 +108,7 @@ class NotSupportedError(Exception):
 @pytest.fixture
 def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     frontend = SimpleNamespace(
-        data_type=SimpleNamespace(FP8_E4M3="fp8", FLOAT="float"),
+        data_type=SimpleNamespace(FP8_E4M3="fp8", FLOAT="float", BFLOAT16="bf16"),
         heur_mode=SimpleNamespace(A="a", FALLBACK="fallback"),
         create_handle=lambda: "handle",
         set_stream=lambda handle, stream: None,

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether cuDNN has a plan for our FP8 attention on a GPU that is not here: `python -m tests.cudnn_plans`.
+"""Whether cuDNN has plans for our FP8 on a GPU that is not here: `python -m tests.cudnn_plans`.
 
-cuDNN plans for a device whose properties it is told. It is asked with the graph that the fused engine makes, at the
+cuDNN plans for a device whose properties it is told. It is asked with the graphs that the fused engine makes, at the
 sizes that are served. What stands where the driver and the CUDA runtime would be is made with gcc: nothing is compiled
 for a GPU or run. The wheels are NVIDIA's and lie in the user's cache folder.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longlive_serve.config import PRESETS
+from longlive_serve.engines import cudnn_attention, cudnn_convolution
+from longlive_serve.engines.cudnn_library import Make, Tensors
 
 ROOT = Path(__file__).parents[1]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
@@ -87,7 +96,7 @@ def libraries() -> Path:
 
 
 def plans(capability: int) -> dict[str, str]:
-    """By queries x keys the plans that cuDNN has on an H200 of this compute capability (its own is 900), or why none.
+    """By graph the plans that cuDNN has on an H200 of this compute capability (its own is 900), or why none.
 
     Raises RuntimeError where it cannot be asked.
     """
@@ -115,32 +124,49 @@ def _run(*command: str, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
+def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
+    """All that the fused engine asks for in full size, with the names that are printed."""
+    config, fp8 = PRESETS["longlive-1.3b"], torch.float8_e4m3fn
+    heads, size, rows = config.dit.num_heads, config.dit.head_dim, config.tokens_per_frame
+    for queries, keys in ((3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)):  # steps and recaches
+        q, out = torch.empty(2, rows * queries, heads, size, dtype=fp8, device="meta").transpose(1, 2)
+        k, v = torch.empty(2, heads, rows * 12, size, dtype=fp8, device="meta")[:, :, : rows * keys]
+        part = cudnn_attention.Part
+        tensors: dict[int, Tensor] = {part.Q: q, part.K: k, part.V: v, part.OUT: out}
+        yield f"attention, {queries} to {keys} frames", cudnn_attention.attention_graph, tensors
+    widths = (384, 384, 0), (192, 384, 1), (384, 384, 1), (192, 192, 2), (96, 96, 3)
+    for (inputs, outputs, doublings), latents in itertools.product(widths, (1, 2, 3)):
+        frames = latents << min(doublings, 2) if latents > 1 else 1  # an opening, the rest of its chunk, a chunk
+        place = config.latent_height << doublings, config.latent_width << doublings
+        x, out, weight = (
+            torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last_3d)
+            for shape in ((1, inputs, frames + 2, *place), (1, outputs, frames, *place), (outputs, inputs, 3, 3, 3))
+        )
+        number, out, of = torch.empty(1, outputs, 1, 1, 1, device="meta"), out.bfloat16(), cudnn_convolution.Part
+        given = {of.X: x.to(fp8), of.WEIGHT: weight.to(fp8), of.SCALE: number, of.BIAS: number, of.OUT: out}
+        name = f"convolution, {inputs} to {outputs} channels, {frames} frames, {place[0]}x{place[1]}"
+        yield name, cudnn_convolution.convolution_graph, given
+        yield f"{name}, and a sum", cudnn_convolution.convolution_graph, given | {of.ADDED: out}
+
+
 def _ask(capability: int) -> dict[str, str]:
     """In the process that has the libraries."""
     import cudnn
-    import torch
 
-    from longlive_serve.config import PRESETS
-    from longlive_serve.engines.cudnn_attention import attention_graph
-
-    config = PRESETS["longlive-1.3b"]
-    heads, size, rows = config.dit.num_heads, config.dit.head_dim, config.tokens_per_frame
     device = cudnn.create_device_properties(json.dumps(H200 | {"deviceVer": capability}))
     found = {}
-    for queries, keys in ((3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)):  # steps and recaches
-        q, out = torch.empty(2, rows * queries, heads, size, dtype=torch.float8_e4m3fn, device="meta").transpose(1, 2)
-        k, v = torch.empty(2, heads, rows * 12, size, dtype=q.dtype, device="meta")[:, :, : rows * keys]
-        graph = attention_graph(cudnn, q, k, v, out, device_property=device)
+    for name, make, tensors in _graphs():
         try:
+            graph = make(cudnn, tensors, device_property=device)
             graph.validate()
             graph.build_operation_graph()
             graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             graph.check_support()
         except cudnn.cudnnGraphNotSupportedError as error:
-            found[f"{queries}x{keys}"] = f"none: {str(error).splitlines()[0]}"
+            found[name] = f"none: {str(error).splitlines()[0]}"
         else:
             names = [graph.get_plan_name_at_index(number) for number in range(graph.get_execution_plan_count())]
-            found[f"{queries}x{keys}"] = ", ".join(names)
+            found[name] = ", ".join(names)
     return found
 
 
@@ -149,8 +175,8 @@ def main() -> int:
         print(json.dumps(_ask(int(sys.argv[1]))))
         return 0
     found = plans(H200["deviceVer"])  # type: ignore[arg-type]
-    print("\n".join(f"frames {size}: {names}" for size, names in found.items()))
-    return int(any(names.startswith("none") for names in found.values()))
+    print("\n".join(f"{name}: {plans}" for name, plans in found.items()))
+    return int(any(plans.startswith("none") for plans in found.values()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,6 +209,23 @@ def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:
     assert [result.tolist()[0] for result in results] == [1, 2, 3, 8, 9]
     assert [copied for number, copied in copies if number == 1] == [True, False, False, True, False]
     assert (Graph.captured, Graph.replayed) == (2, 4)  # two places
+
+
+def test_every_thread_runs_a_function_as_it_is_before_it_captures() -> None:
+    """Libraries make handles and choose kernels for each thread, which a capture does not allow."""
+    captured = []
+    with graphs_on_cpu():
+        graphs = CudaGraphs(torch.device("cpu"))
+
+        def use(place: int) -> None:
+            graphs("twice", place, lambda given: given[0] * 2, [torch.ones(2)])
+            captured.append(Graph.captured)
+
+        for places in ((0, 0), (1, 1), (0,)):
+            with ThreadPoolExecutor(1) as thread:
+                for place in places:
+                    thread.submit(use, place).result()
+    assert captured == [0, 1, 1, 2, 2]  # what has been captured is there for all
 
 
 def test_a_function_that_waits_for_the_device_cannot_be_captured() -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from longlive_serve.config import PRESETS, VAE_DECODER
+from longlive_serve import sizing
+from longlive_serve.config import PRESETS, VAE_DECODER, WAN, ServeConfig
+from longlive_serve.config import TINY as TINY_DECODER
 from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 from longlive_serve.engines.torch_engine import TorchVAEDecoder
 from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
 from longlive_serve.weights import load_network
+from quantization.dynamic_fp8 import simulate_decoder
+from tests.cudnn_on_cpu import cudnn_on_cpu
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
 from tests.test_vae_decoder import FRAMES, LATENTS, decoder, new_cache, relative_error
 
-__all__ = ["decoder"]
+__all__ = ["cudnn_on_cpu", "decoder"]
 
 TINY = PRESETS["tiny"]
 
@@ -89,3 +94,36 @@ def test_a_stream_that_has_gone_leaves_nothing_behind() -> None:
     first = list(frames_of(engine, video(1)))
     list(frames_of(engine, video(2)))
     assert all(np.array_equal(a, b) for a, b in zip(frames_of(engine, video(1)), first, strict=True))
+
+
+def test_fp8_convolutions_are_what_the_evaluation_simulates(cudnn_on_cpu: None) -> None:
+    plain, exact = (TorchVAEDecoder(network(), TINY) for _ in range(2))  # type: ignore[arg-type]
+    simulate_decoder(SimpleNamespace(engines=SimpleNamespace(vae_decoder=plain)))  # type: ignore[arg-type]
+    fused = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    wanted, got, expected = (np.concatenate([*frames_of(engine, video(1))]) for engine in (plain, fused, exact))
+    # A number near the middle of two of FP8's may be rounded to either.
+    apart, off = (np.square(got - other.astype(float)).mean() for other in (wanted, expected))
+    assert apart < off / 5
+    assert 0 < off < 100  # of networks with random weights
+
+
+def test_streams_in_fp8_take_turns(cudnn_on_cpu: None) -> None:
+    engine = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    alone = [[*frames_of(engine, video(seed))] for seed in (1, 2)]
+    together = zip(*(frames_of(engine, video(seed)) for seed in (1, 2)), strict=True)
+    for turn, (first, second) in enumerate(together):
+        assert np.array_equal(first, alone[0][turn])
+        assert np.array_equal(second, alone[1][turn])
+
+
+def test_a_stream_in_fp8_holds_a_byte_for_what_its_convolutions_read(cudnn_on_cpu: None) -> None:
+    engine = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    held = sum(tensor.nbytes for tensor in engine.initial_cache())
+    assert held == sizing.decoder_cache_bytes(TINY, WAN, 4, fp8=True) < sizing.decoder_cache_bytes(TINY, WAN, 4) / 2
+
+
+def test_fp8_convolutions_without_cudnns_frontend_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fp8_decoder: got true without cuDNN's frontend .*longlive-serve\[cudnn\]"):
+        FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fp8_decoder: got true with engine fused and decoder tiny, expected fused"):
+        ServeConfig(engine="fused", decoder=TINY_DECODER, fp8_decoder=True)

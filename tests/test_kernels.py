@@ -250,6 +250,16 @@ class TestNormSiLU:
         assert error(out[:, :, 2:], wanted) < (5e-6 if dtype == torch.float32 else 2**-8)
         assert (out[:, :, :2] == 7).all()
 
+    def test_fp8_is_multiples_of_the_scale(self) -> None:
+        x = random(1, 96, 3, 5, 7).to(memory_format=torch.channels_last_3d)
+        wanted = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        norm_silu(x, random(96, seed=1), wanted)
+        norm_silu(x, random(96, seed=1), out, 0.01)  # the largest are out of range
+        rounded = (wanted / 0.01).clamp(-448, 448)
+        assert ((out.float() - rounded).abs() <= rounded.abs().clamp_min(2**-6) * 2**-4 * 1.001).all()
+        assert out.float().max() == 448
+
     def test_positions_of_zeros_stay_zeros(self) -> None:
         x = torch.zeros(1, 96, 1, 3, 3, device=DEVICE).to(memory_format=torch.channels_last_3d)
         norm_silu(x, random(96), x)

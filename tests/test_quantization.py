@@ -33,7 +33,7 @@ from quantization.checkpoint import Observed, quantized_state
 from quantization.flow_errors import Onlookers, relative_error, with_block
 from quantization.quantize import quantize
 from quantization.recipes import RECIPES, Format, combined, formats_of_layers
-from quantization.report import markdown
+from quantization.report import markdown, plot, table
 from quantization.rollouts import bounded
 from quantization.sizes import bytes_of
 from training.quality import SHIPPED
@@ -290,6 +290,14 @@ def test_a_rollout_that_drifts_off_is_noticed() -> None:
     assert bounded([0.0] * 80, ones)
     assert not bounded([0.01 * 1.05**chunk for chunk in range(80)], ones)
     assert not bounded(steady, [1.0 - 0.003 * chunk for chunk in range(80)])
+
+
+def test_columns_that_no_forward_was_measured_of_make_a_table_and_a_picture(tmp_path: Path) -> None:
+    record = json.loads((Path(__file__).parents[1] / "results/quantization_long.json").read_text())
+    assert "| attributes right at 60 s | 100.0 % | 100.0 % |" in markdown(record)
+    assert table(record).row_count > 5
+    plot(record, tmp_path / "long.png")
+    assert (tmp_path / "long.png").stat().st_size > 1000
 
 
 def test_the_readme_shows_the_measured_figures() -> None:

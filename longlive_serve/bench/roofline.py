@@ -11,9 +11,9 @@ import torch
 from longlive_serve.bench import flops
 from longlive_serve.bench.timing import seconds_of
 from longlive_serve.config import NetworkConfig
+from longlive_serve.models.quantized import LARGEST_FP8
 
 FP8 = "float8_e4m3fn"
-LARGEST_FP8 = 448.0
 
 
 def measure_roofline(device: str, dtype: str) -> dict[str, Any]:

@@ -37,6 +37,10 @@ ROWS = (
     Row(name="fused", settings={"engine": FUSED}),
     Row(name="fused fp8", settings={"engine": FUSED, "fp8": True}),
     Row(name="fused fp8 attention", settings={"engine": FUSED, "fp8": True, "fp8_attention": True}),
+    Row(
+        name="fused all fp8",
+        settings={"engine": FUSED, "fp8": True, "fp8_attention": True, "fp8_decoder": True},
+    ),
     Row(name="torch tiny", settings={"engine": TORCH, "decoder": TINY}),
     Row(name="fused tiny", settings={"engine": FUSED, "decoder": TINY}),
     Row(name="fused fp8 tiny", settings={"engine": FUSED, "fp8": True, "decoder": TINY}),

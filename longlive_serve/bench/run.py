@@ -101,6 +101,7 @@ class Run:
             "dtype": engines.dtype,
             "fp8": config.fp8,
             "fp8_attention": config.fp8_attention,
+            "fp8_decoder": config.fp8_decoder,
             "baseline": row.is_baseline,
             **figures,
             "live": live,

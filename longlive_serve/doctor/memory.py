@@ -68,6 +68,7 @@ def needed(config: ServeConfig, choice: Mapping[str, str], device: str) -> Serve
         fused_decoder=choice.get(VAE_DECODER) == FUSED,
         fp8=config.fp8,
         fp8_attention=config.fp8_attention,
+        fp8_decoder=config.fp8_decoder,
         on_cuda=device != "cpu",
     )
 

@@ -85,7 +85,7 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     elif backends[VAE_DECODER] == FUSED:
         from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 
-        vae_decoder = FusedVAEDecoder(network(VAE_DECODER), sizes)
+        vae_decoder = FusedVAEDecoder(network(VAE_DECODER), sizes, config.fp8_decoder)
     else:
         vae_decoder = GraphVAEDecoder(graphs(VAE_DECODER))
     engines = Engines(

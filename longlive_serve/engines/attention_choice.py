@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cudnn_attention import CudnnAttention
-from longlive_serve.models.modulation import LARGEST_FP8
+from longlive_serve.models.quantized import LARGEST_FP8
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ lie in every call, unless they are there from the call before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -16,13 +17,20 @@ from torch import Tensor
 Function = Callable[[Sequence[Tensor]], Tensor | None]
 
 
+class OfThread(threading.local):
+    """What each thread has of its own."""
+
+    def __init__(self) -> None:
+        self.compiled: set[Hashable] = set()
+
+
 class CudaGraphs:
     """Runs functions as CUDA graphs, one for each key and place. On a device without CUDA they just run."""
 
     def __init__(self, device: torch.device) -> None:
         self.enabled = device.type == "cuda"
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
-        self._compiled: set[Hashable] = set()
+        self._own = OfThread()
         self._places: dict[tuple[int, torch.Size], Tensor] = {}
         self._came: dict[tuple[int, torch.Size], Tensor] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.enabled else None
@@ -35,15 +43,16 @@ class CudaGraphs:
         """`function` of `inputs`; its result is the caller's own.
 
         `key`: whatever decides what the function does, with the inputs' shapes. `place`: where its other tensors lie.
-        The first call of a key runs as it is, as kernels are compiled then; later ones capture, once for each place.
+        The first call of a key in a thread runs as it is, as libraries prepare then what they keep for each thread, and
+        kernels are compiled; later ones capture, once for each place.
         The last `lasting` inputs never change in place: they are copied only when others came in the call before.
         """
         if not self.enabled:
             return function(inputs)
         first_lasting = len(inputs) - lasting
         staged = [self._stage(number, tensor, number >= first_lasting) for number, tensor in enumerate(inputs)]
-        if key not in self._compiled:
-            self._compiled.add(key)
+        if (key, place) not in self._graphs and key not in self._own.compiled:
+            self._own.compiled.add(key)
             return function(staged)
         if (key, place) not in self._graphs:
             self._graphs[key, place] = self._capture(function, staged)

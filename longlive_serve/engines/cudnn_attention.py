@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention in FP8 (E4M3) by cuDNN, on Hopper and later.
 
-One of those that the fused engine chooses from. PyTorch brings the library and not the way to it: that is the package
-`nvidia-cudnn-frontend`. On Hopper the result is FP8 as well; in 16 bits cuDNN writes it on Blackwell alone.
+One of those that the fused engine chooses from. On Hopper the result is FP8 as well; in 16 bits cuDNN writes it on
+Blackwell alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type
+
 WEIGHTS = 256.0
 """The softmax's weights, at most 1, are multiplied by it, so that they use the range of E4M3."""
 
 
-class Uid(enum.IntEnum):
+class Part(enum.IntEnum):
     """The tensors of the graph."""
 
     Q = 1
@@ -34,82 +36,70 @@ class Uid(enum.IntEnum):
     LARGEST_OUT = 12
 
 
-def attention_graph(cudnn: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, **where: Any) -> Any:
-    """cuDNN's graph of attention without a mask, for tensors [H, L, d] and [H, T, d] of these shapes and strides.
+def attention_graph(cudnn: Any, tensors: Tensors, **where: Any) -> Any:
+    """Attention without a mask: Q and OUT [H, L, d], K and V [H, T, d]; the rest is one number each."""
+    wide = cudnn.data_type.FLOAT
+    graph = cudnn.pygraph(
+        io_data_type=cudnn.data_type.FP8_E4M3, intermediate_data_type=wide, compute_data_type=wide, **where
+    )
 
-    `where`: its handle, or the properties of a device that need not be here.
-    """
-    fp8, wide = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(io_data_type=fp8, intermediate_data_type=wide, compute_data_type=wide, **where)
+    def heads(part: Part) -> Any:
+        given = tensors[part]
+        return graph.tensor(
+            uid=part.value,
+            dim=_shape(given),
+            stride=_strides(given),
+            data_type=data_type(cudnn, given),
+            name=part.name,
+        )
 
-    def heads(uid: Uid, tensor: Tensor) -> Any:
-        return graph.tensor(uid=uid.value, dim=_shape(tensor), stride=_strides(tensor), data_type=fp8, name=uid.name)
-
-    def number(uid: Uid) -> Any:
-        return graph.tensor(uid=uid.value, dim=[1] * 4, stride=[1] * 4, data_type=wide, name=uid.name)
+    def number(part: Part) -> Any:
+        return graph.tensor(uid=part.value, dim=[1] * 4, stride=[1] * 4, data_type=wide, name=part.name)
 
     result, _, *largest = graph.sdpa_fp8(
-        q=heads(Uid.Q, q),
-        k=heads(Uid.K, k),
-        v=heads(Uid.V, v),
-        descale_q=number(Uid.Q_SCALE),
-        descale_k=number(Uid.K_SCALE),
-        descale_v=number(Uid.V_SCALE),
-        scale_s=number(Uid.WEIGHTS),
-        descale_s=number(Uid.WEIGHTS_SCALE),
-        scale_o=number(Uid.OUT_SCALE),
-        attn_scale=q.shape[2] ** -0.5,
+        q=heads(Part.Q),
+        k=heads(Part.K),
+        v=heads(Part.V),
+        descale_q=number(Part.Q_SCALE),
+        descale_k=number(Part.K_SCALE),
+        descale_v=number(Part.V_SCALE),
+        scale_s=number(Part.WEIGHTS),
+        descale_s=number(Part.WEIGHTS_SCALE),
+        scale_o=number(Part.OUT_SCALE),
+        attn_scale=tensors[Part.Q].shape[2] ** -0.5,
         generate_stats=False,
         name="attention",
     )
-    result.set_uid(Uid.OUT.value).set_output(True).set_dim(_shape(out)).set_stride(_strides(out)).set_data_type(fp8)
-    for uid, found in zip((Uid.LARGEST_WEIGHT, Uid.LARGEST_OUT), largest, strict=True):
-        found.set_uid(uid.value).set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(wide)
+    out = tensors[Part.OUT]
+    result.set_uid(Part.OUT.value).set_output(True).set_dim(_shape(out)).set_stride(_strides(out))
+    result.set_data_type(data_type(cudnn, out))
+    for part, found in zip((Part.LARGEST_WEIGHT, Part.LARGEST_OUT), largest, strict=True):
+        found.set_uid(part.value).set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(wide)
     return graph
 
 
 class CudnnAttention:
-    """As `kernels.attention.attention_fp8`. A plan is made for each size: call it once before a CUDA graph is
-    captured."""
+    """As `kernels.attention.attention_fp8`."""
 
     def __init__(self, device: torch.device) -> None:
         """Raises ImportError without the package."""
-        import cudnn
-
-        self._cudnn, self._handle = cudnn, cudnn.create_handle()
-        self._plans: dict[tuple[torch.Size | tuple[int, ...], ...], Any] = {}
+        self._cudnn = Cudnn()
         one = torch.ones((), device=device)
         self._numbers = {
             # Of the values and of the result: the same, whatever it is.
-            **dict.fromkeys((Uid.V_SCALE, Uid.OUT_SCALE), one),
-            Uid.WEIGHTS: WEIGHTS * one,
-            Uid.WEIGHTS_SCALE: one / WEIGHTS,
-            **{uid: torch.zeros_like(one) for uid in (Uid.LARGEST_WEIGHT, Uid.LARGEST_OUT)},
+            **dict.fromkeys((Part.V_SCALE, Part.OUT_SCALE), one),
+            Part.WEIGHTS: WEIGHTS * one,
+            Part.WEIGHTS_SCALE: one / WEIGHTS,
+            **{part: torch.zeros_like(one) for part in (Part.LARGEST_WEIGHT, Part.LARGEST_OUT)},
         }
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
         heads, length, size = q.shape
         out = torch.empty(length, heads * size, dtype=q.dtype, device=q.device)
-        tensors = {Uid.Q: q, Uid.K: k, Uid.V: v, Uid.OUT: out.unflatten(1, (heads, size)).transpose(0, 1)}
-        graph = self._plan(*tensors.values())
-        tensors |= {Uid.Q_SCALE: scales[0], Uid.K_SCALE: scales[1], **self._numbers}
-        workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=q.device)
-        self._cudnn.set_stream(self._handle, torch.cuda.current_stream().cuda_stream)
-        pointers = {uid.value: tensor.data_ptr() for uid, tensor in tensors.items()}
-        graph.execute(pointers, workspace.data_ptr(), handle=self._handle)
+        tensors = {Part.Q: q, Part.K: k, Part.V: v, Part.OUT: out.unflatten(1, (heads, size)).transpose(0, 1)}
+        numbers = {Part.Q_SCALE: scales[0], Part.K_SCALE: scales[1], **self._numbers}
+        self._cudnn(attention_graph, tensors | numbers)
         return out
-
-    def _plan(self, *tensors: Tensor) -> Any:
-        """Raises RuntimeError where cuDNN has none."""
-        key = tuple(part for tensor in tensors for part in (tensor.shape, tensor.stride()))
-        if key not in self._plans:
-            graph = attention_graph(self._cudnn, *tensors, handle=self._handle)
-            try:
-                graph.build([self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK])
-            except self._cudnn.cudnnGraphNotSupportedError as error:
-                raise RuntimeError(f"cuDNN has no FP8 attention for this here: {error}") from None
-            self._plans[key] = graph
-        return self._plans[key]
 
 
 def _shape(tensor: Tensor) -> list[int]:

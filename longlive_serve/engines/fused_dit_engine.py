@@ -19,8 +19,9 @@ from longlive_serve.engines.interface import PromptKV
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, CausalDiT
+from longlive_serve.models.fp8_scales import attention_scales
 from longlive_serve.models.fused_dit import CacheRows, FP8Attention, FusedCausalDiT, PromptRows
-from longlive_serve.models.modulation import Modulation, attention_scales, modulation
+from longlive_serve.models.modulation import Modulation, modulation
 from longlive_serve.models.quantized import Quantized
 from longlive_serve.models.rope import RotaryTables
 from longlive_serve.noise_schedule import NoiseSchedule

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cuda_graphs import CudaGraphs
+from longlive_serve.engines.cudnn_convolution import CudnnConvolution
 from longlive_serve.engines.transfer import to_host
 from longlive_serve.kernels.tiles import check_kernels
-from longlive_serve.models.fused_vae import LAST, FusedVAE
+from longlive_serve.models.fused_vae import Convolve, FusedVAE
 from longlive_serve.models.quantized import Quantized
 from longlive_serve.models.vae_decoder import VAEDecoder, to_uint8
 
@@ -37,14 +38,14 @@ class FusedVAEDecoder:
     """
 
     @torch.no_grad()
-    def __init__(self, network: VAEDecoder, config: NetworkConfig) -> None:
-        """Raises ValueError for a quantized network."""
+    def __init__(self, network: VAEDecoder, config: NetworkConfig, fp8: bool = False) -> None:
+        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 without cuDNN's frontend."""
         if any(isinstance(layer, Quantized) for layer in network.modules()):
             raise ValueError("vae_decoder_engine: got fused with quantized weights, expected plain ones")
         weight = network.conv2.weight
         self.device, self.dtype = weight.device, weight.dtype
         check_kernels(self.device)
-        self.network, self.config = FusedVAE(network), config
+        self.network, self.config = FusedVAE(network, _fp8_convolution() if fp8 else None), config
         self.graphs = CudaGraphs(self.device)
         self._working = self._new_cache()
         self._owner: weakref.ref[StreamCache] | None = None
@@ -62,7 +63,8 @@ class FusedVAEDecoder:
 
     def _decode(self, latents: Tensor, opening: bool) -> Tensor:
         def run(inputs: Sequence[Tensor]) -> Tensor:
-            return to_uint8(self.network.decode(inputs[0], self._working, opening))
+            with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32, enabled=True):
+                return to_uint8(self.network.decode(inputs[0], self._working, opening))
 
         frames = self.graphs((opening, latents.shape), None, run, [latents])
         assert frames is not None
@@ -80,8 +82,16 @@ class FusedVAEDecoder:
 
     def _new_cache(self) -> list[Tensor]:
         size = (self.config.latent_height, self.config.latent_width)
-        tensors = self.network.network.initial_cache(1, *size, self.device, self.dtype)
-        return [tensor.contiguous(memory_format=LAST) for tensor in tensors]
+        return self.network.initial_cache(*size, self.device, self.dtype)
+
+
+def _fp8_convolution() -> Convolve:
+    try:
+        return CudnnConvolution()
+    except ImportError as error:
+        raise ValueError(
+            f"fp8_decoder: got true without cuDNN's frontend ({error}): pip install 'longlive-serve[cudnn]'"
+        ) from None
 
 
 def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:

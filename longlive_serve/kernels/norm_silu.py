@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longlive_serve.kernels.quantize import scaled
 from longlive_serve.kernels.tiles import tile_of
 
 
-def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, scale: float | None = None) -> None:
     """out = SiLU(x / max(||x||, 1e-12) * sqrt(C) * gamma), the norm over the channels of each position.
+
+    With `scale` out is FP8 (E4M3): multiples of it.
 
     x and out [B, C, T, H, W] as channels_last_3d: the channels of a position are contiguous, and so are the positions
     of a frame; frames may lie anywhere, so that out can be some frames of a longer tensor. gamma: C numbers.
@@ -27,13 +30,13 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     tile = tile_of(channels, positions)
     _norm_silu_kernel[(triton.cdiv(positions, tile.rows), frames, batch)](
         x, gamma, out, positions, channels, channels**0.5, x.stride(0), x.stride(2), out.stride(0), out.stride(2),
-        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
+        scale, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
 @triton.jit
 def _norm_silu_kernel(
-    x_ptr, gamma_ptr, out_ptr, positions, channels, root, x_batch, x_frame, out_batch, out_frame,
+    x_ptr, gamma_ptr, out_ptr, positions, channels, root, x_batch, x_frame, out_batch, out_frame, scale,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -46,4 +49,7 @@ def _norm_silu_kernel(
     gamma = tl.load(gamma_ptr + columns, mask=columns < channels, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
     y = x * (root / tl.maximum(norm, 1e-12))[:, None] * gamma
-    tl.store(out_ptr + batch * out_batch + frame * out_frame + places, y * tl.sigmoid(y), mask=inside)
+    y *= tl.sigmoid(y)
+    if scale is not None:
+        y = scaled(y, scale)
+    tl.store(out_ptr + batch * out_batch + frame * out_frame + places, y, mask=inside)

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The VAE decoder in as few passes over memory as its arithmetic allows: channels last, norm and SiLU in one kernel
-that writes where the convolution reads, convolutions before the doubling of the picture instead of behind it.
+that writes where the convolution reads, convolutions before the doubling of the picture instead of behind it, FP8 as an
+option.
 
 Called by the fused engine, with B = 1. It takes the weights of a `VAEDecoder`, which says what is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longlive_serve.kernels.norm_silu import norm_silu
+from longlive_serve.models.fp8_scales import silu_scale
+from longlive_serve.models.quantized import LARGEST_FP8
 from longlive_serve.models.vae_decoder import (
     HISTORY,
     AttentionBlock,
@@ -62,19 +66,60 @@ def _pairs_of_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FP8Weights:
+    """A convolution whose weights and inputs are FP8 (E4M3). Takes the layer's weight: nothing is held twice."""
+
+    weight: Tensor
+    """[C', C, 3, 3, 3], channels last, each output channel with a scale of its own."""
+    input_scale: float
+    scale: Tensor
+    """float32 [1, C', 1, 1, 1]: that of the inputs times those of the weights."""
+    bias: Tensor
+    """float32 [1, C', 1, 1, 1]."""
+
+    @classmethod
+    def take(cls, norm: RMSNorm, conv: CausalConv3d) -> FP8Weights:
+        assert conv.bias is not None
+        input_scale, weight = silu_scale(norm), conv.weight.float()
+        scale = weight.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FP8
+        conv.weight = None  # type: ignore[assignment]
+        return cls(
+            weight=(weight / scale).to(torch.float8_e4m3fn).contiguous(memory_format=LAST),
+            input_scale=input_scale.item(),
+            scale=(scale * input_scale).view(1, -1, 1, 1, 1),
+            bias=conv.bias.float().view(1, -1, 1, 1, 1),
+        )
+
+
+Convolve = Callable[[Tensor, FP8Weights, torch.dtype, Tensor | None], Tensor]
+"""x [1, C, T + 2, H, W], weights, the result's dtype and what is to be added to it -> [1, C', T, H, W]."""
+
+
 class FusedVAE:
     """As `VAEDecoder`, for one video, with the cache changed in place."""
 
-    def __init__(self, network: VAEDecoder) -> None:
-        self.network = network
+    def __init__(self, network: VAEDecoder, convolve: Convolve | None = None) -> None:
+        """convolve: those of the residual blocks, which do nearly all the work, are FP8, and this computes them."""
+        self.network, self._convolve_fp8 = network, convolve
+        blocks = [block for block in network.modules() if isinstance(block, ResidualBlock)] if convolve else []
+        pairs = [pair for block in blocks for pair in block.normed_convolutions()]
+        self._fp8 = {conv: FP8Weights.take(norm, conv) for norm, conv in pairs}
         for layer in network.modules():
-            if isinstance(layer, nn.Conv3d):
+            if isinstance(layer, nn.Conv3d) and layer not in self._fp8:
                 layer.weight = nn.Parameter(layer.weight.contiguous(memory_format=LAST), requires_grad=False)
         self._doubling = {
             layer: DoublingConv(layer.resample[1])  # type: ignore[arg-type]
             for layer in network.decoder.upsamples
             if isinstance(layer, Upsample)
         }
+
+    def initial_cache(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """As `VAEDecoder.initial_cache`, in channels-last memory, and in FP8 what FP8 convolutions read."""
+        tensors = self.network.initial_cache(1, height, width, device, dtype)
+        convs = [module for module in self.network.decoder.modules() if isinstance(module, CausalConv3d)]
+        dtypes = [torch.float8_e4m3fn if conv in self._fp8 else dtype for conv in convs]
+        return [x.to(of).contiguous(memory_format=LAST) for x, of in zip(tensors, dtypes, strict=True)]
 
     def decode(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> Tensor:
         """Latents [1, F, 16, h, w] -> frames [1, T, 3, 8h, 8w], as `VAEDecoder.forward` gives them.
@@ -99,11 +144,9 @@ class FusedVAE:
         return self._convolve(conv, x, norm, histories).transpose(1, 2)
 
     def _residual(self, block: ResidualBlock, x: Tensor, histories: Iterator[Tensor]) -> Tensor:
-        first_norm, _, first, second_norm, _, _, second = block.residual
+        (first_norm, first), (second_norm, second) = block.normed_convolutions()
         y = self._convolve(first, x, first_norm, histories)
-        y = self._convolve(second, y, second_norm, histories)
-        out: Tensor = y + block.shortcut(x)
-        return out
+        return self._convolve(second, y, second_norm, histories, added=block.shortcut(x))
 
     def _upsample(self, layer: Upsample, x: Tensor, histories: Iterator[Tensor], opening: bool) -> Tensor:
         if layer.time_conv is not None and opening:
@@ -116,18 +159,29 @@ class FusedVAE:
             x[:, :, 0::2], x[:, :, 1::2] = both.chunk(2, dim=1)
         return self._doubling[layer](x)
 
-    def _convolve(self, conv: nn.Module, x: Tensor, norm: nn.Module | None, histories: Iterator[Tensor]) -> Tensor:
-        """The cached convolution of x, or with `norm` of SiLU(norm(x)), behind its history."""
+    def _convolve(
+        self,
+        conv: nn.Module,
+        x: Tensor,
+        norm: nn.Module | None,
+        histories: Iterator[Tensor],
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """The cached convolution of x, or with `norm` of SiLU(norm(x)), behind its history; plus `added`."""
         assert isinstance(conv, CausalConv3d)
-        history = next(histories)
+        history, fp8 = next(histories), self._fp8.get(conv)
         _, channels, count, height, width = x.shape
         size = (1, channels, HISTORY + count, height, width)
-        wide = torch.empty(size, device=x.device, dtype=x.dtype, memory_format=LAST)
+        wide = torch.empty(size, device=x.device, dtype=history.dtype, memory_format=LAST)
         wide[:, :, :HISTORY] = history
         if norm is None:
             wide[:, :, HISTORY:] = x
         else:
             assert isinstance(norm, RMSNorm)
-            norm_silu(x, norm.gamma.flatten(), wide[:, :, HISTORY:])
+            norm_silu(x, norm.gamma.flatten(), wide[:, :, HISTORY:], fp8.input_scale if fp8 else None)
         history.copy_(wide[:, :, -HISTORY:])
-        return conv.convolve(wide, conv.weight).contiguous(memory_format=LAST)
+        if fp8 is not None:
+            assert self._convolve_fp8 is not None
+            return self._convolve_fp8(wide, fp8, x.dtype, added)
+        out = conv.convolve(wide, conv.weight).contiguous(memory_format=LAST)
+        return out if added is None else out + added

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from longlive_serve.models.vae_decoder import CausalConv3d, FeatureCache
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LARGEST_FP8 = 448.0  # of E4M3
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: LARGEST_FP8}
 """The largest number of each 8-bit dtype, which the largest value of a tensor is mapped to."""
 STATE = ("quantized_weight", "weight_scale", "input_scale", "smoothing")
 

@@ -8,7 +8,7 @@ It keeps no stream state and does not know what a chunk or a session is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,13 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Conv3d(in_channels, out_channels, 1)
+
+    def normed_convolutions(self) -> Iterator[tuple[RMSNorm, CausalConv3d]]:
+        """Its two convolutions, each with the norm before it; a SiLU lies between the two."""
+        for norm, conv in ((self.residual[0], self.residual[2]), (self.residual[3], self.residual[6])):
+            assert isinstance(norm, RMSNorm)
+            assert isinstance(conv, CausalConv3d)
+            yield norm, conv
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         shortcut: Tensor = self.shortcut(x)

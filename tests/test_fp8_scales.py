@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The constants of noise levels, and the bounds of what self-attention is given."""
+"""Scales of FP8: nothing exceeds them, and not much of the format is given away."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from longlive_serve.config import DIT, PRESETS, DiTConfig
 from longlive_serve.models.causal_dit import Block, CausalDiT, modulate
-from longlive_serve.models.modulation import LARGEST_FP8, Modulation, attention_scales, modulation
+from longlive_serve.models.fp8_scales import attention_scales, silu_scale
+from longlive_serve.models.modulation import Modulation, modulation
+from longlive_serve.models.quantized import LARGEST_FP8
 from longlive_serve.models.rope import rotate
+from longlive_serve.models.vae_decoder import RMSNorm
 from longlive_serve.noise_schedule import NoiseSchedule
 from longlive_serve.weights import load_network
 from training.quality import SHIPPED
@@ -69,3 +72,14 @@ def test_no_token_exceeds_a_bound_and_the_worst_one_reaches_it(part: int) -> Non
     found = largest(network.blocks[0], x, level, 0)[part]
     bound = attention_scales(network, [level])[0, part] * LARGEST_FP8
     assert bound * 0.99 < found < bound * 1.00001
+
+
+def test_no_position_exceeds_the_bound_of_silu_and_the_worst_one_reaches_it() -> None:
+    norm = RMSNorm(96)
+    norm.gamma.copy_(torch.randn(96, 1, 1, 1, generator=torch.Generator().manual_seed(0)))
+    bound = silu_scale(norm) * LARGEST_FP8
+    x = torch.randn(1, 96, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert bound / 2**4 < torch.nn.functional.silu(norm(x)).abs().max() < bound
+    largest = norm.gamma.abs().argmax()
+    x.zero_()[:, largest] = norm.gamma[largest].sign() * 5
+    assert bound * 0.99 < torch.nn.functional.silu(norm(x)).abs().max() <= bound * 1.00001
