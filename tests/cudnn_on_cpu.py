@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.graphs_on_cpu import Stream
+
 BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
 
 
@@ -116,5 +118,5 @@ def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         cudnnGraphNotSupportedError=NotSupportedError,
     )
     monkeypatch.setitem(sys.modules, "cudnn", frontend)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(Graph, "built", 0)

@@ -85,6 +85,8 @@ class Graph:
 
 
 class Stream:
+    cuda_stream = 0
+
     def wait_stream(self, other: object) -> None:
         pass
 
