@@ -24,6 +24,7 @@ from longlive_serve.bench.rows import BASELINE
 from longlive_serve.bench.show import plot
 from longlive_serve.config import PRESETS, ServeConfig
 from longlive_serve.scheduler import SECOND
+from tests.conftest import ExportedGraphs
 
 ROOT = Path(__file__).parents[1]
 TOY = PRESETS["tiny"]
@@ -136,6 +137,23 @@ def test_a_picture_without_matplotlib_is_refused_at_once(
     with pytest.raises(SystemExit):
         command.main([*QUICK, "--plot", "gpu.png"])
     assert "--plot: there is no matplotlib here" in capsys.readouterr().err
+
+
+def test_what_was_exported_is_measured_beside_torch(
+    exported: ExportedGraphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, nothing = tmp_path / "gpu.json", tmp_path / "plans"
+    folders = ["--graphs", str(exported("tiny", "base")), "--plans", str(nothing)]
+    assert command.main([*QUICK, "--max-sessions", "1", "--rows", "torch", *folders, "--json", str(path)]) == 0
+    record = json.loads(path.read_text())["longlive_serve.bench"]
+    assert [(row["name"], row["engine"]) for row in record["rows"]] == [
+        ("torch", "torch"),
+        ("onnxruntime", "onnxruntime+torch"),
+    ]
+    assert list(record["skipped"]) == ["tensorrt"]
+    assert str(nothing) in record["skipped"]["tensorrt"]
+    assert "onnxruntime" in record["versions"]
+    assert "onnxruntime" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longlive_serve.bench.measure import Plan
 from longlive_serve.bench.record import SECTION, write_record
-from longlive_serve.bench.rows import ROWS
+from longlive_serve.bench.rows import ROWS, exported
 from longlive_serve.bench.run import Run
 from longlive_serve.bench.show import plot, tables
 from longlive_serve.config import AUTO, PRESETS
@@ -39,6 +39,7 @@ examples:
   python -m longlive_serve.bench                                        a toy on the CPU, or all of it on a GPU
   python -m longlive_serve.bench --json results/gpu.json --plot docs/gpu.png
   python -m longlive_serve.bench --rows "eager baseline" "fused fp8" --chunks 100 --live-seconds 60
+  python -m longlive_serve.bench --rows torch --plans plans/bf16
 """
 
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a row failed or none could be measured, 130 after Ctrl-C."""
     args = _arguments(argv)
     plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
-    rows = [row for row in ROWS if row.name in args.rows]
+    rows = [row for row in ROWS if row.name in args.rows] + exported(args.graphs, args.plans)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
     with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -95,6 +96,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of: {', '.join(names)}"
     )
+    text = "a row `onnxruntime` of these as well, made by `python -m export.to_onnx` of random weights in this preset"
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
+    text = "and a row `tensorrt`, made of such graphs by `python -m export.to_tensorrt`"
+    parser.add_argument("--plans", type=Path, metavar="FOLDER", help=text)
     text = "measured per row; half as many first frames and prompt switches (default: %(default)s)"
     parser.add_argument("--chunks", type=_number(4), default=24, metavar="N", help=text)
     text = "of the same video, before them; the window has to be full (default: %(default)s)"

@@ -84,6 +84,8 @@ def versions() -> dict[str, str]:
         "cudnn": torch.backends.cudnn.version,
         "transformers": lambda: import_module("transformers").__version__,
         "triton": lambda: import_module("triton").__version__,
+        "onnxruntime": lambda: import_module("onnxruntime").__version__,
+        "tensorrt": lambda: import_module("tensorrt").__version__,
         "cudnn-frontend": lambda: import_module("cudnn").__version__,
     }
     for name, ask in asked.items():

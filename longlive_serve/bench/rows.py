@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from longlive_serve.bench.baseline import EagerDiT
 from longlive_serve.bench.baseline_vae import as_reference
 from longlive_serve.bench.networks import random_network
 from longlive_serve.bench.text import WordEncoder
-from longlive_serve.config import FUSED, TINY, TORCH, ServeConfig
+from longlive_serve.config import FUSED, ONNXRUNTIME, TENSORRT, TINY, TORCH, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.engines.interface import Engines
 from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
@@ -50,6 +51,16 @@ ROWS = (
     ),
 )
 """In the order of measuring; `attention` stands for that in FP8, `tiny` for the decoder: without it the Wan VAE's."""
+
+
+def exported(graphs: Path | None, plans: Path | None) -> list[Row]:
+    """Rows of what was exported: its DiT and its VAE decoder, beside the same text encoder as the others have."""
+    folders = ((ONNXRUNTIME, "graphs", graphs), (TENSORRT, "plans", plans))
+    return [
+        Row(name=engine, settings={"engine": engine, "text_encoder_engine": TORCH, key: str(folder)})
+        for engine, key, folder in folders
+        if folder is not None
+    ]
 
 
 def build(row: Row, config: ServeConfig) -> Engines:
