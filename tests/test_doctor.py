@@ -148,6 +148,9 @@ def test_what_the_settings_come_to_and_whether_it_can_run() -> None:
     assert found("cpu", None, preset="longlive-1.3b") == {"engines": OK, "speed": WARNING}
     old = gpu.Gpu(name="A100", memory=1, free=1, driver="", capability=(8, 0))
     assert found("cpu", old, engine="fused", fp8=True, dtype="float16")["fp8"] == PROBLEM
+    fp8 = {"engine": "fused", "fp8": True, "fp8_attention": True}
+    assert found("cuda", H200, **fp8)["cuDNN frontend"] == NOTE
+    assert found("cuda", H200, **fp8, fp8_decoder=True)["cuDNN frontend"] == PROBLEM
     assert found("cpu", None, graphs="/none") == {}  # the folder is told of elsewhere
 
 

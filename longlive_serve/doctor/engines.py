@@ -137,6 +137,10 @@ def chosen_findings(
             findings.append(Finding(PROBLEM, f"engine {engine}", text, reason.action))
     if config.fp8 and gpu is not None and not gpu.has_fp8:
         findings.append(Finding(PROBLEM, "fp8", f"is asked for, but {gpu.name} has none", "fp8 = false"))
+    if (config.fp8_decoder or config.fp8_attention) and importlib.util.find_spec("cudnn") is None:
+        needed = config.fp8_decoder
+        text = "missing, and fp8_decoder takes it" if needed else "missing: attention in FP8 is by our own kernel"
+        findings.append(Finding(PROBLEM if needed else NOTE, "cuDNN frontend", text, pip_install("cudnn")))
     if config.fp8 and config.dtype not in (AUTO, "bfloat16"):
         text = f"is asked for, with dtype {config.dtype}, but it takes bfloat16"
         findings.append(Finding(PROBLEM, "fp8", text, 'dtype = "auto"'))
