@@ -2,8 +2,9 @@
 """Whether cuDNN has plans for our FP8 on a GPU that is not here: `python -m tests.cudnn_plans`.
 
 cuDNN plans for a device whose properties it is told. It is asked with the graphs that the fused engine makes, at the
-sizes that are served. What stands where the driver and the CUDA runtime would be is made with gcc: nothing is compiled
-for a GPU or run. The wheels are NVIDIA's and lie in the user's cache folder.
+sizes that are served; of some it compiles the kernel too, whose matrix instructions are then looked at. What stands
+where the driver and the CUDA runtime would be is made with gcc: nothing runs. The wheels are NVIDIA's and lie in the
+user's cache folder.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from longlive_serve.config import PRESETS
@@ -29,6 +32,11 @@ ROOT = Path(__file__).parents[1]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
 WHEELS = ("nvidia-cudnn-cu13==9.19.0.56", "nvidia-cuda-nvrtc==13.0.88", "nvidia-cudnn-frontend==1.22.0")
 """The libraries that torch 2.11 brings, the compiler among them; the way to them is that of pyproject.toml."""
+BUILT = (
+    "attention, 3 to 12 frames",
+    "convolution, 384 to 384 channels, 6 frames, 120x208",
+    "convolution, 96 to 96 channels, 12 frames, 480x832, and a sum",
+)
 H200 = {
     "cudaDeviceId": 0,
     "deviceName": "NVIDIA H200",
@@ -59,13 +67,37 @@ H200 = {
     "warpSize": 32,
 }
 _DRIVER = """
-cuCtxGetCurrent cuCtxGetLimit cuCtxPopCurrent cuCtxPushCurrent cuDeviceGet cuDeviceGetCount cuDriverGetVersion
-cuGetErrorName cuGetErrorString cuKernelGetAttribute cuKernelSetAttribute cuLaunchCooperativeKernel
-cuLaunchKernel cuLaunchKernelEx cuLibraryGetKernel cuLibraryLoadData cuLibraryLoadFromFile cuLibraryUnload
-cuLinkAddData cuLinkComplete cuLinkCreate cuLinkDestroy cuModuleGetFunction cuModuleLoadData cuModuleUnload
+cuCtxGetLimit cuCtxPopCurrent cuCtxPushCurrent cuGetErrorName cuGetErrorString cuKernelSetAttribute
+cuLaunchCooperativeKernel cuLaunchKernel cuLaunchKernelEx cuLibraryLoadFromFile cuLibraryUnload cuLinkAddData
+cuLinkComplete cuLinkCreate cuLinkDestroy cuModuleGetFunction cuModuleLoadData cuModuleUnload
 cuOccupancyMaxPotentialClusterSize cuStreamGetCtx cuTensorMapEncodeIm2col cuTensorMapEncodeTiled
 """
 """What cuDNN looks for in the driver's library before it plans."""
+_LOADER = """
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+static char something[64];
+int cuCtxGetCurrent(void **context) { *context = something; return 0; }
+int cuDeviceGet(int *device, int number) { return *device = 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuKernelGetAttribute(int *value) { return *value = 0; }
+int cuLibraryGetKernel(void **kernel) { *kernel = something; return 0; }
+int cuLibraryLoadData(void **library, const unsigned char *elf) {
+    static int number = 0;
+    uint64_t programs = *(uint64_t *)(elf + 32) + *(uint16_t *)(elf + 54) * *(uint16_t *)(elf + 56);
+    uint64_t sections = *(uint64_t *)(elf + 40) + *(uint16_t *)(elf + 58) * *(uint16_t *)(elf + 60);
+    char path[4096];
+    snprintf(path, sizeof path, "%s/%04d.cubin", getenv("KERNELS"), number++);
+    FILE *file = fopen(path, "wb");
+    fwrite(elf, 1, programs > sections ? programs : sections, file);
+    fclose(file);
+    *library = something;
+    return 0;
+}
+"""
+"""What it asks of the driver when it loads a kernel that it has compiled, which is written to a file."""
 _RUNTIME = """
 #include <string.h>
 int cudaGetDevice(int *device) { return *device = 0; }
@@ -95,15 +127,16 @@ def libraries() -> Path:
     return folder
 
 
-def plans(capability: int) -> dict[str, str]:
-    """By graph the plans that cuDNN has on an H200 of this compute capability (its own is 900), or why none.
+def plans(capability: int, build: bool = True) -> dict[str, str]:
+    """By graph the plans that cuDNN has on an H200 of this compute capability (its own is 900), or why none; with
+    `build`, of those in BUILT, the matrix instructions of the first one.
 
     Raises RuntimeError where it cannot be asked.
     """
     folder = libraries()
     with tempfile.TemporaryDirectory() as made:
         driver = "".join(f"int {function}(void) {{ return 0; }}\n" for function in _DRIVER.split())
-        sources = {"libcuda.so.1": driver, "libcudart.so.13": _RUNTIME, "libcublasLt.so.13": _PRODUCTS}
+        sources = {"libcuda.so.1": driver + _LOADER, "libcudart.so.13": _RUNTIME, "libcublasLt.so.13": _PRODUCTS}
         for name, source in sources.items():
             Path(made, f"{name}.c").write_text(source)
             options = [f"-DCAPABILITY={capability}", "-shared", "-fPIC", f"-Wl,-soname,{name}"]
@@ -111,10 +144,19 @@ def plans(capability: int) -> dict[str, str]:
         env = os.environ | {
             "LD_LIBRARY_PATH": f"{made}:{folder / 'nvidia/cudnn/lib'}:{folder / 'nvidia/cu13/lib'}",
             "PYTHONPATH": f"{folder}:{ROOT}",
+            "KERNELS": made,
         }
-        printed = _run(sys.executable, "-m", "tests.cudnn_plans", str(capability), env=env)
-    found: dict[str, str] = json.loads(printed.splitlines()[-1])
-    return found
+        built = BUILT if build else ()
+        printed = _run(sys.executable, "-m", "tests.cudnn_plans", str(capability), *built, env=env)
+        found: dict[str, str] = json.loads(printed.splitlines()[-1])
+        kernels = sorted(Path(made).glob("*.cubin"))
+        return found | {f"kernel of {name}": _products(file) for name, file in zip(built, kernels, strict=True)}
+
+
+def _products(kernel: Path) -> str:
+    """Its matrix instructions."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return " ".join(sorted(set(re.findall(r"[HQ]G?MMA\.\S+", _run(str(tool), "-sass", str(kernel))))))
 
 
 def _run(*command: str, env: dict[str, str] | None = None) -> str:
@@ -149,7 +191,7 @@ def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
         yield f"{name}, and a sum", cudnn_convolution.convolution_graph, given | {of.ADDED: out}
 
 
-def _ask(capability: int) -> dict[str, str]:
+def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
     """In the process that has the libraries."""
     import cudnn
 
@@ -162,6 +204,8 @@ def _ask(capability: int) -> dict[str, str]:
             graph.build_operation_graph()
             graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             graph.check_support()
+            if name in build:
+                graph.build_plan_at_index(0)
         except cudnn.cudnnGraphNotSupportedError as error:
             found[name] = f"none: {str(error).splitlines()[0]}"
         else:
@@ -172,7 +216,7 @@ def _ask(capability: int) -> dict[str, str]:
 
 def main() -> int:
     if len(sys.argv) > 1:
-        print(json.dumps(_ask(int(sys.argv[1]))))
+        print(json.dumps(_ask(int(sys.argv[1]), sys.argv[2:])))
         return 0
     found = plans(H200["deviceVer"])  # type: ignore[arg-type]
     print("\n".join(f"{name}: {plans}" for name, plans in found.items()))

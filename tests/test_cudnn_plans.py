@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuDNN has plans for all that the fused engine asks of it in FP8, from Hopper on."""
+"""cuDNN has plans for all that the fused engine asks of it in FP8, from Hopper on, and their kernels are Hopper's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ import shutil
 
 import pytest
 
-from tests.cudnn_plans import plans
+from tests.cudnn_plans import BUILT, plans
 
 
-@pytest.mark.parametrize(("capability", "missing"), [(890, {"attention"}), (900, set()), (1000, set())])
-def test_cudnn_has_a_plan_for_every_size(capability: int, missing: set[str]) -> None:
+def asked(capability: int, build: bool) -> dict[str, str]:
     if shutil.which("gcc") is None:
         pytest.skip("cuDNN cannot be asked here: no gcc")
     try:
-        found = plans(capability)
+        return plans(capability, build)
     except RuntimeError as reason:
         pytest.skip(f"cuDNN cannot be asked here: {reason}")
-    assert len(found) == 8 + 30
+
+
+@pytest.mark.parametrize(("capability", "missing"), [(890, {"attention"}), (1000, set())])
+def test_other_gpus(capability: int, missing: set[str]) -> None:
+    found = asked(capability, build=False)
     without = {name for name, names in found.items() if names.startswith("none")}
     assert without == {name for name in found if name.split(",")[0] in missing}
+
+
+def test_an_h200_has_a_plan_for_every_size_and_multiplies_fp8_as_such() -> None:
+    found = asked(900, build=True)
+    kernels = [found.pop(f"kernel of {name}") for name in BUILT]
+    assert len(found) == 8 + 30
+    assert not any(names.startswith("none") for names in found.values()), found
+    for products in kernels:
+        assert all(product.startswith("QGMMA") and product.endswith(".E4M3.E4M3") for product in products.split())
+        assert products
