@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from tests.graphs_on_cpu import Stream
 
 BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
+KERNELS = {17: 4e-3, 23: 0.0, 31: 0.0, 46: 8e-3}
+"""Those of the engine that comes first, with the seconds that they take; one of them does not compile."""
 
 
 class Declared:
@@ -46,7 +49,8 @@ class Declared:
 
 
 class Graph:
-    built = 0
+    built: ClassVar[list[str]] = []
+    """What was compiled, in order."""
 
     def __init__(self, **options: Any) -> None:
         assert options["handle"] == "handle"
@@ -78,15 +82,42 @@ class Graph:
         self.inputs, self.out, self.largest = inputs, Declared(), [Declared(), Declared()]
         return [self.out, None, *self.largest]
 
-    def build(self, _: list[str]) -> None:
-        Graph.built += 1
+    def validate(self) -> None:
         if self.inputs and self.inputs["q"].said["dim"][3] % 16:
             raise NotSupportedError("head size")
 
-    def get_workspace_size(self) -> int:
+    def build_operation_graph(self) -> None:
+        pass
+
+    def create_execution_plans(self, modes: list[str]) -> None:
+        assert modes == ["a"]
+        self.plans = ["eng2_k24=17", "eng7_k24=0"]
+
+    def check_support(self) -> None:
+        pass
+
+    def create_execution_plan(self, engine: int, knobs: dict[str, int]) -> None:
+        if knobs["k24"] not in KERNELS:
+            raise NotSupportedError("no such kernel")
+        self.plans.append(f"eng{engine}_k24={knobs['k24']}")
+
+    def get_execution_plan_count(self) -> int:
+        return len(self.plans)
+
+    def get_plan_name_at_index(self, number: int) -> str:
+        return self.plans[number]
+
+    def build_plan_at_index(self, number: int) -> None:
+        if self.plans[number].endswith("=31"):
+            raise NotSupportedError("it does not compile")
+        Graph.built.append(self.plans[number])
+
+    def get_workspace_size_plan_at_index(self, number: int) -> int:
+        assert self.plans[number] in Graph.built
         return 0
 
-    def execute(self, pointers: dict[int, int], workspace: int, handle: str) -> None:
+    def execute_plan_at_index(self, pointers: dict[int, int], workspace: int, number: int, handle: str) -> None:
+        time.sleep(KERNELS.get(int(self.plans[number].partition("=")[2]), 0.0))
         assert handle == "handle"
         assert workspace
         if not self.inputs:
@@ -111,7 +142,8 @@ class NotSupportedError(Exception):
 def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     frontend = SimpleNamespace(
         data_type=SimpleNamespace(FP8_E4M3="fp8", FLOAT="float", BFLOAT16="bf16"),
-        heur_mode=SimpleNamespace(A="a", FALLBACK="fallback"),
+        heur_mode=SimpleNamespace(A="a"),
+        knob_type=SimpleNamespace(KERNEL_CFG="k24"),
         create_handle=lambda: "handle",
         set_stream=lambda handle, stream: None,
         pygraph=Graph,
@@ -119,4 +151,4 @@ def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "cudnn", frontend)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(Graph, "built", 0)
+    monkeypatch.setattr(Graph, "built", [])

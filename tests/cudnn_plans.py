@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longlive_serve.config import PRESETS
 from longlive_serve.engines import cudnn_attention, cudnn_convolution
-from longlive_serve.engines.cudnn_library import Make, Tensors
+from longlive_serve.engines.cudnn_library import Make, Tensors, kernels
 
 ROOT = Path(__file__).parents[1]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
@@ -202,15 +202,13 @@ def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
             graph = make(cudnn, tensors, device_property=device)
             graph.validate()
             graph.build_operation_graph()
-            graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            graph.check_support()
+            plans = kernels(cudnn, graph)
             if name in build:
                 graph.build_plan_at_index(0)
         except cudnn.cudnnGraphNotSupportedError as error:
             found[name] = f"none: {str(error).splitlines()[0]}"
         else:
-            names = [graph.get_plan_name_at_index(number) for number in range(graph.get_execution_plan_count())]
-            found[name] = ", ".join(names)
+            found[name] = ", ".join(plans)
     return found
 
 

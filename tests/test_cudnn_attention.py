@@ -47,11 +47,16 @@ def test_it_is_given_what_our_own_kernel_is_given() -> None:
 
 
 @pytest.mark.usefixtures("cudnn_on_cpu")
-def test_a_plan_is_made_once_for_each_size() -> None:
+def test_all_kernels_are_compiled_and_measured_at_the_first_size_and_one_at_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     attend = CudnnAttention(CPU)
     for keys in (70, 41, 70, 41):
         attend(*inputs(33, keys))
-    assert Graph.built == 2
+    fastest = "eng2_k24=23"
+    assert Graph.built == ["eng2_k24=17", "eng7_k24=0", fastest, "eng2_k24=46", fastest, fastest]
+    assert f"cuDNN, attention in FP8: {fastest} of 4 kernels ({fastest} 0." in caplog.text
     with pytest.raises(RuntimeError, match="cuDNN has no plan for this here: head size"):
         attend(*inputs(33, 70, size=24))
 

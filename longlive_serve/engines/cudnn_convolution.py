@@ -76,5 +76,6 @@ class CudnnConvolution:
         tensors = {Part.X: x, Part.WEIGHT: weights.weight, Part.SCALE: weights.scale, Part.BIAS: weights.bias}
         if added is not None:
             tensors[Part.ADDED] = added
-        self._cudnn(convolution_graph, tensors | {Part.OUT: out})
+        outputs, inputs = weights.weight.shape[:2]
+        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, f"convolution from {inputs} to {outputs} channels")
         return out

@@ -49,6 +49,8 @@ class FusedVAEDecoder:
         self.graphs = CudaGraphs(self.device)
         self._working = self._new_cache()
         self._owner: weakref.ref[StreamCache] | None = None
+        if fp8:
+            self._choose_kernels()
 
     def initial_cache(self) -> list[Tensor]:
         return StreamCache(self._new_cache())
@@ -69,6 +71,13 @@ class FusedVAEDecoder:
         frames = self.graphs((opening, latents.shape), None, run, [latents])
         assert frames is not None
         return frames
+
+    def _choose_kernels(self) -> None:
+        """Those of the first size that is met are kept for others: let that be a whole chunk, and no opening."""
+        config, draw = self.config, torch.Generator(self.device).manual_seed(0)
+        size = (1, config.window.chunk, config.vae.z_dim, config.latent_height, config.latent_width)
+        self._decode(torch.randn(size, generator=draw, device=self.device, dtype=self.dtype), opening=False)
+        self._working = self._new_cache()
 
     def _bring(self, cache: StreamCache) -> None:
         """Make `cache` the one that is worked on."""
