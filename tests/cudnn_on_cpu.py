@@ -117,7 +117,7 @@ class Graph:
         return 0
 
     def execute_plan_at_index(self, pointers: dict[int, int], workspace: int, number: int, handle: str) -> None:
-        time.sleep(KERNELS.get(int(self.plans[number].partition("=")[2]), 0.0))
+        time.sleep(KERNELS.get(int(self.plans[number].partition("=")[2]), 6e-3))
         assert handle == "handle"
         assert workspace
         if not self.inputs:

@@ -59,12 +59,12 @@ class Cudnn:
         self._execute(self._plans[key], tensors)
 
     def _execute(self, plan: Plan, tensors: Tensors) -> None:
-        graph, number = plan
-        size = max(1, graph.get_workspace_size_plan_at_index(number))
+        graph, index = plan
+        size = max(1, graph.get_workspace_size_plan_at_index(index))
         workspace = torch.empty(size, dtype=torch.uint8, device=next(iter(tensors.values())).device)
         self._frontend.set_stream(self._handle, torch.cuda.current_stream().cuda_stream)
         pointers = {int(number): tensor.data_ptr() for number, tensor in tensors.items()}
-        graph.execute_plan_at_index(pointers, workspace.data_ptr(), number, handle=self._handle)
+        graph.execute_plan_at_index(pointers, workspace.data_ptr(), index, handle=self._handle)
 
     def _plan(self, make: Make, tensors: Tensors, family: str) -> Plan:
         graph = make(self._frontend, tensors, handle=self._handle)
@@ -83,11 +83,12 @@ class Cudnn:
         raise RuntimeError(f"cuDNN has plans for {family} and can build none of them")
 
     def _measure(self, graph: Any, found: Mapping[str, int], tensors: Tensors, family: str) -> str:
-        """The name of the fastest kernel; of the first one where none can be built."""
-        first = next(iter(found))
-        seconds = {
-            name: self._seconds(Plan(graph, index), tensors) for name, index in found.items() if _builds(graph, index)
-        }
+        """The name of the fastest kernel; of the first one where none runs."""
+        first, seconds = next(iter(found)), dict[str, float]()
+        for name, index in found.items():
+            if _builds(graph, index):
+                with contextlib.suppress(RuntimeError):  # it is one of many
+                    seconds[name] = self._seconds(Plan(graph, index), tensors)
         best = min(seconds, key=lambda name: seconds[name], default=first)
         told = [name for name in dict.fromkeys((best, first)) if name in seconds]
         times = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in told)
