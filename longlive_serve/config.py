@@ -191,7 +191,7 @@ class ServeConfig:
     vae_decoder_engine: str = ""
     decoder: str = WAN
     """What turns latents into pictures. `wan`: the Wan VAE, as the reference. `tiny`: TAEHV, many times faster, less
-    detail; it runs in PyTorch alone."""
+    detail; neither graphs nor plans have it."""
     graphs: str = ""
     """A folder that `python -m export.to_onnx` made, for the engine onnxruntime. In a file: relative to that file."""
     plans: str = ""

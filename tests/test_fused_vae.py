@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused VAE decoder: the reference's frames, any split of a video, several streams in turn, by graphs as well."""
+"""The fused VAE decoders: the reference's frames, any split of a video, several streams in turn, by graphs as well."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from longlive_serve import sizing
-from longlive_serve.config import PRESETS, VAE_DECODER, WAN, ServeConfig
-from longlive_serve.config import TINY as TINY_DECODER
+from longlive_serve.config import PRESETS, TINY_DECODER, VAE_DECODER, WAN, ServeConfig
+from longlive_serve.config import TINY as TAEHV
 from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 from longlive_serve.engines.torch_engine import TorchVAEDecoder
+from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate_decoder
@@ -48,8 +49,8 @@ def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) 
         yield frames
 
 
-def network() -> nn.Module:
-    made: nn.Module = load_network(VAE_DECODER, TINY, "random", "cpu", torch.float32)
+def network(name: str = VAE_DECODER) -> nn.Module:
+    made: nn.Module = load_network(name, TINY, "random", "cpu", torch.float32)
     return made
 
 
@@ -69,12 +70,25 @@ def test_a_convolution_of_a_doubled_picture_is_one_of_the_picture_itself() -> No
     torch.testing.assert_close(DoublingConv(conv)(x), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("split", [(1, 5), (1, 1, 1, 1, 1, 1), (1, 2, 3)])
+def test_the_tiny_decoder_draws_the_same_frames_by_any_split(split: tuple[int, ...]) -> None:
+    plain, fused = network(TINY_DECODER), FusedTiny(network(TINY_DECODER))  # type: ignore[arg-type]
+    latents = torch.cat(video(1, chunks=2), 1)
+    size = TINY.latent_height, TINY.latent_width
+    expected, left = plain(latents, plain.initial_cache(1, *size, "cpu", torch.float32), opening=True)  # type: ignore[operator]
+    cache = fused.initial_cache(*size, torch.device("cpu"), torch.float32)
+    parts = [fused.decode(part, cache, number == 0) for number, part in enumerate(latents.split(split, 1))]
+    assert relative_error(torch.cat(parts, 1), expected) < 5e-6
+    assert all(relative_error(got, wanted) < 5e-6 for got, wanted in zip(cache, left, strict=True))
+
+
 @pytest.mark.parametrize("graphs", [False, True], ids=["as it is", "by graphs"])
-def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: bool) -> None:
+@pytest.mark.parametrize("name", [VAE_DECODER, TINY_DECODER])
+def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: bool, name: str) -> None:
     videos = [video(seed) for seed in range(3)]
-    plain = TorchVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+    plain = TorchVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
     with graphs_on_cpu() if graphs else contextlib.nullcontext():
-        engine = FusedVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+        engine = FusedVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
         streams = [frames_of(engine, latents) for latents in videos]
         together = [[next(stream) for stream in streams] for _ in range(4)]
         captured, replayed = Graph.captured, Graph.replayed
@@ -126,4 +140,4 @@ def test_fp8_convolutions_without_cudnns_frontend_are_refused() -> None:
     with pytest.raises(ValueError, match=r"fp8_decoder: got true without cuDNN's frontend .*longlive-serve\[cudnn\]"):
         FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fp8_decoder: got true with engine fused and decoder tiny, expected fused"):
-        ServeConfig(engine="fused", decoder=TINY_DECODER, fp8_decoder=True)
+        ServeConfig(engine="fused", decoder=TAEHV, fp8_decoder=True)

@@ -79,13 +79,13 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     else:
         dit = GraphDiT(graphs(DIT), sizes, slots, variant)
     vae_decoder: VAEDecoder
+    drawn_by = TINY_DECODER if config.decoder == TINY else VAE_DECODER
     if backends[VAE_DECODER] == TORCH:
-        name = TINY_DECODER if config.decoder == TINY else VAE_DECODER
-        vae_decoder = TorchVAEDecoder(network(name), sizes)
+        vae_decoder = TorchVAEDecoder(network(drawn_by), sizes)
     elif backends[VAE_DECODER] == FUSED:
         from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 
-        vae_decoder = FusedVAEDecoder(network(VAE_DECODER), sizes, config.fp8_decoder)
+        vae_decoder = FusedVAEDecoder(network(drawn_by), sizes, config.fp8_decoder)
     else:
         vae_decoder = GraphVAEDecoder(graphs(VAE_DECODER))
     engines = Engines(
@@ -111,8 +111,8 @@ def choose(network: str, config: ServeConfig) -> str:
                 asked, why = backend, f"as {folder} has it"
     if asked == FUSED and network == TEXT_ENCODER:
         asked, why = TORCH, "as there is no fused one"
-    if network == VAE_DECODER and config.decoder == TINY:
-        asked, why = TORCH, "which alone has the tiny decoder"
+    if network == VAE_DECODER and config.decoder == TINY and asked != FUSED:
+        asked, why = TORCH, "as neither graphs nor plans have the tiny decoder"
     log.info("%s: engine %s, %s", network, asked, why)
     return asked
 

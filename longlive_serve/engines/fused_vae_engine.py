@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder by fused kernels and CUDA graphs, a whole chunk in one pass.
+"""The VAE decoder by fused kernels and CUDA graphs, a whole chunk in one pass; the tiny one by CUDA graphs.
 
 Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
 """
@@ -19,8 +19,10 @@ from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.cudnn_convolution import CudnnConvolution
 from longlive_serve.engines.transfer import to_host
 from longlive_serve.kernels.tiles import check_kernels
+from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import Convolve, FusedVAE
 from longlive_serve.models.quantized import Quantized
+from longlive_serve.models.tiny_decoder import TinyDecoder
 from longlive_serve.models.vae_decoder import VAEDecoder, to_uint8
 
 
@@ -31,21 +33,26 @@ class StreamCache(list[Tensor]):
 
 
 class FusedVAEDecoder:
-    """The streaming Wan VAE decoder.
+    """The streaming decoder of the Wan VAE, or the tiny one in its place.
 
     Its graphs work on one cache that stays where it is; a stream's own is brought there when its turn comes, and goes
     back when another's comes: a single session's never moves.
     """
 
     @torch.no_grad()
-    def __init__(self, network: VAEDecoder, config: NetworkConfig, fp8: bool = False) -> None:
+    def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig, fp8: bool = False) -> None:
         """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 without cuDNN's frontend."""
         if any(isinstance(layer, Quantized) for layer in network.modules()):
             raise ValueError("vae_decoder_engine: got fused with quantized weights, expected plain ones")
-        weight = network.conv2.weight
+        weight = next(network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_kernels(self.device)
-        self.network, self.config = FusedVAE(network, _fp8_convolution() if fp8 else None), config
+        self.config = config
+        self.network = (
+            FusedTiny(network)
+            if isinstance(network, TinyDecoder)
+            else FusedVAE(network, _fp8_convolution() if fp8 else None)
+        )
         self.graphs = CudaGraphs(self.device)
         self._working = self._new_cache()
         self._owner: weakref.ref[StreamCache] | None = None
