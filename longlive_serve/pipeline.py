@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
 from longlive_serve.engines.clock import Clock, Mark
-from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines, PromptKV
+from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines, Preparable, PromptKV
 from longlive_serve.engines.transfer import to_device
 from longlive_serve.errors import ServeError
 from longlive_serve.kv_cache import Placement, Window
@@ -106,6 +106,9 @@ class Pipeline:
             if number % WARM_UP_SWITCH == WARM_UP_SWITCH - 1:
                 session.add_prompt("another warm-up", NOW)
             seconds.append(self.advance(session).seconds)
+        if isinstance(self.engines.dit, Preparable):
+            with torch.inference_mode():
+                self.engines.dit.prepare()
         return statistics.mean(seconds[self.window.capacity :])
 
     def first_frame(self, chunk: int) -> int:

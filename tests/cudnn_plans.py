@@ -9,7 +9,6 @@ user's cache folder.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -177,8 +176,8 @@ def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
         tensors: dict[int, Tensor] = {part.Q: q, part.K: k, part.V: v, part.OUT: out}
         yield f"attention, {queries} to {keys} frames", cudnn_attention.attention_graph, tensors
     widths = (384, 384, 0), (192, 384, 1), (384, 384, 1), (192, 192, 2), (96, 96, 3)
-    for (inputs, outputs, doublings), latents in itertools.product(widths, (1, 2, 3)):
-        frames = latents << min(doublings, 2) if latents > 1 else 1  # an opening, the rest of its chunk, a chunk
+    sizes = [(width, frames) for width in widths for frames in sorted({1, *(n << min(width[2], 2) for n in (1, 2, 3))})]
+    for (inputs, outputs, doublings), frames in sizes:  # an opening; a latent frame, two, a chunk
         place = config.latent_height << doublings, config.latent_width << doublings
         x, out, weight = (
             torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last_3d)

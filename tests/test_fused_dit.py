@@ -228,6 +228,29 @@ def test_every_thread_runs_a_function_as_it_is_before_it_captures() -> None:
     assert captured == [0, 1, 1, 2, 2]  # what has been captured is there for all
 
 
+def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
+    prompts = [text(9), text(9)]
+    with graphs_on_cpu():
+        fused = FusedDiT(tiny_network(), TINY, 2, "base")
+        for chunk in range(6):  # until the ring has been round once
+            second_of(fused, 0, chunk, prompts[0])
+        fused.prepare()
+        captured = Graph.captured
+        flows = [second_of(fused, 1, chunk, prompts[1]) for chunk in range(6)]
+        assert Graph.captured == captured
+    plain = TorchDiT(tiny_network(), TINY, 1, "base")
+    for chunk, flow in enumerate(flows):
+        assert error(flow, second_of(plain, 0, chunk, prompts[0])) < 5e-6
+
+
+def second_of(dit: TorchDiT | FusedDiT, slot: int, chunk: int, prompt: Tensor) -> Tensor:
+    """The flow of a chunk at the second step; then it is committed."""
+    prompt_kv, placement = dit.embed_prompt(prompt), WINDOW.step(chunk)
+    flow = dit.denoise(latents(chunk), 1, prompt_kv, slot, placement)
+    dit.commit(latents(chunk + 10), prompt_kv, slot, placement)
+    return flow
+
+
 def test_a_function_that_waits_for_the_device_cannot_be_captured() -> None:
     with graphs_on_cpu():
         graphs = CudaGraphs(torch.device("cpu"))

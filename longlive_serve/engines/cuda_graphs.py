@@ -49,8 +49,7 @@ class CudaGraphs:
         """
         if not self.enabled:
             return function(inputs)
-        first_lasting = len(inputs) - lasting
-        staged = [self._stage(number, tensor, number >= first_lasting) for number, tensor in enumerate(inputs)]
+        staged = self._staged(inputs, lasting)
         if (key, place) not in self._graphs and key not in self._own.compiled:
             self._own.compiled.add(key)
             return function(staged)
@@ -59,6 +58,17 @@ class CudaGraphs:
         graph, out = self._graphs[key, place]
         graph.replay()
         return None if out is None else out.clone()  # the next replay of any graph writes where it lies
+
+    def prepare(
+        self, key: Hashable, place: Hashable, function: Function, inputs: Sequence[Tensor], lasting: int = 0
+    ) -> None:
+        """Capture what a later call will replay, for a key that has been called; nothing is computed."""
+        if self.enabled and (key, place) not in self._graphs:
+            self._graphs[key, place] = self._capture(function, self._staged(inputs, lasting))
+
+    def _staged(self, inputs: Sequence[Tensor], lasting: int) -> list[Tensor]:
+        first_lasting = len(inputs) - lasting
+        return [self._stage(number, tensor, number >= first_lasting) for number, tensor in enumerate(inputs)]
 
     def _stage(self, number: int, tensor: Tensor, lasting: bool) -> Tensor:
         """Where input `number` lies in every call with this shape, with the tensor's values in it."""

@@ -7,14 +7,15 @@ Built by `build_engines`. Tested against the torch engine; without a GPU its ker
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.attention_choice import fastest_attention, fastest_fp8_attention
-from longlive_serve.engines.cuda_graphs import CudaGraphs
+from longlive_serve.engines.cuda_graphs import CudaGraphs, Function
 from longlive_serve.engines.interface import PromptKV
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.kv_cache import KVCache, Placement
@@ -29,8 +30,19 @@ from longlive_serve.noise_schedule import NoiseSchedule
 COMMIT = -1  # the step of a commit or recache
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a forward is given, but for the slot."""
+
+    latents: Tensor
+    step: int
+    prompt_kv: PromptKV
+    placement: Placement
+
+
 class FusedDiT:
-    """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come."""
+    """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come, or
+    for all slots by `prepare`."""
 
     def __init__(
         self,
@@ -50,11 +62,14 @@ class FusedDiT:
         self.cache = KVCache(config, slots, device, self.cache_dtype)
         grid = config.latent_height // PATCH, config.latent_width // PATCH
         self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
+        self._calls: dict[Hashable, Call] | None = {}
+        """One of each size that has come, until `prepare`."""
         self._take(network)
 
     def with_network(self, network: CausalDiT) -> FusedDiT:
         """As `Exchangeable.with_network`. Takes the network's weights."""
         other = copy.copy(self)
+        other._calls = None
         other._take(network)
         return other
 
@@ -85,14 +100,30 @@ class FusedDiT:
     def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
         self._run(clean, COMMIT, prompt_kv, slot, placement)
 
+    def prepare(self) -> None:
+        """Capture, for all slots, graphs of what any of them has run: a session in a fresh slot then waits for none."""
+        calls, self._calls = self._calls or {}, None
+        for call in calls.values():
+            for slot in range(self.cache.keys.shape[1]):
+                self.graphs.prepare(*self._graph(call, slot))
+
     def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor | None:
+        call = Call(latents=latents, step=step, prompt_kv=prompt_kv, placement=placement)
+        graph = self._graph(call, slot)
+        if self._calls is not None:
+            self._calls.setdefault(graph[0], call)
+        return self.graphs(*graph)
+
+    def _graph(self, call: Call, slot: int) -> tuple[Hashable, int, Function, list[Tensor], int]:
         """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
-        rows, level = self.tables.tokens_per_chunk, self.modulations[step]
+        latents, prompt_kv, placement = call.latents, call.prompt_kv, call.placement
+        rows, level = self.tables.tokens_per_chunk, self.modulations[call.step]
         first, used = placement.first_place * rows, placement.places * rows
         order = placement.query_slots if self.relative else placement.chunks
         angles = [*self.tables.of_chunks(order)]
         if self.relative:
             angles += self.tables.of_chunks(placement.key_slots)
+        commit = call.step == COMMIT
 
         def forward(inputs: Sequence[Tensor]) -> Tensor | None:
             latents, blocks, head, *rest = inputs
@@ -106,12 +137,10 @@ class FusedDiT:
                 key_angles=(angles[2], angles[3]) if self.relative else None,
             )
             rows = PromptRows(keys=prompt[0], values=prompt[1], bias=prompt[2] if len(prompt) > 2 else None)
-            levels = Modulation(blocks=blocks, head=head)
-            return self.network.run(latents, levels, rows, cache, commit=step == COMMIT)
+            return self.network.run(latents, Modulation(blocks=blocks, head=head), rows, cache, commit=commit)
 
-        key = (step == COMMIT, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
-        inputs = (latents, level.blocks, level.head, *angles, *prompt_kv)
-        return self.graphs(key, slot, forward, inputs, lasting=len(prompt_kv))
+        key = (commit, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
+        return key, slot, forward, [latents, level.blocks, level.head, *angles, *prompt_kv], len(prompt_kv)
 
 
 def check(network: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:

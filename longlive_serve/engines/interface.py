@@ -72,6 +72,15 @@ class DiT(Protocol):
 
 
 @runtime_checkable
+class Preparable(Protocol):
+    """An engine that can do at the start what it would else do when a slot is used for the first time."""
+
+    def prepare(self) -> None:
+        """For all slots, what the calls so far have done for theirs."""
+        ...
+
+
+@runtime_checkable
 class Exchangeable(DiT, Protocol):
     """A DiT whose weights can be others for sessions to come."""
 
