@@ -24,7 +24,9 @@ from longlive_serve.engines.torch_engine import TorchDiT
 from longlive_serve.kv_cache import KVCache, Window
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.quantized import install, scale_for, to_8_bit
+from longlive_serve.pipeline import Pipeline
 from longlive_serve.replay import Case, case_network, read_tensors, replay
+from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate, simulate_attention
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
@@ -98,14 +100,14 @@ def test_in_bfloat16_it_is_no_further_from_the_reference_than_the_eager_baseline
     assert distances[1] < distances[0]
 
 
-@pytest.mark.parametrize("used", [5, 63, 64])
+@pytest.mark.parametrize("used", [5, 127, 128])
 def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
     sizes = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, text_len=192))
     network = CausalDiT(sizes.dit).eval()
     plain, fused = TorchDiT(copy.deepcopy(network), sizes, 1, "base"), FusedDiT(network, sizes, 1, "base", fp8=False)
-    embeds = torch.nn.functional.pad(text(64)[:, :used], (0, 0, 0, 192 - used))
+    embeds = torch.nn.functional.pad(text(64).repeat(1, 2, 1)[:, :used], (0, 0, 0, 192 - used))
     rows = fused.embed_prompt(embeds)
-    assert rows[0].shape[3] == (64 if used < 64 else 128)
+    assert rows[0].shape[3] == (128 if used < 128 else 192)
     flows = [dit.denoise(latents(1), 0, dit.embed_prompt(embeds), 0, WINDOW.step(0)) for dit in (plain, fused)]
     assert error(flows[1], flows[0]) < 5e-6
 
@@ -241,6 +243,22 @@ def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
     plain = TorchDiT(tiny_network(), TINY, 1, "base")
     for chunk, flow in enumerate(flows):
         assert error(flow, second_of(plain, 0, chunk, prompts[0])) < 5e-6
+
+
+def test_after_the_warm_up_no_session_waits_for_a_capture() -> None:
+    """Whenever it switches its prompt, in a slot that nobody has used."""
+    with graphs_on_cpu():
+        config = ServeConfig(preset="tiny", engine="fused", device="cpu", slots=2)
+        pipeline = Pipeline(build_engines(config), config.network)
+        pipeline.warm_up()
+        captured = Graph.captured
+        for switch, early in ((1, True), (3, False), (6, True)):
+            session = Session(id="a", prompt=Prompt(index=0, text="a"), noise=SeededNoise(0), slot=1)
+            for chunk in range(7):
+                if chunk == switch:
+                    session.add_prompt("b", NOW)
+                pipeline.advance(session, (lambda _: None) if early else None)
+        assert Graph.captured == captured
 
 
 def second_of(dit: TorchDiT | FusedDiT, slot: int, chunk: int, prompt: Tensor) -> Tensor:

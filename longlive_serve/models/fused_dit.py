@@ -23,7 +23,7 @@ from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
 from longlive_serve.models.causal_dit import Angles, Block, CausalDiT
 from longlive_serve.models.modulation import Modulation
 
-PROMPT_ROWS = 64  # prompts are cut to a multiple of so many rows: few shapes, hence few CUDA graphs
+SHORT_PROMPT = 128  # rows of a prompt that has room for its padding in them; others have all: two shapes of CUDA graphs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class FusedCausalDiT:
         """
         total = text.shape[1]
         used = int(text.ne(0).any(-1).sum())
-        rows = min(math.ceil((used + 1) / PROMPT_ROWS) * PROMPT_ROWS, total)
+        rows = SHORT_PROMPT if used < SHORT_PROMPT < total else total
         keys, values = self.network.embed_prompt(text[:, :rows])
         if rows == total:
             return PromptRows(keys=keys, values=values, bias=None)
