@@ -21,6 +21,7 @@ from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate_decoder
+from tests import cudnn_on_cpu as cudnn_stand_in
 from tests.cudnn_on_cpu import cudnn_on_cpu
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
 from tests.test_vae_decoder import FRAMES, LATENTS, decoder, new_cache, relative_error
@@ -136,8 +137,17 @@ def test_a_stream_in_fp8_holds_a_byte_for_what_its_convolutions_read(cudnn_on_cp
     assert held == sizing.decoder_cache_bytes(TINY, WAN, 4, fp8=True) < sizing.decoder_cache_bytes(TINY, WAN, 4) / 2
 
 
+def test_a_gpu_that_cudnn_has_no_plan_for_is_refused(cudnn_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise cudnn_stand_in.NotSupportedError("it is too old")
+
+    monkeypatch.setattr(cudnn_stand_in.Graph, "validate", refuse)
+    with pytest.raises(ValueError, match=r"fp8_decoder: got true on cpu: .* no plan for this here: it is too old"):
+        FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+
+
 def test_fp8_convolutions_without_cudnns_frontend_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"fp8_decoder: got true without cuDNN's frontend .*longlive-serve\[cudnn\]"):
+    with pytest.raises(ValueError, match=r"fp8_decoder: got true without .*longlive-serve\[cudnn\]"):
         FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fp8_decoder: got true with engine fused and decoder tiny, expected fused"):
         ServeConfig(engine="fused", decoder=TAEHV, fp8_decoder=True)

@@ -29,6 +29,10 @@ CONFIGURATIONS = range(64)
 RUNS = 5
 
 
+class NoPlanError(RuntimeError):
+    """cuDNN cannot do this on this GPU."""
+
+
 class Plan(NamedTuple):
     graph: Any
     number: int
@@ -51,7 +55,7 @@ class Cudnn:
     def __call__(self, make: Make, tensors: Tensors, family: str) -> None:
         """`family`: sizes that share the kernel that is the fastest for the first of them.
 
-        Raises RuntimeError where cuDNN has no plan for this.
+        Raises NoPlanError.
         """
         key = make, *((number, tensor.shape, tensor.stride()) for number, tensor in tensors.items())
         if key not in self._plans:
@@ -73,14 +77,14 @@ class Cudnn:
             graph.build_operation_graph()
             found = kernels(self._frontend, graph)
         except self._frontend.cudnnGraphNotSupportedError as error:
-            raise RuntimeError(f"cuDNN has no plan for this here: {error}") from None
+            raise NoPlanError(f"cuDNN has no plan for this here: {error}") from None
         if family not in self._fastest:
             self._fastest[family] = self._measure(graph, found, tensors, family)
         fastest = self._fastest[family]
         for name in sorted(found, key=lambda name: name != fastest):  # should a size lack it, in cuDNN's own order
             if _builds(graph, found[name]):
                 return Plan(graph, found[name])
-        raise RuntimeError(f"cuDNN has plans for {family} and can build none of them")
+        raise NoPlanError(f"cuDNN has plans for {family} and can build none of them")
 
     def _measure(self, graph: Any, found: Mapping[str, int], tensors: Tensors, family: str) -> str:
         """The name of the fastest kernel; of the first one where none runs."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.cudnn_convolution import CudnnConvolution
+from longlive_serve.engines.cudnn_library import NoPlanError
 from longlive_serve.engines.transfer import to_host
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.fused_tiny import FusedTiny
@@ -41,7 +42,7 @@ class FusedVAEDecoder:
 
     @torch.no_grad()
     def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig, fp8: bool = False) -> None:
-        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 without cuDNN's frontend."""
+        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
         if any(isinstance(layer, Quantized) for layer in network.modules()):
             raise ValueError("vae_decoder_engine: got fused with quantized weights, expected plain ones")
         weight = next(network.parameters())
@@ -83,7 +84,11 @@ class FusedVAEDecoder:
         """Those of the first size that is met are kept for others: let that be a whole chunk, and no opening."""
         config, draw = self.config, torch.Generator(self.device).manual_seed(0)
         size = (1, config.window.chunk, config.vae.z_dim, config.latent_height, config.latent_width)
-        self._decode(torch.randn(size, generator=draw, device=self.device, dtype=self.dtype), opening=False)
+        latents = torch.randn(size, generator=draw, device=self.device, dtype=self.dtype)
+        try:
+            self._decode(latents, opening=False)
+        except NoPlanError as error:
+            raise ValueError(f"fp8_decoder: got true on {self.device}: {error}") from None
         self._working = self._new_cache()
 
     def _bring(self, cache: StreamCache) -> None:
@@ -104,9 +109,9 @@ class FusedVAEDecoder:
 def _fp8_convolution() -> Convolve:
     try:
         return CudnnConvolution()
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # there is no package, or no library
         raise ValueError(
-            f"fp8_decoder: got true without cuDNN's frontend ({error}): pip install 'longlive-serve[cudnn]'"
+            f"fp8_decoder: got true without cuDNN or its frontend ({error}): pip install 'longlive-serve[cudnn]'"
         ) from None
 
 
