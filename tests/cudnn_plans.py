@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longlive_serve.config import PRESETS
 from longlive_serve.engines import cudnn_attention, cudnn_convolution
-from longlive_serve.engines.cudnn_library import Make, Tensors, kernels
+from longlive_serve.engines.cudnn_library import CONFIGURATIONS, Make, Tensors, kernels
 
 ROOT = Path(__file__).parents[1]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
@@ -33,7 +33,6 @@ WHEELS = ("nvidia-cudnn-cu13==9.19.0.56", "nvidia-cuda-nvrtc==13.0.88", "nvidia-
 """The libraries that torch 2.11 brings, the compiler among them; the way to them is that of pyproject.toml."""
 BUILT = (
     "attention, 3 to 12 frames",
-    "convolution, 384 to 384 channels, 6 frames, 120x208",
     "convolution, 96 to 96 channels, 12 frames, 480x832, and a sum",
 )
 H200 = {
@@ -201,7 +200,7 @@ def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
             graph = make(cudnn, tensors, device_property=device)
             graph.validate()
             graph.build_operation_graph()
-            plans = kernels(cudnn, graph)
+            plans = kernels(cudnn, graph, CONFIGURATIONS if name in build else ())
             if name in build:
                 graph.build_plan_at_index(0)
         except cudnn.cudnnGraphNotSupportedError as error:

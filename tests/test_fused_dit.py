@@ -248,7 +248,7 @@ def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
 def test_after_the_warm_up_no_session_waits_for_a_capture() -> None:
     """Whenever it switches its prompt, in a slot that nobody has used."""
     with graphs_on_cpu():
-        config = ServeConfig(preset="tiny", engine="fused", device="cpu", slots=2)
+        config = ServeConfig(preset="tiny", engine="fused", decoder="tiny", device="cpu", slots=2)
         pipeline = Pipeline(build_engines(config), config.network)
         pipeline.warm_up()
         captured = Graph.captured

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ class Cudnn:
         return statistics.median([clock.seconds(*pair) for pair in marks][1:])
 
 
-def kernels(cudnn: Any, graph: Any) -> dict[str, int]:
+def kernels(cudnn: Any, graph: Any, numbers: Iterable[int] = CONFIGURATIONS) -> dict[str, int]:
     """Plans of a validated graph by name: in cuDNN's own order, then other kernels of the engine that it puts first.
 
     That order knows little of FP8 convolutions: it begins with the smallest tile, whatever the size. Nothing is built.
@@ -118,7 +118,7 @@ def kernels(cudnn: Any, graph: Any) -> dict[str, int]:
     graph.check_support()
     first = re.match(r"eng(\d+)", graph.get_plan_name_at_index(0))
     assert first is not None, graph.get_plan_name_at_index(0)
-    for number in CONFIGURATIONS:
+    for number in numbers:
         with contextlib.suppress(cudnn.cudnnGraphNotSupportedError, RuntimeError):  # most of them do not exist
             graph.create_execution_plan(int(first[1]), {cudnn.knob_type.KERNEL_CFG: number})
     names = [graph.get_plan_name_at_index(index) for index in range(graph.get_execution_plan_count())]
