@@ -22,8 +22,8 @@ from torch import Tensor
 from tests.graphs_on_cpu import Stream
 
 BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
-KERNELS = {17: 4e-3, 23: 0.0, 31: 0.0, 46: 8e-3}
-"""Those of the engine that comes first, with the seconds that they take; one of them does not compile."""
+KERNELS = {17: 8e-3, 23: 3e-3, 31: 0.0, 46: 9e-3, 47: 0.0}
+"""Those of the engine that comes first, with the seconds that they take; 31 does not compile, 47 gives zeros."""
 
 
 class Declared:
@@ -117,9 +117,15 @@ class Graph:
         return 0
 
     def execute_plan_at_index(self, pointers: dict[int, int], workspace: int, number: int, handle: str) -> None:
-        time.sleep(KERNELS.get(int(self.plans[number].partition("=")[2]), 6e-3))
+        kernel = int(self.plans[number].partition("=")[2])
+        time.sleep(KERNELS.get(kernel, 6e-3))
         assert handle == "handle"
         assert workspace
+        self._compute(pointers)
+        if kernel == 47:
+            self.out.at(pointers).zero_()
+
+    def _compute(self, pointers: dict[int, int]) -> None:
         if not self.inputs:
             self.out.at(pointers).copy_(self.out.value(pointers))
             return

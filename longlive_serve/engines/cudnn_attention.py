@@ -98,7 +98,7 @@ class CudnnAttention:
         out = torch.empty(length, heads * size, dtype=q.dtype, device=q.device)
         tensors = {Part.Q: q, Part.K: k, Part.V: v, Part.OUT: out.unflatten(1, (heads, size)).transpose(0, 1)}
         numbers = {Part.Q_SCALE: scales[0], Part.K_SCALE: scales[1], **self._numbers}
-        self._cudnn(attention_graph, tensors | numbers, "attention in FP8")
+        self._cudnn(attention_graph, tensors | numbers, Part.OUT, "attention in FP8")
         return out
 
 

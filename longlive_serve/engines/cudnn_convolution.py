@@ -77,5 +77,6 @@ class CudnnConvolution:
         if added is not None:
             tensors[Part.ADDED] = added
         outputs, inputs = weights.weight.shape[:2]
-        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, f"convolution from {inputs} to {outputs} channels")
+        family = f"convolution from {inputs} to {outputs} channels"
+        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, Part.OUT, family)
         return out
