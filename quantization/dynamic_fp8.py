@@ -16,7 +16,7 @@ from longlive_serve.engines.torch_engine import TorchDiT, TorchVAEDecoder
 from longlive_serve.models.causal_dit import Attention
 from longlive_serve.models.fp8_scales import attention_scales, silu_scale
 from longlive_serve.models.modulation import modulation
-from longlive_serve.models.quantized import LARGEST
+from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
 from longlive_serve.models.vae_decoder import CausalConv3d, ResidualBlock
 from longlive_serve.pipeline import Pipeline
 
@@ -37,13 +37,12 @@ class DynamicFP8Linear(nn.Module):
 
 def rounded_by_rows(x: Tensor) -> Tensor:
     """x [.., N] as FP8 (E4M3) holds it, each row with the scale that maps its largest number to the format's."""
-    return rounded(x, x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST[FP8])
+    return rounded(x, x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FP8)
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:
     """x as multiples of `scale` that FP8 (E4M3) has."""
-    largest = LARGEST[FP8]
-    return ((x / scale).clamp(-largest, largest).to(FP8).float() * scale).to(x.dtype)
+    return (to_8_bit(x, scale, FP8).float() * scale).to(x.dtype)
 
 
 def simulate(pipeline: Pipeline) -> None:
@@ -76,7 +75,7 @@ def _attend(attention: Attention, scales: Tensor, q: Tensor, k: Tensor, v: Tenso
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     total = weights.sum(-1, keepdim=True)
-    out = rounded(rounded(weights, 1 / torch.tensor(LARGEST[FP8])) @ v / total, scales[2])
+    out = rounded(rounded(weights, 1 / torch.tensor(LARGEST_FP8)) @ v / total, scales[2])
     product = attention.o  # its input is FP8 already
     return F.linear(out.transpose(1, 2).flatten(2), product.weight, product.bias)
 

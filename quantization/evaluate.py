@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rich.progress import Progress, TaskID
 
 from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
 from longlive_serve.options import RECACHE
+from longlive_serve.pipeline import Pipeline
 from quantization.dynamic_fp8 import simulate, simulate_attention, simulate_decoder
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
@@ -36,17 +37,19 @@ from training.quality import SHIPPED
 from training.workers import Workers
 
 SESSIONS_OF_FLOW = 4
-FUSED = {
-    "fused fp8": simulate,
-    "fused fp8 attention": simulate_attention,
-    "fused fp8 decoder": simulate_decoder,
+FUSED: dict[str, tuple[Callable[[Pipeline], None], dict[str, str]]] = {
+    "fused fp8": (simulate, {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"}),
+    "fused fp8 attention": (
+        simulate_attention,
+        {DIT: "the same; queries, keys, values and the KV cache with a scale for every layer"},
+    ),
+    "fused fp8 decoder": (
+        simulate_decoder,
+        {VAE_DECODER: "FP8 (E4M3): a scale for every layer, one for every output channel"},
+    ),
 }
-"""No recipes: the engine `fused` with `fp8`, with `fp8_attention` too, and with `fp8_decoder` alone."""
-FORMATS_OF_FUSED = {
-    "fused fp8": {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"},
-    "fused fp8 attention": {DIT: "the same; queries, keys, values and the KV cache with a scale for every layer"},
-    "fused fp8 decoder": {VAE_DECODER: "FP8 (E4M3): a scale for every layer, one for every output channel"},
-}
+"""No recipes: the engine `fused` with `fp8`, with `fp8_attention` too, and with `fp8_decoder` alone. What does the same
+to a pipeline in PyTorch, and the formats."""
 COLUMNS = (*RECIPES, *FUSED)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
@@ -114,7 +117,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     if folders:
         measure_recipes(config, folders, recipes, folder)
     for name in (name for name in FUSED if name in counts.columns):
-        recipes[name] = {"formats": FORMATS_OF_FUSED[name]}
+        recipes[name] = {"formats": FUSED[name][1]}
         folders[name] = config.weights
     yield
     cases = held_out_captions(counts.rollouts, seed=5)
@@ -122,7 +125,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     for name, path in {UNQUANTIZED: config.weights, **folders}.items():
         print(name, file=sys.stderr)
         figures = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
-        with Workers(Path(path), FUSED.get(name)) as workers:
+        with Workers(Path(path), FUSED[name][0] if name in FUSED else None) as workers:
             made = workers.map("videos of 60 s", roll_out, cases)
             compared = compare(made, expected or made, cases)
             if name == UNQUANTIZED:

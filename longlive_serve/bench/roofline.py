@@ -11,7 +11,7 @@ import torch
 from longlive_serve.bench import flops
 from longlive_serve.bench.timing import seconds_of
 from longlive_serve.config import NetworkConfig
-from longlive_serve.models.quantized import LARGEST_FP8
+from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
 
 FP8 = "float8_e4m3fn"
 
@@ -55,7 +55,7 @@ def _fp8_product(size: int, device: str, dtype: str) -> Callable[[], object]:
 
 def _to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.abs().amax(1, keepdim=True) / LARGEST_FP8
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    return to_8_bit(x, scale, torch.float8_e4m3fn), scale
 
 
 def _copy(size: int, device: str, runs: int) -> dict[str, Any]:

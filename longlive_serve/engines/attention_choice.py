@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cudnn_attention import CudnnAttention
-from longlive_serve.models.quantized import LARGEST_FP8
+from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def example(config: NetworkConfig, device: torch.device, dtype: torch.dtype) -> 
 def in_fp8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, H, tokens, d] -> the same [H, tokens, d] in FP8 (E4M3), and their scales [3]."""
     scales = torch.stack([x.abs().amax().float() / LARGEST_FP8 for x in (q, k, v)])
-    small = [(x[0] / scale).to(torch.float8_e4m3fn) for x, scale in zip((q, k, v), scales, strict=True)]
+    small = [to_8_bit(x[0], scale, torch.float8_e4m3fn) for x, scale in zip((q, k, v), scales, strict=True)]
     return small[0], small[1], small[2], scales
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type
+from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type, fp8_graph
 
 WEIGHTS = 256.0
 """The softmax's weights, at most 1, are multiplied by it, so that they use the range of E4M3."""
@@ -38,10 +38,7 @@ class Part(enum.IntEnum):
 
 def attention_graph(cudnn: Any, tensors: Tensors, **where: Any) -> Any:
     """Attention without a mask: Q and OUT [H, L, d], K and V [H, T, d]; the rest is one number each."""
-    wide = cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(
-        io_data_type=cudnn.data_type.FP8_E4M3, intermediate_data_type=wide, compute_data_type=wide, **where
-    )
+    wide, graph = cudnn.data_type.FLOAT, fp8_graph(cudnn, **where)
 
     def heads(part: Part) -> Any:
         given = tensors[part]

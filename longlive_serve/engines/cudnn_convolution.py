@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type
+from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type, fp8_graph
 from longlive_serve.models.fused_vae import LAST, FP8Weights
 
 
@@ -32,10 +32,7 @@ def convolution_graph(cudnn: Any, tensors: Tensors, **where: Any) -> Any:
 
     X [1, C, T + 2, H, W], WEIGHT [C', C, 3, 3, 3], SCALE and BIAS [1, C', 1, 1, 1], ADDED and OUT [1, C', T, H, W].
     """
-    wide = cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(
-        io_data_type=cudnn.data_type.FP8_E4M3, intermediate_data_type=wide, compute_data_type=wide, **where
-    )
+    graph = fp8_graph(cudnn, **where)
     given = {
         part: graph.tensor(
             uid=part.value,

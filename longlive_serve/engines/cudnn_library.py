@@ -119,6 +119,14 @@ class Cudnn:
         return statistics.median([clock.seconds(*pair) for pair in marks][1:])
 
 
+def fp8_graph(cudnn: Any, **where: Any) -> Any:
+    """An empty graph whose sums are float32. `where`: as `Make` has it."""
+    wide = cudnn.data_type.FLOAT
+    return cudnn.pygraph(
+        io_data_type=cudnn.data_type.FP8_E4M3, intermediate_data_type=wide, compute_data_type=wide, **where
+    )
+
+
 def kernels(cudnn: Any, graph: Any, numbers: Iterable[int] = CONFIGURATIONS) -> dict[str, int]:
     """Plans of a validated graph by name: in cuDNN's own order, then other kernels of the engine that it puts first.
 

@@ -46,7 +46,6 @@ def _largest_values(network: CausalDiT, modulations: Tensor) -> list[Tensor]:
     """|w x + b| <= |w| |x| + |b|, where x is a token after LayerNorm, of length sqrt(D) at most, and modulation."""
     shift, scale = modulations[:, :, 0], modulations[:, :, 1]  # [levels, layers, D]
     lengths = math.sqrt(shift.shape[-1]) * (1 + scale).abs().amax(-1) + shift.norm(dim=-1)
-
     layers = [block.self_attn.v for block in network.blocks]
     return [
         (layer.weight.float().norm(dim=1) * length + layer.bias.float().abs()).max()

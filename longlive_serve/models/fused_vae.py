@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longlive_serve.kernels.norm_silu import norm_silu
 from longlive_serve.models.fp8_scales import silu_scale
-from longlive_serve.models.quantized import LARGEST_FP8
+from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
 from longlive_serve.models.vae_decoder import (
     HISTORY,
     AttentionBlock,
@@ -85,7 +85,7 @@ class FP8Weights:
         scale = weight.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FP8
         conv.weight = None  # type: ignore[assignment]
         return cls(
-            weight=(weight / scale).to(torch.float8_e4m3fn).contiguous(memory_format=LAST),
+            weight=to_8_bit(weight, scale, torch.float8_e4m3fn).contiguous(memory_format=LAST),
             input_scale=input_scale.item(),
             scale=(scale * input_scale).view(1, -1, 1, 1, 1),
             bias=conv.bias.float().view(1, -1, 1, 1, 1),
