@@ -142,8 +142,8 @@ def test_a_picture_without_matplotlib_is_refused_at_once(
 def test_what_was_exported_is_measured_beside_torch(
     exported: ExportedGraphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, nothing = tmp_path / "gpu.json", tmp_path / "plans"
-    folders = ["--graphs", str(exported("tiny", "base")), "--plans", str(nothing)]
+    path, graphs = tmp_path / "gpu.json", str(exported("tiny", "base"))
+    folders = ["--graphs", graphs, "--plans", graphs]
     assert command.main([*QUICK, "--max-sessions", "1", "--rows", "torch", *folders, "--json", str(path)]) == 0
     record = json.loads(path.read_text())["longlive_serve.bench"]
     assert [(row["name"], row["engine"]) for row in record["rows"]] == [
@@ -151,7 +151,7 @@ def test_what_was_exported_is_measured_beside_torch(
         ("onnxruntime", "onnxruntime+torch"),
     ]
     assert list(record["skipped"]) == ["tensorrt"]
-    assert str(nothing) in record["skipped"]["tensorrt"]
+    assert graphs in record["skipped"]["tensorrt"]
     assert "onnxruntime" in record["versions"]
     assert "onnxruntime" in capsys.readouterr().out
 
@@ -163,6 +163,7 @@ def test_what_was_exported_is_measured_beside_torch(
         (["--chunks", "200"], "a video has no place for so many chunks"),
         (["--max-sessions", "0"], "got 0, expected 1 or more"),
         (["--preset", "demo"], "invalid choice: 'demo'"),
+        (["--graphs", "nowhere"], "--graphs nowhere: there is no manifest.json in it"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,6 +188,12 @@ def test_the_engine_fused_is_built_of_what_can_be_fused() -> None:
     assert small.dit.cache_dtype == torch.float8_e4m3fn
 
 
+def test_without_the_compiler_it_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="engine: got fused without the compiler Triton"):
+        build_engines(ServeConfig(preset="tiny", engine="fused", device="cpu"))
+
+
 def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:
     copies = []
 

@@ -25,6 +25,7 @@ from longlive_serve.bench.rows import ROWS, exported
 from longlive_serve.bench.run import Run
 from longlive_serve.bench.show import plot, tables
 from longlive_serve.config import AUTO, PRESETS
+from longlive_serve.engines.graph_files import MANIFEST
 from longlive_serve.logs import at_level
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY
@@ -114,6 +115,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     on_cuda = torch.cuda.is_available() if args.device == AUTO else args.device.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no GPU here")
+    for option in ("graphs", "plans"):
+        folder = getattr(args, option)
+        if folder is not None and not (folder / MANIFEST).is_file():
+            parser.error(f"--{option} {folder}: there is no {MANIFEST} in it, expected a folder that the export made")
     args.device = ("cuda" if on_cuda else "cpu") if args.device == AUTO else args.device
     args.preset = args.preset or ("longlive-1.3b" if on_cuda else "tiny")
     args.max_sessions = args.max_sessions or (8 if on_cuda else 2)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,13 @@ from longlive_serve.config import (
 if TYPE_CHECKING:
     from longlive_serve.config import NetworkConfig, ServeConfig
     from longlive_serve.engines.graph_engine import Graph
-    from longlive_serve.engines.interface import Engines
+    from longlive_serve.engines.interface import DiT, Engines, TextEncoder, VAEDecoder
+    from longlive_serve.models.text_encoder import Tokenizer
+
+    Networks = Callable[[str], Any]
+    """The name of a network -> it, in PyTorch."""
+    Graphs = Callable[[str], dict[str, Graph]]
+    """The name of a network -> its graphs."""
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +45,18 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     """
     import torch
 
-    from longlive_serve.engines.graph_engine import GraphDiT, GraphTextEncoder, GraphVAEDecoder
-    from longlive_serve.engines.interface import DiT, Engines, VAEDecoder
-    from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
+    from longlive_serve.engines.interface import Engines
     from longlive_serve.engines.transfer import use_device
     from longlive_serve.weights import adapters_of, fingerprint, load_network, load_tokenizer
 
-    sizes, variant, device = config.network, config.variant, config.device
+    sizes, device = config.network, config.device
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
     folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
     backends = {network: choose(network, config) for network in NETWORKS}
+    if FUSED in backends.values():
+        _check_triton()
 
     def network(name: str) -> Any:
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
@@ -60,44 +67,66 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
         folder = Path(folders[backends[name]])
         # None is fine: what has been exported needs no checkpoints.
         weights = fingerprint(name, config.weights, adapters, config.use_ema)
-        return open_graphs(name, backends[name], folder, sizes, variant, device, config.dtype, weights)
+        return open_graphs(name, backends[name], folder, sizes, config.variant, device, config.dtype, weights)
 
     adapters = adapters_of(config)
-    tokenizer, slots = load_tokenizer(sizes, config.weights), config.slots
-    text_encoder = (
-        TorchTextEncoder(network(TEXT_ENCODER), tokenizer)
-        if backends[TEXT_ENCODER] == TORCH
-        else GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
-    )
-    dit: DiT
-    if backends[DIT] == TORCH:
-        dit = TorchDiT(network(DIT), sizes, slots, variant)
-    elif backends[DIT] == FUSED:
-        from longlive_serve.engines.fused_dit_engine import FusedDiT  # it needs Triton
-
-        dit = FusedDiT(network(DIT), sizes, slots, variant, config.fp8, config.fp8_attention)
-    else:
-        dit = GraphDiT(graphs(DIT), sizes, slots, variant)
-    vae_decoder: VAEDecoder
-    drawn_by = TINY_DECODER if config.decoder == TINY else VAE_DECODER
-    if backends[VAE_DECODER] == TORCH:
-        vae_decoder = TorchVAEDecoder(network(drawn_by), sizes)
-    elif backends[VAE_DECODER] == FUSED:
-        from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
-
-        vae_decoder = FusedVAEDecoder(network(drawn_by), sizes, config.fp8_decoder)
-    else:
-        vae_decoder = GraphVAEDecoder(graphs(VAE_DECODER))
+    tokenizer = load_tokenizer(sizes, config.weights)
+    dit = _dit(backends[DIT], config, network, graphs)
     engines = Engines(
-        text_encoder=text_encoder,
+        text_encoder=_text_encoder(backends[TEXT_ENCODER], tokenizer, network, graphs),
         dit=dit,
-        vae_decoder=vae_decoder,
+        vae_decoder=_vae_decoder(backends[VAE_DECODER], config, network, graphs),
         name="+".join(sorted(set(backends.values()))),
         device=device,
         dtype=str(dit.dtype).removeprefix("torch."),
     )
     log.info("on %s, %s, preset %s, weights %s", device, engines.dtype, sizes.name, config.weights)
     return engines
+
+
+def _text_encoder(backend: str, tokenizer: Tokenizer, network: Networks, graphs: Graphs) -> TextEncoder:
+    from longlive_serve.engines.graph_engine import GraphTextEncoder
+    from longlive_serve.engines.torch_engine import TorchTextEncoder
+
+    if backend == TORCH:
+        return TorchTextEncoder(network(TEXT_ENCODER), tokenizer)
+    return GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
+
+
+def _dit(backend: str, config: ServeConfig, network: Networks, graphs: Graphs) -> DiT:
+    from longlive_serve.engines.graph_engine import GraphDiT
+    from longlive_serve.engines.torch_engine import TorchDiT
+
+    where = config.network, config.slots, config.variant
+    if backend == TORCH:
+        return TorchDiT(network(DIT), *where)
+    if backend == FUSED:
+        from longlive_serve.engines.fused_dit_engine import FusedDiT  # it needs Triton
+
+        return FusedDiT(network(DIT), *where, config.fp8, config.fp8_attention)
+    return GraphDiT(graphs(DIT), *where)
+
+
+def _vae_decoder(backend: str, config: ServeConfig, network: Networks, graphs: Graphs) -> VAEDecoder:
+    from longlive_serve.engines.graph_engine import GraphVAEDecoder
+    from longlive_serve.engines.torch_engine import TorchVAEDecoder
+
+    drawn_by = TINY_DECODER if config.decoder == TINY else VAE_DECODER
+    if backend == TORCH:
+        return TorchVAEDecoder(network(drawn_by), config.network)
+    if backend == FUSED:
+        from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
+
+        return FusedVAEDecoder(network(drawn_by), config.network, config.fp8_decoder)
+    return GraphVAEDecoder(graphs(VAE_DECODER))
+
+
+def _check_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"engine: got {FUSED} without the compiler Triton, which PyTorch for CUDA brings: "
+            f'pip install triton, or engine = "{TORCH}"'
+        )
 
 
 def choose(network: str, config: ServeConfig) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pipeline needs of an engine, whichever backend runs it.
 
-Implemented in `torch_engine.py`; called by the pipeline, which never asks which implementation it has. An engine
+Implemented by the modules beside it; called by the pipeline, which never asks which implementation it has. An engine
 belongs to one thread. B is 1 everywhere: sessions take turns at chunk borders.
 """
 
