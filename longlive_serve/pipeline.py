@@ -7,22 +7,20 @@ the networks and not who watches the video.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
-from longlive_serve.engines.clock import Clock, Mark
+from longlive_serve.engines.clock import Clock
 from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines, Preparable, PromptKV
-from longlive_serve.engines.transfer import to_device
+from longlive_serve.engines.transfer import ToHost, to_device
 from longlive_serve.errors import ServeError
+from longlive_serve.in_flight import ChunkInFlight, Phases
 from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.noise_schedule import NoiseSchedule
@@ -43,57 +41,80 @@ class Pipeline:
         self.window = Window(config.window)
         self.schedule = NoiseSchedule(engines.device)
         self.dtype: torch.dtype = getattr(torch, engines.dtype)
+        self.asynchronous = engines.device.startswith("cuda")
+        """Whether the device works while the host goes on: else a chunk's frames are there when they are asked for."""
         self.phases: list[Phase] = []
-        """Of the last chunk."""
+        """Of the last chunk that was finished."""
+        self._finished = 0.0
+        """When that was."""
         self._clock = Clock(engines.device)
-        self._marks: list[tuple[str, Mark, Mark]] = []
-        """Of the chunk in progress: a phase's name, begin and end."""
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
 
-    @torch.inference_mode()
-    def advance(self, session: Session, send_early: Callable[[FrameChunk], None] | None = None) -> FrameChunk:
-        """Generate the next chunk. On an error the session's state is undefined: end it.
+    def advance(self, session: Session) -> FrameChunk:
+        """Generate the next chunk: `launch` and `finish`."""
+        *_, chunk = self.finish(self.launch(session))
+        return chunk
 
-        `send_early`: gets the frames of every latent frame but the last as soon as they are decoded; what is returned
-        then holds only those of the last. What took how long is left in `phases`.
+    @torch.inference_mode()
+    def launch(self, session: Session, early: bool = False) -> ChunkInFlight:
+        """Give the device the work of the session's next chunk, without waiting for it. Other sessions' chunks may be
+        launched before this one is finished, the session's own not. On an error its state is undefined: end it.
+
+        `early`: frames come in parts, one for every latent frame.
         Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
-        began, start, self._marks = time.monotonic(), self._clock.mark(), []
-        number = session.chunk
+        began, number, phases = time.monotonic(), session.chunk, Phases(self._clock)
         self._check_limit(number)
-        with self._phase("switch"):
+        with phases.of("switch"):
             if session.recent and session.prompt_kv is None:  # it comes from a snapshot
                 self.restore(session)
             notice = self._apply_prompts(session)
-        latents = self._denoise(session)
-        parts = latents.split(1, dim=1) if send_early else (latents,)
-        first_frame = self.first_frame(number)
+        latents = self._denoise(session, phases)
+        denoised = self._clock.mark()
+        parts = latents.split(1, dim=1) if early else (latents,)
+        frames = self._decode(session, parts, number == 0, phases)
+        return ChunkInFlight(
+            frames=iter([*frames]) if self.asynchronous else frames,
+            parts=len(parts),
+            first_frame=self.first_frame(number),
+            prompt_index=session.prompt.index,
+            notice=notice,
+            began=began,
+            denoised=denoised,
+            phases=phases,
+        )
+
+    def wait_until_denoised(self, chunk: ChunkInFlight) -> None:
+        """Until all of a launched chunk is done but its decoding."""
+        self._clock.wait(chunk.denoised)
+
+    @torch.inference_mode()
+    def finish(self, chunk: ChunkInFlight) -> Iterator[FrameChunk]:
+        """The chunk's frames as they come, in its parts. What took how long is left in `self.phases`.
+
+        A chunk's `seconds` begin when the one before it was finished, if it was launched before that.
+        """
+        first_frame, notice = chunk.first_frame, chunk.notice
+        for number, frames in enumerate(chunk.frames, 1):
+            part = FrameChunk(
+                frames=frames.numpy(), first_frame=first_frame, prompt_index=chunk.prompt_index, notice=notice
+            )
+            if number < chunk.parts:
+                yield part
+            first_frame, notice = first_frame + len(part.frames), ""
+        began, self._finished = max(chunk.began, self._finished), time.monotonic()
+        self.phases = chunk.phases.until(self._finished)
+        yield dataclasses.replace(part, seconds=self._finished - began)
+
+    def _decode(self, session: Session, parts: Sequence[Tensor], opening: bool, phases: Phases) -> Iterator[ToHost]:
+        decoder = self.engines.vae_decoder
+        cache = decoder.initial_cache() if session.decoder_cache is None else session.decoder_cache
         for place, part in enumerate(parts):
-            with self._phase("decode"):
-                frames = self._decode(session, part, opening=number == 0 and place == 0)
-            chunk = FrameChunk(frames=frames, first_frame=first_frame, prompt_index=session.prompt.index, notice=notice)
-            if send_early and place + 1 < len(parts):
-                send_early(chunk)
-                first_frame, notice = first_frame + len(frames), ""
-        seconds = self._clock.seconds
-        self.phases = [
-            Phase(name=name, began=began + seconds(start, begin), seconds=seconds(begin, end))
-            for name, begin, end in self._marks
-        ]
-        return dataclasses.replace(chunk, seconds=time.monotonic() - began)
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """What is done within counts as `name`; the device is not waited for."""
-        begin = self._clock.mark()
-        yield
-        self._marks.append((name, begin, self._clock.mark()))
-
-    def _decode(self, session: Session, latents: Tensor, opening: bool) -> np.ndarray[Any, Any]:
-        if session.decoder_cache is None:
-            session.decoder_cache = self.engines.vae_decoder.initial_cache()
-        frames, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, opening)
-        return frames
+            with phases.of("decode"):
+                frames, cache = decoder.decode(part, cache, opening and place == 0)
+                session.decoder_cache = cache
+                there = ToHost(frames)
+            yield there
 
     def warm_up(self) -> float:
         """Generate a short video that nobody sees, before the first session. Returns the seconds of a chunk.
@@ -124,7 +145,7 @@ class Pipeline:
             for number in range(self.window.capacity + 2):
                 if number:
                     session.add_prompt(text, NOW)
-                self.advance(session, (lambda _: None) if number % 2 else None)
+                list(self.finish(self.launch(session, early=number % 2 == 1)))
 
     def first_frame(self, chunk: int) -> int:
         """The number of a chunk's first video frame: the video's first latent frame gives 1 frame, the others 4."""
@@ -203,19 +224,19 @@ class Pipeline:
         for number, latents in enumerate(session.recent, oldest):
             _, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
-    def _denoise(self, session: Session) -> Tensor:
+    def _denoise(self, session: Session, phases: Phases) -> Tensor:
         """Four steps and the commit: the chunk's clean latents [1, frames, channels, h, w]."""
         assert session.prompt_kv is not None
         dit, schedule = self._dit(session), self.schedule
         placement = self.window.step(session.chunk, session.first_cached)
-        with self._phase("denoise"):
+        with phases.of("denoise"):
             x, *noises = self._draw(session)
             for step in range(schedule.steps):
                 flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
                 clean = schedule.clean_latents(x, flow, step)
                 if step + 1 < schedule.steps:
                     x = schedule.add_noise(clean, noises[step], step + 1)
-        with self._phase("commit"):
+        with phases.of("commit"):
             self._commit(session, clean, placement)
         session.noise.prepare(self._noise_shape, schedule.steps)
         session.recent.append(clean)

@@ -12,9 +12,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -120,8 +118,8 @@ class NoDecoder:
     def initial_cache(self) -> list[Tensor]:
         return []
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
-        return np.empty((0, 0, 0, 3), np.uint8), cache
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+        return torch.empty((0, 0, 0, 3), dtype=torch.uint8), cache
 
 
 def case_network(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:

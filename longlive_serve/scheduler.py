@@ -43,6 +43,8 @@ class Seat:
     """First frame of the next chunk."""
     started: int | None = None
     """When frame 0 is shown on the playback clock; None until the first chunk is there."""
+    there_at: int | None = None
+    """When the chunk that is being generated should be there; None: none is."""
 
     @property
     def period(self) -> int:
@@ -52,16 +54,29 @@ class Seat:
 
     @property
     def due(self) -> int:
-        """When the next chunk has to be there. For the first one, a viewer is granted as long as a chunk plays."""
+        """When the first chunk that is not there has to be. For the very first, a viewer is granted as long as a chunk
+        plays."""
         assert self.fps is not None
         return self.since + self.period if self.started is None else self.started + self.frame * SECOND // self.fps
 
     @property
+    def is_new(self) -> bool:
+        """Its clock has no start yet, and no chunk is generated that will start it."""
+        return self.started is None and self.there_at is None
+
+    @property
+    def next_due(self) -> int:
+        """When the chunk has to be there that is generated next, after one that is being generated."""
+        if self.there_at is None:
+            return self.due
+        return (self.there_at if self.started is None else self.due) + self.period
+
+    @property
     def released(self) -> int:
         """From when on the next chunk may be generated; the first chunk of a new prompt one chunk earlier."""
-        if self.started is None:
+        if self.is_new:
             return self.since
-        return self.due - (self.lead + self.hurried) * self.period
+        return self.next_due - (self.lead + self.hurried) * self.period
 
 
 class Scheduler:
@@ -143,19 +158,31 @@ class Scheduler:
         self._seat(session_id).hurried = True
 
     def next(self, now: int) -> tuple[str | None, int | None]:
-        """Whose chunk to generate now; if nobody's, the time from when on to ask again (None: after any change)."""
-        clocked = sorted((s for s in self._seats.values() if s.ready and s.fps is not None), key=lambda seat: seat.due)
-        may = [seat for seat in clocked if seat.released <= now]
-        eager = [seat for seat in may if seat.started is None or seat.hurried]
+        """Whose chunk to generate now; if nobody's, the time from when on to ask again (None: after any change).
+
+        Nobody's whose chunk is being generated: it is the turn of the others.
+        """
+        ready = [seat for seat in self._seats.values() if seat.ready]
+        clocked = sorted((seat for seat in ready if seat.fps is not None), key=lambda seat: seat.next_due)
+        free = [seat for seat in clocked if seat.there_at is None]
+        may = [seat for seat in free if seat.released <= now]
+        eager = [seat for seat in may if seat.is_new or seat.hurried]
+        begin = self._free_at(now)
         for seat in eager:
-            if self._harmless(seat, clocked, now):
+            if self._harmless(seat, clocked, begin):
                 return seat.session_id, None
         if may:
             return may[0].session_id, None
-        for seat in self._seats.values():
-            if seat.ready and seat.fps is None and self._harmless(seat, clocked, now):
+        for seat in ready:
+            if seat.fps is None and seat.there_at is None and self._harmless(seat, clocked, begin):
                 return seat.session_id, None
-        return None, min((seat.released for seat in clocked), default=None)
+        return None, min((seat.released for seat in free), default=None)
+
+    def begin(self, session_id: str, now: int) -> None:
+        """The session's next chunk is generated from now on, or after those that have been begun before."""
+        seat = self._seats[session_id]
+        seat.there_at = self._free_at(now) + self.cost
+        seat.hurried = False
 
     def done(self, session_id: str, now: int, frames: int, took: int) -> int:
         """The session's chunk of `frames` is there and `took` this long. Returns by how much it came too late."""
@@ -164,6 +191,7 @@ class Scheduler:
         self._measured += 1
         seat = self._seats.pop(session_id)
         self._seats[session_id] = seat
+        seat.there_at = None
         late = 0
         if seat.fps is not None:
             if seat.started is None:
@@ -172,7 +200,6 @@ class Scheduler:
             seat.started += late  # playback stood still for so long
             self.deadline_misses += late > 0
         seat.frame += frames
-        seat.hurried = False
         return late
 
     def work_ahead(self, chunks: int) -> None:
@@ -205,13 +232,17 @@ class Scheduler:
         clocks = [seat.fps for seat in self._seats.values() if seat.fps is not None]
         return not clocks or self._load(fps) + sum(map(self._load, clocks)) <= self._headroom
 
-    def _harmless(self, first: Seat, clocked: Iterable[Seat], now: int) -> bool:
-        """Whether every chunk that has a time is still in time if `first` goes first and the others follow by due."""
-        end = now + self.cost
+    def _free_at(self, now: int) -> int:
+        """When all that has been begun should be there."""
+        return max([now, *(seat.there_at for seat in self._seats.values() if seat.there_at is not None)])
+
+    def _harmless(self, first: Seat, clocked: Iterable[Seat], begin: int) -> bool:
+        """Whether every chunk that has a time is in time if `first` begins at `begin` and the others follow by due."""
+        end = begin + self.cost
         for seat in clocked:
-            if seat is first or seat.started is None:
+            if seat is first or seat.is_new:
                 continue
             end = max(end, seat.released) + self.cost
-            if end > seat.due:
+            if end > seat.next_due:
                 return False
         return True

@@ -18,6 +18,7 @@ from longlive_serve.adapters import Adapters
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines.transfer import use_device
 from longlive_serve.errors import ServeError
+from longlive_serve.in_flight import ChunkInFlight
 from longlive_serve.mailbox import Mailbox
 from longlive_serve.outbox import Outbox, OutboxSink
 from longlive_serve.pipeline import Pipeline
@@ -51,6 +52,7 @@ class VideoService:
         self._mail = Mailbox()
         self._adapters = Adapters(pipeline, config, self._mail.wake)
         self._outbox = Outbox()
+        self._in_flight: tuple[Stream, ChunkInFlight] | None = None
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._run, name="longlive-worker", daemon=True)
@@ -81,14 +83,21 @@ class VideoService:
             except Exception as error:  # a bug outside any session's border: nobody may wait for ever
                 log.exception("the worker failed; every session ends")
                 text = f"the server failed: {type(error).__name__}: {error}"
+                self._in_flight = None
                 self._sessions.end_all(ServeError(ServeError.INTERNAL, text))
         self._take_turn()
 
     def _take_turn(self) -> None:
-        """One round of the worker: requests, departures, arrivals, and one session's next chunk."""
+        """One round of the worker: requests, departures, arrivals, and one session's next chunk.
+
+        It is launched while the device still decodes the one before, which is finished then: the device has no pause.
+        """
         sessions = self._sessions
+        if self._in_flight is not None:
+            self._pipeline.wait_until_denoised(self._in_flight[1])
         self._read_mail()
         if self._draining.is_set():
+            self._finish()  # a last snapshot goes on after what its client has been sent
             sessions.say_goodbye(at_once=self._stopping.is_set())
             self._adapters.abandon(goodbye())
         self._adapters.apply()
@@ -97,15 +106,17 @@ class VideoService:
         sessions.tell_the_waiting()
         self._publish()  # before the chunk: who has it can look at the figures
         turn, _ = sessions.scheduler.next(time.monotonic_ns())
-        if turn is not None:
-            self._advance(sessions[turn])
-            self._publish()
+        launched = None if turn is None else self._launch(sessions[turn])
+        self._finish()
+        self._in_flight = launched
+        if not self._pipeline.asynchronous:
+            self._finish()
 
     def _time_to_wait(self) -> float | None:
         """Seconds for which nothing but a request can give the worker something to do; None: any time."""
         now = time.monotonic_ns()
         turn, wake = self._sessions.scheduler.next(now)
-        if turn is not None or self._stopping.is_set():
+        if turn is not None or self._in_flight is not None or self._stopping.is_set():
             return 0.0
         if not len(self._sessions):
             return None
@@ -128,28 +139,36 @@ class VideoService:
                 log.exception("a request failed")
                 sink.fail(ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}"))
 
-    def _advance(self, stream: Stream) -> None:
-        """Generate and send one chunk."""
-        session, began, frames = stream.session, time.monotonic_ns(), 0
-
-        def send_early(part: FrameChunk) -> None:
-            nonlocal frames
-            frames += len(part.frames)
-            send(part)
-
-        def send(part: FrameChunk) -> None:
-            stream.deliver(part)
-            self._sessions.delivered(stream, part)
-
+    def _launch(self, stream: Stream) -> tuple[Stream, ChunkInFlight] | None:
         with self._border_of(stream):
-            chunk = self._pipeline.advance(session, send_early if stream.early_frames else None)
-            if stream.wants_snapshot:
-                chunk = dataclasses.replace(chunk, snapshot=dump(session, self._pipeline.config))
-            now = time.monotonic_ns()
-            late = self._sessions.scheduler.done(session.id, now, frames + len(chunk.frames), now - began)
-            if late:
-                log.warning("chunk %d came %.3f s late", session.chunk - 1, late / SECOND, extra=stream.named)
-            send(chunk)
+            self._sessions.scheduler.begin(stream.session.id, time.monotonic_ns())
+            return stream, self._pipeline.launch(stream.session, stream.early_frames)
+        return None
+
+    def _finish(self) -> None:
+        """Send the chunk in flight, if there is one."""
+        if self._in_flight is None:
+            return
+        (stream, chunk), self._in_flight = self._in_flight, None
+        if stream not in self._sessions:  # it has ended meanwhile
+            return
+        with self._border_of(stream):
+            frames = 0
+            for part in self._pipeline.finish(chunk):
+                frames += len(part.frames)
+                stream.deliver(self._completed(stream, part, frames) if part.completes else part)
+                self._sessions.delivered(stream, part)
+        self._publish()
+
+    def _completed(self, stream: Stream, chunk: FrameChunk, frames: int) -> FrameChunk:
+        """The end of a chunk of so many frames, with a snapshot where one is due."""
+        session, now = stream.session, time.monotonic_ns()
+        late = self._sessions.scheduler.done(session.id, now, frames, round(chunk.seconds * SECOND))
+        if late:
+            log.warning("chunk %d came %.3f s late", session.chunk - 1, late / SECOND, extra=stream.named)
+        if not stream.wants_snapshot:
+            return chunk
+        return dataclasses.replace(chunk, snapshot=dump(session, self._pipeline.config))
 
     @contextlib.contextmanager
     def _border_of(self, stream: Stream) -> Iterator[None]:

@@ -56,6 +56,9 @@ class Sessions:
     def __getitem__(self, session_id: str) -> Stream:
         return self._streams[session_id]
 
+    def __contains__(self, stream: Stream) -> bool:
+        return self._streams.get(stream.session.id) is stream
+
     def __len__(self) -> int:
         return len(self._streams)
 

@@ -38,6 +38,12 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(facts.read_text()) if facts.exists() else {}, load_file(tensors) if tensors.exists() else {}
 
 
+@pytest.fixture(params=[False, True], ids=["host", "device"])
+def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services under test have a pipeline that computes when it is asked, and one that does so beside the host."""
+    monkeypatch.setattr("tests.service_bench.CountingPipeline.asynchronous", request.param)
+
+
 class ExportedGraphs:
     """Exports a preset with random weights in float32, once; gives the folder."""
 

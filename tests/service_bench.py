@@ -37,13 +37,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class CountingPipeline:
-    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared."""
+    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared; of a pipeline
+    that is asynchronous, it holds chunks in flight."""
 
     config = PRESETS["tiny"]
     engines = SimpleNamespace(
         name="none", device="cpu", dtype="float32", dit=SimpleNamespace(cache_dtype=torch.float32)
     )
     phases: tuple[Phase, ...] = ()
+    asynchronous = False
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -54,8 +56,9 @@ class CountingPipeline:
     def first_frame(self, chunk: int) -> int:
         return 12 * chunk - 3 if chunk else 0
 
-    def advance(self, session: Session, send_early: Callable[[FrameChunk], None] | None = None) -> FrameChunk:
-        self.gate.wait(LIMIT_S)
+    def launch(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+        if not self.asynchronous:
+            self.gate.wait(LIMIT_S)
         self.turns.append(session.id)
         self.slots[session.id] = session.slot
         if session.prompt.text == "explode":
@@ -66,13 +69,21 @@ class CountingPipeline:
         session.chunk += 1
         session.recent.append(torch.zeros(1))
         frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
-        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if send_early else [frames]
-        first, index = self.first_frame(chunk), session.prompt.index
-        for part in parts[:-1]:
-            assert send_early is not None
-            send_early(FrameChunk(frames=part, first_frame=first, prompt_index=index))
+        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if early else [frames]
+        first, made = self.first_frame(chunk), []
+        for part in parts:
+            made.append(FrameChunk(frames=part, first_frame=first, prompt_index=session.prompt.index))
             first += len(part)
-        return FrameChunk(frames=parts[-1], first_frame=first, prompt_index=index, seconds=0.1)
+        made[-1] = dataclasses.replace(made[-1], seconds=1e-4)
+        return made
+
+    def wait_until_denoised(self, chunk: Sequence[FrameChunk]) -> None:
+        pass
+
+    def finish(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
+        if self.asynchronous:
+            self.gate.wait(LIMIT_S)
+        yield from chunk
 
 
 class RecordingSink:

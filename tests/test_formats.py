@@ -64,7 +64,7 @@ def test_early_frames_are_those_of_the_whole_chunk_to_the_bit() -> None:
         session = Session(id="s", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(1), slot=0)
         made: list[FrameChunk] = []
         for _ in range(3):
-            made.append(pipeline.advance(session, made.append if early else None))
+            made += pipeline.finish(pipeline.launch(session, early))
         return made
 
     whole, parts = video(early=False), video(early=True)

@@ -263,7 +263,7 @@ def test_after_the_warm_up_no_session_waits_for_a_capture() -> None:
             for chunk in range(7):
                 if chunk == switch:
                     session.add_prompt("b", NOW)
-                pipeline.advance(session, (lambda _: None) if early else None)
+                list(pipeline.finish(pipeline.launch(session, early)))
         assert Graph.captured == captured
 
 

@@ -47,7 +47,7 @@ def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) 
     cache = engine.initial_cache()
     for number, part in enumerate(latents):
         frames, cache = engine.decode(part, cache, number == 0)
-        yield frames
+        yield frames.numpy()
 
 
 def network(name: str = VAE_DECODER) -> nn.Module:

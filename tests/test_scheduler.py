@@ -63,6 +63,7 @@ def test_sessions_without_a_clock_take_turns() -> None:
         name, _ = scheduler.next(0)
         assert name is not None
         turns.append(name)
+        scheduler.begin(name, 0)
         scheduler.done(name, 0, 12, took=1)
     assert turns == ["a", "c", "a", "c"]
     scheduler.ready("b", 0)
@@ -79,6 +80,43 @@ def test_no_more_than_the_lead_is_generated_ahead() -> None:
     assert scheduler.next(SECOND) == (None, due)  # the chunk after is due a period later
     scheduler.hurry("a")
     assert scheduler.next(SECOND) == ("a", None)  # a new prompt is waited for
+    scheduler.begin("a", SECOND)
+    scheduler.done("a", SECOND, 12, took=1)
+    assert scheduler.next(SECOND) == (None, due + PERIOD)
+
+
+def test_while_a_chunk_is_generated_the_next_one_is_anothers() -> None:
+    scheduler = scheduler_of(2, *"ab")
+    scheduler.admit(0)
+    assert scheduler.next(0) == ("a", None)
+    scheduler.begin("a", 0)
+    assert scheduler.next(0) == ("b", None)
+    scheduler.begin("b", 0)
+    assert scheduler.next(0) == (None, None)
+    scheduler.done("a", SECOND, 9, took=1)
+    assert scheduler.next(SECOND) == ("a", None)
+
+
+def test_a_prompt_that_comes_while_a_chunk_is_generated_is_waited_for_with_the_next() -> None:
+    scheduler = scheduler_of(1, "a")
+    scheduler.admit(0)
+    scheduler.done("a", 0, 9, took=1)
+    scheduler.begin("a", 0)
+    scheduler.hurry("a")
+    scheduler.done("a", 0, 12, took=1)
+    assert scheduler.next(0) == ("a", None)
+
+
+def test_a_first_chunk_waits_where_it_would_make_others_late_after_what_has_been_begun() -> None:
+    scheduler = scheduler_of(3, "a", cost=PERIOD // 4)
+    scheduler.add("offline", 0, fps=None, lead=1)
+    scheduler.admit(0)
+    scheduler.done("a", 0, 9, took=PERIOD // 4)  # the next one is due a period later
+    scheduler.add("new", PERIOD // 2, fps=FPS, lead=1)
+    scheduler.admit(PERIOD // 2)
+    assert scheduler.next(PERIOD // 2) == ("new", None)
+    scheduler.begin("offline", PERIOD // 2)
+    assert scheduler.next(PERIOD // 2) == ("a", None)
 
 
 def test_who_was_interrupted_waits_before_who_has_not_begun() -> None:
@@ -175,17 +213,33 @@ viewers = st.builds(Viewer, comes=st.floats(0, 5), switches=st.integers(2, 9), l
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(viewers, min_size=1, max_size=8), st.floats(0.02, 0.79), st.booleans())
+@given(st.lists(viewers, min_size=1, max_size=8), st.floats(0.02, 0.79), st.booleans(), st.sampled_from([0, 0.1, 0.5]))
 def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
-    crowd: list[Viewer], load: float, offline: bool
+    crowd: list[Viewer], load: float, offline: bool, decode: float
 ) -> None:
-    """`load`: of all admitted viewers together. Times go on for 40 periods."""
+    """`load`: of all admitted viewers together. `decode`: share of a chunk before whose end the next one is chosen.
+    Times go on for 40 periods."""
     cost = int(load * PERIOD / len(crowd))
     scheduler = Scheduler(len(crowd) + 1, cost=cost)
     now, made_offline = 0, 0
     if offline:
         scheduler.add("offline", 0, fps=None, lead=1)
     here: dict[str, Viewer] = {}
+    in_flight: tuple[str, int] | None = None
+
+    def finish(name: str, end: int) -> None:
+        nonlocal now, made_offline
+        now = max(now, end)
+        scheduler.done(name, now, 12 if name in here and here[name].chunks else 9, took=cost)
+        if name == "offline":
+            made_offline += 1
+            return
+        viewer = here[name]
+        viewer.chunks += 1
+        viewer.first = viewer.first or now
+        if viewer.chunks % viewer.switches == 0:
+            scheduler.hurry(name)
+
     while now < 40 * PERIOD:
         for number, viewer in enumerate(crowd):
             if str(number) not in here and viewer.comes * PERIOD <= now:
@@ -194,20 +248,21 @@ def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
         scheduler.admit(now)
         assert scheduler.waiting == 0, "the load fits"
         name, wake = scheduler.next(now)
-        if name is None:
+        idle, launched = name is None and in_flight is None, None
+        if name is not None:
+            scheduler.begin(name, now)
+            launched = name, max(now, in_flight[1] if in_flight else now) + cost
+        if in_flight is not None:
+            finish(*in_flight)
+        in_flight = launched
+        if in_flight is not None and not decode:
+            finish(*in_flight)
+            in_flight = None
+        elif in_flight is not None:
+            now = max(now, in_flight[1] - int(decode * cost))
+        elif idle:
             coming = [int(v.comes * PERIOD) + 1 for n, v in enumerate(crowd) if str(n) not in here]
             now = max(now + 1, min([t for t in (wake, *coming) if t is not None], default=now + PERIOD))
-            continue
-        now += cost
-        scheduler.done(name, now, 12 if name in here and here[name].chunks else 9, took=cost)
-        if name == "offline":
-            made_offline += 1
-            continue
-        viewer = here[name]
-        viewer.chunks += 1
-        viewer.first = viewer.first or now
-        if viewer.chunks % viewer.switches == 0:
-            scheduler.hurry(name)
     assert scheduler.deadline_misses == 0
     for viewer in crowd:
         assert viewer.first is not None

@@ -13,6 +13,8 @@ from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
 from tests.service_bench import CountingPipeline, RecordingSink, bench, closed, wait_until
 
+pytestmark = pytest.mark.usefixtures("either_device")
+
 
 def test_a_request_gets_its_chunks_and_one_end() -> None:
     with bench() as at:

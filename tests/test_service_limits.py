@@ -12,16 +12,18 @@ from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
 from tests.service_bench import bench, closed, wait_until
 
+pytestmark = pytest.mark.usefixtures("either_device")
+
 
 def test_a_live_session_keeps_to_its_clock_and_an_offline_one_runs_free() -> None:
-    with bench(slots=2) as at:
+    with bench(slots=2, lead=5) as at:
         live = at.start("live", options=Options(fps=120))  # a chunk plays for 0.1 s
         offline = at.start("offline")
-        wait_until(lambda: len(live.chunks) == 6)
+        wait_until(lambda: len(live.chunks) >= 10)
         assert at.figures["deadline_misses"] == 0
         assert len(offline.chunks) > 50
         began = time.monotonic()
-        wait_until(lambda: len(live.chunks) == 12)
+        wait_until(lambda: len(live.chunks) >= 16)
         assert 0.4 < time.monotonic() - began < 1.5
 
 

@@ -15,6 +15,8 @@ from tests.service_bench import FAST, bench, closed, wait_until
 
 AT_ONCE = Options(pace="asap", max_wait_s=0)
 
+pytestmark = pytest.mark.usefixtures("either_device")
+
 
 def test_who_waits_is_told_the_place_in_the_queue() -> None:
     with bench(slots=1) as at:

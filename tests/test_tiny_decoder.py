@@ -244,9 +244,8 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
 def test_frames_sent_early_are_those_of_the_whole_chunk() -> None:
     whole, early = new_session(0), new_session(0)
     for _ in range(2):
-        sent: list[Any] = []
-        last = pipeline().advance(early, sent.append)
-        frames = np.concatenate([chunk.frames for chunk in (*sent, last)])
+        parts = pipeline().finish(pipeline().launch(early, early=True))
+        frames = np.concatenate([part.frames for part in parts])
         assert np.array_equal(frames, pipeline().advance(whole).frames)
 
 

@@ -71,9 +71,10 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
 
     adapters = adapters_of(config)
     tokenizer = load_tokenizer(sizes, config.weights)
+    text_encoder = _text_encoder(backends[TEXT_ENCODER], tokenizer, network, graphs)
     dit = _dit(backends[DIT], config, network, graphs)
     engines = Engines(
-        text_encoder=_text_encoder(backends[TEXT_ENCODER], tokenizer, network, graphs),
+        text_encoder=text_encoder,
         dit=dit,
         vae_decoder=_vae_decoder(backends[VAE_DECODER], config, network, graphs),
         name="+".join(sorted(set(backends.values()))),

@@ -27,6 +27,11 @@ class Clock:
         event.record()
         return event
 
+    def wait(self, mark: Mark) -> None:
+        """Until that point."""
+        if isinstance(mark, torch.cuda.Event):
+            mark.synchronize()
+
     def seconds(self, begin: Mark, end: Mark) -> float:
         """From one mark to a later one; waits for it."""
         if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):

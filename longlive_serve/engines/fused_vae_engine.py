@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.cudnn_convolution import CudnnConvolution
 from longlive_serve.engines.cudnn_library import NoPlanError
-from longlive_serve.engines.transfer import to_host
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import Convolve, FusedVAE
@@ -63,13 +60,13 @@ class FusedVAEDecoder:
     def initial_cache(self) -> list[Tensor]:
         return StreamCache(self._new_cache())
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
         assert isinstance(cache, StreamCache)
         self._bring(cache)
         latents = latents.to(self.dtype)
         parts = [latents[:, :1], latents[:, 1:]] if opening else [latents]
         frames = [self._decode(part, opening and number == 0) for number, part in enumerate(parts) if part.shape[1]]
-        return to_host(torch.cat(frames, 1)[0]), cache
+        return torch.cat(frames, 1)[0], cache
 
     def _decode(self, latents: Tensor, opening: bool) -> Tensor:
         def run(inputs: Sequence[Tensor]) -> Tensor:

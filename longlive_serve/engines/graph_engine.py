@@ -7,16 +7,14 @@ Built by `build_engines` on the graphs of `onnxruntime_engine.py` or `tensorrt_e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longlive_serve.config import DIT, TEXT_ENCODER, NetworkConfig
 from longlive_serve.engines.graph_io import PROMPT_KV, VAE_OPENING, VAE_STEADY, GraphIO, cache_names
 from longlive_serve.engines.interface import EncodedPrompt, PromptKV
-from longlive_serve.engines.transfer import to_host
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, time_features
 from longlive_serve.models.rope import RotaryTables
@@ -127,7 +125,7 @@ class GraphVAEDecoder:
         shapes = [tensor.shape[1:] for tensor in graph.io.inputs[1:]]
         return [torch.zeros((1, *shape), device=graph.device, dtype=graph.dtype) for shape in shapes]  # type: ignore[arg-type]
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
         parts = []
         for index, latent in enumerate(latents.to(self.steady.dtype).unbind(1)):
             graph = self.opening if opening and index == 0 else self.steady
@@ -135,4 +133,4 @@ class GraphVAEDecoder:
             out = graph(inputs | {"latent": latent.contiguous()})
             cache = [out[f"new_cache.{number}"] for number in range(len(cache))]
             parts.append(out["video"])
-        return to_host(to_uint8(torch.cat(parts, 1))[0]), cache
+        return to_uint8(torch.cat(parts, 1))[0], cache

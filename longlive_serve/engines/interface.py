@@ -8,9 +8,8 @@ belongs to one thread. B is 1 everywhere: sessions take turns at chunk borders.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,8 +95,8 @@ class VAEDecoder(Protocol):
         """The feature cache of a stream that has not begun."""
         ...
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
-        """[1, frames, channels, h, w] -> uint8 [video frames, height, width, 3] and the new cache.
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+        """[1, frames, channels, h, w] -> uint8 [video frames, height, width, 3] on the device, and the new cache.
 
         `opening` marks the first call of a stream: its first latent frame gives 1 video frame instead of 4.
         """

@@ -7,15 +7,12 @@ Built by `build_engines`. The reference engine: the others are tested against it
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.interface import EncodedPrompt, PromptKV
-from longlive_serve.engines.transfer import to_host
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, CacheView, CausalDiT
 from longlive_serve.models.rope import RotaryTables
@@ -97,6 +94,6 @@ class TorchVAEDecoder:
         size = (self.config.latent_height, self.config.latent_width)
         return self.network.initial_cache(1, *size, weight.device, weight.dtype)
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
         frames, cache = self.network(latents.to(next(self.network.parameters()).dtype), cache, opening)
-        return to_host(to_uint8(frames)[0]), cache
+        return to_uint8(frames)[0], cache

@@ -26,11 +26,19 @@ def to_device(tensor: Tensor, device: str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def to_host(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """What the tensor holds once the work queued for it is done; waits for that."""
-    if not tensor.is_cuda:
-        return tensor.cpu().numpy()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return pinned.numpy()  # it keeps its memory from being used again
+class ToHost:
+    """A tensor on its way to the host, where it comes as soon as the work queued for it so far is done."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there, self._arrival = tensor, None
+        if tensor.is_cuda:
+            self._there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._there.copy_(tensor, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Waits for it."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._there.numpy()  # it keeps its memory from being used again

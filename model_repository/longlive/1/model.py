@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -50,6 +51,8 @@ class TritonPythonModel:
         self.metrics = TritonMetrics(pb.MetricFamily)
         pipeline = Pipeline(build_engines(config), config.network, config.variant)
         self.service = VideoService(pipeline, config, self.metrics.publish, pipeline.warm_up())
+        gc.collect()
+        gc.freeze()  # what is there stays: looking through it for garbage would halt all sessions for 0.1 s
         on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
 
     def execute(self, requests: list[Any]) -> None:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a device works beside the host, the next session's chunk is launched before the last one is waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longlive_serve.config import ServeConfig
+from longlive_serve.engines import build_engines
+from longlive_serve.errors import ServeError
+from longlive_serve.options import Options
+from longlive_serve.pipeline import Pipeline
+from longlive_serve.protocol import FrameChunk
+from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from tests.graphs_on_cpu import graphs_on_cpu
+from tests.service_bench import Bench, CountingPipeline, bench, closed, wait_until
+
+
+class Device(CountingPipeline):
+    """Works beside the host, and remembers what it was asked for, in order."""
+
+    asynchronous = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+        self.busy: set[str] = set()
+        """Sessions whose chunks take until they are no more in it."""
+        self.failing = ""
+        """The session whose next chunk fails."""
+        self.lost = False
+        """What is launched now never comes."""
+        self._launched: list[tuple[Sequence[FrameChunk], str]] = []
+        self._lost: list[Sequence[FrameChunk]] = []
+
+    def launch(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+        self.calls.append(("launch", session.id))
+        chunk = super().launch(session, early)
+        self._launched.append((chunk, session.id))
+        if self.lost:
+            self._lost.append(chunk)
+        return chunk
+
+    def wait_until_denoised(self, chunk: Sequence[FrameChunk]) -> None:
+        if any(chunk is lost for lost in self._lost):
+            raise RuntimeError("the device is lost")
+
+    def finish(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
+        name = next(name for launched, name in self._launched if launched is chunk)
+        self.calls.append(("finish", name))
+        wait_until(lambda: name not in self.busy)
+        if name == self.failing:
+            raise RuntimeError("the device failed")
+        yield from super().finish(chunk)
+
+
+@contextlib.contextmanager
+def bench_of_device(**settings: Any) -> Iterator[tuple[Bench, Device]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.service_bench.CountingPipeline", Device)
+        with bench(**settings) as at:
+            assert isinstance(at.pipeline, Device)
+            yield at, at.pipeline
+
+
+@contextlib.contextmanager
+def busy(at: Bench, device: Device) -> Iterator[None]:
+    """Those who come meanwhile are all there when it is over."""
+    device.busy.add("nobody")
+    at.start("nobody", chunks=1, end=True)
+    wait_until(lambda: ("finish", "nobody") in device.calls)
+    yield
+    device.calls.clear()
+    device.busy.remove("nobody")
+
+
+def test_the_device_has_the_next_sessions_work_before_a_chunk_is_waited_for() -> None:
+    with bench_of_device(slots=4) as (at, device):
+        with busy(at, device):
+            sinks = [at.start(name, chunks=3, end=True) for name in "abc"]
+        wait_until(closed(*sinks))
+    for what in ("launch", "finish"):
+        assert [name for call, name in device.calls if call == what] == [*"abc" * 3]
+    assert [what for what, _ in device.calls] == ["launch"] + ["launch", "finish"] * 8 + ["finish"]
+
+
+def test_a_session_alone_is_not_launched_twice() -> None:
+    with bench_of_device() as (at, device):
+        wait_until(closed(at.start("a", chunks=4, end=True)))
+    assert [what for what, _ in device.calls] == ["launch", "finish"] * 4
+
+
+def test_who_leaves_while_a_chunk_is_in_flight_gets_none_and_leaves_the_slot() -> None:
+    with bench_of_device(slots=2) as (at, device):
+        with busy(at, device):
+            stays, gone, waits = (at.start(name) for name in "abc")
+            device.busy.add("a")
+        wait_until(lambda: ("finish", "a") in device.calls)  # b is in flight
+        gone.cancelled = True
+        device.busy.clear()
+        wait_until(lambda: len(waits.chunks) > 3 and len(stays.chunks) > 3)
+        assert ("finish", "b") not in device.calls
+        assert not any(len(chunk.frames) for chunk in gone.chunks)
+        assert device.slots["c"] == device.slots["b"]
+
+
+def test_a_chunk_that_fails_in_flight_ends_its_own_session() -> None:
+    with bench_of_device(slots=2) as (at, device):
+        device.failing = "a"
+        failing, other = at.start("a"), at.start("b")
+        wait_until(closed(failing))
+        error = failing.errors[0]
+        assert error.kind == ServeError.INTERNAL
+        assert "the session failed: RuntimeError: the device failed" in str(error)
+        seen = len(other.chunks)
+        wait_until(lambda: len(other.chunks) > seen + 2)
+
+
+def test_a_device_that_is_lost_ends_the_sessions_and_not_the_service() -> None:
+    with bench_of_device(slots=2) as (at, device):
+        device.lost = True
+        sinks = [at.start(name) for name in "ab"]
+        wait_until(closed(*sinks))
+        texts = {str(error) for sink in sinks for error in sink.errors}
+        assert all("the server failed: RuntimeError: the device is lost" in text for text in texts)
+        device.lost = False
+        again = at.start("c", chunks=1, end=True)
+        wait_until(closed(again))
+        assert len(again.chunks) == 1
+
+
+def test_a_last_snapshot_goes_on_after_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlive_serve.sessions.dump", lambda session, network: f"at {session.chunk}".encode())
+    with bench_of_device(slots=2) as (at, device):
+        sinks = [at.start(name, options=Options(pace="asap", snapshot_every=10**6)) for name in "ab"]
+        wait_until(lambda: all(len(sink.chunks) > 2 for sink in sinks))
+        device.busy.add("a")
+        wait_until(lambda: device.calls[-1] == ("finish", "a"))  # b is in flight
+        at.service.drain()
+        device.busy.clear()
+        wait_until(closed(*sinks))
+    for sink in sinks:
+        sent = sum(len(chunk.frames) > 0 for chunk in sink.chunks)
+        assert sink.chunks[-1].snapshot == f"at {sent}".encode()
+
+
+@pytest.mark.parametrize(("engine", "decoder"), [("torch", "tiny"), ("fused", "wan")])
+def test_chunks_in_flight_have_the_frames_that_they_have_alone(engine: str, decoder: str) -> None:
+    """A switch among them. The fused engine computes all in graphs, whose memory the next chunk uses again."""
+    config = ServeConfig(preset="tiny", engine=engine, decoder=decoder, device="cpu", slots=2)
+    with graphs_on_cpu() if engine == "fused" else contextlib.nullcontext():
+        pipeline = Pipeline(build_engines(config), config.network)
+        alone = [[frames(pipeline, session, chunk) for chunk in range(3)] for session in map(new_session, range(2))]
+        pipeline.asynchronous = True
+        sessions, together = [new_session(number) for number in range(2)], []
+        for chunk in range(3):
+            launched = []
+            for session in sessions:
+                switch(session, chunk)
+                launched.append(pipeline.launch(session, early=chunk % 2 == 1))
+            together.append([np.concatenate([part.frames for part in pipeline.finish(one)]) for one in launched])
+    for slot, chunks in enumerate(alone):
+        for chunk, expected in enumerate(chunks):
+            got = together[chunk][slot]
+            assert np.abs(got.astype(int) - expected).max() <= 1
+            assert (got != expected).mean() < 1e-3  # a latent frame at a time, it may be rounded the other way
+
+
+def frames(pipeline: Pipeline, session: Session, chunk: int) -> np.ndarray:
+    switch(session, chunk)
+    return pipeline.advance(session).frames
+
+
+def switch(session: Session, chunk: int) -> None:
+    if session.slot == chunk - 1:
+        session.add_prompt("a bird", NOW)
+
+
+def new_session(slot: int) -> Session:
+    return Session(id=f"s{slot}", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(slot), slot=slot)
+
+
+def test_a_chunk_takes_what_it_took_after_the_one_before_it() -> None:
+    config = ServeConfig(preset="tiny", engine="torch", device="cpu", slots=2)
+    pipeline = Pipeline(build_engines(config), config.network)
+    pipeline.asynchronous = True
+    launched = [pipeline.launch(new_session(slot)) for slot in (0, 1)]
+    began = time.monotonic()
+    _, second = (list(pipeline.finish(chunk))[-1] for chunk in launched)
+    assert 0 < second.seconds <= time.monotonic() - began
