@@ -94,7 +94,10 @@ class VideoService:
         """
         sessions = self._sessions
         if self._in_flight is not None:
-            self._pipeline.wait_until_denoised(self._in_flight[1])
+            stream, chunk = self._in_flight
+            self._pipeline.wait_until_denoised(chunk)
+            if stream.wants_snapshot:
+                self._finish()  # it is read from the device, which would do what is launched now before that
         self._read_mail()
         if self._draining.is_set():
             self._finish()  # a last snapshot goes on after what its client has been sent

@@ -90,6 +90,22 @@ def test_the_device_has_the_next_sessions_work_before_a_chunk_is_waited_for() ->
     assert [what for what, _ in device.calls] == ["launch"] + ["launch", "finish"] * 8 + ["finish"]
 
 
+def test_a_snapshot_does_not_wait_for_the_next_sessions_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlive_serve.sessions.dump", lambda session, network: b"")
+    monkeypatch.setattr("longlive_serve.service.dump", lambda session, network: b"a snapshot")
+    with bench_of_device(slots=3) as (at, device):
+        with busy(at, device):
+            options = Options(pace="asap", snapshot_every=2)
+            sinks = [at.start("a", chunks=4, end=True, options=options), at.start("b", chunks=4, end=True)]
+        wait_until(closed(*sinks))
+    assert [bool(chunk.snapshot) for chunk in sinks[0].chunks if len(chunk.frames)] == [False, True] * 2
+    launched, finished = (
+        [number for number, call in enumerate(device.calls) if call == (what, "a")] for what in ("launch", "finish")
+    )
+    between = [device.calls[slice(*pair)][1:] for pair in zip(launched, finished, strict=True)]
+    assert [("launch", "b") in calls for calls in between] == [True, False] * 2
+
+
 def test_a_session_alone_is_not_launched_twice() -> None:
     with bench_of_device() as (at, device):
         wait_until(closed(at.start("a", chunks=4, end=True)))
