@@ -97,7 +97,7 @@ class Pipeline:
         first_frame, notice = chunk.first_frame, chunk.notice
         for number, frames in enumerate(chunk.frames, 1):
             part = FrameChunk(
-                frames=frames.numpy(), first_frame=first_frame, prompt_index=chunk.prompt_index, notice=notice
+                frames=frames.wait().numpy(), first_frame=first_frame, prompt_index=chunk.prompt_index, notice=notice
             )
             if number < chunk.parts:
                 yield part

@@ -8,15 +8,15 @@ Called by `model.py`. The worker owns the pipeline and the sessions; what it sen
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from longlive_serve.adapters import Adapters
 from longlive_serve.config import ServeConfig
-from longlive_serve.engines.transfer import use_device
+from longlive_serve.engines.transfer import ToHost, use_device
 from longlive_serve.errors import ServeError
 from longlive_serve.in_flight import ChunkInFlight
 from longlive_serve.mailbox import Mailbox
@@ -25,13 +25,21 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.scheduler import SECOND
 from longlive_serve.sessions import Sessions, goodbye
-from longlive_serve.snapshot import dump
+from longlive_serve.snapshot import dump_later, read_tensors
 from longlive_serve.statistics import Change
 from longlive_serve.stream import Sink, Stream
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05  # how often a worker with nothing to generate looks for dead clients
+
+
+class Launched(NamedTuple):
+    """A chunk in flight, whose it is, and what its snapshot takes of the device, if one goes with it."""
+
+    stream: Stream
+    chunk: ChunkInFlight
+    tensors: Mapping[str, ToHost]
 
 
 class VideoService:
@@ -52,7 +60,7 @@ class VideoService:
         self._mail = Mailbox()
         self._adapters = Adapters(pipeline, config, self._mail.wake)
         self._outbox = Outbox()
-        self._in_flight: tuple[Stream, ChunkInFlight] | None = None
+        self._in_flight: Launched | None = None
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._run, name="longlive-worker", daemon=True)
@@ -88,16 +96,25 @@ class VideoService:
         self._take_turn()
 
     def _take_turn(self) -> None:
-        """One round of the worker: requests, departures, arrivals, and one session's next chunk.
+        """One round of the worker: it looks around, and has one session's next chunk generated.
 
-        It is launched while the device still decodes the one before, which is finished then: the device has no pause.
+        That is launched while the device still decodes the one before, which is finished then: the device has no pause.
         """
-        sessions = self._sessions
+        self._look_around()
         if self._in_flight is not None:
-            stream, chunk = self._in_flight
-            self._pipeline.wait_until_denoised(chunk)
-            if stream.wants_snapshot:
-                self._finish()  # it is read from the device, which would do what is launched now before that
+            self._pipeline.wait_until_denoised(self._in_flight.chunk)
+            self._read_mail()  # what came meanwhile
+            self._sessions.admit()
+        turn, _ = self._sessions.scheduler.next(time.monotonic_ns())
+        launched = None if turn is None else self._launch(self._sessions[turn])
+        self._finish()
+        self._in_flight = launched
+        if not self._pipeline.asynchronous:
+            self._finish()
+
+    def _look_around(self) -> None:
+        """Requests, departures, arrivals. The device denoises meanwhile: to ask Triton who is gone takes its time."""
+        sessions = self._sessions
         self._read_mail()
         if self._draining.is_set():
             self._finish()  # a last snapshot goes on after what its client has been sent
@@ -108,12 +125,6 @@ class VideoService:
         sessions.admit()
         sessions.tell_the_waiting()
         self._publish()  # before the chunk: who has it can look at the figures
-        turn, _ = sessions.scheduler.next(time.monotonic_ns())
-        launched = None if turn is None else self._launch(sessions[turn])
-        self._finish()
-        self._in_flight = launched
-        if not self._pipeline.asynchronous:
-            self._finish()
 
     def _time_to_wait(self) -> float | None:
         """Seconds for which nothing but a request can give the worker something to do; None: any time."""
@@ -142,36 +153,38 @@ class VideoService:
                 log.exception("a request failed")
                 sink.fail(ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}"))
 
-    def _launch(self, stream: Stream) -> tuple[Stream, ChunkInFlight] | None:
+    def _launch(self, stream: Stream) -> Launched | None:
         with self._border_of(stream):
             self._sessions.scheduler.begin(stream.session.id, time.monotonic_ns())
-            return stream, self._pipeline.launch(stream.session, stream.early_frames)
+            chunk = self._pipeline.launch(stream.session, stream.early_frames)
+            return Launched(stream, chunk, read_tensors(stream.session) if stream.wants_snapshot else {})
         return None
 
     def _finish(self) -> None:
         """Send the chunk in flight, if there is one."""
         if self._in_flight is None:
             return
-        (stream, chunk), self._in_flight = self._in_flight, None
+        (stream, chunk, tensors), self._in_flight = self._in_flight, None
         if stream not in self._sessions:  # it has ended meanwhile
             return
         with self._border_of(stream):
-            frames = 0
+            frames, snapshot = 0, None
             for part in self._pipeline.finish(chunk):
                 frames += len(part.frames)
-                stream.deliver(self._completed(stream, part, frames) if part.completes else part)
+                if part.completes:
+                    self._note_end(stream, part, frames)
+                    if tensors:
+                        snapshot = dump_later(stream.session, self._pipeline.config, tensors)
+                stream.deliver(part, snapshot)
                 self._sessions.delivered(stream, part)
         self._publish()
 
-    def _completed(self, stream: Stream, chunk: FrameChunk, frames: int) -> FrameChunk:
-        """The end of a chunk of so many frames, with a snapshot where one is due."""
+    def _note_end(self, stream: Stream, chunk: FrameChunk, frames: int) -> None:
+        """The scheduler wants to know when a chunk of so many frames was there."""
         session, now = stream.session, time.monotonic_ns()
         late = self._sessions.scheduler.done(session.id, now, frames, round(chunk.seconds * SECOND))
         if late:
             log.warning("chunk %d came %.3f s late", session.chunk - 1, late / SECOND, extra=stream.named)
-        if not stream.wants_snapshot:
-            return chunk
-        return dataclasses.replace(chunk, snapshot=dump(session, self._pipeline.config))
 
     @contextlib.contextmanager
     def _border_of(self, stream: Stream) -> Iterator[None]:

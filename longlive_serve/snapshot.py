@@ -9,10 +9,12 @@ safetensors file, never pickle: a snapshot comes from outside and is not trusted
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import hmac
 import json
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from longlive_serve.config import NetworkConfig, WindowConfig
+from longlive_serve.engines.transfer import ToHost
 from longlive_serve.errors import ServeError
 from longlive_serve.options import ON_SWITCH
 from longlive_serve.protocol import MAX_PROMPT_BYTES
@@ -31,13 +34,24 @@ SUM_BYTES = hashlib.sha256().digest_size
 _PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
 
 
-def dump(session: Session, network: NetworkConfig) -> bytes:
-    """`session`, between two chunks, as bytes. Its noise must be a SeededNoise."""
+def read_tensors(session: Session) -> dict[str, ToHost]:
+    """What there is of tensors in `session` after the chunk that was launched last, on its way to the host. Its noise
+    must be a SeededNoise."""
     assert isinstance(session.noise, SeededNoise)
     assert session.recent, "there is nothing to go on from before the first chunk"
     tensors = {"recent": torch.cat(list(session.recent)), "noise": session.noise.state}
     if session.sink:
         tensors["sink"] = torch.cat([one.latents for one in session.sink])
+    return {name: ToHost(tensor) for name, tensor in tensors.items()}
+
+
+def dump(session: Session, network: NetworkConfig) -> bytes:
+    """`session`, between two chunks, as bytes."""
+    return dump_later(session, network, read_tensors(session))()
+
+
+def dump_later(session: Session, network: NetworkConfig, tensors: Mapping[str, ToHost]) -> Callable[[], bytes]:
+    """What writes the bytes: in any thread, whatever happens to the session meanwhile."""
     facts = {
         "version": VERSION,
         "network": network.name,
@@ -47,8 +61,11 @@ def dump(session: Session, network: NetworkConfig) -> bytes:
         "pending": [dataclasses.asdict(prompt) for prompt in session.pending],
         "sink": [{"chunk": one.chunk, "prompt": dataclasses.asdict(one.prompt)} for one in session.sink],
     }
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    body = save(tensors, {"session": json.dumps(facts)})
+    return functools.partial(_write, json.dumps(facts), tensors)
+
+
+def _write(facts: str, tensors: Mapping[str, ToHost]) -> bytes:
+    body = save({name: tensor.wait() for name, tensor in tensors.items()}, {"session": facts})
     return hashlib.sha256(body).digest() + body
 
 

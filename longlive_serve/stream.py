@@ -7,6 +7,7 @@ Used by the service's worker alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hmac
 import time
 from collections import deque
@@ -134,13 +135,17 @@ class Stream:
         """True when the client has left an answer unheard."""
         return any(order.sink.is_cancelled() for order in self.orders)
 
-    def deliver(self, chunk: FrameChunk) -> None:
-        """Send a chunk (or an early part of it) within the oldest order, and close the order with its last one."""
+    def deliver(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
+        """Send a chunk (or an early part of it) within the oldest order, and close the order with its last one.
+
+        `snapshot` makes the one that goes with it, in the thread that sends.
+        """
         order = self.orders[0]
         if chunk.completes and order.chunks is not None:
             order.chunks -= 1
         self.unread += chunk.completes
-        order.sink.send(chunk, order.chunks == 0, self.encode)
+        encode = self.encode if snapshot is None else functools.partial(_with_snapshot, snapshot, self.encode)
+        order.sink.send(chunk, order.chunks == 0, encode)
         self.heard = time.monotonic()
         if order.chunks == 0:
             self.orders.popleft()
@@ -151,6 +156,11 @@ class Stream:
             self.place = place
             notice = f"waiting for a slot: place {place} of {waiting}" if place else "a slot is free: generating"
             self.orders[0].sink.send(notice_chunk(size, notice=notice), final=False)
+
+
+def _with_snapshot(snapshot: Callable[[], bytes], encode: Encode | None, chunk: FrameChunk) -> FrameChunk:
+    chunk = dataclasses.replace(chunk, snapshot=snapshot())
+    return chunk if encode is None else encode(chunk)
 
 
 def notice_chunk(size: tuple[int, int], notice: str = "", **fields: Any) -> FrameChunk:

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longlive_serve import service
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
+from longlive_serve.engines.transfer import ToHost
 from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.snapshot import SUM_BYTES, _facts
 from tests.graphs_on_cpu import graphs_on_cpu
 from tests.service_bench import Bench, CountingPipeline, bench, closed, wait_until
 
@@ -32,6 +35,8 @@ class Device(CountingPipeline):
         self.calls: list[tuple[str, str]] = []
         self.busy: set[str] = set()
         """Sessions whose chunks take until they are no more in it."""
+        self.denoising: set[str] = set()
+        """Those that take as long before they are decoded."""
         self.failing = ""
         """The session whose next chunk fails."""
         self.lost = False
@@ -48,16 +53,20 @@ class Device(CountingPipeline):
         return chunk
 
     def wait_until_denoised(self, chunk: Sequence[FrameChunk]) -> None:
+        wait_until(lambda: self._name(chunk) not in self.denoising)
         if any(chunk is lost for lost in self._lost):
             raise RuntimeError("the device is lost")
 
     def finish(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
-        name = next(name for launched, name in self._launched if launched is chunk)
+        name = self._name(chunk)
         self.calls.append(("finish", name))
         wait_until(lambda: name not in self.busy)
         if name == self.failing:
             raise RuntimeError("the device failed")
         yield from super().finish(chunk)
+
+    def _name(self, chunk: Sequence[FrameChunk]) -> str:
+        return next(name for launched, name in self._launched if launched is chunk)
 
 
 @contextlib.contextmanager
@@ -90,20 +99,40 @@ def test_the_device_has_the_next_sessions_work_before_a_chunk_is_waited_for() ->
     assert [what for what, _ in device.calls] == ["launch"] + ["launch", "finish"] * 8 + ["finish"]
 
 
-def test_a_snapshot_does_not_wait_for_the_next_sessions_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longlive_serve.sessions.dump", lambda session, network: b"")
-    monkeypatch.setattr("longlive_serve.service.dump", lambda session, network: b"a snapshot")
+def test_a_snapshot_is_read_before_the_next_sessions_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device does one thing after the other: what is read later would wait for that chunk."""
     with bench_of_device(slots=3) as (at, device):
+        read = service.read_tensors
+
+        def note(session: Session) -> dict[str, ToHost]:
+            device.calls.append(("read", session.id))
+            return read(session)
+
+        monkeypatch.setattr(service, "read_tensors", note)
         with busy(at, device):
             options = Options(pace="asap", snapshot_every=2)
             sinks = [at.start("a", chunks=4, end=True, options=options), at.start("b", chunks=4, end=True)]
         wait_until(closed(*sinks))
-    assert [bool(chunk.snapshot) for chunk in sinks[0].chunks if len(chunk.frames)] == [False, True] * 2
-    launched, finished = (
-        [number for number, call in enumerate(device.calls) if call == (what, "a")] for what in ("launch", "finish")
-    )
-    between = [device.calls[slice(*pair)][1:] for pair in zip(launched, finished, strict=True)]
-    assert [("launch", "b") in calls for calls in between] == [True, False] * 2
+    chunks = [facts_of(chunk)["chunk"] if chunk.snapshot else 0 for chunk in sinks[0].chunks if len(chunk.frames)]
+    assert chunks == [0, 2, 0, 4]
+    launched = [number for number, call in enumerate(device.calls) if call == ("launch", "a")]
+    assert [device.calls[number + 1] == ("read", "a") for number in launched] == [False, True] * 2
+
+
+def test_a_prompt_that_is_accepted_before_a_snapshot_is_sent_is_in_it() -> None:
+    """The client need not send again what was accepted before its last snapshot came."""
+    with bench_of_device() as (at, device):
+        device.denoising.add("a")
+        video = at.start("a", chunks=1, options=Options(pace="asap", snapshot_every=1))
+        wait_until(lambda: ("launch", "a") in device.calls)
+        accepted = at.ask("a", prompt="a bird")
+        device.denoising.clear()
+        wait_until(closed(video, accepted))
+    assert [prompt["text"] for prompt in facts_of(video.chunks[-1])["pending"]] == ["a bird"]
+
+
+def facts_of(chunk: FrameChunk) -> dict[str, Any]:
+    return _facts(chunk.snapshot[SUM_BYTES:])
 
 
 def test_a_session_alone_is_not_launched_twice() -> None:

@@ -6,9 +6,6 @@ Used by the pipeline and the engines. On the CPU nothing is copied.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +34,8 @@ class ToHost:
             self._arrival = torch.cuda.Event()
             self._arrival.record()
 
-    def numpy(self) -> np.ndarray[Any, Any]:
-        """Waits for it."""
+    def wait(self) -> Tensor:
+        """Until it is there."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        return self._there.numpy()  # it keeps its memory from being used again
+        return self._there
