@@ -176,7 +176,7 @@ class Pipeline:
 
     def _embed(self, session: Session, prompt: Prompt) -> tuple[EncodedPrompt, PromptKV]:
         encoded = self.engines.text_encoder.encode(prompt.text)
-        return encoded, self._dit(session).embed_prompt(encoded.embeds)
+        return encoded, self._dit(session).embed_prompt(encoded.embeds, encoded.tokens)
 
     def _dit(self, session: Session) -> DiT:
         return session.dit or self.engines.dit

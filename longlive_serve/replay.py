@@ -109,7 +109,8 @@ class GivenEmbeddings:
 
     def encode(self, prompt: str) -> EncodedPrompt:
         embeds = self._embeds[prompt]
-        return EncodedPrompt(embeds=embeds, tokens=embeds.shape[1], tokens_given=embeds.shape[1])
+        tokens = int(embeds.ne(0).any(-1).sum())
+        return EncodedPrompt(embeds=embeds, tokens=tokens, tokens_given=tokens)
 
 
 class NoDecoder:

@@ -56,9 +56,9 @@ class Onlookers:
         self.flow = {name: [list[float]() for _ in leader.timesteps] for name in others}
         self.blocks = {name: [list[float]() for _ in range(layers)] for name in others}
 
-    def embed_prompt(self, embeds: Tensor) -> PromptKV:
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         for watched in (self.leader, *self.others.values()):
-            watched.prompt_kv = watched.engine.embed_prompt(embeds)
+            watched.prompt_kv = watched.engine.embed_prompt(embeds, tokens)
         assert self.leader.prompt_kv is not None
         return self.leader.prompt_kv
 

@@ -94,7 +94,7 @@ def test_engines_of_different_weights_share_the_cache(kind: Any) -> None:
     other.blocks[0].ffn[0].weight.mul_(1.5)
     first = kind(network, *settings)
     noisy = torch.randn(1, 3, TINY.dit.channels, TINY.latent_height, TINY.latent_width)
-    prompt = first.embed_prompt(torch.randn(1, TINY.dit.text_len, TINY.dit.text_dim))
+    prompt = first.embed_prompt(torch.randn(1, TINY.dit.text_len, TINY.dit.text_dim), TINY.dit.text_len)
     placement = Window(TINY.window).step(0)
     before = first.denoise(noisy, 0, prompt, 0, placement)
     second = first.with_network(other)

@@ -168,7 +168,8 @@ def dit() -> TorchDiT:
 
 
 NOISY, TEXT = noise(1, 12, 16, SMALL.latent_height, SMALL.latent_width), noise(1, 16, 64)
-TEXT[:, 9:] = 0  # padding
+TOKENS = 9
+TEXT[:, TOKENS:] = 0  # padding
 WINDOW = Window(SMALL.window)
 
 
@@ -186,14 +187,14 @@ def exact_sinusoids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("step", range(4))
 def test_the_first_chunk_equals_diffusers_at_every_noise_level(dit: TorchDiT, step: int) -> None:
-    flow = dit.denoise(NOISY[:, :3], step, dit.embed_prompt(TEXT), 0, WINDOW.step(0))
+    flow = dit.denoise(NOISY[:, :3], step, dit.embed_prompt(TEXT, TOKENS), 0, WINDOW.step(0))
     expected = flow_of_diffusers(NOISY[:, :3], NoiseSchedule().timesteps[step].expand(1))
     assert relative_error(flow, expected) < 1e-5
 
 
 def flow_of(dit: TorchDiT, latents: Tensor, timesteps: Tensor, placement: Placement) -> Tensor:
     view = CacheView(*dit.cache.slot(0), dit.tables, placement, relative=False)
-    flow: Tensor = dit.network(latents, timesteps, dit.embed_prompt(TEXT), view)
+    flow: Tensor = dit.network(latents, timesteps, dit.embed_prompt(TEXT, TOKENS), view)
     return flow
 
 

@@ -189,7 +189,7 @@ def test_a_full_size_chunk_and_recache_need_no_value_from_the_device() -> None:
     window = Window(config.window)
     for variant in ("base", "infinity"):
         dit = TorchDiT(network, config, 1, variant)
-        prompt_kv = dit.embed_prompt(text)
+        prompt_kv = dit.embed_prompt(text, 20)
         for chunk in (0, 5):
             flow = dit.denoise(latents[:, :3], 2, prompt_kv, 0, window.step(chunk))
             assert flow.shape == (1, 3, 16, 60, 104)

@@ -106,17 +106,17 @@ def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
     network = CausalDiT(sizes.dit).eval()
     plain, fused = TorchDiT(copy.deepcopy(network), sizes, 1, "base"), FusedDiT(network, sizes, 1, "base", fp8=False)
     embeds = torch.nn.functional.pad(text(64).repeat(1, 2, 1)[:, :used], (0, 0, 0, 192 - used))
-    rows = fused.embed_prompt(embeds)
+    rows = fused.embed_prompt(embeds, used)
     assert rows[0].shape[3] == (128 if used < 128 else 192)
-    flows = [dit.denoise(latents(1), 0, dit.embed_prompt(embeds), 0, WINDOW.step(0)) for dit in (plain, fused)]
+    flows = [dit.denoise(latents(1), 0, dit.embed_prompt(embeds, used), 0, WINDOW.step(0)) for dit in (plain, fused)]
     assert error(flows[1], flows[0]) < 5e-6
 
 
 def second_chunk(*dits: TorchDiT | FusedDiT) -> list[Tensor]:
     """Its flow at the second step, after a first chunk that was committed."""
     for dit in dits:
-        dit.commit(latents(1), dit.embed_prompt(text(9)), 0, WINDOW.step(0))
-    return [dit.denoise(latents(2), 1, dit.embed_prompt(text(9)), 0, WINDOW.step(1)) for dit in dits]
+        dit.commit(latents(1), dit.embed_prompt(text(9), 9), 0, WINDOW.step(0))
+    return [dit.denoise(latents(2), 1, dit.embed_prompt(text(9), 9), 0, WINDOW.step(1)) for dit in dits]
 
 
 @pytest.mark.parametrize("variant", ["base", "infinity"])
@@ -152,7 +152,7 @@ def test_fp8_attention_by_graphs_is_the_same() -> None:
     for graphs in (False, True):
         with graphs_on_cpu() if graphs else contextlib.nullcontext():
             fused = both(True, True)[1]
-            prompt = fused.embed_prompt(text(9))
+            prompt = fused.embed_prompt(text(9), 9)
             for chunk in range(3):  # the first of a size runs as it is, the next one is captured
                 fused.commit(latents(chunk), prompt, 0, WINDOW.step(chunk))
             flows.append([fused.denoise(latents(4), step, prompt, 0, WINDOW.step(3)) for step in range(4)])
@@ -269,7 +269,7 @@ def test_after_the_warm_up_no_session_waits_for_a_capture() -> None:
 
 def second_of(dit: TorchDiT | FusedDiT, slot: int, chunk: int, prompt: Tensor) -> Tensor:
     """The flow of a chunk at the second step; then it is committed."""
-    prompt_kv, placement = dit.embed_prompt(prompt), WINDOW.step(chunk)
+    prompt_kv, placement = dit.embed_prompt(prompt, 9), WINDOW.step(chunk)
     flow = dit.denoise(latents(chunk), 1, prompt_kv, slot, placement)
     dit.commit(latents(chunk + 10), prompt_kv, slot, placement)
     return flow

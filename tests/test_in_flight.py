@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_serve import service
 from longlive_serve.config import ServeConfig
@@ -21,7 +22,7 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.snapshot import SUM_BYTES, _facts
-from tests.graphs_on_cpu import graphs_on_cpu
+from tests.graphs_on_cpu import WAITS, graphs_on_cpu
 from tests.service_bench import Bench, CountingPipeline, bench, closed, wait_until
 
 
@@ -229,6 +230,27 @@ def switch(session: Session, chunk: int) -> None:
 
 def new_session(slot: int) -> Session:
     return Session(id=f"s{slot}", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(slot), slot=slot)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host asks a tensor for its values: on a device it would wait for all that was launched."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["torch", "fused"])
+def test_no_launch_waits_for_the_device(engine: str) -> None:
+    """Neither the first one nor one with a new prompt: other sessions' frames would wait with it."""
+    config = ServeConfig(preset="tiny", engine=engine, device="cpu", slots=2)
+    pipeline, session = Pipeline(build_engines(config), config.network), new_session(0)
+    for chunk in range(3):
+        if chunk == 2:
+            session.add_prompt("a bird", NOW)
+        with NoWaiting():
+            launched = pipeline.launch(session)
+        list(pipeline.finish(launched))
 
 
 def test_a_chunk_takes_what_it_took_after_the_one_before_it() -> None:

@@ -50,7 +50,8 @@ def rollout_of(pipeline: Pipeline, encoder: Encoder) -> Rollout:
 
 def embedded(pipeline: Pipeline, text: str) -> tuple[Tensor, Tensor]:
     assert isinstance(pipeline.engines.text_encoder, TorchTextEncoder)
-    return pipeline.engines.dit.embed_prompt(pipeline.engines.text_encoder.encode(text).embeds)
+    encoded = pipeline.engines.text_encoder.encode(text)
+    return pipeline.engines.dit.embed_prompt(encoded.embeds, encoded.tokens)
 
 
 @pytest.mark.parametrize("keep_sink", [True, False])

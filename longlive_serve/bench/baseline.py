@@ -42,7 +42,7 @@ class EagerDiT:
             for _ in range(slots)
         ]
 
-    def embed_prompt(self, embeds: Tensor) -> PromptKV:
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         return (embeds.to(self.dtype),)
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.interface import EncodedPrompt
 from longlive_serve.engines.torch_engine import TorchTextEncoder
+from longlive_serve.engines.transfer import to_device
 from longlive_serve.models.text_encoder import END_ID
 
 FIRST_WORD_ID = 3  # after padding, </s> and the unknown
@@ -42,6 +43,6 @@ class WordEncoder:
         padding = self.text_len - len(tokens)
         ids = torch.tensor([tokens + [0] * padding])
         mask = torch.tensor([[1] * len(tokens) + [0] * padding])
-        device = next(self.network.parameters()).device
-        embeds = self.network(ids.to(device), mask.to(device))
+        device = str(next(self.network.parameters()).device)
+        embeds = self.network(to_device(ids, device), to_device(mask, device))
         return EncodedPrompt(embeds=embeds, tokens=len(tokens), tokens_given=len(tokens))

@@ -88,8 +88,8 @@ class FusedDiT:
         self.network = FusedCausalDiT(network, self.fp8, self.attend, attention)
         self.graphs = CudaGraphs(device)
 
-    def embed_prompt(self, embeds: Tensor) -> PromptKV:
-        prompt = self.network.embed_prompt(embeds.to(self.dtype))
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
+        prompt = self.network.embed_prompt(embeds.to(self.dtype), tokens)
         return (prompt.keys, prompt.values) if prompt.bias is None else (prompt.keys, prompt.values, prompt.bias)
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:

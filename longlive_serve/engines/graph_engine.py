@@ -15,6 +15,7 @@ from torch import Tensor
 from longlive_serve.config import DIT, TEXT_ENCODER, NetworkConfig
 from longlive_serve.engines.graph_io import PROMPT_KV, VAE_OPENING, VAE_STEADY, GraphIO, cache_names
 from longlive_serve.engines.interface import EncodedPrompt, PromptKV
+from longlive_serve.engines.transfer import to_device
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, time_features
 from longlive_serve.models.rope import RotaryTables
@@ -48,7 +49,8 @@ class GraphTextEncoder:
 
     def encode(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer(prompt)
-        inputs = {"ids": tokens.ids.to(self.graph.device), "mask": tokens.mask.to(self.graph.device)}
+        device = str(self.graph.device)
+        inputs = {"ids": to_device(tokens.ids, device), "mask": to_device(tokens.mask, device)}
         return EncodedPrompt(
             embeds=self.graph(inputs)["embeds"],
             tokens=tokens.length,
@@ -78,7 +80,7 @@ class GraphDiT:
         self.window = torch.zeros(window, device=device)
         self.write_index = torch.arange(0, window, self.chunk, device=device) * self.tokens_per_frame
 
-    def embed_prompt(self, embeds: Tensor) -> PromptKV:
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         out = self.prompt_kv({"embeds": embeds.to(self.prompt_kv.dtype)})
         return out["prompt_keys"], out["prompt_values"]
 

@@ -51,8 +51,9 @@ class DiT(Protocol):
     cache_dtype: torch.dtype
     """Of the keys and values of its slots."""
 
-    def embed_prompt(self, embeds: Tensor) -> PromptKV:
-        """[1, text_len, text_dim] -> keys and values that every later call under this prompt takes."""
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
+        """[1, text_len, text_dim], zero behind `tokens` -> keys and values that every later call under this prompt
+        takes."""
         ...
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:

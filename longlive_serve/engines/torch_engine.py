@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.interface import EncodedPrompt, PromptKV
+from longlive_serve.engines.transfer import to_device
 from longlive_serve.kv_cache import KVCache, Placement
 from longlive_serve.models.causal_dit import PATCH, CacheView, CausalDiT
 from longlive_serve.models.rope import RotaryTables
@@ -31,8 +32,8 @@ class TorchTextEncoder:
 
     def encode(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer(prompt)
-        device = next(self.network.parameters()).device
-        embeds = self.network(tokens.ids.to(device), tokens.mask.to(device))
+        device = str(next(self.network.parameters()).device)
+        embeds = self.network(to_device(tokens.ids, device), to_device(tokens.mask, device))
         return EncodedPrompt(
             embeds=embeds,
             tokens=tokens.length,
@@ -61,7 +62,7 @@ class TorchDiT:
         self.timesteps = NoiseSchedule(weight.device).timesteps
         self.clean_timestep = torch.zeros((), device=weight.device)
 
-    def embed_prompt(self, embeds: Tensor) -> PromptKV:
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         return self.network.embed_prompt(embeds.to(self.dtype))
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:

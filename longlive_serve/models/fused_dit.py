@@ -139,20 +139,19 @@ class FusedCausalDiT:
         self.config, self.eps = network.config, network.config.eps
         self.blocks = [FusedBlock(block, FP8Product if fp8 else Product) for block in network.blocks]
 
-    def embed_prompt(self, text: Tensor) -> PromptRows:
-        """Text encoder output [1, text_len, text_dim] -> what cross-attention needs of it.
+    def embed_prompt(self, text: Tensor, tokens: int) -> PromptRows:
+        """Text encoder output [1, text_len, text_dim], zero behind `tokens` -> what cross-attention needs of it.
 
         All rows behind the prompt are equal, so a few of them with more weight stand for all (reference semantics
-        section 2.1, step 5): less to attend to, the same result. Waits for the device, once per prompt.
+        section 2.1, step 5): less to attend to, the same result.
         """
         total = text.shape[1]
-        used = int(text.ne(0).any(-1).sum())
-        rows = SHORT_PROMPT if used < SHORT_PROMPT < total else total
+        rows = SHORT_PROMPT if tokens < SHORT_PROMPT < total else total
         keys, values = self.network.embed_prompt(text[:, :rows])
         if rows == total:
             return PromptRows(keys=keys, values=values, bias=None)
         bias = torch.zeros(rows, device=text.device)
-        bias[used:] = math.log((total - used) / (rows - used))
+        bias[tokens:] = math.log((total - tokens) / (rows - tokens))
         return PromptRows(keys=keys, values=values, bias=bias)
 
     def run(

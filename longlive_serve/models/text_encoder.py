@@ -109,7 +109,10 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask int64 [B, text_len] -> [B, text_len, dim] in the network's dtype; padding rows are zero."""
-        hidden: Tensor = self.stack(input_ids=ids, attention_mask=mask).last_hidden_state
+        # [B, 1, 1, text_len], as it is added to the scores: the values of any other mask are asked for, and waited for.
+        dtype = self.stack.embed_tokens.weight.dtype
+        masked = (mask[:, None, None] == 0).to(dtype) * torch.finfo(dtype).min
+        hidden: Tensor = self.stack(input_ids=ids, attention_mask=masked).last_hidden_state
         return hidden.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
 
 
