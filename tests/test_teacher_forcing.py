@@ -22,7 +22,7 @@ def test_all_chunks_at_once_equal_one_after_the_other(step: int) -> None:
     clean, noisy = torch.randn(2, 1, 18, 16, config.latent_height, config.latent_width)
     text = torch.randn(1, config.dit.text_len, config.dit.text_dim)
     dit, window = TorchDiT(network, config, 1, "base"), Window(config.window)
-    prompt_kv = dit.embed_prompt(text)
+    prompt_kv = dit.embed_prompt(text, text.shape[1])
     expected = []
     for chunk in range(6):
         placement, frames = window.step(chunk), slice(3 * chunk, 3 * chunk + 3)
