@@ -43,6 +43,6 @@ class WordEncoder:
         padding = self.text_len - len(tokens)
         ids = torch.tensor([tokens + [0] * padding])
         mask = torch.tensor([[1] * len(tokens) + [0] * padding])
-        device = str(next(self.network.parameters()).device)
+        device = next(self.network.parameters()).device
         embeds = self.network(to_device(ids, device), to_device(mask, device))
         return EncodedPrompt(embeds=embeds, tokens=len(tokens), tokens_given=len(tokens))

@@ -49,7 +49,7 @@ class GraphTextEncoder:
 
     def encode(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer(prompt)
-        device = str(self.graph.device)
+        device = self.graph.device
         inputs = {"ids": to_device(tokens.ids, device), "mask": to_device(tokens.mask, device)}
         return EncodedPrompt(
             embeds=self.graph(inputs)["embeds"],

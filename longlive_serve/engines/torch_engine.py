@@ -32,7 +32,7 @@ class TorchTextEncoder:
 
     def encode(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer(prompt)
-        device = str(next(self.network.parameters()).device)
+        device = next(self.network.parameters()).device
         embeds = self.network(to_device(tokens.ids, device), to_device(tokens.mask, device))
         return EncodedPrompt(
             embeds=embeds,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which device a thread uses; tensors to it, and frames back through pinned memory: it copies while the host goes on.
 
-Used by the pipeline and the engines. On the CPU nothing is copied.
+Used by the pipeline, the engines and snapshots. On the CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ def use_device(device: str) -> None:
         torch.cuda.set_device(device)
 
 
-def to_device(tensor: Tensor, device: str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the CPU on `device`; does not wait for it."""
-    if not device.startswith("cuda"):
+    if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
