@@ -37,7 +37,7 @@ from export.converted_folder import (
 from export.tensor_writer import DTYPES, size_of, write_tensors
 from longlive_serve.checkpoint import MADE_OF, Checkpoint
 from longlive_serve.checkpoint_files import files_of, sha256
-from longlive_serve.config import DIT, NETWORKS, PRESETS, TINY_DECODER, ServeConfig
+from longlive_serve.config import DIT, NETWORKS, PRESETS, TINY_DECODER, Adapter, ServeConfig
 from longlive_serve.lora import rank_of
 from longlive_serve.weights import adapters_of, load_tokenizer
 from longlive_serve.weights_folder import (
@@ -169,6 +169,25 @@ def _made_of(part: Part, config: ServeConfig, dtype: torch.dtype, on_bytes: OnBy
     }
 
 
+def _adapter(text: str, alpha: float) -> Adapter:
+    """`FILE=SCALE` or `FILE`, whose name may have a = in it. Raises ValueError."""
+    file, _, last = text.rpartition("=")
+    try:
+        scale = float(last)
+    except ValueError:
+        file, scale = text, 1.0
+    try:
+        return Adapter(path=Path(file or text), scale=scale if file else 1.0, alpha=alpha)
+    except ValueError as error:
+        raise ValueError(f"--lora {text}: {error}") from None
+
+
+def _adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
+    if arguments.lora_alpha and not arguments.lora:
+        raise ValueError("--lora-alpha: got it alone, expected --lora with the adapters that it is meant for")
+    return tuple(_adapter(text, arguments.lora_alpha) for text in arguments.lora)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export.convert",
@@ -181,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to; it may exist")
     text = "adapters to merge into the DiT (default: lora.pt beside longlive_base.pt, if it is there)"
     parser.add_argument("--lora", nargs="+", metavar="FILE[=SCALE]", default=[], help=text)
-    text = "that the adapters were trained with (default: their rank)"
+    text = "that these adapters were trained with (default: their rank)"
     parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", default=0.0, help=text)
     parser.add_argument("--use-ema", action="store_true", help="the averaged weights of longlive_base.pt")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -198,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = ServeConfig(
             preset=arguments.preset,
             weights=arguments.weights,
-            lora=", ".join(arguments.lora),
-            lora_alpha=arguments.lora_alpha,
+            lora=_adapters(arguments),
             use_ema=arguments.use_ema,
         )
         dtype = getattr(torch, arguments.dtype)

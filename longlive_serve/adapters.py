@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from longlive_serve.config import DIT, ServeConfig
+from longlive_serve.config import DIT, Adapter, ServeConfig
 from longlive_serve.engines.interface import Exchangeable
 from longlive_serve.errors import ServeError
-from longlive_serve.lora import Adapter
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.options import Options
 from longlive_serve.pipeline import Pipeline

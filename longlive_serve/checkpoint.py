@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from longlive_serve.checkpoint_files import is_mapped, listed, metadata, read_tensors, sha256, streamed
-from longlive_serve.config import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, NetworkConfig
+from longlive_serve.config import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, Adapter, NetworkConfig
 from longlive_serve.diffusers_names import from_diffusers
-from longlive_serve.lora import Adapter, Updates, merged, read_adapters
+from longlive_serve.lora import Updates, merged, read_adapters
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.quantized import install, quantized_layers
 from longlive_serve.models.text_encoder import TextEncoder, wan_names

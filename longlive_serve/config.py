@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is served: the sizes of the networks (presets) and the settings of the server (serve.toml).
 
-Read by everyone; imports nothing of the package. All of it is frozen: nothing changes after loading.
+Read by everyone; imports the reading of TOML alone. All of it is frozen: nothing changes after loading.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+
+from longlive_serve.toml_files import as_toml, check_path, read_toml, typed
 
 FPS = 16  # video frames per second that the network was trained for
 FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
@@ -19,6 +21,8 @@ AUTO = "auto"
 TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what an engine runs on
 TEXT_ENCODER, DIT, VAE_DECODER = NETWORKS = ("text_encoder", "dit", "vae_decoder")
 WAN, TINY = DECODERS = ("wan", "tiny")  # what turns latents into pictures
+LORA_EXAMPLE = '[[lora]] path = "style.safetensors", scale = 0.8, alpha = 16, a line each'
+PATHS = ("weights", "graphs", "plans", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
 TINY_DECODER = "tiny_decoder"  # the network that stands in for the VAE decoder with `decoder = "tiny"`
 
 
@@ -162,6 +166,32 @@ PRESETS: dict[str, NetworkConfig] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA file that is merged into the DiT: a `[[lora]]` of the settings. Raises ValueError for wrong numbers."""
+
+    path: Path
+    """In a settings file: relative to that file."""
+    scale: float = 1.0
+    alpha: float = 0.0
+    """As in training; files do not say it. 0: the rank, so that alpha / rank is 1."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale: got {self.scale}, expected a finite number")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(f"alpha: got {self.alpha}, expected 0 or more")
+
+    @classmethod
+    def from_table(cls, table: object) -> Adapter:
+        """`{path = "...", scale = 0.8, alpha = 16}`; scale and alpha may be left out. Raises ValueError."""
+        if not isinstance(table, dict):
+            raise ValueError(f"got {table!r}, expected a table: {LORA_EXAMPLE}")
+        if not (isinstance(table.get("path"), str) and table["path"]):
+            raise ValueError(f"path: got {table.get('path')!r}, expected the name of a file")
+        return cls(path=Path(check_path(table["path"])), **typed({"scale": float, "alpha": float}, table, ("path",)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """The settings in serve.toml. Every key may be left out."""
 
@@ -173,11 +203,9 @@ class ServeConfig:
     """Sizes of the networks: a name in PRESETS."""
     weights: str = RANDOM_WEIGHTS
     """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
-    lora: str = ""
-    """LoRA files that are merged into the DiT, each with a scale if it is not 1: `a.safetensors=0.8, b.pt`. Empty: the
-    lora.pt that lies beside the folder's longlive_base.pt, if one does. In a file: relative to that file."""
-    lora_alpha: float = 0.0
-    """The alpha that these were trained with, which the files do not say; 0: their rank."""
+    lora: tuple[Adapter, ...] = ()
+    """What is merged into the DiT, in this order. Empty: the lora.pt that lies beside the folder's longlive_base.pt, if
+    one does; whoever names others names that one too, to keep it."""
     use_ema: bool = False
     """The averaged weights in longlive_base.pt (`generator_ema`) instead of the last ones."""
     variant: str = "base"
@@ -265,13 +293,12 @@ class ServeConfig:
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected {least} or more")
         for key in ("idle_timeout_s", "max_wait_s"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}: got {getattr(self, key)}, expected more than 0")
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected a number of seconds more than 0")
         if self.adapters_dir and len(self.admin_token) < 16:
             raise ValueError("admin_token: got less than 16 characters, expected 16 or more with an adapters_dir")
         if not 0 < self.headroom <= 1:
             raise ValueError(f"headroom: got {self.headroom}, expected more than 0 and at most 1")
-        self._check_adapters()
 
     def _check_fp8(self, has_fused: bool, decoded_by: str) -> None:
         if self.fp8 and not has_fused:
@@ -283,17 +310,6 @@ class ServeConfig:
                 f"fp8_decoder: got true with engine {decoded_by} and decoder {self.decoder}, expected {FUSED} and {WAN}"
             )
 
-    def _check_adapters(self) -> None:
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha >= 0):
-            raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected 0 or more")
-        if not all(path and math.isfinite(scale) for path, scale in self.adapters):
-            raise ValueError(f"lora: got {self.lora!r}, expected file names, each with or without =SCALE, and commas")
-
-    @property
-    def adapters(self) -> tuple[tuple[str, float], ...]:
-        """The files that `lora` names, each with its scale."""
-        return tuple(_with_scale(entry.strip()) for entry in self.lora.split(",")) if self.lora.strip() else ()
-
     @property
     def network(self) -> NetworkConfig:
         return PRESETS[self.preset]
@@ -301,40 +317,45 @@ class ServeConfig:
     @classmethod
     def from_toml(cls, path: Path | str) -> ServeConfig:
         """Read a settings file. Raises ValueError that names the file and the key."""
+        values = read_toml(path)
         try:
-            values = tomllib.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as TOML: {error}") from None
-        try:
-            config = cls(**_typed(cls, values))
             folder = Path(path).absolute().parent
-            paths = {key: getattr(config, key) for key in ("weights", "graphs", "plans", "adapters_dir")}
-            paths = {key: str(folder / value) for key, value in paths.items() if value not in ("", RANDOM_WEIGHTS)}
-            paths["lora"] = ", ".join(f"{folder / path}={scale!r}" for path, scale in config.adapters)
-            return dataclasses.replace(config, **paths)
+            return cls._from_values(values).with_paths(lambda named: folder / named)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> ServeConfig:
+        lora = values.pop("lora", [])
+        if not isinstance(lora, list):
+            raise ValueError(f"lora: got {lora!r}, expected one or more tables: {LORA_EXAMPLE}")
+        adapters = []
+        for number, table in enumerate(lora, 1):
+            try:
+                adapters.append(Adapter.from_table(table))
+            except ValueError as error:
+                raise ValueError(f"lora, table {number} of {len(lora)}: {error}") from None
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        found = typed(kinds, values)
+        for key in PATHS:
+            try:
+                check_path(found.get(key, ""))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        return cls(lora=tuple(adapters), **found)
 
-def _typed(cls: type[ServeConfig], values: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(f"got unknown key {key!r}, expected some of {sorted(fields)}")
-        if fields[key] is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not fields[key]:
-            raise ValueError(f"{key}: got {value!r}, expected {fields[key].__name__}")
-    return values
+    def with_paths(self, change: Callable[[Path], Path]) -> ServeConfig:
+        """With every path of a file or folder that it names changed."""
+        paths = {key: getattr(self, key) for key in PATHS}
+        changed = {key: str(change(Path(path))) for key, path in paths.items() if path not in ("", RANDOM_WEIGHTS)}
+        lora = tuple(dataclasses.replace(adapter, path=change(adapter.path)) for adapter in self.lora)
+        return dataclasses.replace(self, lora=lora, **changed)
 
-
-def _with_scale(entry: str) -> tuple[str, float]:
-    """`FILE=SCALE` or `FILE`, whose name may have a = in it."""
-    path, _, scale = entry.rpartition("=")
-    try:
-        return path.strip(), float(scale)
-    except ValueError:
-        return entry, 1.0
+    def to_toml(self) -> str:
+        """What `from_toml` reads back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "lora"}
+        tables = [{"path": str(one.path), "scale": one.scale, "alpha": one.alpha} for one in self.lora]
+        return as_toml(values, {"lora": tables})
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,28 +11,18 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longlive_serve.checkpoint_files import listed, read_tensors
+from longlive_serve.config import Adapter
 
 log = logging.getLogger(__name__)
 
 LORA_KEY = "generator_lora"  # of a torch file that holds more than the adapter
 _PREFIXES = ("base_model.model.", "diffusion_model.")  # of peft, as published; and of ComfyUI
 _NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """A file that changes the DiT."""
-
-    path: Path
-    scale: float = 1.0
-    alpha: float = 0.0
-    """As in training; files do not say it. 0: the rank, so that alpha / rank is 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

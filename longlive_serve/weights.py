@@ -12,7 +12,6 @@ import functools
 import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from longlive_serve.checkpoint import Checkpoint, build, load_strictly
 from longlive_serve.checkpoint_files import files_of, metadata, read_tensors, sha256
-from longlive_serve.config import DIT, RANDOM_WEIGHTS, TEXT_ENCODER, VAE_DECODER, NetworkConfig, ServeConfig
-from longlive_serve.lora import Adapter, merged_state
+from longlive_serve.config import DIT, RANDOM_WEIGHTS, TEXT_ENCODER, VAE_DECODER, Adapter, NetworkConfig, ServeConfig
+from longlive_serve.lora import merged_state
 from longlive_serve.models.causal_dit import CausalDiT
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY, TextEncoder, Tokenizer
 from longlive_serve.models.vae_decoder import VAEDecoder
@@ -116,13 +115,12 @@ def adapters_of(config: ServeConfig) -> list[Adapter]:
     """What is merged into the DiT that `config` serves: what `lora` names; if nothing, the folder's own lora.pt."""
     own = own_adapter(config.weights)
     if not config.lora:
-        return [] if own is None else [Adapter(path=own, alpha=config.lora_alpha)]
-    adapters = [Adapter(path=Path(path), scale=scale, alpha=config.lora_alpha) for path, scale in config.adapters]
-    if missing := [str(adapter.path) for adapter in adapters if not adapter.path.is_file()]:
+        return [] if own is None else [Adapter(path=own)]
+    if missing := [str(adapter.path) for adapter in config.lora if not adapter.path.is_file()]:
         raise ValueError(f"lora: {', '.join(missing)}: no such file")
-    if own is not None and not any(adapter.path.resolve() == own.resolve() for adapter in adapters):
+    if own is not None and not any(adapter.path.resolve() == own.resolve() for adapter in config.lora):
         log.warning("dit: %s is there, and left out, as `lora` names others; LongLive is both", own)
-    return adapters
+    return [*config.lora]
 
 
 def load_tokenizer(config: NetworkConfig, weights: str) -> Tokenizer:

@@ -20,7 +20,7 @@ from export.convert import convert, parts_of, work
 from export.converted_folder import RECORD
 from longlive_serve.checkpoint import Checkpoint, build
 from longlive_serve.checkpoint_files import sha256
-from longlive_serve.config import DIT, NETWORKS, TINY_DECODER, ServeConfig
+from longlive_serve.config import DIT, NETWORKS, TINY_DECODER, Adapter, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.weights import load_tokenizer
 from longlive_serve.weights_folder import LONGLIVE_FILE, LONGLIVE_FOLDER, LORA_FILE, TINY_DECODER_FILE
@@ -71,7 +71,7 @@ def test_the_record_says_what_everything_was_made_of(source: Path, tmp_path: Pat
     own = source / LONGLIVE_FOLDER / LORA_FILE
     save_file(lora_state(seed=2, rank=2), tmp_path / "style.safetensors")
     style = tmp_path / "style.safetensors"
-    converted(source, tmp_path / "out", lora=f"{own}, {style}=0.5")
+    converted(source, tmp_path / "out", lora=(Adapter(path=own), Adapter(path=style, scale=0.5)))
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     base = source / LONGLIVE_FOLDER / LONGLIVE_FILE
     assert record["files"]["dit.safetensors"]["sources"] == [
@@ -105,10 +105,10 @@ def test_an_adapter_is_not_merged_twice(source: Path, tmp_path: Path) -> None:
     converted(source, out)
     expected = f"{own}: is merged into {out / 'dit.safetensors'} already; take it out of `lora`"
     with pytest.raises(ValueError, match=re.escape(expected)):
-        loaded(DIT, out, lora=str(own))
-    assert expected in refusal(out, tmp_path / "again", lora=str(own))
+        loaded(DIT, out, lora=(Adapter(path=own),))
+    assert expected in refusal(out, tmp_path / "again", lora=(Adapter(path=own),))
     save_file(lora_state(seed=2), tmp_path / "style.safetensors")
-    converted(out, tmp_path / "again", lora=f"{tmp_path / 'style.safetensors'}")
+    converted(out, tmp_path / "again", lora=(Adapter(path=tmp_path / "style.safetensors"),))
     record = json.loads((tmp_path / "again" / RECORD).read_text())
     assert [lora["file"] for lora in record["lora"]] == [LORA_FILE, "style.safetensors"]
 
@@ -182,7 +182,8 @@ def test_files_of_something_else_are_not_overwritten(source: Path, tmp_path: Pat
     before = stamps(out)
     other = "made of other files or with other settings, expected none. Choose another --out, or remove it"
     assert other in refusal(source, out, use_ema=True)
-    assert f"{out / 'dit.safetensors'}: got a file {other}" == refusal(source, out, lora_alpha=2.0)
+    own = Adapter(path=source / LONGLIVE_FOLDER / LORA_FILE, alpha=2.0)
+    assert f"{out / 'dit.safetensors'}: got a file {other}" == refusal(source, out, lora=(own,))
     with pytest.raises(ValueError, match="made of other files"):
         converted(source, out, torch.float32)
     (out / "dit.safetensors").write_bytes(b"mine")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_serve.config import DIT, TEXT_ENCODER, ServeConfig
+from longlive_serve.config import DIT, TEXT_ENCODER, Adapter, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.engines.torch_engine import TorchDiT
-from longlive_serve.lora import Adapter, merged_state
+from longlive_serve.lora import merged_state
 from longlive_serve.weights import adapters_of, fingerprint, load_network
 from longlive_serve.weights_folder import DIT_FILE, LONGLIVE_FOLDER, LORA_FILE
 from tests.conftest import GOLDEN, golden
@@ -103,32 +103,34 @@ def test_adapters_come_in_both_formats(tmp_path: Path, suffix: str, prefix: str)
 def test_several_adapters_add_up_each_with_its_scale_and_rank(tmp_path: Path, adapter: Path) -> None:
     other = lora_state(seed=2, rank=8)
     torch.save({"generator_lora": other}, tmp_path / "other.pt")
-    config = {"lora": f"{adapter}=0.8, {tmp_path / 'other.pt'}", "lora_alpha": 16.0}
-    state = loaded(DIT, write_wan(tmp_path / "weights"), **config)
-    assert_equal(state, expected((lora_state(), 0.8 * 4), (other, 2.0)))
+    lora = (Adapter(path=adapter, scale=0.8, alpha=16.0), Adapter(path=tmp_path / "other.pt", alpha=8.0))
+    state = loaded(DIT, write_wan(tmp_path / "weights"), lora=lora)
+    assert_equal(state, expected((lora_state(), 0.8 * 4), (other, 1.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_merge_is_float32_and_rounded_once(tmp_path: Path, adapter: Path, dtype: torch.dtype) -> None:
     folder = write_wan(tmp_path / "weights", torch.bfloat16)
     base = cast(state_of(DIT), torch.bfloat16)
-    state = loaded(DIT, folder, dtype, lora=str(adapter))
+    state = loaded(DIT, folder, dtype, lora=(Adapter(path=adapter),))
     assert_equal(state, cast(expected((lora_state(), 1.0), base=base), dtype))
 
 
 def test_other_networks_have_no_adapters(tmp_path: Path, adapter: Path) -> None:
     folder = write_wan(tmp_path / "weights")
-    assert_equal(loaded(TEXT_ENCODER, folder, lora=str(adapter)), state_of(TEXT_ENCODER))
+    assert_equal(loaded(TEXT_ENCODER, folder, lora=(Adapter(path=adapter),)), state_of(TEXT_ENCODER))
 
 
 def test_random_weights_take_adapters(adapter: Path) -> None:
     base = loaded(DIT, "random")
-    assert_equal(loaded(DIT, "random", lora=str(adapter)), expected((lora_state(), 1.0), base=base))
+    assert_equal(loaded(DIT, "random", lora=(Adapter(path=adapter),)), expected((lora_state(), 1.0), base=base))
 
 
 def test_another_network_with_the_same_base_is_made_while_one_is_in_use(tmp_path: Path, adapter: Path) -> None:
     folder = str(write_wan(tmp_path / "weights"))
-    config = ServeConfig(preset="tiny", weights=folder, lora=f"{adapter}=0.5", engine="torch", device="cpu")
+    config = ServeConfig(
+        preset="tiny", weights=folder, lora=(Adapter(path=adapter, scale=0.5),), engine="torch", device="cpu"
+    )
     served = build_engines(config).dit
     assert isinstance(served, TorchDiT)
     adapters = [*adapters_of(config), Adapter(path=adapter, scale=-0.5)]
@@ -157,11 +159,11 @@ def test_adapters_that_are_named_replace_it_and_this_is_said(
 ) -> None:
     folder = write_reference(tmp_path / "weights", torch.float32)
     own = folder / LONGLIVE_FOLDER / LORA_FILE
-    assert_equal(loaded(DIT, folder, lora=f"{adapter}=2"), expected((lora_state(), 2.0)))
+    assert_equal(loaded(DIT, folder, lora=(Adapter(path=adapter, scale=2.0),)), expected((lora_state(), 2.0)))
     assert f"dit: {own} is there, and left out, as `lora` names others; LongLive is both" in caplog.messages
-    both = loaded(DIT, folder, lora=f"{own}, {adapter}=2")
+    both = loaded(DIT, folder, lora=(Adapter(path=own), Adapter(path=adapter, scale=2.0)))
     assert_equal(both, expected((lora_state(), 1.0), (lora_state(), 2.0)))
-    assert_equal(loaded(DIT, folder, lora=f"{own}=0"), state_of(DIT))
+    assert_equal(loaded(DIT, folder, lora=(Adapter(path=own, scale=0.0),)), state_of(DIT))
 
 
 def test_a_fingerprint_knows_the_adapters_and_their_scales(tmp_path: Path, adapter: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_fingerprint_knows_the_adapters_and_their_scales(tmp_path: Path, adapt
 def refusal(path: Path, state: Any) -> str:
     torch.save(state, path)
     with pytest.raises(ValueError) as raised:
-        loaded(DIT, "random", lora=str(path))
+        loaded(DIT, "random", lora=(Adapter(path=path),))
     return str(raised.value)
 
 
@@ -220,37 +222,61 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path, state: Any, messag
 
 def test_a_missing_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"lora: {tmp_path / 'none.pt'}: no such file")):
-        loaded(DIT, "random", lora=f"{tmp_path / 'none.pt'}=0.5")
+        loaded(DIT, "random", lora=(Adapter(path=tmp_path / "none.pt", scale=0.5),))
 
 
 def test_quantized_weights_take_no_adapters(tmp_path: Path, adapter: Path) -> None:
     folder = write_wan(tmp_path / "weights")
     (folder / DIT_FILE).rename(folder / "dit.quantized.safetensors")
     with pytest.raises(ValueError, match=r"got quantized weights with the adapters .*style.safetensors, expected none"):
-        loaded(DIT, folder, lora=str(adapter))
+        loaded(DIT, folder, lora=(Adapter(path=adapter),))
 
 
 # The settings
 
 
 def test_settings_name_adapters_beside_their_file(tmp_path: Path) -> None:
-    (tmp_path / "a=b").mkdir()
-    path = tmp_path / "a=b" / "serve.toml"
-    path.write_text(f'lora = "style.safetensors=0.8, ../other=1.pt ,{tmp_path / "x=y.pt"}"\nlora_alpha = 8\n')
-    config = ServeConfig.from_toml(path)
-    folder = path.parent
-    assert config.adapters == (
-        (str(folder / "style.safetensors"), 0.8),
-        (str(folder / "../other=1.pt"), 1.0),
-        (str(tmp_path / "x=y.pt"), 1.0),
+    folder = tmp_path / "a=b, (c)"
+    folder.mkdir()
+    path = folder / "serve.toml"
+    path.write_text(
+        f"""slots = 3
+[[lora]]
+path = "style, of 'two'.safetensors"
+scale = 0.8
+alpha = 16
+[[lora]]
+path = '{tmp_path / "x=y.pt"}'
+""",
+        encoding="utf-8",
     )
-    assert config.lora_alpha == 8.0
-    assert ServeConfig().adapters == ()
+    config = ServeConfig.from_toml(path)
+    assert config.lora == (
+        Adapter(path=folder / "style, of 'two'.safetensors", scale=0.8, alpha=16.0),
+        Adapter(path=tmp_path / "x=y.pt"),
+    )
+    assert ServeConfig().lora == ()
 
 
-@pytest.mark.parametrize("lora", ["a.pt,", "=0.5", "a.pt=inf", "a.pt=nan, b.pt"])
-def test_wrong_settings_are_refused(lora: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"lora: got {lora!r}, expected file names")):
-        ServeConfig(lora=lora)
-    with pytest.raises(ValueError, match="lora_alpha: got -1, expected 0 or more"):
-        ServeConfig(lora_alpha=-1)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('lora = "a.pt=0.5, b.pt"', "lora: got 'a.pt=0.5, b.pt', expected one or more tables: [[lora]] path = "),
+        ('[lora]\npath = "a.pt"', "lora: got {'path': 'a.pt'}, expected one or more tables"),
+        ('lora = ["a.pt"]', "lora, table 1 of 1: got 'a.pt', expected a table"),
+        ("[[lora]]\nscale = 1", "lora, table 1 of 1: path: got None, expected the name of a file"),
+        ('[[lora]]\npath = ""', "lora, table 1 of 1: path: got '', expected the name of a file"),
+        (
+            '[[lora]]\npath = "a.pt"\n[[lora]]\npath = "b.pt"\nscale = inf',
+            "table 2 of 2: scale: got inf, expected",
+        ),
+        ('[[lora]]\npath = "a.pt"\nscale = "1"', "scale: got '1', expected float"),
+        ('[[lora]]\npath = "a.pt"\nalpha = -1', "alpha: got -1.0, expected 0 or more"),
+        ('[[lora]]\npath = "a.pt"\nrank = 4', "got unknown key 'rank', expected some of ['alpha', 'path', 'scale']"),
+    ],
+)
+def test_wrong_tables_name_the_table_and_the_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ServeConfig.from_toml(path)
