@@ -32,7 +32,7 @@ from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphTensor
 from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
 from longlive_serve.logs import at_level
 from longlive_serve.replay import Case, case_network, read_tensors
-from longlive_serve.server import DEFAULT_CONFIG
+from longlive_serve.server_arguments import DEFAULT_CONFIG
 from longlive_serve.weights import adapters_of, fingerprint, load_network, recipe
 
 MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost

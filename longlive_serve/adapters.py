@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -80,10 +81,13 @@ class Adapters:
 
     def _file(self, name: str) -> Path:
         folder = Path(self._config.adapters_dir)
-        if name != Path(name).name or not (folder / name).is_file():
-            there = sorted(path.name for path in folder.glob("*") if path.is_file())
+        # By bytes: a Python that speaks ASCII, as Triton's, cannot have the name itself in a path.
+        files = {os.fsencode(path.name): path for path in folder.glob("*") if path.is_file()}
+        found = files.get(name.encode(errors="replace"))
+        if found is None:
+            there = sorted(file.decode(errors="replace") for file in files)
             raise ServeError(ServeError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {there}")
-        return folder / name
+        return found
 
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         """In the thread."""

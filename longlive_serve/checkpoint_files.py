@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +102,10 @@ def _open(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
+        with path.open("rb") as file:
+            # PyTorch takes names in UTF-8 alone; Triton's Python, which speaks ASCII, has other bytes as surrogates.
+            name = str(path) if str(path).isascii() else f"/proc/self/fd/{file.fileno()}"
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=is_mapped(path))
     except Exception as error:  # each format has its own kinds
         raise ValueError(f"{path}: cannot be read as tensors: {_why(path, error)}") from None
 
@@ -109,7 +113,8 @@ def _open(path: Path) -> Any:
 def _index(path: Path) -> dict[str, str]:
     """The shard of each tensor."""
     try:
-        shards: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
+        named: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        shards = {tensor: os.fsdecode(name.encode()) for tensor, name in named.items()}
         if any(Path(name).name != name for name in shards.values()):
             raise ValueError("a shard is not in the same folder")
     except OSError:

@@ -347,9 +347,11 @@ class ServeConfig:
     def with_paths(self, change: Callable[[Path], Path]) -> ServeConfig:
         """With every path of a file or folder that it names changed."""
         paths = {key: getattr(self, key) for key in PATHS}
-        changed = {key: str(change(Path(path))) for key, path in paths.items() if path not in ("", RANDOM_WEIGHTS)}
-        lora = tuple(dataclasses.replace(adapter, path=change(adapter.path)) for adapter in self.lora)
-        return dataclasses.replace(self, lora=lora, **changed)
+        changed: dict[str, Any] = {
+            key: str(change(Path(path))) for key, path in paths.items() if path not in ("", RANDOM_WEIGHTS)
+        }
+        changed["lora"] = tuple(dataclasses.replace(adapter, path=change(adapter.path)) for adapter in self.lora)
+        return dataclasses.replace(self, **changed)
 
     def to_toml(self) -> str:
         """What `from_toml` reads back."""

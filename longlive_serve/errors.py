@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that cross the wire. Raised by everyone who serves, raised again by the client."""
+"""Errors that cross the wire, raised by everyone who serves and raised again by the client; and that of a server that
+does not start."""
 
 from __future__ import annotations
 
 import re
 from typing import ClassVar
+
+
+class ServerError(RuntimeError):
+    """The server cannot be found, started or reached; the message says what to do about it."""
 
 
 class ServeError(Exception):
@@ -22,6 +27,7 @@ class ServeError(Exception):
     INTERNAL: ClassVar[str] = "internal"
 
     def __init__(self, kind: str, message: str) -> None:
+        message = _without_surrogates(message)
         super().__init__(f"[{kind}] {message}")
         self.kind = kind
         self.message = message
@@ -43,3 +49,11 @@ class ServeError(Exception):
 def invalid(message: str) -> ServeError:
     """The error for a request that is wrong; `message` says what was got and what was expected."""
     return ServeError(ServeError.INVALID_REQUEST, message)
+
+
+def _without_surrogates(text: str) -> str:
+    """File names may have some for their bytes, and JSON any; no message can carry them."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()

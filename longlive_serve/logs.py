@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import sys
@@ -37,6 +38,8 @@ class Lines(logging.Formatter):
 
 def set_up(style: str) -> None:
     """Log to stderr from now on; `style`: text or json."""
+    if isinstance(sys.stderr, io.TextIOWrapper):  # that of Triton's Python speaks ASCII
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else Lines("%(asctime)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -6,7 +6,6 @@ It knows processes, ports and files; it knows nothing of videos, and Triton's mo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import secrets
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -22,19 +20,21 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from longlive_serve.addresses import Address, choose_ports, find_address
 from longlive_serve.config import ServeConfig
+from longlive_serve.errors import ServerError
+from longlive_serve.output import StandardOutputs, reserve_standard_descriptors
 from longlive_serve.protocol import CLIENT_HEADER, MODEL_NAME
+from longlive_serve.safe_paths import SafePaths, make_scratch
+from longlive_serve.server_arguments import DEFAULT_REPOSITORY, check_seconds, server_parser
 from longlive_serve.statistics import sessions_at
-from longlive_serve.triton_install import PACKAGE_PARENT, ServerError, find_install
-from longlive_serve.triton_process import PORT_NAMES, ProcessGroup, choose_ports
+from longlive_serve.tls_files import TlsFiles
+from longlive_serve.triton_install import find_install
+from longlive_serve.triton_process import ProcessGroup
 
-__all__ = ["ServerError", "TritonServer", "main"]
-
-DEFAULT_REPOSITORY = PACKAGE_PARENT / "model_repository"
-DEFAULT_CONFIG = DEFAULT_REPOSITORY / MODEL_NAME / "1" / "serve.toml"
-DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "metrics": 8002}
 ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
 POLL_S = 0.25
+LAST_WORDS_S = 0.5  # within which Triton asks how a process of its own has ended, and says what it knows
 EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
 
 
@@ -68,22 +68,25 @@ class TritonServer:
         default_config = self._repository / MODEL_NAME / "1" / "serve.toml"
         self.config = default_config if config is None else Path(config).absolute()
         self._host = host
+        self._address: Address | None = None
         self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
-        self._ready_timeout_s = ready_timeout_s
-        self._drain_timeout_s = drain_timeout_s
-        self._tls = _tls_options(tls_cert, tls_key, tls_client_ca)
+        self._ready_timeout_s = check_seconds("ready_timeout_s (--ready-timeout)", ready_timeout_s)
+        self._drain_timeout_s = check_seconds("drain_timeout_s (--drain-timeout)", drain_timeout_s)
+        self._tls = TlsFiles(cert=tls_cert, key=tls_key, client_ca=tls_client_ca)
         self._verbose = verbose
         self._group: ProcessGroup | None = None
 
     def __enter__(self) -> TritonServer:
-        ServeConfig.from_toml(self.config)
+        config = ServeConfig.from_toml(self.config)
+        self._tls.check()
         if not (self._repository / MODEL_NAME / "config.pbtxt").is_file():
             raise ServerError(
                 f"{self._repository}: got no {MODEL_NAME}/config.pbtxt in it, expected this project's model "
                 "repository; name it with --model-repository"
             )
-        self._host, self._ports = choose_ports(self._host, self._ports)
-        self._group = self._start()
+        self._address = find_address(self._host)
+        self._ports = choose_ports(self._address, self._ports)
+        self._group = self._start(config, self._address)
         try:
             self._wait_until_ready()
         except BaseException:
@@ -117,11 +120,19 @@ class TritonServer:
         """The last lines that Triton and the model wrote."""
         return "" if self._group is None else self._group.log.text()
 
+    @property
+    def reach(self) -> str:
+        """Which other addresses it listens on; empty: those of the urls alone."""
+        return "" if self._address is None else self._address.reach
+
     def wait(self) -> NoReturn:
-        """Stay until Triton ends by itself, which is an error, and meanwhile show its log."""
+        """Stay until Triton or the model's process ends by itself, which is an error; meanwhile show their log."""
         assert self._group is not None, "the server is not running"
         self._group.log.echo = True
-        self._fail(f"Triton ended by itself with exit status {self._group.process.wait()}")
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._group.process.wait(POLL_S)
+            self._check_alive("by itself")
 
     def stop(self) -> None:
         """End Triton when its clients have left, or after `drain_timeout_s`; interrupted, it kills Triton at once.
@@ -154,31 +165,36 @@ class TritonServer:
             self._group.close()
 
     def _url(self, name: str) -> str:
-        return f"{'127.0.0.1' if self._host == '0.0.0.0' else self._host}:{self._ports[name]}"
+        assert self._address is not None, "the server has not been started"
+        return self._address.url(self._ports[name])
 
-    def _start(self) -> ProcessGroup:
-        scratch = Path(tempfile.mkdtemp(prefix="longlive-serve-"))
+    def _start(self, config: ServeConfig, address: Address) -> ProcessGroup:
+        scratch = make_scratch()
         shm_prefix = f"longlive_{os.getpid()}_{secrets.token_hex(4)}_"
         try:
+            paths = SafePaths(scratch)
             install = find_install(scratch)
-            command = [str(install.binary), *self._options(shm_prefix)]
+            command = [str(install.binary), *self._options(paths.safe(self._repository), address, shm_prefix)]
             if install.backends is not None:
                 command.append(f"--backend-directory={install.backends}")
+            python, working_directory = paths.python()  # the embedded Python has the folder on sys.path
+            settings = {"LONGLIVE_CONFIG": str(_write_settings(config, paths, scratch))}
             return ProcessGroup(
                 command,
-                install.environment() | {"LONGLIVE_CONFIG": str(self.config)},
-                working_directory=PACKAGE_PARENT,  # the embedded Python has it on sys.path
+                install.environment(paths, python) | settings,
+                working_directory=working_directory,
                 scratch=scratch,
                 shm_prefix=Path("/dev/shm", shm_prefix),
                 echo=self._verbose,
+                rename=paths.rename,
             )
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
 
-    def _options(self, shm_prefix: str) -> list[str]:
+    def _options(self, repository: Path, address: Address, shm_prefix: str) -> list[str]:
         options = [
-            f"--model-repository={self._repository}",
+            f"--model-repository={repository}",
             "--model-control-mode=none",
             "--disable-auto-complete-config",  # it would start the model's process, and import torch, twice
             f"--exit-timeout-secs={round(self._drain_timeout_s)}",
@@ -189,9 +205,10 @@ class TritonServer:
             f"--grpc-header-forward-pattern={CLIENT_HEADER}",
         ]
         for name, port in self._ports.items():
-            options += [f"--{name}-address={self._host}", f"--{name}-port={port}"]
-        options += self._tls
-        if self._tls:  # by a header that nobody knows
+            options += [address.option(name), f"--{name}-port={port}"]
+        if self._tls.cert is not None:
+            options += self._tls.options()
+            # By a header that nobody knows
             options.append(f"--http-restricted-api={ALL_BUT_HEALTH}:{secrets.token_hex(16)}={secrets.token_hex(16)}")
         if not Path("/dev/nvidiactl").exists():
             options.append("--allow-gpu-metrics=false")
@@ -204,9 +221,7 @@ class TritonServer:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + self._ready_timeout_s
         while time.monotonic() < deadline:
-            status = self._group.process.poll()
-            if status is not None:
-                self._fail(f"Triton ended with exit status {status} before the model was ready")
+            self._check_alive("before the model was ready")
             with contextlib.suppress(OSError), opener.open(waited_for[0], timeout=1):
                 del waited_for[0]
                 if not waited_for:
@@ -214,89 +229,69 @@ class TritonServer:
             time.sleep(0.05)
         self._fail(f"the model was not ready after {self._ready_timeout_s:g} s (--ready-timeout)")
 
+    def _check_alive(self, when: str) -> None:
+        """Raises ServerError, with the last words of what has ended."""
+        assert self._group is not None
+        group, log = self._group, self._group.log
+        if group.lost_child():
+            time.sleep(LAST_WORDS_S)
+        lost = group.lost_child()
+        if lost and group.process.poll() is None:
+            group.close()
+            raise ServerError(f"the model's process {lost} {when}:\n{log.errors() or log.words_of_the_model()}")
+        if (status := group.process.poll()) is not None:
+            self._fail(f"Triton ended with exit status {status} {when}")
+
     def _fail(self, what: str) -> NoReturn:
         assert self._group is not None
         self._group.close()
-        raise ServerError(f"{what}:\n{self._group.log.errors()}")
+        raise ServerError(f"{what}:\n{self._group.log.errors() or self._group.log.last_lines()}")
 
 
-def _tls_options(cert: Path | None, key: Path | None, client_ca: Path | None) -> list[str]:
-    if (cert is None) != (key is None) or (client_ca is not None and cert is None):
-        raise ValueError("tls: got some of cert, key and client_ca, expected cert and key, or all three, or none")
-    files = {"server-cert": cert, "server-key": key, "root-cert": client_ca}
-    for name, file in files.items():
-        if file is not None and not Path(file).is_file():
-            raise ValueError(f"tls: {file}: no such file (expected a PEM file: {name})")
-    options = [f"--grpc-{name}={Path(file).absolute()}" for name, file in files.items() if file is not None]
-    if cert is not None:
-        options.append("--grpc-use-ssl=true" if client_ca is None else "--grpc-use-ssl-mutual=true")
-    return options
+def _write_settings(config: ServeConfig, paths: SafePaths, scratch: Path) -> Path:
+    """What the model's process reads: the settings with paths that its Python can take."""
+    if config.trace_dir:  # a link to what is not there yet could not be made a folder later
+        Path(config.trace_dir).mkdir(parents=True, exist_ok=True)
+    file = scratch / "serve.toml"
+    file.write_text(config.with_paths(paths.safe).to_toml(), encoding="utf-8")
+    return file
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m longlive_serve.server",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Serve LongLive with Triton in the foreground, until Ctrl-C or SIGTERM. Clients then have\n"
-        "--drain-timeout seconds to leave; a second Ctrl-C ends it at once. The server is tritonserver on PATH or in\n"
-        "/opt/tritonserver/bin, else the one that pip install 'longlive-serve[triton]' brings.",
-        epilog="What is served stands in serve.toml: sizes, weights, device, slots. To serve another:\n"
-        "  python -m longlive_serve.server --config my-serve.toml\n"
-        "Ready for load balancers: GET http://HOST:HTTP_PORT/v2/models/longlive/ready",
-    )
-    text = "serve.toml (default: longlive/1/serve.toml in the repository)"
-    parser.add_argument("--config", type=Path, metavar="TOML", help=text)
-    text = "default: %(default)s"
-    parser.add_argument("--model-repository", type=Path, default=DEFAULT_REPOSITORY, metavar="DIR", help=text)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
-    for name, port in DEFAULT_PORTS.items():
-        text = f"port of {PORT_NAMES[name]}; 0: a free one (default: {port})"
-        parser.add_argument(f"--{name}-port", type=int, default=port, metavar="PORT", help=text)
-    for name, seconds, what in (("ready", 600.0, "the model to load"), ("drain", 10.0, "clients to leave")):
-        text = f"seconds for {what} (default: {seconds:g})"
-        dest = f"{name}_timeout_s"
-        parser.add_argument(f"--{name}-timeout", type=float, default=seconds, dest=dest, metavar="S", help=text)
-    for name, text in (
-        ("cert", "certificate chain of the server: gRPC then speaks TLS alone"),
-        ("key", "its private key"),
-        ("client-ca", "only clients that this authority has signed get in (mutual TLS)"),
-    ):
-        parser.add_argument(f"--tls-{name}", type=Path, metavar="PEM", help=text)
-    parser.add_argument("--verbose", action="store_true", help="show all that Triton logs, from the start")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _arguments(argv)
+    reserve_standard_descriptors()
+    parser = server_parser()
+    args = parser.parse_args(argv)
     try:
         server = TritonServer(**vars(args))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)  # a shell that starts it in the background has it ignored
-    print(f"starting Triton with {server.config} ...", file=sys.stderr, flush=True)
+    outputs = StandardOutputs()
+    outputs.tell(f"starting Triton with {server.config} ...")
     try:
-        with server:
-            print(
-                f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}/metrics "
-                "(Ctrl-C ends it)",
-                flush=True,
-            )
-            try:
-                server.wait()
-            except KeyboardInterrupt:
-                text = f"stopping: clients have {args.drain_timeout_s:g} s to leave; Ctrl-C again ends it at once"
-                print(text, file=sys.stderr, flush=True)
+        return _serve(server, args.drain_timeout_s, outputs)
     except KeyboardInterrupt:
-        pass
+        return 0
     except (ServerError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        outputs.tell(f"error: {error}")
         return 1
+    finally:
+        outputs.close()
+
+
+def _serve(server: TritonServer, drain_timeout_s: float, outputs: StandardOutputs) -> int:
+    with server:
+        where = f"gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}/metrics"
+        outputs.say(f"ready: {where}{server.reach and f', on {server.reach} of this machine'} (Ctrl-C ends it)")
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            outputs.tell(f"stopping: clients have {drain_timeout_s:g} s to leave; Ctrl-C again ends it at once")
     return 0
 
 

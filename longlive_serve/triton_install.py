@@ -15,13 +15,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from longlive_serve.errors import ServerError
+from longlive_serve.safe_paths import SafePaths
+
 SYSTEM_SERVER = Path("/opt/tritonserver/bin/tritonserver")  # where NVIDIA's container has it
 WHEEL = "nvidia-pytriton"
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
-
-
-class ServerError(RuntimeError):
-    """The server cannot be found, started or reached; the message says what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,15 +31,19 @@ class TritonInstall:
     backends: Path | None = None
     library_dirs: tuple[Path, ...] = ()
 
-    def environment(self) -> dict[str, str]:
-        """This process's environment, made fit for the server and the Python that its backend embeds."""
+    def environment(self, paths: SafePaths, python: Path) -> dict[str, str]:
+        """This process's environment, made fit for the server and the Python that its backend embeds.
+
+        `python`: the folder of the `python3` whose packages the model gets.
+        """
         environment = dict(os.environ)
         # From Python 3.11 on the embedded interpreter ignores PYTHONPATH and takes the environment of the first
         # `python3` on PATH; older ones and other builds of the backend read PYTHONPATH.
-        _prepend(environment, "PATH", Path(sys.executable).parent)
-        _prepend(environment, "PYTHONPATH", PACKAGE_PARENT, Path(sysconfig.get_path("purelib")))
+        _prepend(environment, "PATH", python)
+        packages = (PACKAGE_PARENT, Path(sysconfig.get_path("purelib")))
+        _prepend(environment, "PYTHONPATH", *map(paths.safe, packages))
         if self.library_dirs:
-            _prepend(environment, "LD_LIBRARY_PATH", *self.library_dirs)
+            _prepend(environment, "LD_LIBRARY_PATH", *map(paths.safe, self.library_dirs))
         environment.pop("PYTHONHOME", None)
         return environment
 

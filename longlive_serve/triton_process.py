@@ -1,97 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton as a group of processes: its ports, its log, and the promise that nothing of it is left behind.
+"""Triton as a group of processes: whether they live, and the promise that nothing of them is left behind.
 
 Called by `server.py`. It knows neither Triton's options nor its protocols.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import errno
 import os
-import re
 import signal
-import socket
 import subprocess
-import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
-from longlive_serve.triton_install import ServerError
-
-PORT_NAMES = {"grpc": "gRPC", "http": "HTTP", "metrics": "metrics"}
+from longlive_serve.triton_log import TritonLog
 
 # Waits until this process writes a line or is gone, however it went; then ends the group ($1), and removes the scratch
 # folder ($2) and the shared memory whose names begin with $3. Triton's own stub survives a killed Triton.
 _GUARD = 'read -r _; kill -s KILL -- "-$1"; rm -rf -- "$2"; rm -f -- "$3"*'
-
-
-def choose_ports(host: str, ports: Mapping[str, int]) -> tuple[str, dict[str, int]]:
-    """The address of `host` and the ports with each 0 replaced by a free one. Raises ServerError."""
-    try:
-        address = socket.gethostbyname(host)
-    except OSError as error:
-        raise ServerError(f"host: got {host!r}, expected an address of this machine ({error})") from None
-    given = [port for port in ports.values() if port]
-    if len(set(given)) < len(given):
-        raise ServerError(f"ports: got {dict(ports)}, expected three different ones")
-    chosen = {}
-    with contextlib.ExitStack() as stack:  # all stay bound until the last is chosen, so that they differ
-        for name, port in ports.items():
-            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((address, port))
-                listener.listen()  # with SO_REUSEADDR, only listening tells a free port from one in use
-            except (OSError, OverflowError) as error:
-                raise ServerError(_port_error(name, port, host, error)) from None
-            chosen[name] = listener.getsockname()[1]
-    return address, chosen
-
-
-def _port_error(name: str, port: int, host: str, error: OSError | OverflowError) -> str:
-    where = f"port {port} ({PORT_NAMES[name]})"
-    if isinstance(error, OverflowError):
-        return f"{where}: expected 0 to 65535; choose another with --{name}-port"
-    if error.errno == errno.EADDRINUSE:
-        return f"{where}: in use on {host}; stop what listens there or choose another with --{name}-port"
-    return f"{where}: cannot listen on {host} ({error.strerror}); choose another --{name}-port or --host"
-
-
-class Log(threading.Thread):
-    """Reads the group's output to its end; keeps the last lines."""
-
-    _ERROR = re.compile(r'(?:E\d{4} \S+ \d+ \S+\] "?|error: )(?P<text>.*?)"?$')
-    _HARMLESS = ("CudaDriverHelper has not been initialized",)  # every machine without a GPU
-
-    def __init__(self, stream: IO[bytes], echo: bool) -> None:
-        super().__init__(name="triton-log", daemon=True)
-        self.echo = echo
-        self._stream = stream
-        self._lines: collections.deque[str] = collections.deque(maxlen=2000)
-        self.start()
-
-    def run(self) -> None:
-        for raw in self._stream:
-            line = raw.decode(errors="replace")
-            self._lines.append(line)
-            if self.echo:
-                with contextlib.suppress(OSError, ValueError):  # unread output would bring the group to a halt
-                    sys.stderr.write(line)
-
-    def text(self) -> str:
-        return "".join(list(self._lines))
-
-    def errors(self) -> str:
-        """What Triton logged as errors; where it logged none, its complaint about its options or the last lines."""
-        lines = list(self._lines)
-        texts = [match["text"].replace("\\n", "\n").strip() for match in map(self._ERROR.match, lines) if match]
-        texts = [text for text in texts if not text.startswith(self._HARMLESS)]
-        usage = next((number for number, line in enumerate(lines) if line.startswith("Usage:")), 0)
-        return "\n".join(texts) or "".join(lines[:usage] or lines[-20:]).rstrip() or "(it logged nothing)"
 
 
 class ProcessGroup:
@@ -109,7 +35,9 @@ class ProcessGroup:
         scratch: Path,
         shm_prefix: Path,
         echo: bool,
+        rename: Callable[[str], str] = str,
     ) -> None:
+        """`echo`, `rename`: of the log."""
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -127,12 +55,20 @@ class ProcessGroup:
             start_new_session=True,
         )
         assert self.process.stdout is not None
-        self.log = Log(self.process.stdout, echo)
+        self.log = TritonLog(self.process.stdout, echo, rename)
 
     def send_signal(self, number: signal.Signals) -> None:
         if self._guard is not None:  # else the number of the group may be another's by now
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
+
+    def lost_child(self) -> str:
+        """How a process that Triton has started has ended, which Triton has not asked about; empty: there is none.
+
+        The model runs in one. Triton waits for it for ever, and stays ready without it. Before it, Triton tries out
+        whether such a process starts, and asks at once how that ended.
+        """
+        return next(filter(None, map(_end_of, _children_of(self.process.pid))), "")
 
     def close(self) -> None:
         """Kill what still runs and remove what is left; the log stays readable. May be called again."""
@@ -140,4 +76,28 @@ class ProcessGroup:
         if guard is not None:
             guard.communicate(b"\n")
             self.process.wait()
-            self.log.join(timeout=5)
+            self.log.finish()
+
+
+def _children_of(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found |= set(map(int, task.read_text(encoding="ascii").split()))
+    return found
+
+
+def _end_of(pid: int) -> str:
+    """How a process has ended that its parent has not asked about; empty: it lives, or its parent has."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
+    except OSError:
+        return ""
+    if fields[0] != "Z":
+        return ""
+    status = int(fields[49])  # as wait() has it; see proc_pid_stat(5)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        names = {one.value: one.name for one in signal.Signals}
+        return f"was killed by {names.get(number, number)}"
+    return f"ended with exit status {os.WEXITSTATUS(status)}"

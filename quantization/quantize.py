@@ -27,7 +27,7 @@ from longlive_serve.checkpoint_files import INDEX
 from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, TORCH, VAE_DECODER, WAN, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.server import DEFAULT_CONFIG
+from longlive_serve.server_arguments import DEFAULT_CONFIG
 from longlive_serve.weights import fingerprint, load_state, recipe, sha256
 from longlive_serve.weights_folder import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
 from quantization import calibration

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from longlive_serve.checkpoint_files import MOST_LISTED
 from longlive_serve.config import DIT, PRESETS, TEXT_ENCODER, VAE_DECODER, ServeConfig
 from longlive_serve.engines import build_engines
-from longlive_serve.server import ServerError
+from longlive_serve.errors import ServerError
 from longlive_serve.weights import DIT_FILE, TEXT_ENCODER_FILE, VAE_FILE, load_network
 from longlive_serve.weights_folder import LONGLIVE_FILE
 from tests.live import start_server

@@ -20,7 +20,7 @@ from deploy.images import DOCKERFILES, ROOT, faults, stages
 from deploy.loose_ends import PROBES
 from deploy.manifests import KUBERNETES, documents
 from deploy.queries import metrics_in, rules
-from longlive_serve.server import _arguments
+from longlive_serve.server_arguments import server_parser
 from tests.deployment import (
     ADAPTER,
     DEPLOY,
@@ -64,7 +64,7 @@ def check_command(command: list[str], dockerfile: Path) -> None:
     assert module.partition(".")[0] in modules_in(dockerfile), module
     source = ROOT / f"{module.replace('.', '/')}.py"
     if module == "longlive_serve.server":
-        _arguments(command[3:])
+        server_parser().parse_args(command[3:])
         return
     for option in command[3:]:
         assert f'"{option.partition("=")[0]}"' in source.read_text(), f"{module} has no {option}"
@@ -78,7 +78,7 @@ def test_entry_and_health_check_are_commands_of_ours(path: Path) -> None:
     assert health is not None
     check_command(entry.words, path)
     check_command(yaml.safe_load(health.text.partition("CMD ")[2]), path)
-    assert _arguments(entry.words[3:]).host == "0.0.0.0"
+    assert server_parser().parse_args(entry.words[3:]).host == "0.0.0.0"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for stage in stages(path):
         assert set(filter(None, stage.arguments().get("EXTRAS", "").split(","))) <= extras.keys()
@@ -99,7 +99,7 @@ def test_every_command_in_a_pod_exists() -> None:
             check_command(command, DOCKERFILES[0])
             if not command[0].endswith(".sh"):
                 check_command(command, DOCKERFILES[1])
-        _arguments(container.get("args", []))
+        server_parser().parse_args(container.get("args", []))
         checked += len(commands)
     assert checked == 5
 
@@ -115,7 +115,7 @@ def test_every_file_in_compose_exists() -> None:
         if "entrypoint" in service:
             check_command(service["entrypoint"], DOCKERFILES[0])
         assert ":" in service["image"], name
-    _arguments(compose_services()["compose.yaml: server"]["command"])
+    server_parser().parse_args(compose_services()["compose.yaml: server"]["command"])
     for path in (DEPLOY / "grafana/provisioning").rglob("*.yml"):
         assert yaml.safe_load(path.read_text())["apiVersion"] == 1
 

@@ -19,7 +19,8 @@ from deploy.manifests import KUBERNETES, VERSIONS, Document, can_validate, overl
 from deploy.queries import rules
 from longlive_serve.config import PRESETS, ServeConfig
 from longlive_serve.doctor.machine import region_bytes
-from longlive_serve.server import EXIT_SLACK_S, _arguments
+from longlive_serve.server import EXIT_SLACK_S
+from longlive_serve.server_arguments import server_parser
 from tests.deployment import (
     ADAPTER,
     DEMO_SETTINGS,
@@ -106,7 +107,7 @@ def test_a_key_that_kubernetes_does_not_know_is_found(rendered: dict[str, list[D
 
 def test_a_pod_has_time_to_drain_and_to_start(pod: dict[str, Any], policy: dict[str, Any]) -> None:
     (server,) = pod["containers"]
-    args = _arguments(server["args"])
+    args = server_parser().parse_args(server["args"])
     hook = server["lifecycle"]["preStop"]["exec"]["command"]
     waits = float(hook[-1].partition("=")[2])
     assert waits == policy["drain"]["grace_period_s"]
@@ -118,7 +119,10 @@ def test_a_pod_has_time_to_drain_and_to_start(pod: dict[str, Any], policy: dict[
         assert "--ready" not in command, "a full server is not unready"
         assert server[kind]["timeoutSeconds"] >= float(command[-1].partition("=")[2]) + 5, "Python has to start as well"
     compose = compose_services()["compose.yaml: server"]
-    assert int(compose["stop_grace_period"][:-1]) > _arguments(compose["command"]).drain_timeout_s + EXIT_SLACK_S
+    assert (
+        int(compose["stop_grace_period"][:-1])
+        > server_parser().parse_args(compose["command"]).drain_timeout_s + EXIT_SLACK_S
+    )
     proxy = the("Deployment", manifests("base/proxy.yaml"), "longlive-proxy")["spec"]["template"]["spec"]
     (waits_of_proxy,) = re.findall(r"hard-stop-after (\d+)s", (PROXY / "haproxy.cfg").read_text())
     before = int(proxy["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])

@@ -20,11 +20,12 @@ from longlive_serve.doctor import __main__ as command
 from longlive_serve.doctor import engines, gpu, memory, settings, software
 from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, Section, lines_of, size
 from longlive_serve.engines.graph_files import GraphFile, Manifest, sizes_of
+from longlive_serve.errors import ServerError
 from longlive_serve.sizing import GIB
-from longlive_serve.triton_install import ServerError
 from longlive_serve.weights import DIT_FILE, QUANTIZED_FILE, TOKENIZER_FOLDER, VAE_FILE
 from tests.test_doctor_machine import FULL, fake_nvidia_smi, levels, only
 
+FREE = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "model_repository/longlive/1/serve.toml"
 H200 = gpu.Gpu(name="NVIDIA H200", memory=143771 << 20, free=143000 << 20, driver="580.95.05", capability=(9, 0))
@@ -281,7 +282,7 @@ def numpy_alone(tmp_path: Path) -> Path:
 
 
 def test_with_numpy_alone_it_says_what_is_missing(numpy_alone: Path) -> None:
-    done = doctor("--ports", "0,0,0", bare=numpy_alone)
+    done = doctor(*FREE, bare=numpy_alone)
     assert (done.returncode, done.stderr) == (1, "")
     assert "problem  serving         missing: torch, transformers, safetensors, ftfy" in done.stdout
     assert "-> to serve: pip install --editable '.[torch]'" in done.stdout
@@ -292,7 +293,7 @@ def test_with_numpy_alone_it_says_what_is_missing(numpy_alone: Path) -> None:
 
 
 def test_where_all_is_there_it_says_that_it_can_serve() -> None:
-    done = doctor("--ports", "0,0,0", "--json")
+    done = doctor(*FREE, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["can_serve"]
@@ -312,12 +313,12 @@ def test_a_gpu_and_wrong_settings_in_one_report(
         monkeypatch.setattr(module, "torch_cuda", lambda: "")
     path = tmp_path / "serve.toml"
     path.write_text('preset = "longlive-1.3b"\nslots = 30\nengine = "fused"\n')
-    assert command.main(["--config", str(path), "--ports", "0,0,0"]) == 1
+    assert command.main(["--config", str(path), *FREE]) == 1
     shown = capsys.readouterr().out
     assert "of 140.4 GiB (NVIDIA H200): 23 sessions" in shown  # for when PyTorch is there for CUDA as well
     assert "engine fused: is asked for, but cannot run: PyTorch is built without CUDA" in shown
     path.write_text("slots = 0")
-    assert command.main(["--config", str(path), "--ports", "0,0,0", "--json"]) == 1
+    assert command.main(["--config", str(path), *FREE, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["memory"] is None
     assert "slots: got 0" in report["summary"]
@@ -325,5 +326,5 @@ def test_a_gpu_and_wrong_settings_in_one_report(
 
 def test_ports_that_are_no_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.main(["--ports", "8001"])
-    assert "--ports: got 8001, expected 3 numbers" in capsys.readouterr().err
+        command.main(["--tls-cert", "cert.pem"])
+    assert "tls: got some of cert, key and client_ca" in capsys.readouterr().err

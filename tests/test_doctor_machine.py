@@ -205,6 +205,9 @@ def test_a_taken_port_says_who_has_it() -> None:
     assert levels(ports.ports("127.0.0.1", {"grpc": 0, "http": 0})) == {"ports": OK}
 
 
-@pytest.mark.parametrize(("host", "wanted"), [("no.such.host.invalid", (0, 0)), ("127.0.0.1", (8123, 8123))])
+@pytest.mark.parametrize(
+    ("host", "wanted"), [("no.such.host.invalid", (0, 0)), ("", (0, 0)), ("0", (0, 0)), ("127.0.0.1", (8123, 8123))]
+)
 def test_ports_that_cannot_be(host: str, wanted: tuple[int, int]) -> None:
-    assert levels(ports.ports(host, dict(zip(("grpc", "http"), wanted, strict=True)))) == {"ports": PROBLEM}
+    found = ports.ports(host, dict(zip(("grpc", "http"), wanted, strict=True)))
+    assert levels(found) == {"ports" if host == "127.0.0.1" else "host": PROBLEM}

@@ -27,8 +27,10 @@ from tritonclient.grpc import model_config_pb2
 
 import longlive_serve
 from longlive_serve import triton_install
+from longlive_serve.errors import ServerError
 from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
-from longlive_serve.server import DEFAULT_REPOSITORY, ServerError, TritonServer
+from longlive_serve.server import TritonServer
+from longlive_serve.server_arguments import DEFAULT_REPOSITORY
 
 ECHO_MODEL = '''
 import os
@@ -37,6 +39,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 
 import longlive_serve
+from longlive_serve.config import ServeConfig
 from longlive_serve.protocol import FrameChunk
 
 
@@ -44,14 +47,15 @@ class TritonPythonModel:
     """Answers with what it was given by the server; a request with CHUNKS = 0 stays open."""
 
     def initialize(self, args):
-        if "no weights" in open(os.environ["LONGLIVE_CONFIG"]).read():
+        self.config = ServeConfig.from_toml(os.environ["LONGLIVE_CONFIG"])
+        if self.config.weights.endswith("missing"):
             raise RuntimeError("there are no weights")
         self.open = []
 
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()
-            notice = os.environ["LONGLIVE_CONFIG"] + " " + longlive_serve.__file__
+            notice = f"{self.config.slots} {longlive_serve.__file__}"
             chunk = FrameChunk(frames=np.zeros((0, 0, 0, 3), np.uint8), first_frame=0, prompt_index=0, notice=notice)
             tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
             chunks = pb.get_input_tensor_by_name(request, "CHUNKS")
@@ -70,7 +74,7 @@ def repository(tmp_path: Path) -> Path:
     version.mkdir(parents=True)
     shutil.copy(DEFAULT_REPOSITORY / MODEL_NAME / "config.pbtxt", version.parent)
     (version / "model.py").write_text(ECHO_MODEL)
-    (version / "serve.toml").write_text('preset = "tiny"\n')
+    (version / "serve.toml").write_text('preset = "tiny"\nslots = 7\n')
     return version.parents[1]
 
 
@@ -183,8 +187,8 @@ def test_the_model_configuration_declares_the_wire() -> None:
 def test_the_model_gets_the_settings_and_this_package(repository: Path) -> None:
     with TritonServer(model_repository=repository) as server, EchoStream(server.grpc_url) as stream:
         stream.send(chunks=None, end=True)
-        config, package = stream.notice().split()
-    assert config == str(repository / MODEL_NAME / "1" / "serve.toml")
+        slots, package = stream.notice().split()
+    assert slots == "7"
     assert package == longlive_serve.__file__
 
 
@@ -234,7 +238,7 @@ def test_a_killed_launcher_takes_everything_with_it(launch: Callable[..., Launch
 
 
 def test_a_model_that_does_not_load_is_reported_with_its_own_words(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "serve.toml").write_text('preset = "tiny"  # no weights\n')
+    (tmp_path / "serve.toml").write_text('preset = "tiny"\nweights = "missing"\n')
     server = TritonServer(model_repository=repository, config=tmp_path / "serve.toml")
     with pytest.raises(ServerError, match=r"(?s)before the model was ready:.*there are no weights"), server:
         pass
@@ -244,7 +248,7 @@ def test_a_triton_that_dies_is_an_error(repository: Path) -> None:
     server = TritonServer(model_repository=repository)
     with server:
         os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises(ServerError, match="ended by itself with exit status -9"):
+        with pytest.raises(ServerError, match="ended with exit status -9 by itself"):
             server.wait()
 
 

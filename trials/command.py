@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from longlive_serve.server import DEFAULT_REPOSITORY
+from longlive_serve.server_arguments import DEFAULT_REPOSITORY
 
 DEMO = DEFAULT_REPOSITORY / "longlive/1/demo"
 Figures = TypeVar("Figures")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Can this machine serve? `python -m longlive_serve.doctor` looks at what is installed, the GPU, the machine, the
-settings and the memory that they take, and says of all that is not well what to do.
+settings and the memory that they take, and says of all that is not well what to do. It takes the server's options.
 
 It loads no network and changes nothing. Exit code 0: a server would start; 1: something stands in the way.
 """
@@ -21,8 +21,9 @@ from typing import Any
 from longlive_serve.config import AUTO, ServeConfig
 from longlive_serve.doctor import engines, gpu, machine, memory, settings, software
 from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Section, lines_of, paint, wrap
-from longlive_serve.doctor.ports import ports
-from longlive_serve.server import DEFAULT_CONFIG, DEFAULT_PORTS
+from longlive_serve.doctor.ports import ports, tls
+from longlive_serve.server_arguments import DEFAULT_CONFIG, DEFAULT_PORTS, add_server_arguments
+from longlive_serve.tls_files import TlsFiles
 
 WIDEST = 118
 
@@ -38,8 +39,8 @@ class Report:
     """`sizing.ServerMemory` in bytes; None: the settings cannot be read."""
 
 
-def examine(path: Path, host: str, wanted: Mapping[str, int]) -> Report:
-    """`path`: the settings file; `wanted`: the ports by name."""
+def examine(path: Path, host: str, wanted: Mapping[str, int], files: TlsFiles) -> Report:
+    """`path`: the settings file; `wanted`: the ports by name; `files`: of TLS."""
     config, read = settings.read(path)
     asked = config.device if config else AUTO
     gpus = gpu.find_gpus()
@@ -52,7 +53,7 @@ def examine(path: Path, host: str, wanted: Mapping[str, int]) -> Report:
         Section("Triton Inference Server", software.triton_server()),
         Section("GPU", gpu.gpu_findings(gpus, used, asked)),
         Section("Engines", engines.engine_findings(here, device)),
-        Section("Machine", [*machine.findings(config), *ports(host, wanted)]),
+        Section("Machine", [*machine.findings(config), *ports(host, wanted), *tls(files)]),
     ]
     title, choice, needs = f"Settings: {path}", {}, None
     if config is None:
@@ -90,18 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    text = "serve.toml (default: the shipped one, the demo network)"
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="TOML", help=text)
-    parser.add_argument("--host", default="127.0.0.1", help="that the server is to listen on (default: %(default)s)")
-    default = ",".join(str(port) for port in DEFAULT_PORTS.values())
-    text = f"of {', '.join(DEFAULT_PORTS)}, which it is to listen on; 0: a free one (default: %(default)s)"
-    parser.add_argument("--ports", default=default, metavar="N,N,N", help=text)
+    add_server_arguments(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     args = parser.parse_args(argv)
-    numbers = args.ports.split(",")
-    if len(numbers) != len(DEFAULT_PORTS) or not all(number.isdecimal() for number in numbers):
-        parser.error(f"--ports: got {args.ports}, expected {len(DEFAULT_PORTS)} numbers with commas between them")
-    report = examine(args.config.absolute(), args.host, dict(zip(DEFAULT_PORTS, map(int, numbers), strict=True)))
+    path, wanted = args.config or DEFAULT_CONFIG, {name: getattr(args, f"{name}_port") for name in DEFAULT_PORTS}
+    try:
+        files = TlsFiles(cert=args.tls_cert, key=args.tls_key, client_ca=args.tls_client_ca)
+    except ValueError as error:
+        parser.error(str(error))
+    report = examine(path.absolute(), args.host, wanted, files)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the server's ports are free, and if not, who listens there."""
+"""Whether the server could listen: its address, its ports and who has them, the files of TLS."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from longlive_serve.addresses import PORT_NAMES, Address, choose_ports, find_address
 from longlive_serve.doctor.finding import OK, PROBLEM, Finding, split
-from longlive_serve.triton_install import ServerError
-from longlive_serve.triton_process import PORT_NAMES, choose_ports
+from longlive_serve.errors import ServerError
+from longlive_serve.tls_files import TlsFiles
 
 PROC = Path("/proc")
 LISTENING = "0A"  # in the tables of connections
@@ -18,20 +19,24 @@ LISTENING = "0A"  # in the tables of connections
 def ports(host: str, wanted: Mapping[str, int]) -> list[Finding]:
     """`wanted`: by the names of `PORT_NAMES`; 0 is a free one."""
     try:
-        choose_ports(host, wanted)
+        address = find_address(host)
     except ServerError as error:
-        taken = [(name, port, message) for name, port in wanted.items() if (message := _refusal(host, name, port))]
-        if not taken or str(error).startswith("host"):
-            return [Finding(PROBLEM, "ports", str(error), "name others with --host and --ports")]
+        return [Finding(PROBLEM, "host", str(error).removeprefix("host: "), "name another with --host")]
+    try:
+        choose_ports(address, wanted)
+    except ServerError as error:
+        taken = [(name, port, message) for name, port in wanted.items() if (message := _refusal(address, name, port))]
+        if not taken:
+            return [Finding(PROBLEM, "ports", str(error), "name others with --grpc-port, --http-port, --metrics-port")]
         return [_taken(*one) for one in taken]
     free = ", ".join(f"{port or 'any'} ({PORT_NAMES[name]})" for name, port in wanted.items())
-    return [Finding(OK, "ports", f"free on {host}: {free}")]
+    return [Finding(OK, "ports", f"free on {address.ip}: {free}")]
 
 
-def _refusal(host: str, name: str, port: int) -> str:
+def _refusal(address: Address, name: str, port: int) -> str:
     """Why the server could not listen there; empty: it could."""
     try:
-        choose_ports(host, {name: port})
+        choose_ports(address, {name: port})
     except ServerError as error:
         return str(error)
     return ""
@@ -41,6 +46,18 @@ def _taken(name: str, port: int, message: str) -> Finding:
     found, action = split(message)
     found, who = found.removeprefix(f"port {port} ({PORT_NAMES[name]}): "), listener(port)
     return Finding(PROBLEM, f"port {port}", f"{PORT_NAMES[name]}: {found}{who and ' by '}{who}", action)
+
+
+def tls(files: TlsFiles) -> list[Finding]:
+    """Nothing without TLS."""
+    if files.cert is None:
+        return []
+    try:
+        files.check()
+    except ValueError as error:
+        return [Finding(PROBLEM, "TLS", *split(str(error)))]
+    who = "clients that the authority has signed" if files.client_ca else "any client"
+    return [Finding(OK, "TLS", f"{files.cert} and its key, for {who}")]
 
 
 def listener(port: int) -> str:

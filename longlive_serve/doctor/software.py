@@ -18,7 +18,8 @@ import tomllib
 from pathlib import Path
 
 from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, split
-from longlive_serve.triton_install import PACKAGE_PARENT, WHEEL, ServerError, TritonInstall, find_install
+from longlive_serve.errors import ServerError
+from longlive_serve.triton_install import PACKAGE_PARENT, WHEEL, TritonInstall, find_install
 
 PROJECT = "longlive-serve"
 PYPROJECT = PACKAGE_PARENT / "pyproject.toml"
