@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import re
 import sys
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.channel import DEFAULT_URL, add_access_arguments, tls_from
+from client.proxies import open_http
 from client.record import write_record
 from client.viewer import Seen, Watching, watch_together
 from longlive_serve.config import FPS
@@ -73,7 +73,7 @@ def server_metrics(url: str) -> dict[str, float]:
     """The server's own figures: every metric `longlive_*` without its prefix. Empty when `url` is."""
     if not url:
         return {}
-    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as response:
+    with open_http(f"http://{url}/metrics", timeout_s=10) as response:
         text = response.read().decode()
     return {name: float(value) for name, value in re.findall(r"^longlive_(\w+)(?:{[^}]*})? (\S+)$", text, re.MULTILINE)}
 

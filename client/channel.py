@@ -12,6 +12,8 @@ from typing import Any
 
 import grpc
 
+from client.proxies import channel_options
+
 DEFAULT_URL = "127.0.0.1:8001"
 ACCESS_VARIABLE = "LONGLIVE_ACCESS_TOKEN"
 # Where an option of a command is not given, the environment may have it.
@@ -42,13 +44,17 @@ class Tls:
 
 
 def aio_channel(url: str, tls: Tls | None, options: Options) -> grpc.aio.Channel:
+    options = [*options, *channel_options(url)]
     if tls is None:
         return grpc.aio.insecure_channel(url, options=options)
     return grpc.aio.secure_channel(url, tls.credentials(), options=options)
 
 
 def channel(url: str, tls: Tls | None) -> Any:
-    return grpc.insecure_channel(url) if tls is None else grpc.secure_channel(url, tls.credentials())
+    options = channel_options(url)
+    if tls is None:
+        return grpc.insecure_channel(url, options=options)
+    return grpc.secure_channel(url, tls.credentials(), options=options)
 
 
 def bearer(access_token: str | None) -> tuple[tuple[str, str], ...]:

@@ -27,6 +27,7 @@ from client.errors import (
     VideoStreamError,
 )
 from client.exchange import Exchange, OpenRequest, StreamedChunk
+from client.proxies import proxy_hint
 from longlive_serve.errors import ServeError
 from longlive_serve.options import RAW, Options
 from longlive_serve.protocol import SESSION_HEADER, Request
@@ -279,7 +280,7 @@ class Connection:
         if not self._heard:
             return ConnectionLostError(
                 f"{self._settings.url}: cannot be reached ({reason}); check that the server runs there and that this "
-                "is the host:port of its gRPC endpoint (8001 unless changed)"
+                f"is the host:port of its gRPC endpoint (8001 unless changed){proxy_hint(self._settings.url)}"
             )
         return ConnectionLostError(
             f"{self._settings.url}: the stream broke after {self._exchange.chunks} chunks ({reason})"

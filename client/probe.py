@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from client import wire
 from client.channel import DEFAULT_URL, Tls, add_access_arguments, bearer, channel, tls_from, turned_away
+from client.proxies import proxy_hint
 from longlive_serve.errors import ServeError
 from longlive_serve.protocol import READY, Request
 
@@ -42,7 +43,7 @@ def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, ac
                 if chunk is not None:
                     return chunk.notice
         except grpc.RpcError as error:
-            silence = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name})"
+            silence = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name}){proxy_hint(url)}"
             raise ConnectionError(turned_away(url, error.code()) or silence) from None
     raise ConnectionError(f"{url}: the stream ended without an answer")
 

@@ -29,6 +29,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from client import wire
 from client.benchmark import server_metrics
+from client.channel import channel
 from client.errors import UnavailableError
 from client.probe import probe
 from client.record import write_record
@@ -187,8 +188,8 @@ def send(url: str, letters: Sequence[Letter]) -> None:
         message = wire.infer_request(letter.session_id, str(number), letter.tensors, **letter.flags)
         letter.damage(message)
         messages.append(message)
-    with grpc.insecure_channel(url) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    with channel(url, None) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         for response in stub.ModelStreamInfer(iter(messages), timeout=TIMEOUT_S):
             letter = letters[int(response.infer_response.id)]
             letter.answers += 1

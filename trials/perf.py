@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from client.benchmark import PROMPTS, summary
+from client.proxies import VARIABLES
 from client.record import write_record
 from client.viewer import Watching, watch_together
 from longlive_serve.options import ASAP, Options
@@ -71,7 +72,10 @@ def analyze(url: str, concurrency: int, seconds: float, table: Path) -> dict[str
         command = [str(perf_analyzer()), "-m", MODEL_NAME, "-u", url, "-i", "grpc", "--async", "--streaming"]
         command += ["--input-data", str(data), "--concurrency-range", str(concurrency), "-f", str(table)]
         command += ["--measurement-interval", str(round(1000 * seconds)), "--stability-percentage", "100", "-r", "3"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        direct = {
+            name: value for name, value in os.environ.items() if name not in VARIABLES
+        }  # the server is this one's
+        done = subprocess.run(command, env=direct, capture_output=True, text=True, check=False)
     print(done.stdout)
     found = re.search(r"Response Throughput: ([\d.]+)", done.stdout)
     if done.returncode or found is None:

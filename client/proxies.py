@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP proxies that the environment names: none is asked for this machine itself, and a failure says which was.
+
+Used by whatever connects: channels of gRPC, and the benchmark that reads a server's metrics.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import urllib.request
+from typing import Any
+
+# In the order in which gRPC looks at them; the first that is set counts.
+VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
+
+
+def host_of(url: str) -> str:
+    """`host` of `host:port`, of `[host]:port` and of gRPC's longer forms, such as `dns:///host:port`."""
+    text = url.rpartition("/")[2].removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:")
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    host, colon, port = text.rpartition(":")
+    return host if colon and port.isdecimal() and ":" not in host else text
+
+
+def is_own(url: str) -> bool:
+    """Whether the url leads to this machine itself."""
+    host = host_of(url)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return url.startswith(("unix:", "unix-abstract:")) or host.lower().rstrip(".") == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
+
+
+def channel_options(url: str) -> list[tuple[str, int]]:
+    """gRPC's options for a channel to `url`."""
+    return [("grpc.enable_http_proxy", 0)] if is_own(url) else []
+
+
+def proxy_hint(url: str) -> str:
+    """What to add to the error of a connection that a proxy may have stood in the way of; empty: there is none."""
+    variable = next((name for name in VARIABLES if os.environ.get(name)), None)
+    if variable is None or is_own(url):
+        return ""
+    exceptions = next(filter(None, map(os.environ.get, EXCEPTIONS)), "")
+    if urllib.request.proxy_bypass_environment(host_of(url), {"no": exceptions}):  # type: ignore[attr-defined]
+        return ""
+    return f"; it goes by the proxy that ${variable} names: unset that, or add {host_of(url)} to $no_proxy"
+
+
+def open_http(url: str, timeout_s: float) -> Any:
+    """The answer to a GET. Raises OSError that names the proxy, if one was asked."""
+    own = is_own(url.partition("//")[2].partition("/")[0])
+    handlers = [urllib.request.ProxyHandler({})] if own else []
+    try:
+        return urllib.request.build_opener(*handlers).open(url, timeout=timeout_s)
+    except OSError as error:
+        by = "" if own or not os.environ.get("http_proxy") else "; it goes by the proxy that $http_proxy names"
+        raise OSError(f"{url}: {error}{by}") from None
