@@ -24,6 +24,7 @@ from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.live import metric, start_server, wait_until
+from tests.service_bench import Clock
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 
@@ -42,6 +43,15 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Services under test have a pipeline that computes when it is asked, and one that does so beside the host."""
     monkeypatch.setattr("tests.service_bench.CountingPipeline.asynchronous", request.param)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of every service that the test makes."""
+    its_own = Clock()
+    for module in ("service", "sessions", "stream"):
+        monkeypatch.setattr(f"longlive_serve.{module}.time", its_own)
+    return its_own
 
 
 class ExportedGraphs:
