@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks so small that threads 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
 
 from filelock import FileLock
+from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,13 +30,15 @@ from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.live import metric, start_server, wait_until
 from tests.service_bench import Clock
 
+settings.register_profile("any machine", deadline=None)  # how long an example takes is no test's concern
+settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 
 GOLDEN = Path(__file__).parent / "golden"
 T = TypeVar("T")
 LONGEST = (
-    "test_trials", "test_export", "test_live_server", "test_fused_vae", "test_quantization", "test_live_faults",
-    "test_training", "test_tensorrt", "test_server", "test_fused_dit", "test_kernels", "test_tensorrt_types",
+    "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training", "test_tensorrt",
+    "test_live_server", "test_live_faults", "test_server", "test_fused_dit", "test_kernels", "test_tensorrt_types",
     "test_cudnn_plans", "test_replay", "test_tensorrt_engine", "test_bench",
 )  # fmt: skip
 
