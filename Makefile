@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(1 + len(os.sched_getaffinity(0)))')# many tests wait
 .PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
 
 help:
@@ -42,7 +43,7 @@ demo: setup
 	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl --contact-sheet videos/interactive/story.png
 
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: dev
 	$(BIN)/ruff check .

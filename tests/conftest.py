@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks so small that threads would but wait for each other
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
 
+from filelock import FileLock
+from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,10 +28,25 @@ from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.live import metric, start_server, wait_until
+from tests.service_bench import Clock
 
+settings.register_profile("any machine", deadline=None)  # how long an example takes is no test's concern
+settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 
 GOLDEN = Path(__file__).parent / "golden"
+T = TypeVar("T")
+LONGEST = (
+    "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training", "test_tensorrt",
+    "test_live_server", "test_live_faults", "test_server", "test_fused_dit", "test_kernels", "test_tensorrt_types",
+    "test_cudnn_plans", "test_replay", "test_tensorrt_engine", "test_bench",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: where processes share the tests, none is left with them at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -44,12 +63,34 @@ def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tests.service_bench.CountingPipeline.asynchronous", request.param)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of every service that the test makes."""
+    its_own = Clock()
+    for module in ("service", "sessions", "stream"):
+        monkeypatch.setattr(f"longlive_serve.{module}.time", its_own)
+    return its_own
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> tuple[Path, T]:
+    """A folder that `make` fills, and what that returns: by one of the processes that share the tests, for all."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, returned = shared / name, shared / f"{name}.pickle"
+    with FileLock(shared / f"{name}.lock"):
+        if not returned.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            returned.write_bytes(pickle.dumps(make(folder)))
+    return folder, pickle.loads(returned.read_bytes())
+
+
 class ExportedGraphs:
     """Exports a preset with random weights in float32, once; gives the folder."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self._factory = factory
-        self._made: dict[tuple[str, str], tuple[Path, list[Written]]] = {}
 
     def __call__(self, preset: str, variant: str) -> Path:
         return self._get(preset, variant)[0]
@@ -59,13 +100,13 @@ class ExportedGraphs:
         return self._get(preset, variant)[1]
 
     def _get(self, preset: str, variant: str) -> tuple[Path, list[Written]]:
-        if (preset, variant) not in self._made:
-            folder = self._factory.mktemp(f"{preset}-{variant}")
+        def write(folder: Path) -> list[Written]:
             # Only the DiT differs from variant to variant.
             networks = list(NETWORKS) if variant == "base" else [DIT]
             source = source_of_config(ServeConfig(preset=preset, variant=variant))
-            self._made[preset, variant] = folder, list(export(source, networks, "float32", folder, check=True))
-        return self._made[preset, variant]
+            return list(export(source, networks, "float32", folder, check=True))
+
+        return made_once(self._factory, f"{preset}-{variant}", write)
 
 
 @pytest.fixture(scope="session")
@@ -78,13 +119,14 @@ def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """The golden network as graphs, by whether its RoPE is relative."""
     from tests.test_replay import write_case  # it needs `golden`
 
-    folders = {}
-    for relative, name in ((False, "dit_tiny_rollout"), (True, "dit_tiny_infinity")):
-        folders[relative] = tmp_path_factory.mktemp("case")
-        case = write_case(tmp_path_factory.mktemp(name), name)
-        for _ in export(source_of_case(case), [DIT], "float32", folders[relative], check=False):
-            pass
-    return folders
+    def graphs(name: str) -> Path:
+        def write(folder: Path) -> None:
+            case = write_case(tmp_path_factory.mktemp(name), name)
+            list(export(source_of_case(case), [DIT], "float32", folder, check=False))
+
+        return made_once(tmp_path_factory, f"graphs-of-{name}", write)[0]
+
+    return {False: graphs("dit_tiny_rollout"), True: graphs("dit_tiny_infinity")}
 
 
 @pytest.fixture(scope="module")

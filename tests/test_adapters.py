@@ -23,7 +23,7 @@ from longlive_serve.options import Options
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.service import goodbye
 from longlive_serve.weights import load_network
-from tests.service_bench import RecordingSink, wait_until
+from tests.service_bench import LIMIT_S, RecordingSink, wait_until
 from tests.test_live_adapters import TOKEN, write_adapter
 
 TINY = PRESETS["tiny"]
@@ -42,7 +42,7 @@ class At:
         self.adapters = Adapters(self.pipeline, self.config, self.woken.set)
 
         def load(*what: Any, **how: Any) -> Any:
-            self.go.wait(10)
+            assert self.go.wait(LIMIT_S)
             return load_network(*what, **how)
 
         monkeypatch.setattr(adapters, "load_network", load)

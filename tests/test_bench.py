@@ -125,7 +125,7 @@ def test_the_figures_on_top_are_those_of_our_fastest_engines(whole: dict[str, An
 
 
 def test_a_record_becomes_a_picture(record: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib (extra `bench`)")
     plot(record, tmp_path / "new/gpu.png")
     assert (tmp_path / "new/gpu.png").stat().st_size > 1000
 
@@ -174,7 +174,7 @@ def test_wrong_arguments_are_named(arguments: list[str], complaint: str, capsys:
 
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without a GPU")
     with pytest.raises(SystemExit):
         command.main(["--device", "cuda"])
     assert "torch sees no GPU here" in capsys.readouterr().err

@@ -22,12 +22,13 @@ from tests.scripted_triton import (
     chunk,
     well_behaved,
 )
+from tests.service_bench import LIMIT_S
 
 
 def test_silence_while_chunks_are_due_is_a_stall(stream: Open) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
-        conversation.gone.wait(10)
+        conversation.gone.wait()
 
     with ScriptedTriton(script) as server:
         video = stream("a fox", url=server.url, chunks=2, stall_timeout=0.3)
@@ -38,7 +39,7 @@ def test_silence_while_chunks_are_due_is_a_stall(stream: Open) -> None:
 def test_silence_after_a_switch_is_a_stall(stream: Open) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0, final=True)
-        conversation.gone.wait(10)
+        conversation.gone.wait()
 
     with ScriptedTriton(script) as server:
         video = stream("a fox", url=server.url, chunks=1, stall_timeout=0.3)
@@ -49,7 +50,7 @@ def test_silence_after_a_switch_is_a_stall(stream: Open) -> None:
 def test_a_server_that_answers_heartbeats_may_take_its_time(stream: Open) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         start = conversation.next()
-        for _ in range(4):
+        for _ in range(3):
             heartbeat = conversation.next()
             assert list(heartbeat.tensors) == ["OPTIONS"]
             yield acknowledgement(heartbeat)
@@ -58,9 +59,9 @@ def test_a_server_that_answers_heartbeats_may_take_its_time(stream: Open) -> Non
 
     with ScriptedTriton(script) as server:
         since = time.monotonic()
-        with stream("a fox", url=server.url, chunks=1, stall_timeout=0.3) as video:
+        with stream("a fox", url=server.url, chunks=1, stall_timeout=4) as video:  # the server has 2 s for each answer
             assert indices(video) == [0]
-        assert time.monotonic() - since > 0.5
+        assert time.monotonic() - since > 4
 
 
 def test_heartbeats_are_sent_while_nothing_else_is(stream: Open) -> None:
@@ -93,7 +94,7 @@ def test_a_server_that_is_not_there_is_named(stream: Open) -> None:
 def test_a_broken_stream_raises_after_the_chunks_that_came(stream: Open) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
-        conversation.gone.wait(10)
+        conversation.gone.wait()
 
     with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=5) as video:
         chunks = video.chunks()
@@ -134,15 +135,15 @@ def test_cancel_from_another_thread_ends_the_iteration_and_tells_the_server(stre
 
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
-        if conversation.gone.wait(10):
-            gone.set()
+        conversation.gone.wait()
+        gone.set()
 
     with ScriptedTriton(script) as server, stream("a fox", url=server.url) as video:
         chunks = video.chunks()
         next(chunks)
         threading.Timer(0.1, video.cancel).start()
         assert list(chunks) == []
-        assert gone.wait(5)
+        assert gone.wait(LIMIT_S)
         with pytest.raises(errors.SessionCancelledError):
             video.switch_prompt("a bear")
 
@@ -150,22 +151,34 @@ def test_cancel_from_another_thread_ends_the_iteration_and_tells_the_server(stre
 def test_cancel_frees_a_caller_that_waits_for_a_switch(stream: Open) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
-        conversation.gone.wait(10)
+        assert conversation.next().prompt == "a bear"
+        video.cancel()
+        conversation.gone.wait()
 
-    with ScriptedTriton(script) as server, stream("a fox", url=server.url) as video:
-        threading.Timer(0.1, video.cancel).start()
-        with pytest.raises(errors.SessionCancelledError):
-            video.switch_prompt("a bear")
+    with (
+        ScriptedTriton(script) as server,
+        stream("a fox", url=server.url) as video,
+        pytest.raises(errors.SessionCancelledError),
+    ):
+        video.switch_prompt("a bear")
 
 
 def test_cancel_frees_a_caller_that_waits_for_the_connection(stream: Open) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         video = stream("a fox", url=f"127.0.0.1:{mute.getsockname()[1]}")
-        threading.Timer(0.3, video.cancel).start()
-        since = time.monotonic()
+
+        def cancel() -> None:
+            connection, _ = mute.accept()
+            with connection:
+                video.cancel()
+                ended.wait()
+
+        caller, ended = threading.Thread(target=cancel), threading.Event()
+        caller.start()
         with pytest.raises(errors.SessionCancelledError), video:
             pass
-        assert time.monotonic() - since < 5
+        ended.set()
+        caller.join()
 
 
 def test_a_stream_cancelled_before_it_opens_does_not_open(stream: Open) -> None:
@@ -213,15 +226,17 @@ def test_a_response_that_cannot_be_read_fails_the_stream(stream: Open) -> None:
 def test_a_close_that_the_server_ignores_does_not_hang(stream: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.connection.CLOSE_TIMEOUT_S", 0.2)
 
+    gone = threading.Event()
+
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
-        conversation.gone.wait(10)
+        conversation.gone.wait()
+        gone.set()
 
     with ScriptedTriton(script) as server:
         with stream("a fox", url=server.url) as video:
             next(video.chunks())
-            since = time.monotonic()
-        assert time.monotonic() - since < 2
+        assert gone.wait(LIMIT_S)
 
 
 def test_misuse_is_told_apart_from_failure(stream: Open) -> None:
@@ -257,5 +272,5 @@ def test_many_synchronous_streams_run_beside_each_other() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join()
     assert results == [list(range(20))] * 6

@@ -13,13 +13,13 @@ from tests.cudnn_plans import BUILT, plans
 
 def asked(capability: int, build: bool) -> dict[str, str]:
     if torch.version.cuda is not None:
-        pytest.skip("cuDNN cannot be asked here: the stand-ins would take the place of what PyTorch's CUDA build loads")
+        pytest.skip("needs PyTorch's build for the CPU: the stand-ins would take the place of what that for CUDA loads")
     if shutil.which("gcc") is None:
-        pytest.skip("cuDNN cannot be asked here: no gcc")
+        pytest.skip("needs gcc (Debian, Ubuntu: apt-get install gcc)")
     try:
         return plans(capability, build)
     except RuntimeError as reason:
-        pytest.skip(f"cuDNN cannot be asked here: {reason}")
+        pytest.skip(f"needs NVIDIA's wheels of cuDNN, which pip fetches: {reason}")
 
 
 @pytest.mark.parametrize(("capability", "missing"), [(890, {"attention"}), (1000, set())])

@@ -197,7 +197,7 @@ def test_every_recording_is_used() -> None:
         assert not rule.record or rule.record in asked or rule.record in adapter, rule.record
 
 
-@pytest.mark.skipif(tools.find("promtool") is None, reason="needs promtool")
+@pytest.mark.skipif(tools.find("promtool") is None, reason="needs promtool (`make deploy-check` fetches it)")
 def test_promtool_takes_the_rules() -> None:
     promtool = str(tools.find("promtool"))
     where = DEPLOY / "prometheus"

@@ -24,7 +24,7 @@ from longlive_serve.protocol import CLIENT_HEADER, SESSION_HEADER
 from tests.deployment import DEPLOY, GPU_SETTINGS, manifests, the
 
 KUSTOMIZE = tools.kustomize()
-pytestmark = pytest.mark.skipif(KUSTOMIZE is None, reason="needs kubectl or kustomize")
+pytestmark = pytest.mark.skipif(KUSTOMIZE is None, reason="needs kubectl or kustomize (`make deploy-check` fetches it)")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 NAMESPACE = "longlive"
 
@@ -200,7 +200,7 @@ def test_a_name_that_nothing_goes_by_is_found(rendered: list[Document], kind: st
     assert len(loose_ends(found)) == 1
 
 
-@pytest.mark.skipif(not can_validate(), reason="needs kubernetes-validate (extra `deploy-check`)")
+@pytest.mark.skipif(not can_validate(), reason="needs kubernetes-validate (extra `dev`)")
 @pytest.mark.parametrize(
     ("kind", "path", "wrong"),
     [

@@ -33,7 +33,9 @@ from tests.deployment import (
 )
 
 KUSTOMIZE = tools.kustomize()
-needs_kustomize = pytest.mark.skipif(KUSTOMIZE is None, reason="needs kubectl or kustomize")
+needs_kustomize = pytest.mark.skipif(
+    KUSTOMIZE is None, reason="needs kubectl or kustomize (`make deploy-check` fetches it)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_a_name_that_nothing_goes_by_is_found(
 
 
 @needs_kustomize
-@pytest.mark.skipif(not can_validate(), reason="needs kubernetes-validate (extra `deploy-check`)")
+@pytest.mark.skipif(not can_validate(), reason="needs kubernetes-validate (extra `dev`)")
 def test_a_key_that_kubernetes_does_not_know_is_found(rendered: dict[str, list[Document]]) -> None:
     found = copy.deepcopy(rendered["autoscaled-keda"])
     probe = the("StatefulSet", found)["spec"]["template"]["spec"]["containers"][0]["livenessProbe"]

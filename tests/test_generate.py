@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from tests.scripted_triton import (
     recorded,
     well_behaved,
 )
+from tests.service_bench import LIMIT_S
 
 
 def frame_count(path: Path) -> int:
@@ -107,13 +107,12 @@ def test_a_video_that_the_server_cuts_short_is_kept_as_partial(
 
 def test_ctrl_c_ends_the_session_and_exits_with_130(tmp_path: Path) -> None:
     ended: list[Received] = []
-    sent = threading.Event()
+    written = threading.Event()
 
     def script(conversation: Conversation) -> Iterator[Any]:
         yield chunk(conversation.next(), 0)
-        sent.set()
         while not (request := conversation.next()).end:
-            pass  # it asks for more chunks
+            written.set()  # it asks for more chunks
         ended.append(request)
         yield acknowledgement(request)
 
@@ -125,10 +124,9 @@ def test_ctrl_c_ends_the_session_and_exits_with_130(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert sent.wait(20)
-        time.sleep(0.5)  # for the chunk to be written
+        assert written.wait(LIMIT_S)
         os.kill(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert ended

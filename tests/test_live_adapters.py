@@ -17,7 +17,7 @@ from longlive_serve.config import PRESETS
 from longlive_serve.errors import ServeError
 from longlive_serve.protocol import READY
 from longlive_serve.server import TritonServer
-from tests.live import frames_of, metric, play, start_server
+from tests.live import LIMIT_S, frames_of, metric, play, start_server
 
 TOKEN = "an admin's own token"
 DIM = PRESETS["tiny"].dit.dim
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     assert said in str(refused.value)
     assert np.array_equal(frames_of(play(server, seed=6, chunks=2)), plain)
     assert metric(server, "failed_sessions") == 0
-    assert probe(server.grpc_url, 10.0) == READY
+    assert probe(server.grpc_url, LIMIT_S) == READY
 
 
 def test_the_command_says_what_is_in_force(server: TritonServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,9 @@ def test_early_frames_are_the_same_video(server: TritonServer) -> None:
 
 def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path: Path) -> None:
     with start_server(tmp_path, trace_dir=str(tmp_path / "traces"), log_format="json") as server:
-        with VideoStream("a fox", url=server.grpc_url, chunks=4, pace="asap", session_id="watched") as video:
+        with VideoStream("a fox", url=server.grpc_url, chunks=1, pace="asap", session_id="watched") as video:
             video.switch_prompt("a bird")
+            video.request_chunks(3)
             chunks = list(video.chunks())
         wait_until(lambda: figures(server)["live_sessions"] == 0)
         told = figures(server)
@@ -53,7 +54,8 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
     assert told['info{decoder="wan",device="cpu",dtype="float32",engine="torch",preset="tiny",variant="base"}'] == 1
     phases = {name: value for name, value in told.items() if name.startswith("phase_seconds")}
     assert len(phases) == 4
-    assert sum(phases.values()) == pytest.approx(told["chunk_seconds_sum"], rel=0.2)
+    assert min(phases.values()) > 0
+    assert sum(phases.values()) <= told["chunk_seconds_sum"]
     (trace,) = (tmp_path / "traces").iterdir()
     assert trace.name == "watched.json"
     events = json.loads(trace.read_text())["traceEvents"]

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from longlive_serve.errors import ServerError
 from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
 from longlive_serve.server import TritonServer
 from longlive_serve.server_arguments import DEFAULT_REPOSITORY
+from tests.live import LIMIT_S, wait_until
 
 ECHO_MODEL = '''
 import os
@@ -101,7 +101,7 @@ class EchoStream:
         self._client.async_stream_infer(MODEL_NAME, inputs, sequence_id="echo", sequence_start=True, sequence_end=end)
 
     def notice(self) -> str:
-        result, error = self.answers.get(timeout=10)
+        result, error = self.answers.get(timeout=LIMIT_S)
         assert error is None, error
         return str(result.as_numpy("NOTICE")[0].decode())
 
@@ -124,30 +124,29 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 class Launched:
     """The command line as a process, ready; it puts its scratch folder into `folder`."""
 
     def __init__(self, repository: Path, folder: Path, *options: str) -> None:
         folder.mkdir()
-        self._folder = folder
+        self._folder, self._said = folder, folder.with_name("stderr")
         ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
             env=dict(os.environ, TMPDIR=str(folder)),
             stdout=subprocess.PIPE,
+            stderr=self._said.open("w"),
             text=True,
         )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
         self.grpc_url = self.ready_line.partition("gRPC ")[2].partition(",")[0]
         self.descendants = descendants(self.process.pid)
+
+    @property
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        return self._said.read_text()
 
     def leftovers(self) -> list[str]:
         processes = [f"process {pid}" for pid in self.descendants & parents().keys()]
@@ -161,7 +160,7 @@ def launch(repository: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]
 
         def start(*options: str) -> Launched:
             launched = Launched(repository, tmp_path / "scratch", *options)
-            stack.callback(launched.process.wait, 30)
+            stack.callback(launched.process.wait)
             stack.callback(launched.process.kill)
             return launched
 
@@ -200,7 +199,7 @@ def test_an_ended_server_exits_with_0_and_leaves_nothing_behind(
     assert launched.ready_line.startswith("ready: gRPC 127.0.0.1:")
     assert len(launched.leftovers()) >= 4, "Triton, the model, a scratch folder, shared memory"
     launched.process.send_signal(number)
-    assert launched.process.wait(15) == 0
+    assert launched.process.wait(LIMIT_S) == 0
     assert launched.leftovers() == []
 
 
@@ -210,21 +209,21 @@ def test_an_open_stream_delays_the_end_for_the_drain_time_only(launch: Callable[
         stream.send(chunks=0, end=False)
         stream.notice()
         launched.process.send_signal(signal.SIGINT)
-        assert launched.process.wait(15) == 0
+        assert launched.process.wait(LIMIT_S) == 0
         assert launched.leftovers() == []
-        assert stream.answers.get(timeout=10)[1] is not None
+        assert stream.answers.get(timeout=LIMIT_S)[1] is not None
 
 
 def test_a_second_interrupt_ends_the_server_at_once(launch: Callable[..., Launched]) -> None:
-    launched = launch("--drain-timeout=60")
+    launched = launch("--drain-timeout=600")
     with EchoStream(launched.grpc_url) as stream:
         stream.send(chunks=0, end=False)
         stream.notice()
         launched.process.send_signal(signal.SIGINT)
-        time.sleep(1)
+        wait_until(lambda: "stopping: clients have 600 s to leave" in launched.said)
         assert launched.process.poll() is None
         launched.process.send_signal(signal.SIGINT)
-        assert launched.process.wait(15) == 0
+        assert launched.process.wait(LIMIT_S) == 0
         assert launched.leftovers() == []
 
 

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
 
 from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
-from tests.service_bench import CountingPipeline, RecordingSink, bench, closed, wait_until
+from tests.service_bench import Clock, CountingPipeline, RecordingSink, bench, closed, wait_until
 
 pytestmark = pytest.mark.usefixtures("either_device")
 
@@ -46,10 +45,8 @@ def test_more_chunks_are_answers_to_the_request_that_asked_for_them() -> None:
 
 def test_sessions_take_turns_and_the_third_waits_for_a_slot() -> None:
     with bench(slots=2) as at:
-        at.pipeline.gate.clear()
-        sinks = [at.start(name, chunks=3, end=True) for name in "abcd"]
-        wait_until(at.service._mail.empty)
-        at.pipeline.gate.set()
+        with at.held():
+            sinks = [at.start(name, chunks=3, end=True) for name in "abcd"]
         wait_until(closed(*sinks))
         turns = "".join(at.pipeline.turns)
         assert turns.index("c") > turns.index("a", turns.index("a") + 1)
@@ -132,10 +129,12 @@ def test_a_cancelled_client_leaves_at_the_next_border(gone: str) -> None:
         assert at.figures["failed_sessions"] == 0
 
 
-def test_an_idle_session_gives_its_slot_to_one_that_waits() -> None:
-    with bench(slots=1, idle_timeout_s=0.2) as at:
+def test_an_idle_session_gives_its_slot_to_one_that_waits(clock: Clock) -> None:
+    with bench(slots=1, idle_timeout_s=10) as at:
         idle = at.start("a", chunks=1)
         waiting = at.start("b", chunks=1, end=True)
+        wait_until(lambda: bool(idle.closed and waiting.chunks))
+        clock.go_on(11)
         wait_until(closed(idle, waiting))
         assert not waiting.errors
         late = at.ask("a", prompt="anyone?")
@@ -143,14 +142,16 @@ def test_an_idle_session_gives_its_slot_to_one_that_waits() -> None:
         assert late.errors[0].kind == ServeError.UNKNOWN_SESSION
 
 
-def test_a_heartbeat_keeps_an_idle_session() -> None:
-    with bench(slots=1, idle_timeout_s=0.5) as at:
+def test_a_heartbeat_keeps_an_idle_session(clock: Clock) -> None:
+    with bench(slots=1, idle_timeout_s=10) as at:
         wait_until(closed(at.start("a", chunks=1)))
         for _ in range(8):
-            time.sleep(0.1)
+            clock.go_on(9)
             beat = at.ask("a")
             wait_until(closed(beat))
             assert not beat.errors
+        clock.go_on(11)
+        wait_until(lambda: at.figures["live_sessions"] == 0)
 
 
 def test_stopping_tells_every_session() -> None:

@@ -26,7 +26,7 @@ from longlive_serve.models.quantized import install, scale_for, to_8_bit
 from longlive_serve.weights import load_network
 from tests.tensorrt_on_cpu import without_tensorrt
 
-pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed (extra `dev`)")
+pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT for RTX (extra `dev`)")
 
 RTX = tensorrt_library.TENSORRT_RTX
 TINY = PRESETS["tiny"]
@@ -235,7 +235,7 @@ def test_a_library_that_is_not_there_says_where_it_comes_from(monkeypatch: pytes
         tensorrt_library.use(RTX)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is needed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tensorrt_itself_needs_a_gpu() -> None:
     from longlive_serve.engines.tensorrt_engine import machine
 

@@ -19,15 +19,15 @@ RIGHT = "config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)"
 
 @pytest.fixture(scope="module", autouse=True)
 def types() -> None:
-    missing = [name for name in ("pybind11_stubgen", "mypy") if find_spec(name) is None]
-    missing += [] if shutil.which("gcc") else ["gcc"]
+    missing = [f"{name} (extra `dev`)" for name in ("pybind11_stubgen", "mypy") if find_spec(name) is None]
+    missing += [] if shutil.which("gcc") else ["gcc (Debian, Ubuntu: apt-get install gcc)"]
     if missing:
-        pytest.skip(f"TensorRT's types cannot be made here: no {', '.join(missing)}")
+        pytest.skip(f"needs {', '.join(missing)}")
     for version in VERSIONS:
         try:
             stubs(version)
         except RuntimeError as error:
-            pytest.skip(f"TensorRT's types cannot be made here: {error}")
+            pytest.skip(f"needs TensorRT's bindings, which pip fetches: {error}")
 
 
 @pytest.mark.parametrize(

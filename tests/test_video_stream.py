@@ -207,7 +207,7 @@ def test_a_failed_session_is_ended_too_but_not_that_of_somebody_else(stream: Ope
     def script(conversation: Conversation) -> Iterator[Any]:
         yield error(conversation.next(), f"[{kind}] no")
         yield error(conversation.next(), "[unknown_session] it has ended")
-        conversation.gone.wait(10)
+        conversation.gone.wait()
 
     with ScriptedTriton(recorded(script, seen)) as server:
         video = stream("a fox", url=server.url)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import os
 import random
@@ -181,27 +182,25 @@ def leaks(cluster: Cluster) -> dict[str, float]:
         time.sleep(0.5)
 
 
-def left_behind(before: Counter[str]) -> Counter[str]:
-    """What there is more of than `before`, once the killed have had time to go."""
-    end = time.monotonic() + 10
-    while (left := litter() - before) and time.monotonic() < end:
+def left_behind(config: Path) -> Counter[str]:
+    """What there still is of servers with this configuration, once the killed have had time to go."""
+    end = time.monotonic() + 60
+    while (left := litter(config)) and time.monotonic() < end:
         time.sleep(0.2)
     return left
 
 
-def litter() -> Counter[str]:
-    """Shared memory and processes of servers on this machine."""
-    found = Counter({"shared_memory": len(list(Path("/dev/shm").glob("longlive_*")))})
-    for status in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            found["processes"] += status.read_text().startswith(("tritonserver", "triton_python"))
-        except OSError:
-            continue
-    return found
+def litter(config: Path) -> Counter[str]:
+    """Shared memory and processes of servers that this process has started; others run theirs beside it."""
+    found = Counter({"shared_memory": len(list(Path("/dev/shm").glob(f"longlive_{os.getpid()}_*")))})
+    setting = f"LONGLIVE_CONFIG={config}".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found["processes"] += setting in environment.read_bytes().split(b"\0")
+    return +found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    before = litter()
     settings = f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {2 * (args.viewers + args.victims)}\n'
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
         print(settings, "headroom = 1.0\nmax_wait_s = 60", file=config, flush=True)
@@ -211,7 +210,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             figures = leaks(cluster)
             figures |= asyncio.run(measure_seams(cluster.url, seen, args.compare))
             restarts = cluster.restarts
-    left = left_behind(before)
+        left = left_behind(Path(config.name))
     gaps = [b.arrived - a.arrived for one in seen for a, b in zip(one.chunks, one.chunks[1:], strict=False)]
     return {
         "servers": args.servers,

@@ -31,7 +31,7 @@ from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.options import Options
 from longlive_serve.protocol import SESSION_HEADER, Request
-from trials.chaos import RESUME_FOR_S, Seen, leaks, left_behind, litter, stream
+from trials.chaos import RESUME_FOR_S, Seen, leaks, left_behind, stream
 from trials.cluster import Cluster
 from trials.command import add_cluster_arguments, attempt
 from trials.keys import Keys
@@ -177,7 +177,6 @@ def _live(metrics_url: str) -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    before = litter()
     with tempfile.TemporaryDirectory(prefix="longlive-fleet-") as folder:
         config, keys = Path(folder, "serve.toml"), Keys(Path(folder, "keys"))
         slots = 2 * (args.viewers + args.late)
@@ -185,7 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, config, keys) as cluster:
             figures = asyncio.run(watch(cluster, keys, args)) | leaks(cluster)
-    left = left_behind(before)
+        left = left_behind(config)
     settings = {"servers": args.servers, "viewers": args.viewers, "late_viewers": args.late, "fps": args.fps}
     return settings | figures | {"shared_memory_left": left["shared_memory"], "processes_left": left["processes"]}
 
