@@ -63,8 +63,8 @@ def find_address(host: str) -> Address:
     found.sort(key=lambda one: one[0] != socket.AF_INET)
     if not found:
         raise ServerError(f"host: got {host!r}, {EXPECTED}")
-    text = str(found[0][4][0])
-    if "%" in text:
+    text = str(found[0][4][0]).partition("%")[0]
+    if "%" in bare:
         raise ServerError(f"host: got {host!r}, expected an address without a zone, which Triton does not take")
     ip = ipaddress.ip_address(text)
     if ip.is_unspecified and bare not in ("0.0.0.0", "::"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from export.to_onnx import Written, export, source_of_case, source_of_config
 from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
+from tests.echo_server import Launched, write_repository
 from tests.live import metric, start_server, wait_until
 from tests.service_bench import Clock
 
@@ -127,6 +129,26 @@ def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
         return made_once(tmp_path_factory, f"graphs-of-{name}", write)[0]
 
     return {False: graphs("dit_tiny_rollout"), True: graphs("dit_tiny_infinity")}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A model repository whose model is an echo."""
+    return write_repository(tmp_path / "models")
+
+
+@pytest.fixture
+def launch(repository: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Starts the server's command line with the echo; options and `stderr` as `Launched` has them."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str, stderr: int | None = None) -> Launched:
+            launched = Launched(repository, tmp_path / "scratch", *options, stderr=stderr)
+            stack.callback(launched.process.wait)
+            stack.callback(launched.process.kill)
+            return launched
+
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ LIMIT_S = 60.0  # that something happens at all, on a machine however busy
 
 
 def start_server(folder: Path, **settings: Any) -> TritonServer:
-    """A server of the tiny preset; `settings` of serve.toml and (ports, TLS) of `TritonServer`."""
-    own = {name: settings.pop(name) for name in list(settings) if name.endswith("_port") or name.startswith("tls_")}
+    """A server of the tiny preset; `settings` of serve.toml and (host, ports, TLS) of `TritonServer`."""
+    own = {name: settings.pop(name) for name in list(settings) if re.match("host$|tls_|.*_port$", name)}
     config = folder / "serve.toml"
     values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 600.0, "max_waiting": 100} | settings
     config.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
@@ -89,9 +89,12 @@ def text(value: str | bytes) -> np.ndarray[Any, Any]:
     return np.array([value if isinstance(value, bytes) else value.encode()], np.object_)
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+
+
 def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(grandchild for child in children for grandchild in descendants(int(child)))]
+    return [pid, *(grandchild for child in children_of(pid) for grandchild in descendants(child))]
 
 
 def stub_of(server: TritonServer) -> int:

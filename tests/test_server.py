@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import queue
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as triton
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -30,141 +25,8 @@ from longlive_serve.errors import ServerError
 from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
 from longlive_serve.server import TritonServer
 from longlive_serve.server_arguments import DEFAULT_REPOSITORY
+from tests.echo_server import EchoStream, Launched
 from tests.live import LIMIT_S, wait_until
-
-ECHO_MODEL = '''
-import os
-
-import numpy as np
-import triton_python_backend_utils as pb
-
-import longlive_serve
-from longlive_serve.config import ServeConfig
-from longlive_serve.protocol import FrameChunk
-
-
-class TritonPythonModel:
-    """Answers with what it was given by the server; a request with CHUNKS = 0 stays open."""
-
-    def initialize(self, args):
-        self.config = ServeConfig.from_toml(os.environ["LONGLIVE_CONFIG"])
-        if self.config.weights.endswith("missing"):
-            raise RuntimeError("there are no weights")
-        self.open = []
-
-    def execute(self, requests):
-        for request in requests:
-            sender = request.get_response_sender()
-            notice = f"{self.config.slots} {longlive_serve.__file__}"
-            chunk = FrameChunk(frames=np.zeros((0, 0, 0, 3), np.uint8), first_frame=0, prompt_index=0, notice=notice)
-            tensors = [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
-            chunks = pb.get_input_tensor_by_name(request, "CHUNKS")
-            if chunks is not None and chunks.as_numpy()[0] == 0:
-                sender.send(pb.InferenceResponse(tensors))
-                self.open.append(sender)
-            else:
-                sender.send(pb.InferenceResponse(tensors), pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-'''
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A model repository with the shipped config.pbtxt and the echo."""
-    version = tmp_path / "models" / MODEL_NAME / "1"
-    version.mkdir(parents=True)
-    shutil.copy(DEFAULT_REPOSITORY / MODEL_NAME / "config.pbtxt", version.parent)
-    (version / "model.py").write_text(ECHO_MODEL)
-    (version / "serve.toml").write_text('preset = "tiny"\nslots = 7\n')
-    return version.parents[1]
-
-
-class EchoStream:
-    """A stream of the real client; `answers` gets (result, error)."""
-
-    def __init__(self, url: str) -> None:
-        self.answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-        self._client = triton.InferenceServerClient(url)
-        self._client.start_stream(lambda result, error: self.answers.put((result, error)))
-
-    def __enter__(self) -> EchoStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.stop_stream(cancel_requests=True)
-        self._client.close()
-
-    def send(self, chunks: int | None, *, end: bool) -> None:
-        inputs = []
-        if chunks is not None:
-            inputs.append(triton.InferInput("CHUNKS", [1], "INT32"))
-            inputs[0].set_data_from_numpy(np.array([chunks], np.int32))
-        self._client.async_stream_infer(MODEL_NAME, inputs, sequence_id="echo", sequence_start=True, sequence_end=end)
-
-    def notice(self) -> str:
-        result, error = self.answers.get(timeout=LIMIT_S)
-        assert error is None, error
-        return str(result.as_numpy("NOTICE")[0].decode())
-
-
-def parents() -> dict[int, int]:
-    """The parent of each living process."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (folder / "stat").read_text().rpartition(") ")[2].split()[:2]
-            if state != "Z":
-                found[int(folder.name)] = int(parent)
-    return found
-
-
-def descendants(pid: int) -> set[int]:
-    found, tree = {pid}, parents()
-    while more := {child for child, parent in tree.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-class Launched:
-    """The command line as a process, ready; it puts its scratch folder into `folder`."""
-
-    def __init__(self, repository: Path, folder: Path, *options: str) -> None:
-        folder.mkdir()
-        self._folder, self._said = folder, folder.with_name("stderr")
-        ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
-            env=dict(os.environ, TMPDIR=str(folder)),
-            stdout=subprocess.PIPE,
-            stderr=self._said.open("w"),
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.ready_line = self.process.stdout.readline()
-        self.grpc_url = self.ready_line.partition("gRPC ")[2].partition(",")[0]
-        self.descendants = descendants(self.process.pid)
-
-    @property
-    def said(self) -> str:
-        """What it has written to stderr so far."""
-        return self._said.read_text()
-
-    def leftovers(self) -> list[str]:
-        processes = [f"process {pid}" for pid in self.descendants & parents().keys()]
-        shared_memory = Path("/dev/shm").glob(f"longlive_{self.process.pid}_*")
-        return processes + [str(path) for path in (*shared_memory, *self._folder.iterdir())]
-
-
-@pytest.fixture
-def launch(repository: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    with contextlib.ExitStack() as stack:
-
-        def start(*options: str) -> Launched:
-            launched = Launched(repository, tmp_path / "scratch", *options)
-            stack.callback(launched.process.wait)
-            stack.callback(launched.process.kill)
-            return launched
-
-        yield start
 
 
 def as_spec(tensor: Any) -> TensorSpec:

@@ -20,8 +20,8 @@ from longlive_serve.doctor import __main__ as doctor
 from longlive_serve.errors import ServeError, ServerError
 from longlive_serve.safe_paths import SafePaths, is_safe, make_scratch
 from longlive_serve.server import TritonServer
+from tests.echo_server import EchoStream
 from tests.live import frames_of, play
-from tests.test_server import EchoStream, repository  # noqa: F401
 from tests.weights_files import lora_state, write_wan
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +103,7 @@ def environment_at(folder: Path, python: Path) -> Path:
 @pytest.mark.parametrize("name", AWKWARD[:2])
 def test_a_checkout_an_environment_and_a_python_at_awkward_paths_serve(
     tmp_path: Path,
-    repository: Path,  # noqa: F811
+    repository: Path,
     name: str,
 ) -> None:
     folder = tmp_path / name
@@ -165,9 +165,7 @@ def test_the_scratch_folder_goes_past_an_awkward_tmpdir(tmp_path: Path, monkeypa
         assert is_safe(scratch)
         scratch.rmdir()
     monkeypatch.setattr("longlive_serve.safe_paths.SCRATCH_FOLDERS", (str(tmp_path / "none"),))
-    with pytest.raises(
-        ServerError, match=r"no folder for temporary .*none \(No such file.*set TMPDIR to one"
-    ):
+    with pytest.raises(ServerError, match=r"no folder for temporary .*none \(No such file.*set TMPDIR to one"):
         make_scratch()
 
 
