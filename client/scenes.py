@@ -19,6 +19,7 @@ from typing import Any
 
 from longlive_serve.config import FPS, FRAMES_PER_LATENT, WindowConfig
 from longlive_serve.protocol import MAX_PROMPT_BYTES
+from longlive_serve.text_files import read_text
 
 SWITCH_EVERY_S = 10.0
 LATENTS_PER_CHUNK = WindowConfig().chunk
@@ -97,8 +98,8 @@ def load_scenes(
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     scenes: dict[str, Scene] = {}
     for number, line in enumerate(lines, 1):
@@ -116,9 +117,24 @@ def load_scenes(
     return list(scenes.values())
 
 
+class RepeatedKeyError(ValueError):
+    """JSON would take the last of equal keys, without a word."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"{key}: got it {keys.count(key)} times, expected it once")
+    return values
+
+
 def _object(line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_without_repeats)
+    except RepeatedKeyError:
+        raise
     except ValueError as error:
         raise ValueError(f"got {line.strip()[:60]!r}, expected a JSON object ({error})") from None
     if not isinstance(values, dict):

@@ -28,6 +28,7 @@ from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, TOR
 from longlive_serve.engines import build_engines
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.server_arguments import DEFAULT_CONFIG
+from longlive_serve.text_files import read_text
 from longlive_serve.weights import fingerprint, load_state, recipe, sha256
 from longlive_serve.weights_folder import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
 from quantization import calibration
@@ -161,8 +162,8 @@ def _file(network: str, config: ServeConfig) -> Path:
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines and those that begin with # do not count."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as text: {error}") from None
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,28 @@ def test_a_video_has_the_fewest_chunks_that_last_long_enough(seconds: float) -> 
 def test_the_examples_are_scenes() -> None:
     scenes = [scene for path in sorted(EXAMPLES.glob("*.jsonl")) for scene in load_scenes(path)]
     assert any(len(scene.prompts) == 4 for scene in scenes)
+
+
+LINE = '{"prompts": ["größe 大"], "seconds": 1, "name": "n1"}\r\n'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "scenes.jsonl"
+    path.write_bytes(LINE.encode(encoding))
+    assert [scene.prompts for scene in load_scenes(path)] == [("größe 大",)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LINE.encode("utf-16"), "cannot be read: got UTF-16 text, expected UTF-8; save it as UTF-8"),
+        (b'{"prompts": ["a"], "seconds": 1, "seconds": 3}', "line 1: seconds: got it 2 times, expected it once"),
+        (b'{"prompts": [{"prompt": "a", "prompt": "b"}]}', "line 1: prompt: got it 2 times, expected it once"),
+    ],
+)
+def test_other_encodings_and_repeated_keys_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "scenes.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_scenes(path)
