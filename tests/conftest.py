@@ -27,8 +27,8 @@ from export.to_onnx import Written, export, source_of_case, source_of_config
 from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
-from tests.live import metric, start_server, wait_until
-from tests.service_bench import Clock
+from tests.live import metric, start_server
+from tests.service_bench import Clock, wait_until
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes is no test's concern
 settings.load_profile("any machine")

@@ -30,7 +30,8 @@ from tests.deployment import (
     manifests,
     the,
 )
-from tests.live import LIMIT_S, metric, wait_until
+from tests.live import metric
+from tests.service_bench import LIMIT_S, wait_until
 from trials.cluster import STICKY, _free_ports
 from trials.keys import Keys
 

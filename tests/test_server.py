@@ -28,7 +28,7 @@ import longlive_serve
 from longlive_serve import triton_install
 from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
 from longlive_serve.server import DEFAULT_REPOSITORY, ServerError, TritonServer
-from tests.live import LIMIT_S, wait_until
+from tests.service_bench import LIMIT_S, wait_until
 
 ECHO_MODEL = '''
 import os
