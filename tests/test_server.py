@@ -127,13 +127,14 @@ class Launched:
         folder.mkdir()
         self._folder, self._said = folder, folder.with_name("stderr")
         ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
-            env=dict(os.environ, TMPDIR=str(folder)),
-            stdout=subprocess.PIPE,
-            stderr=self._said.open("w"),
-            text=True,
-        )
+        with self._said.open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
+                env=dict(os.environ, TMPDIR=str(folder)),
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
         self.grpc_url = self.ready_line.partition("gRPC ")[2].partition(",")[0]
