@@ -29,8 +29,8 @@ from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
 from tests.echo_server import Launched, write_repository
-from tests.live import metric, start_server, wait_until
-from tests.service_bench import Clock
+from tests.live import metric, start_server
+from tests.service_bench import Clock, wait_until
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes is no test's concern
 settings.load_profile("any machine")

@@ -17,7 +17,7 @@ import tritonclient.grpc as triton
 
 from longlive_serve.protocol import MODEL_NAME
 from longlive_serve.server_arguments import DEFAULT_REPOSITORY
-from tests.live import LIMIT_S
+from tests.service_bench import LIMIT_S
 
 ECHO_MODEL = '''
 import os
@@ -120,13 +120,14 @@ class Launched:
         folder.mkdir()
         self._folder, self._said = folder, folder.with_name("stderr")
         ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
-            env=dict(os.environ, TMPDIR=str(folder)),
-            stdout=subprocess.PIPE,
-            stderr=self._said.open("w") if stderr is None else stderr,
-            text=True,
-        )
+        with self._said.open("w", encoding="utf-8") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "longlive_serve.server", f"--model-repository={repository}", *ports, *options],
+                env=dict(os.environ, TMPDIR=str(folder)),
+                stdout=subprocess.PIPE,
+                stderr=said if stderr is None else stderr,
+                text=True,
+            )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
         self.grpc_url = self.ready_line.partition("gRPC ")[2].partition(",")[0]

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from client import wire
 from client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.protocol import CLIENT_HEADER
 from longlive_serve.server import TritonServer
-
-LIMIT_S = 60.0  # that something happens at all, on a machine however busy
+from tests.service_bench import LIMIT_S, wait_until
 
 
 def start_server(folder: Path, **settings: Any) -> TritonServer:
@@ -38,13 +37,6 @@ def metric(server: TritonServer, name: str) -> float:
         found = re.search(rf"^longlive_{name}(?:{{.*}})? (\S+)$", response.read().decode(), re.MULTILINE)
     assert found, f"no metric longlive_{name}"
     return float(found[1])
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def play(

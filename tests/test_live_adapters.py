@@ -17,7 +17,8 @@ from longlive_serve.config import PRESETS
 from longlive_serve.errors import ServeError
 from longlive_serve.protocol import READY
 from longlive_serve.server import TritonServer
-from tests.live import LIMIT_S, frames_of, metric, play, start_server
+from tests.live import frames_of, metric, play, start_server
+from tests.service_bench import LIMIT_S
 
 TOKEN = "an admin's own token"
 DIM = PRESETS["tiny"].dit.dim

@@ -29,7 +29,8 @@ from client.video_stream import Tls, VideoStream
 from longlive_serve.errors import ServeError
 from longlive_serve.protocol import MAX_SNAPSHOT_BYTES
 from longlive_serve.server import TritonServer
-from tests.live import LIMIT_S, RawStream, frames_of, metric, play, start_server, stub_of, text, wait_until
+from tests.live import RawStream, frames_of, metric, play, start_server, stub_of, text
+from tests.service_bench import LIMIT_S, wait_until
 
 
 def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from client.video_stream import VideoStream
 from longlive_serve.server import TritonServer
-from tests.live import frames_of, play, start_server, wait_until
+from tests.live import frames_of, play, start_server
+from tests.service_bench import wait_until
 
 
 @pytest.mark.parametrize("frame_format", ["jpeg", "h264"])

@@ -27,7 +27,8 @@ from client.errors import (
 from client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.server import TritonServer
 from tests.conftest import ExportedGraphs
-from tests.live import RawStream, frames_of, metric, play, settled, start_server, text, wait_until
+from tests.live import RawStream, frames_of, metric, play, settled, start_server, text
+from tests.service_bench import wait_until
 
 
 @pytest.fixture(scope="module", params=["torch", "onnxruntime"])

@@ -26,7 +26,7 @@ from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
 from longlive_serve.server import TritonServer
 from longlive_serve.server_arguments import DEFAULT_REPOSITORY
 from tests.echo_server import EchoStream, Launched
-from tests.live import LIMIT_S, wait_until
+from tests.service_bench import LIMIT_S, wait_until
 
 
 def as_spec(tensor: Any) -> TensorSpec:

@@ -27,7 +27,8 @@ from longlive_serve.protocol import MODEL_NAME
 from longlive_serve.server import TritonServer, main
 from longlive_serve.tls_files import TlsFiles
 from tests.echo_server import EchoStream, Launched
-from tests.live import children_of, wait_until
+from tests.live import children_of
+from tests.service_bench import wait_until
 
 FREE = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
 CRASH = "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(0)"
