@@ -36,7 +36,6 @@ from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.causal_dit import CacheView, CausalDiT, time_features
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae_decoder import VAEDecoder
-from longlive_serve.noise_schedule import NoiseSchedule
 from longlive_serve.weights import load_strictly
 from tests.tolerance import Float64
 
@@ -205,7 +204,7 @@ def exact_sinusoids(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("step", range(4))
 def test_the_first_chunk_equals_diffusers_at_every_noise_level(dit: TorchDiT, step: int) -> None:
     flow = dit.denoise(NOISY[:, :3], step, dit.embed_prompt(TEXT, TOKENS), 0, WINDOW.step(0))
-    expected = flow_of_diffusers(NOISY[:, :3], NoiseSchedule().timesteps[step].expand(1))
+    expected = flow_of_diffusers(NOISY[:, :3], dit.timesteps[step].expand(1))
     assert relative_error(flow, expected) < ROUNDED_ONCE
 
 

@@ -28,6 +28,7 @@ from tests.test_replay import ROLLOUTS, run_replay, write_case
 SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/demo"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("variant", ServeConfig.VARIANTS)
 @pytest.mark.parametrize("preset", ["tiny", "demo"])
 def test_every_graph_computes_what_pytorch_computes(
@@ -46,6 +47,7 @@ def test_every_graph_computes_what_pytorch_computes(
         onnx.checker.check_model(folder / graph.file.file)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: dict[bool, Path], name: str) -> None:
     graphs = case_graphs[ROLLOUTS[name].get("relative", False)]
@@ -59,6 +61,7 @@ def test_another_window_is_refused(tmp_path: Path, case_graphs: dict[bool, Path]
     assert "window" in done.stderr
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("variant", ServeConfig.VARIANTS)
 def test_a_whole_session_is_that_of_torch(exported: ExportedGraphs, variant: str) -> None:
     """All that is exported as graphs, with a switch, against torch: frames within one step of 255."""
