@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(1 + len(os.sched_getaffinity(0)))')# many tests wait
-.PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
+.PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
 	@echo "make test   set up, run all tests, those against a live server among them"
+	@echo "make test-portability  the tests as other processors run them, into results/portability.json (an hour or two)"
 	@echo "make check  set up, run the linter and the type checker"
 	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
 	@echo "make bench-engines  set up, measure the engines on this machine's GPU, write results/gpu.json and docs/gpu.png"
@@ -44,6 +45,9 @@ demo: setup
 
 test: dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-portability: dev
+	$(BIN)/python -m tests.portability --json results/portability.json
 
 check: dev
 	$(BIN)/ruff check .

@@ -17,7 +17,8 @@ DENOISING_STEPS = (1000, 750, 500, 250)  # as listed in the shipped settings, be
 
 def training_sigmas() -> Tensor:
     """The 1000 noise levels that the network was trained on, float32, from 1 downwards."""
-    s = torch.linspace(1.0, 0.0, TRAIN_TIMESTEPS + 1, dtype=torch.float32)[:-1]
+    # In float64 and rounded once: in float32 its last digit depends on the processor, for some levels.
+    s = torch.linspace(1.0, 0.0, TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1].float()
     return SHIFT * s / (1 + (SHIFT - 1) * s)
 
 

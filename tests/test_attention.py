@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longlive_serve.kernels.attention import attention, attention_fp8
+from tests.tolerance import assert_as_near, gamma
 from tests.triton_on_cpu import error, random
+
+pytestmark = pytest.mark.numeric
 
 SHAPES = [  # heads, queries, keys, size of a head
     (2, 64, 128, 128),  # whole tiles of the interpreter's
@@ -28,6 +31,11 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(0, 1).flatten(1)
 
 
+def in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[L, H * d] by PyTorch."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
+
+
 def inputs(heads: int, length: int, keys: int, size: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Queries with heads inside, as the projection gives them; keys and values in a longer cache."""
     q = random(length, heads, size, dtype=dtype).transpose(0, 1)
@@ -35,11 +43,11 @@ def inputs(heads: int, length: int, keys: int, size: int, dtype: torch.dtype = t
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_is_exact(shape: tuple[int, int, int, int]) -> None:
+def test_float32_is_as_exact_as_pytorchs(shape: tuple[int, int, int, int]) -> None:
     q, k, v = inputs(*shape)
     out = attention(q, k, v)
     assert out.is_contiguous()
-    assert error(out, exact(q, k, v)) < 5e-6
+    assert_as_near(out, in_float32(q, k, v), exact(q, k, v))
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
@@ -55,8 +63,7 @@ def test_a_bias_of_log_n_stands_for_a_key_that_is_there_n_times() -> None:
     times = torch.arange(70, device=q.device) % 5 + 1
     out = attention(q, k, v, key_bias=times.float().log())
     repeated = [x.repeat_interleave(times, 1) for x in (k, v)]
-    assert error(out, exact(q, *repeated)) < 5e-6
-    assert error(out, attention(q, *repeated)) < 5e-6
+    assert_as_near(out, in_float32(q, *repeated), exact(q, *repeated))
 
 
 def test_one_pad_key_stands_for_all_of_a_prompts_padding() -> None:
@@ -64,7 +71,7 @@ def test_one_pad_key_stands_for_all_of_a_prompts_padding() -> None:
     k[:, 20:], v[:, 20:] = k[:, 20:21].clone(), v[:, 20:21].clone()
     bias = torch.zeros(21, device=q.device)
     bias[20] = math.log(512 - 20)
-    assert error(attention(q, k[:, :21], v[:, :21], key_bias=bias), exact(q, k, v)) < 5e-6
+    assert_as_near(attention(q, k[:, :21], v[:, :21], key_bias=bias), in_float32(q, k, v), exact(q, k, v))
 
 
 def test_large_logits_and_zeros_do_no_harm() -> None:
@@ -72,11 +79,15 @@ def test_large_logits_and_zeros_do_no_harm() -> None:
     q[0] *= 300
     k[0] *= 300
     q[1], k[1] = 0, 0
-    for kernel, tolerance in ((attention, 5e-6), (in_fp8, 0.1)):
+    mean = v[1].double().mean(0).expand(33, -1)
+    # Where all weights are the same, a sum is off by its values' rounding to FP8, and by that of the result.
+    for kernel, tolerance in ((attention, gamma(70) * float(v[1].abs().max() / mean.abs().max())), (in_fp8, 2 * 2**-4)):
         out = kernel(q, k, v)
         assert out.isfinite().all()
-        assert error(out[:, 32:], v[1].mean(0).expand(33, -1)) < tolerance
-    assert error(attention(q, k, v)[:, :32], exact(q, k, v)[:, :32]) < 1e-3  # of logits of 1e6
+        assert error(out[:, 32:], mean) < tolerance
+    highest = (q[0].double() @ k[0].double().t() / 32**0.5).topk(2).values
+    assert (highest[:, 0] - highest[:, 1]).min() > 20, "or the rounding of logits of 1e6 would show"
+    assert error(attention(q, k, v)[:, :32], exact(q, k, v)[:, :32]) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -98,7 +109,7 @@ def test_the_result_is_in_the_range_of_fp8_where_all_values_are_the_largest() ->
 
 def test_fp8_takes_numbers_of_any_size() -> None:
     q, k, v = inputs(2, 33, 70, 32)
-    assert error(in_fp8(q * 1e-3, k * 1e3, v * 1e4), in_fp8(q, k, v) * 1e4) < 0.02
+    assert torch.equal(in_fp8(q * 2**-10, k * 2**10, v * 2**13), in_fp8(q, k, v) * 2**13)  # without any rounding
 
 
 def quantized(*tensors: Tensor) -> tuple[Tensor, ...]:

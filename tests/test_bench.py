@@ -25,6 +25,7 @@ from longlive_serve.bench.show import plot
 from longlive_serve.config import PRESETS, ServeConfig
 from longlive_serve.scheduler import SECOND
 from tests.conftest import ExportedGraphs
+from tests.tolerance import Float64, error
 
 ROOT = Path(__file__).parents[1]
 TOY = PRESETS["tiny"]
@@ -251,7 +252,9 @@ def test_sessions_are_added_until_chunks_come_late_twice(monkeypatch: pytest.Mon
     assert told[-1] == "3 live sessions"
 
 
+@pytest.mark.numeric
 def test_the_error_of_attention_is_against_all_heads() -> None:
-    q, k, v = torch.randn(1, 3, 5, 8), torch.randn(1, 3, 7, 8), torch.randn(1, 3, 7, 8)
-    weights = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1)
-    assert torch.allclose(exact(q, k, v), weights @ v, atol=1e-5)
+    q, k, v = (torch.randn(1, 3, length, 8) for length in (5, 7, 7))
+    weights = (q.double() @ k.double().transpose(2, 3) / 8**0.5).softmax(-1)
+    with Float64():
+        assert error(exact(q, k, v), weights @ v.double()) < 1e-12

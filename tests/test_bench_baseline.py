@@ -16,11 +16,15 @@ from longlive_serve.bench.rows import ROWS, build
 from longlive_serve.config import PRESETS, TINY, VAE_DECODER, WAN, ServeConfig, VAEConfig
 from longlive_serve.models.vae_decoder import CausalConv3d, VAEDecoder
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.replay import Case, case_network, read_tensors, replay
+from longlive_serve.replay import Case, case_network, exact_latents, read_tensors, replay
 from longlive_serve.session import Prompt, SeededNoise, Session
 from longlive_serve.weights import load_network
 from tests.conftest import golden
 from tests.test_replay import write_case
+from tests.test_vae_decoder import exact_frames
+from tests.tolerance import assert_reference, whole_numbers
+
+pytestmark = pytest.mark.numeric
 
 FULL, TOY = PRESETS["longlive-1.3b"], PRESETS["tiny"]
 
@@ -51,8 +55,7 @@ def test_the_baseline_meets_the_reference(tmp_path: Path, name: str) -> None:
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
     latents = replay(case, tensors, EagerDiT(case_network(case, tensors), case.network, 1))
-    error = (latents - tensors["latents"]).abs().max() / tensors["latents"].abs().max()
-    assert error <= 5e-6
+    assert_reference(latents, tensors["latents"], exact_latents(case, tensors))
 
 
 def test_a_slot_of_the_baseline_forgets_the_video_before() -> None:
@@ -82,14 +85,15 @@ def test_the_baseline_decodes_the_reference_s_frames() -> None:
     cache = reference.initial_cache(latents.shape[0], *latents.shape[-2:], "cpu", torch.float32)
     with torch.no_grad():
         frames, _ = reference(latents, cache, opening=True)
-    expected = tensors["frames_raw"]
-    assert (frames - expected).abs().max() / expected.abs().max() < 5e-6
+    assert_reference(frames, tensors["frames_raw"], exact_frames())
 
 
 def test_padding_by_itself_changes_no_convolution() -> None:
-    conv, x = PaddedConv3d(CausalConv3d(4, 6)), torch.randn(1, 4, 5, 6, 7)
+    conv, x = PaddedConv3d(CausalConv3d(4, 6)), whole_numbers(1, 4, 5, 6, 7)
     with torch.no_grad():
-        assert torch.allclose(pad_and_convolve(x, conv.weight, conv.bias), conv.convolve(x, conv.weight), atol=1e-5)
+        conv.weight.copy_(whole_numbers(*conv.weight.shape))
+        conv.bias.copy_(whole_numbers(6))
+        assert torch.equal(pad_and_convolve(x, conv.weight, conv.bias), conv.convolve(x, conv.weight))
 
 
 @pytest.mark.parametrize("name", KINDS)

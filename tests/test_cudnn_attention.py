@@ -19,6 +19,8 @@ from longlive_serve.kernels.attention import attention_fp8
 from tests.cudnn_on_cpu import Graph, cudnn_on_cpu
 from tests.triton_on_cpu import error, random
 
+pytestmark = pytest.mark.numeric
+
 __all__ = ["cudnn_on_cpu"]
 
 TINY = PRESETS["tiny"]

@@ -16,6 +16,8 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import Prompt, SeededNoise, Session
 
+pytestmark = pytest.mark.numeric
+
 SIZE = (48, 64)
 
 

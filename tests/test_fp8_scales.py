@@ -20,6 +20,8 @@ from longlive_serve.noise_schedule import NoiseSchedule
 from longlive_serve.weights import load_network
 from training.quality import SHIPPED
 
+pytestmark = pytest.mark.numeric
+
 LEVELS = [*NoiseSchedule("cpu").timesteps, torch.zeros(())]
 
 

@@ -60,6 +60,7 @@ def test_the_probe_sees_a_dead_model_that_triton_calls_ready(tmp_path: Path) -> 
             assert response.status == 200, "Triton itself notices nothing"
 
 
+@pytest.mark.numeric
 def test_a_session_goes_on_from_a_snapshot_on_another_server(server: TritonServer, tmp_path: Path) -> None:
     with VideoStream("a fox", url=server.grpc_url, seed=6, chunks=1, snapshot_every=2, pace="asap") as video:
         video.switch_prompt("a bird", at_latent_frame=9)

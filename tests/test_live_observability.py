@@ -17,6 +17,7 @@ from tests.live import frames_of, play, start_server
 from tests.service_bench import wait_until
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("frame_format", ["jpeg", "h264"])
 def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> None:
     raw = frames_of(play(server, seed=21, chunks=3)).astype(int)

@@ -19,7 +19,8 @@ from longlive_serve.lora import merged_state
 from longlive_serve.weights import adapters_of, fingerprint, load_network
 from longlive_serve.weights_folder import DIT_FILE, LONGLIVE_FOLDER, LORA_FILE
 from tests.conftest import GOLDEN, golden
-from tests.test_causal_dit import Forward, assert_close
+from tests.test_causal_dit import Both
+from tests.tolerance import assert_reference, error, gamma
 from tests.weights_files import (
     TINY,
     State,
@@ -66,7 +67,8 @@ def test_a_merge_gives_the_weights_of_the_reference(tmp_path: Path) -> None:
     merged = merged_state(base, [Adapter(path=golden_adapter(tmp_path), alpha=facts["alpha"])])
     known = {key.removeprefix("merged."): tensor for key, tensor in tensors.items() if key.startswith("merged.")}
     assert len(known) == 3
-    assert_equal({name: merged[name] for name in known}, known)
+    for name, tensor in known.items():  # a sum of so many products as the rank says, and the weight
+        assert error(merged[name], tensor) <= gamma(facts["rank"] + 1), name
     changed = {name for name, tensor in base.items() if not torch.equal(tensor, merged[name])}
     assert len(changed) == facts["facts"]["modules"]
     assert len(base) - len(changed) == facts["facts"]["unchanged_keys"]
@@ -74,12 +76,14 @@ def test_a_merge_gives_the_weights_of_the_reference(tmp_path: Path) -> None:
 
 def test_the_merged_network_computes_the_flow_of_the_reference(tmp_path: Path) -> None:
     facts, tensors = golden("lora_merge")
-    forward = Forward()
-    state = merged_state(forward.network.state_dict(), [Adapter(path=golden_adapter(tmp_path), alpha=facts["alpha"])])
-    forward.network.load_state_dict(state)
-    flow = forward(forward.tensors["x_block0"], forward.tensors["timesteps"][1], forward.tensors["prompt_embeds.p0"])
-    assert_close(flow, tensors["flow_merged.t1"])
-    assert_close(flow, tensors["flow.t1"])  # adapters beside the weights, as the reference runs them
+    both, adapter = Both(), Adapter(path=golden_adapter(tmp_path), alpha=facts["alpha"])
+    state = merged_state(golden("dit_tiny_weights")[1], [adapter])
+    for forward in both.forwards:
+        forward.network.load_state_dict(state)
+    given = both.tensors
+    flow, exact = both(given["x_block0"], given["timesteps"][1], given["prompt_embeds.p0"])
+    assert_reference(flow, tensors["flow_merged.t1"], exact)
+    assert_reference(flow, tensors["flow.t1"], exact)  # adapters beside the weights, as the reference runs them
 
 
 def test_the_published_file_format_is_read() -> None:

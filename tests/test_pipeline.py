@@ -18,6 +18,8 @@ from longlive_serve.pipeline import Pipeline, prompt_notice
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 
+pytestmark = pytest.mark.numeric
+
 
 @functools.cache
 def pipeline(variant: str = "base") -> Pipeline:

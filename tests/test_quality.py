@@ -20,6 +20,8 @@ from training.measures import Case, after_30s, after_switch, early_and_late, hel
 from training.quality import tables
 from training.world import Attributes, Segment, draw, paths
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -38,6 +38,8 @@ from quantization.rollouts import bounded
 from quantization.sizes import bytes_of
 from training.quality import SHIPPED
 
+pytestmark = pytest.mark.numeric
+
 DEMO = ServeConfig(preset="demo", weights=str(SHIPPED), engine="torch", device="cpu", slots=1)
 TINY = ServeConfig(preset="tiny", engine="torch", device="cpu", slots=1)
 PROMPTS = [

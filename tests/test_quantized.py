@@ -15,6 +15,8 @@ from quantization.checkpoint import Observed, quantized_layer
 from quantization.flow_errors import relative_error
 from quantization.recipes import Format
 
+pytestmark = pytest.mark.numeric
+
 INT8, FP8 = Format(dtype=torch.int8), Format(dtype=torch.float8_e4m3fn)
 FORMATS = pytest.mark.parametrize("format", [INT8, FP8], ids=str)
 

@@ -20,6 +20,8 @@ from training.train_dit import DEMO
 from training.workers import build_pipeline
 from training.world import ALL, MOTIONS, Segment, draw, paths
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = {0: "a red circle", 2: "a blue square", 6: "a green cross"}
 
 

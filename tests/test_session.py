@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+
+pytestmark = pytest.mark.numeric
 
 
 def new_session(seed: int = 0) -> Session:

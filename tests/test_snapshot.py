@@ -20,6 +20,8 @@ from longlive_serve.snapshot import SUM_BYTES, dump, load_session
 from training.quality import SHIPPED
 from training.workers import build_pipeline
 
+pytestmark = pytest.mark.numeric
+
 DEMO = PRESETS["demo"]
 RED = "A red circle drifts right over a plain black background."
 BLUE = "A single blue square slowly glides left across a plain black background."

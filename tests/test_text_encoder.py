@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from longlive_serve.config import PRESETS, TextEncoderConfig
 from longlive_serve.models.text_encoder import END_ID, PAD_ID, TextEncoder, Tokenizer, clean_prompt, map_wan_names
 from tests.conftest import golden
+from tests.tolerance import Float64, assert_reference
+
+pytestmark = pytest.mark.numeric
 
 FACTS, TENSORS = golden("t5_tiny")
 WAN_STATE = {k.removeprefix("state."): v for k, v in TENSORS.items() if k.startswith("state.")}
@@ -38,11 +40,6 @@ def encoder() -> TextEncoder:
     return network.eval().requires_grad_(False)
 
 
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    assert got.shape == expected.shape
-    assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
-
-
 @pytest.mark.parametrize(("text", "cleaned"), golden("text_clean")[0]["pairs"])
 def test_text_is_cleaned_as_the_reference_does(text: str, cleaned: str) -> None:
     assert clean_prompt(text) == cleaned
@@ -50,7 +47,9 @@ def test_text_is_cleaned_as_the_reference_does(text: str, cleaned: str) -> None:
 
 def test_embeddings_equal_the_reference_and_are_zero_beyond_the_prompt(encoder: TextEncoder) -> None:
     embeddings = encoder(TENSORS["ids"], TENSORS["mask"])
-    assert_close(embeddings, TENSORS["prompt_embeds"])
+    with Float64():
+        exact = encoder(TENSORS["ids"], TENSORS["mask"])
+    assert_reference(embeddings, TENSORS["prompt_embeds"], exact)
     for row, length in zip(embeddings, FACTS["lens"], strict=True):
         assert row[:length].any(dim=1).all()
         assert not row[length:].any()
@@ -58,7 +57,7 @@ def test_embeddings_equal_the_reference_and_are_zero_beyond_the_prompt(encoder: 
 
 def test_what_stands_in_the_padding_does_not_matter(encoder: TextEncoder) -> None:
     ids = TENSORS["ids"].masked_fill(TENSORS["mask"] == 0, 7)
-    assert_close(encoder(ids, TENSORS["mask"]), TENSORS["prompt_embeds"])
+    assert torch.equal(encoder(ids, TENSORS["mask"]), encoder(TENSORS["ids"], TENSORS["mask"]))
 
 
 def test_a_short_prompt_is_padded() -> None:

@@ -34,6 +34,8 @@ from longlive_serve.session import Prompt, SeededNoise, Session
 from longlive_serve.snapshot import dump, load_session
 from longlive_serve.weights import TINY_DECODER_FILE, load_network, load_strictly
 
+pytestmark = pytest.mark.numeric
+
 TINY = PRESETS["tiny"]
 FULL = (256, 128, 64, 64)
 LATENTS = torch.randn(2, 12, 16, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

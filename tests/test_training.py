@@ -23,6 +23,8 @@ from training.text import write_tokenizer
 from training.train_dit import DEMO, passing_through
 from training.world import ALL, Segment, caption, draw
 
+pytestmark = pytest.mark.numeric
+
 
 class Regression(Run):
     """The smallest run: a matrix learns another one."""

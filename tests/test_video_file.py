@@ -14,6 +14,8 @@ from client.contact_sheet import CELL, COLUMNS, GAP, ContactSheet
 from client.gif import write_gif
 from client.video_file import VideoFile
 
+pytestmark = pytest.mark.numeric
+
 
 def ramp(count: int, height: int = 32, width: int = 48) -> np.ndarray[Any, Any]:
     """Frames of one grey each, brighter and brighter."""

@@ -58,15 +58,22 @@ def write_record(path: Path, argv: Sequence[str] | None, record: dict[str, Any])
     whole |= top_figures(record["rows"])
     best = {name: fastest(record["rows"], decoder) for name, decoder in (("full_vae", WAN), ("tiny_vae", TINY))}
     whole[SECTION] = {
-        "command": f"python -m {SECTION} {' '.join(sys.argv[1:] if argv is None else argv)}".rstrip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": hardware(record["device"]),
-        "versions": versions(),
+        **described(SECTION, sys.argv[1:] if argv is None else argv, record["device"]),
         "figures_of": {name: row and row["name"] for name, row in best.items()},
         **record,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def described(section: str, argv: Sequence[str], device: str) -> dict[str, Any]:
+    """What figures were measured with: by a command, the module `section` with these arguments, on a device."""
+    return {
+        "command": f"python -m {section} {' '.join(argv)}".rstrip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
 
 
 def hardware(device: str) -> str:

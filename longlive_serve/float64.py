@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network's result without the rounding of float32, and how far another result may be from it.
+
+Every float32 result depends on the processor: its libraries add in another order on another one, and the networks
+magnify what that changes. A float64 run of the same is the same everywhere, but for the ninth digit or so. Called where
+two computations are compared: by the replay of a case, by the export, by tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+TIMES = 16
+"""How many times the error of one float32 result another one of the same may have.
+
+A sum of n products in the worst order, one after the other, errs about sqrt(n / log2(n)) times as much as in the best,
+by halves: 12 times for the widest of the networks' layers that are checked in float32, which have up to 1536 inputs.
+The rest is for the largest of many errors, which varies.
+"""
+
+
+class Float64(TorchFunctionMode):
+    """Within it PyTorch computes in float64 what it is told to compute in float32, whatever the networks convert to.
+
+    Weights are converted where they are used, so that a network is never there twice. What is written in place keeps
+    its dtype: a cache that is to hold float64 must be made of it.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if in_place or name == "__get__":
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.float:
+            func = Tensor.double
+        return func(*_wide(args), **_wide(kwargs or {}))
+
+
+def _wide(given: Any) -> Any:
+    """Arguments with float64 in the place of float32, tensors and dtypes."""
+    if isinstance(given, Tensor):
+        return given.double() if given.dtype == torch.float32 else given
+    if isinstance(given, Mapping):
+        return {name: _wide(value) for name, value in given.items()}
+    if type(given) in {list, tuple}:
+        return type(given)(map(_wide, given))
+    return torch.float64 if given is torch.float32 else given
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    assert got.shape == exact.shape, f"got {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    got, exact = got.double(), exact.double()
+    return ((got - exact).abs().max() / exact.abs().max()).item()
+
+
+def may_be(reference: Tensor, exact: Tensor) -> float:
+    """How far a float32 result may be from the exact one, by how far another, the reference, is.
+
+    Not less than for the rounding of the result and of its inputs: a reference may be exact by chance.
+    """
+    return TIMES * max(error(reference, exact), torch.finfo(torch.float32).eps)
