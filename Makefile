@@ -1,11 +1,20 @@
 # The verbs of the project. `make demo` and `make test` do all the set-up they need.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+version = $(shell $(1) -c 'import sys; print(sys.version_info[:2])' 2> /dev/null)
+ifdef PYTHON  # asked for: an environment of another version makes way
+ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
+CLEAR := --clear
+$(VENV)/.complete: FORCE
+endif
+else
+PYTHON = $(or $(shell for python in python3 python3.12 python3.11; do \
+	$$python -m longlive_serve.interpreter 2> /dev/null && echo $$python && break; done),python3)
+endif
 
 DEMO := torch,client,triton
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(1 + len(os.sched_getaffinity(0)))')# many tests wait
-.PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
+.PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check wheels lock clean FORCE
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -25,14 +34,16 @@ help:
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
 	@echo "make doctor set up, say whether this machine can serve, how many sessions fit, and what is missing"
 	@echo "make deploy-check  set up, check images, manifests, alerts and dashboards; try the image's layout out"
+	@echo "make wheels  fill wheelhouse/ with the wheels that make demo installs, for machines without a connection"
+	@echo "make lock   write the pinned versions and hashes in requirements/ anew"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
 
 setup: $(VENV)/.complete
 dev: $(VENV)/.complete-dev
 
 $(VENV)/.complete: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v[:2] == (3, 11) or sys.exit(f"$(PYTHON) is Python {v.major}.{v.minor}, expected 3.11: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m longlive_serve.interpreter
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(DEMO)]'
 	@touch $@
 
@@ -105,6 +116,21 @@ doctor: setup
 deploy-check: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deploy-check]'
 	$(BIN)/python -m deploy.check
+
+wheels:
+	$(PYTHON) -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse '.[$(DEMO)]' hatchling
+
+lock: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(call lock,3.11,$(DEMO))
+	$(call lock,3.12,$(DEMO))
+	$(call lock,3.13,client)
+
+# Extras for a version of Python, and what builds the project, with the hashes of the public packages.
+comma := ,
+lock = echo hatchling | UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --no-config --no-annotate \
+	--generate-hashes --python-version $(1) --python-platform x86_64-manylinux_2_35 \
+	$(addprefix --extra ,$(subst $(comma), ,$(2))) pyproject.toml - --output-file requirements/py$(subst .,,$(1)).txt
 
 clean:
 	rm -rf $(VENV)

@@ -16,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 from longlive_serve.errors import ServerError
+from longlive_serve.interpreter import NUMPY_1, InterpreterError, libpython
 from longlive_serve.safe_paths import SafePaths
 
 SYSTEM_SERVER = Path("/opt/tritonserver/bin/tritonserver")  # where NVIDIA's container has it
@@ -94,8 +95,8 @@ def _check_numpy() -> None:
     version = importlib.metadata.version("numpy")
     if int(version.split(".", 1)[0]) >= 2:
         raise ServerError(
-            f"numpy: got {version}, expected below 2: the Python backend in {WHEEL} reads NumPy 2's arrays wrongly "
-            "and dies of the first request; pip install 'longlive-serve[triton]'"
+            f"numpy: got {version}, expected below 2: {NUMPY_1}; "
+            "with Python 3.11 or 3.12: pip install 'longlive-serve[triton]'"
         )
 
 
@@ -114,10 +115,10 @@ def _stub(stubs: Path) -> Path:
 
 def _libpython() -> Path | None:
     """The shared library that the stub links; None leaves it to the system's loader."""
-    name = sysconfig.get_config_var("INSTSONAME")
-    folders = (Path(str(sysconfig.get_config_var("LIBDIR"))), Path(sys.base_prefix, "lib"))
-    found = [folder / str(name) for folder in folders if (folder / str(name)).is_file()]
-    return found[0] if found else None
+    try:
+        return libpython()
+    except InterpreterError as error:
+        raise ServerError(str(error)) from None
 
 
 def _prepend(environment: dict[str, str], name: str, *folders: Path) -> None:
