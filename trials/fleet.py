@@ -31,6 +31,7 @@ from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.options import Options
 from longlive_serve.protocol import SESSION_HEADER, Request
+from longlive_serve.results import Measurement
 from trials.chaos import RESUME_FOR_S, Seen, leaks, left_behind, litter, stream
 from trials.cluster import Cluster
 from trials.command import add_cluster_arguments, attempt
@@ -202,13 +203,14 @@ def complaints(figures: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
+    made = Measurement.begin("trials.fleet", argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several servers share the cores
     figures = attempt(run, args)
     Console().print_json(data=figures)
     for text in complaints(figures):
         print(text, file=sys.stderr)
     if args.json is not None:
-        write_record(args.json, "trials.fleet", argv, figures, {})
+        write_record(args.json, "trials.fleet", made, figures, {})
     return 1 if complaints(figures) else 0
 
 

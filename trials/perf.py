@@ -26,6 +26,7 @@ from client.record import write_record
 from client.viewer import Watching, watch_together
 from longlive_serve.options import ASAP, Options
 from longlive_serve.protocol import MODEL_NAME
+from longlive_serve.results import Measurement
 from longlive_serve.server import TritonServer
 from trials.command import attempt
 
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
     args.concurrency = [int(part) for part in args.concurrency.split(",")]
+    made = Measurement.begin("trials.perf", argv)
     rows = attempt(run, args, subprocess.CalledProcessError)
     for row in rows:
         theirs, own = (row[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark"))
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         last = rows[-1]
         on_top = {f"{name}_chunks_per_s": last[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark")}
-        write_record(args.json, "trials.perf", argv, {"runs": rows}, on_top)
+        write_record(args.json, "trials.perf", made, {"runs": rows}, on_top)
     return 0 if all(abs(row["ratio"] - 1) <= AGREE for row in rows) else 1
 
 

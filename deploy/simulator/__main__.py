@@ -26,6 +26,7 @@ from deploy.simulator.record import SECTION, write_record
 from deploy.simulator.show import sweep_tables
 from deploy.simulator.world import World, capacity
 from longlive_serve.config import DECODERS, WAN
+from longlive_serve.results import Measurement
 
 EXAMPLES = """\
 examples
@@ -44,6 +45,7 @@ granted besides (lengths of sessions, cold starts, failures), deploy/simulator/w
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = _arguments(argv)
+    made = Measurement.begin(SECTION, argv)
     try:
         world, source = _world(args)
         policy = Policy.from_toml(args.policy)
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if swept:
         print(sweep_tables({SECTION: made_with}))
     if args.json is not None:
-        write_record(args.json, argv, traces, made_with)
+        write_record(args.json, made, traces, made_with)
     if args.plot is not None:
         plot(runs, args.plot)
     return 0
