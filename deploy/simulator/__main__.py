@@ -30,12 +30,11 @@ from longlive_serve.results import Measurement
 
 EXAMPLES = """\
 examples
-  python -m deploy.simulator --peak-sessions 1000             three traces, some seconds
-  python -m deploy.simulator --trace flash_crowd --cold-start 1 1.5 3
-                                                              what faster machines would save
-  python -m deploy.simulator --policy mine.toml --trace burst your own thresholds
-  python -m deploy.simulator --fixed 400 --peak-sessions 1000 a fleet that never changes
-  python -m deploy.simulator --sweep                          the traces, then: why these thresholds
+  python -m deploy.simulator --peak-sessions 1000                          # three traces, some seconds
+  python -m deploy.simulator --trace flash_crowd --cold-start 1 1.5 3      # what faster machines would save
+  python -m deploy.simulator --policy mine.toml --trace burst              # your own thresholds
+  python -m deploy.simulator --fixed 400 --peak-sessions 1000              # a fleet that never changes
+  python -m deploy.simulator --sweep                                       # the traces, then: why these thresholds
 
 A pod is one GPU. How many sessions it holds is the one figure that all the others hang on: results/gpu.json has it
 once the benchmark ran on a GPU (python -m longlive_serve.bench), until then it is a projection. What is taken for
@@ -110,10 +109,11 @@ def _run(
                 on_round=lambda now, task=task: progress.update(task, completed=now),  # type: ignore[misc]
             )
             progress.update(task, completed=TRACES[name].seconds)
-        if not args.sweep:
+        if args.sweep is None:
             return runs, {}
-        task = progress.add_task("sweep", total=len(list(sweep.cases(policy))))
-        return runs, sweep.run(policy, world, on_case=lambda: progress.advance(task))
+        wanted = args.sweep or sweep.TABLES
+        task = progress.add_task("sweep", total=sum(case.table in wanted for case in sweep.cases(policy)))
+        return runs, sweep.run(policy, world, wanted, on_case=lambda: progress.advance(task))
 
 
 def _table(traces: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -180,7 +180,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fixed", type=_count, metavar="PODS", help="so many pods throughout, no autoscaling")
     parser.add_argument("--policy", type=Path, default=SHIPPED, metavar="TOML", help="default: deploy/policy.toml")
     parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
-    parser.add_argument("--sweep", action="store_true", help="then vary the thresholds, on small fleets: two minutes")
+    text = f"then vary the thresholds, on small fleets: two minutes; of {', '.join(sweep.TABLES)} only these"
+    parser.add_argument("--sweep", nargs="*", choices=sweep.TABLES, metavar="TABLE", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw sessions, pods and who waits, over time")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ and with how many live sessions at 16 fps no chunk comes late. Beside them, from
 and copies are, what share of that each engine reaches, and all attention kernels.
 
 examples:
-  python -m longlive_serve.bench                                        a toy on the CPU, or all of it on a GPU
+  python -m longlive_serve.bench                                        # a toy on the CPU, or all of it on a GPU
   python -m longlive_serve.bench --json results/gpu.json --plot docs/gpu.png
   python -m longlive_serve.bench --rows "eager baseline" "fused fp8" --chunks 100 --live-seconds 60
   python -m longlive_serve.bench --rows torch --plans plans/bf16
