@@ -158,7 +158,7 @@ ELSEWHERE = (
 SKIPPED = (
     Skipped(module="client.generate", options="--tls-ca", reason="needs a server whose authority the machine knows"),
     Skipped(module="deploy.empty_environment", reason="fetches 2 GB; `make deploy-check` runs it"),
-    Skipped(module="tests.smoke", reason="runs all of these"),
+    Skipped(module="tests.smoke", options="--json", reason="runs all of these"),
     Skipped(module="trials.perf", options="--concurrency --json", reason="fetches NVIDIA's perf_analyzer"),
 )
 TOOLS_OF_PYTHON = ("-c", "venv", "pip", "pytest")

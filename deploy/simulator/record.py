@@ -13,7 +13,7 @@ from longlive_serve.results import Measurement, cpu, versions
 
 RESULTS = Path(__file__).parents[2] / "results/autoscaling.json"
 SECTION = "deploy.simulator"
-CODE = ("deploy/simulator", "deploy/policy.toml", "longlive_serve/sizing.py")
+CODE = ("deploy/simulator", "deploy/policy.toml")
 
 
 def write_record(
