@@ -199,7 +199,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=5e-6, help="of the largest latent (default: %(default)g)")
     parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
-    text = "run these graphs or plans of the case (`python -m export.to_onnx --case`) instead of torch"
+    text = "run these graphs or plans of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args()
     try:

@@ -154,8 +154,10 @@ def read_arguments(module: str, arguments: Iterable[str], whole: bool) -> argpar
 
     def parse(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> None:
         if not whole:
-            for part in (*parser._actions, *parser._mutually_exclusive_groups):
-                part.required = False
+            for action in parser._actions:
+                action.required = False
+            for group in parser._mutually_exclusive_groups:
+                group.required = False
         original(parser, *given, **named)
         raise _Parsed(parser)
 

@@ -106,6 +106,6 @@ def stream(request: pytest.FixtureRequest) -> Open:
     """Streams that raise when their connection breaks; how they go on instead is in test_resumable.py."""
 
     def opened(prompt: str, **settings: Any) -> VideoStream:
-        return request.param(prompt, **({"resume_for": 0.0} | settings))  # type: ignore[no-any-return]
+        return request.param(prompt, **({"resume_for": 0.0} | settings))
 
     return opened

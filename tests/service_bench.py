@@ -23,6 +23,7 @@ from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.service import VideoService
 from longlive_serve.session import Session
 from longlive_serve.statistics import Change
+from longlive_serve.stream import Encode
 from longlive_serve.trace import Phase
 
 LIMIT_S = 10.0
@@ -46,6 +47,7 @@ class CountingPipeline:
     )
     phases: tuple[Phase, ...] = ()
     asynchronous = False
+    dtype = torch.float32
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -97,7 +99,7 @@ class RecordingSink:
         self.broken = broken
         self.threads: set[str] = set()
 
-    def send(self, chunk: FrameChunk | None, final: bool) -> None:
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
         self.threads.add(threading.current_thread().name)
         assert not self.closed, "sent after the end"
         if self.broken and chunk is not None:

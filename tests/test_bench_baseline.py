@@ -79,7 +79,8 @@ def test_the_baseline_decodes_the_reference_s_frames() -> None:
     reference, latents = as_reference(decoder), tensors["latents"]
     assert reference.state_dict().keys() == names
     assert not [module for module in reference.modules() if type(module) is CausalConv3d]
-    cache = reference.initial_cache(latents.shape[0], *latents.shape[-2:], "cpu", torch.float32)
+    height, width = latents.shape[-2:]
+    cache = reference.initial_cache(latents.shape[0], height, width, "cpu", torch.float32)
     with torch.no_grad():
         frames, _ = reference(latents, cache, opening=True)
     expected = tensors["frames_raw"]

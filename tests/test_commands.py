@@ -40,7 +40,7 @@ class Smoke:
     """A command as it runs here. Words in braces are files of PREPARED, or addresses of the server."""
 
     command: str
-    limit_s: float = 120.0
+    limit_s: float = 300.0
 
     @property
     def named(self) -> Named:
@@ -106,14 +106,14 @@ SMOKES = (
     Smoke(
         command='quantization.evaluate --columns "fused fp8" --captions 4 --switches 4 --rollouts 1 '
         "--json {out}/q.json --plot {out}/q.png",
-        limit_s=300,
+        limit_s=900,
     ),
     Smoke(command="quantization.evaluate --table {root}/results/quantization.json"),
     Smoke(command="quantization.quantize --config {demo_settings} --recipe int8 --prompts {lines} --out {out}/int8"),
     Smoke(
         command="training.quality {demo} --captions 4 --switches 4 --sessions-30s 0 --sessions-240s 0 --clips 2 "
         "--out {out}/quality.json",
-        limit_s=300,
+        limit_s=900,
     ),
     Smoke(command="training.quality --table {root}/results/quality.json"),
     Smoke(command="training.train_decoder --out {out} --steps 1"),
@@ -241,7 +241,7 @@ def test_a_command_runs(smoke: Smoke, tmp_path: Path, request: pytest.FixtureReq
     if smoke.needs_server:
         server: TritonServer = request.getfixturevalue("live")
         addresses = {"url": server.grpc_url, "metrics": server.metrics_url}
-    words = shlex.split(smoke.command.format_map(Prepared(tmp_path, addresses)))  # type: ignore[arg-type]
+    words = shlex.split(smoke.command.format_map(Prepared(tmp_path, addresses)))
     done = subprocess.run(
         [sys.executable, "-m", *words],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=smoke.limit_s,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 from longlive_serve.engines.torch_engine import TorchVAEDecoder
 from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
+from longlive_serve.models.vae_decoder import VAEDecoder
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate_decoder
 from tests import cudnn_on_cpu as cudnn_stand_in
@@ -43,7 +45,7 @@ def video(seed: int, chunks: int = 4) -> list[Tensor]:
     return list(torch.randn(shape, generator=generator).split(3, 1))
 
 
-def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray]:
+def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray[Any, Any]]:
     cache = engine.initial_cache()
     for number, part in enumerate(latents):
         frames, cache = engine.decode(part, cache, number == 0)
@@ -56,7 +58,7 @@ def network(name: str = VAE_DECODER) -> nn.Module:
 
 
 @pytest.mark.parametrize("split", [(1, 5), (1, 1, 1, 1, 1, 1), (1, 2, 3)])
-def test_any_split_gives_the_frames_of_the_reference(decoder, split: tuple[int, ...]) -> None:
+def test_any_split_gives_the_frames_of_the_reference(decoder: VAEDecoder, split: tuple[int, ...]) -> None:
     cache = [tensor.contiguous(memory_format=LAST) for tensor in new_cache(decoder)]
     fused = FusedVAE(decoder)
     parts = [fused.decode(part, cache, number == 0) for number, part in enumerate(LATENTS.split(split, 1))]

@@ -7,6 +7,7 @@ import json
 import re
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.live import frames_of, play, start_server, wait_until
 @pytest.mark.parametrize("frame_format", ["jpeg", "h264"])
 def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> None:
     raw = frames_of(play(server, seed=21, chunks=3)).astype(int)
-    options = {"url": server.grpc_url, "seed": 21, "chunks": 3, "pace": "asap"}
+    options: dict[str, Any] = {"url": server.grpc_url, "seed": 21, "chunks": 3, "pace": "asap"}
     with VideoStream("a red fox runs", **options, frame_format=frame_format) as video:
         decoded = frames_of([chunk for chunk in video.chunks() if len(chunk.frames)]).astype(int)
     assert decoded.shape == raw.shape
@@ -30,7 +31,7 @@ def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> N
 
 def test_early_frames_are_the_same_video(server: TritonServer) -> None:
     whole = frames_of(play(server, seed=23, chunks=3))
-    options = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
+    options: dict[str, Any] = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
     with VideoStream("a red fox runs", **options, early_frames=True) as video:
         parts = list(video.chunks())
     assert [len(part.frames) for part in parts] == [1, *[4] * 8]

@@ -20,11 +20,11 @@ import pytest
 from client.errors import (
     FrameLimitError,
     InvalidRequestError,
-    ServeError,
     UnavailableError,
     VideoStreamError,
 )
 from client.video_stream import VideoStream
+from longlive_serve.errors import ServeError
 from longlive_serve.server import TritonServer
 from tests.conftest import ExportedGraphs
 from tests.live import RawStream, frames_of, metric, play, settled, start_server, text, wait_until

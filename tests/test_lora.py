@@ -103,7 +103,7 @@ def test_adapters_come_in_both_formats(tmp_path: Path, suffix: str, prefix: str)
 def test_several_adapters_add_up_each_with_its_scale_and_rank(tmp_path: Path, adapter: Path) -> None:
     other = lora_state(seed=2, rank=8)
     torch.save({"generator_lora": other}, tmp_path / "other.pt")
-    config = {"lora": f"{adapter}=0.8, {tmp_path / 'other.pt'}", "lora_alpha": 16.0}
+    config: dict[str, Any] = {"lora": f"{adapter}=0.8, {tmp_path / 'other.pt'}", "lora_alpha": 16.0}
     state = loaded(DIT, write_wan(tmp_path / "weights"), **config)
     assert_equal(state, expected((lora_state(), 0.8 * 4), (other, 2.0)))
 

@@ -26,7 +26,7 @@ from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae_decoder import VAEDecoder
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import Prompt, SeededNoise, Session
-from longlive_serve.weights import load_network, recipe
+from longlive_serve.weights import load_network, recipe, sha256
 from quantization import quantize as command
 from quantization.calibration import FILE, calibration_session
 from quantization.checkpoint import Observed, quantized_state
@@ -144,10 +144,10 @@ def test_a_checkpoint_says_where_it_comes_from(fp8: Path) -> None:
     with safe_open(fp8 / "vae_decoder.quantized.safetensors", "pt") as file:
         about = file.metadata()
     assert about["recipe"] == "int8-vae"
-    assert about["source_sha256"] == command.sha256(SHIPPED / "Wan2.1_VAE.pth")
+    assert about["source_sha256"] == sha256(SHIPPED / "Wan2.1_VAE.pth")
     assert json.loads(about["versions"])["nvidia-modelopt"]
     record = json.loads((fp8 / command.RECORD).read_text())
-    assert record["files"]["dit.quantized.safetensors"]["sha256"] == command.sha256(fp8 / "dit.quantized.safetensors")
+    assert record["files"]["dit.quantized.safetensors"]["sha256"] == sha256(fp8 / "dit.quantized.safetensors")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.video_stream import StreamedChunk
 from trials import chaos, fleet, fuzz, perf, soak, tables
 
 TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
@@ -93,9 +94,9 @@ def test_a_lost_and_a_repeated_frame_are_noticed() -> None:
     assert (seen.lost, seen.repeated) == (12, 12)
 
 
-def _chunk(first: int, count: int, arrived: float = 0.0) -> chaos.StreamedChunk:
+def _chunk(first: int, count: int, arrived: float = 0.0) -> StreamedChunk:
     pictures = np.zeros((count, 2, 2, 3), np.uint8)
-    return chaos.StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=arrived)
+    return StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=arrived)
 
 
 def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:
