@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 DEMO := torch,client,triton
-.PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check clean
+.PHONY: help setup dev demo test check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check smoke stale clean
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -23,6 +23,9 @@ help:
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
 	@echo "make doctor set up, say whether this machine can serve, how many sessions fit, and what is missing"
 	@echo "make deploy-check  set up, check images, manifests, alerts and dashboards; try the image's layout out"
+	@echo "make smoke  set up, run every command at its smallest size, write the seconds to results/commands.json"
+	@echo "make stale  set up, say which figures in results/ are older than their code"
+	@echo "make clean  remove the virtual environment"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
 
 setup: $(VENV)/.complete
@@ -100,6 +103,12 @@ doctor: setup
 deploy-check: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deploy-check]'
 	$(BIN)/python -m deploy.check
+
+smoke: dev
+	$(BIN)/python -m tests.smoke --json results/commands.json
+
+stale: setup
+	$(BIN)/python -m trials.stale
 
 clean:
 	rm -rf $(VENV)

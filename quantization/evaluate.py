@@ -193,6 +193,8 @@ def _measure_and_write(arguments: argparse.Namespace, made: Measurement) -> dict
     }
     with tempfile.TemporaryDirectory() as temporary:
         for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
+            for name in arguments.columns:  # those of an earlier run keep theirs
+                record["recipes"][name]["commit"] = made.commit
             if arguments.json is not None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -16,7 +16,16 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import Session
 from training.latents import HELD_OUT
-from training.measures import Case, after_30s, after_switch, early_and_late, held_out_captions, switches
+from training.measures import (
+    CHUNKS_240S,
+    Case,
+    after_30s,
+    after_switch,
+    early_and_late,
+    held_out_captions,
+    switches,
+    through_240s,
+)
 from training.quality import tables
 from training.world import Attributes, Segment, draw, paths
 
@@ -63,6 +72,12 @@ def test_what_goes_wrong_late_counts_late_only() -> None:
     assert all(windows["chunks_1_2"].values())
     assert windows["chunks_8_9"]["motion"] is False
     assert windows["chunks_8_9"]["colour"] is True
+
+
+def test_a_session_of_240_s_is_read_from_its_first_to_its_last_chunk() -> None:
+    (case,) = held_out_captions(1, seed=3)
+    windows = through_240s(exact(case), case)
+    assert windows == [True] * (CHUNKS_240S // 2)
 
 
 def test_held_out_combinations_are_among_the_captions() -> None:
