@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command that a document names: lines of code and `spans` of the pages, the examples of `--help`, comments in
-deploy/, and what the verbs of the Makefile run. Used by `test_commands` and `smoke`.
+deploy/, and what CI and the verbs of the Makefile run. Used by `test_commands` and `smoke`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ def of_pages() -> Iterator[Named]:
             yield from named_in(where, span, whole=False)
 
 
+def of_ci() -> Iterator[Named]:
+    for line in (ROOT / ".ci/run").read_text().splitlines():
+        yield from named_in(".ci/run", line, whole=True)
+
+
 def of_deploy() -> Iterator[Named]:
     """Comments that stand indented, as code does."""
     for path in sorted((ROOT / "deploy").rglob("*")):
@@ -187,5 +192,5 @@ def _is_package(module: str) -> bool:
 
 def named() -> list[Named]:
     """All of them, each once."""
-    everywhere = [*of_pages(), *of_deploy(), *of_help(), *(one for verb in verbs() for one in of_make(verb))]
+    everywhere = [*of_pages(), *of_ci(), *of_deploy(), *of_help(), *(one for verb in verbs() for one in of_make(verb))]
     return list({(one.words, one.whole): one for one in reversed(everywhere)}.values())[::-1]

@@ -17,7 +17,6 @@ from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import Session
 from training.latents import HELD_OUT
 from training.measures import (
-    CHUNKS_240S,
     Case,
     after_30s,
     after_switch,
@@ -74,10 +73,11 @@ def test_what_goes_wrong_late_counts_late_only() -> None:
     assert windows["chunks_8_9"]["colour"] is True
 
 
-def test_a_session_of_240_s_is_read_from_its_first_to_its_last_chunk() -> None:
-    (case,) = held_out_captions(1, seed=3)
-    windows = through_240s(exact(case), case)
-    assert windows == [True] * (CHUNKS_240S // 2)
+def test_a_long_session_is_read_from_its_first_to_its_last_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.measures.CHUNKS_240S", 9)
+    case = next(case for case in held_out_captions(200, seed=0) if case.attributes.motion == "up")
+    assert through_240s(exact(case), case) == [True] * 4
+    assert through_240s(exact(case, ruined_from=7), case) == [True] * 3 + [False]
 
 
 def test_held_out_combinations_are_among_the_captions() -> None:
