@@ -7,6 +7,7 @@ The commands are those of `test_commands`; what other tests run is timed as thos
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -17,20 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from longlive_serve.results import Measurement, cpu, versions
-from tests.commands import ROOT
-from tests.test_commands import ELSEWHERE, SKIPPED, SMOKES, Elsewhere, Smoke
+from tests.commands import FOLDERS, ROOT, of_make, verbs
+from tests.test_commands import ELSEWHERE, SKIPPED, SMOKES, Elsewhere, Skipped, Smoke
 
 
 class Seconds:
-    """A plugin of pytest: how long each test took, by its id, what it was given included; and how it ended."""
+    """A plugin of pytest: how long each test took, by its id, without the server that it was given; how it ended."""
 
     def __init__(self) -> None:
         self.of: dict[str, float] = {}
         self.ended: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.of[report.nodeid] = self.of.get(report.nodeid, 0.0) + report.duration
         if report.when == "call" or report.outcome != "passed":
+            self.of[report.nodeid] = report.duration
             self.ended[report.nodeid] = report.outcome
 
 
@@ -41,19 +42,31 @@ def nodeid(one: Smoke | Elsewhere) -> str:
     return f"tests/{file}.py::{name}"
 
 
+@functools.cache
+def run_by() -> dict[str, list[str]]:
+    """The verbs of the Makefile that run a module."""
+    found: dict[str, list[str]] = {}
+    for verb in verbs():
+        for module in dict.fromkeys(one.module for one in of_make(verb)):
+            found.setdefault(module, []).append(f"make {verb}")
+    return found
+
+
+def named(one: Smoke | Elsewhere | Skipped) -> dict[str, str | float]:
+    command = one.command if isinstance(one, Smoke) else f"{one.module} {one.options}".rstrip()
+    return {"command": f"python -m {command}", "verbs": ", ".join(run_by().get(command.split()[0], []))}
+
+
 def rows(seconds: Seconds) -> list[dict[str, str | float]]:
     """A row for each command: as it is run, and its seconds or why there are none."""
     found: list[dict[str, str | float]] = []
     for one in (*SMOKES, *ELSEWHERE):
-        command = one.command if isinstance(one, Smoke) else f"{one.module} {one.options}".rstrip()
-        row: dict[str, str | float] = {"command": f"python -m {command}"}
+        row = named(one)
         ids = [known for known in seconds.of if known == nodeid(one) or known.startswith(f"{nodeid(one)}[")]
         row |= {"seconds": round(sum(seconds.of[known] for known in ids), 1)}
         row |= {"ended": ", ".join(sorted({seconds.ended[known] for known in ids})) or "did not run"}
         found.append(row if isinstance(one, Smoke) else row | {"test": nodeid(one)})
-    return found + [
-        {"command": f"python -m {one.module} {one.options}".rstrip(), "skipped": one.reason} for one in SKIPPED
-    ]
+    return found + [named(one) | {"skipped": one.reason} for one in SKIPPED]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,14 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = Seconds()
     wanted = [str(ROOT / "tests/test_commands.py"), *dict.fromkeys(str(ROOT / nodeid(one)) for one in ELSEWHERE)]
     code = pytest.main(["-q", f"--rootdir={ROOT}", *wanted], plugins=[seconds])
-    table = Table("command", "seconds", "ended")
+    table = Table("command", "verbs", "seconds", "ended")
     for row in rows(seconds):
         table.add_row(
-            *(str(row.get(key, "")) for key in ("command", "seconds")), str(row.get("ended", row.get("skipped")))
+            *(str(row.get(key, "")) for key in ("command", "verbs", "seconds")),
+            str(row.get("ended", row.get("skipped"))),
         )
     Console(width=150).print(table, markup=False)
     if args.json is not None:
-        header = made.header(hardware=cpu(), versions=versions("torch", "pytest"), code=["."])
+        header = made.header(hardware=cpu(), versions=versions("torch", "pytest"), code=[*FOLDERS, "Makefile"])
         args.json.write_text(json.dumps(header | {"commands": rows(seconds)}, indent=2) + "\n")
     return int(code)
 
