@@ -16,8 +16,10 @@ from trials import chaos, fleet, fuzz, perf, soak, tables
 TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
 
 
-def test_wrong_requests_beside_live_sessions() -> None:
-    assert fuzz.main(["--requests", "1000", "--seed", "7"]) == 0
+def test_wrong_requests_beside_live_sessions(tmp_path: Path) -> None:
+    record = tmp_path / "serving.json"
+    assert fuzz.main(["--requests", "1000", "--seed", "7", "--json", str(record)]) == 0
+    assert json.loads(record.read_text()).items() >= {"fuzz_requests": 1000, "fuzz_crashes": 0}.items()
 
 
 def test_the_same_seed_makes_the_same_requests() -> None:
