@@ -13,8 +13,8 @@ PYTHON = $(or $(shell for python in python3 python3.12 python3.11; do \
 endif
 
 DEMO := torch,client,triton
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(1 + len(os.sched_getaffinity(0)))')# many tests wait
-.PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check wheels lock clean FORCE
+WORKERS ?= auto
+.PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check smoke stale wheels lock clean FORCE
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
@@ -34,8 +34,11 @@ help:
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
 	@echo "make doctor set up, say whether this machine can serve, how many sessions fit, and what is missing"
 	@echo "make deploy-check  set up, check images, manifests, alerts and dashboards; try the image's layout out"
+	@echo "make smoke  set up, run every command at its smallest size, write the seconds to results/commands.json"
+	@echo "make stale  set up, say which figures in results/ are older than their code"
 	@echo "make wheels  fill wheelhouse/ with the wheels that make demo installs, for machines without a connection"
 	@echo "make lock   write the pinned versions and hashes in requirements/ anew"
+	@echo "make clean  remove the virtual environment"
 	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
 
 setup: $(VENV)/.complete
@@ -55,7 +58,7 @@ demo: setup
 	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl --contact-sheet videos/interactive/story.png
 
 test: dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 test-portability: dev
 	$(BIN)/python -m tests.portability --json results/portability.json
@@ -131,6 +134,12 @@ comma := ,
 lock = echo hatchling | UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --no-config --no-annotate \
 	--generate-hashes --python-version $(1) --python-platform x86_64-manylinux_2_35 \
 	$(addprefix --extra ,$(subst $(comma), ,$(2))) pyproject.toml - --output-file requirements/py$(subst .,,$(1)).txt
+
+smoke: dev
+	$(BIN)/python -m tests.smoke --json results/commands.json
+
+stale: setup
+	$(BIN)/python -m trials.stale
 
 clean:
 	rm -rf $(VENV)

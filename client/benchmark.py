@@ -26,6 +26,7 @@ from client.record import write_record
 from client.viewer import Seen, Watching, watch_together
 from longlive_serve.config import FPS
 from longlive_serve.options import PACES, REALTIME
+from longlive_serve.results import Measurement
 
 PROMPTS = (
     "A red circle drifts right over a plain black background.",
@@ -158,6 +159,7 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = _arguments(argv)
+    made = Measurement.begin("client.benchmark", argv)
     try:
         with _server(args) as (url, metrics_url):
             rows = run(args, url, metrics_url)
@@ -173,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sessions_admitted": max(row.get("announced_capacity", row["watched"]) for row in rows),
             "deadline_misses": sum(row.get("deadline_misses", 0) for row in rows),
         }
-        write_record(args.json, "client.benchmark", argv, {"runs": rows}, on_top)
+        write_record(args.json, "client.benchmark", made, {"runs": rows}, on_top)
         print(f"wrote {args.json}")
     if args.plot is not None:
         plot(rows, args.plot)

@@ -3,37 +3,28 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longlive_serve.results import SERVER, Measurement, cpu, versions
+
 
 def write_record(
-    path: Path,
-    section: str,
-    argv: Sequence[str] | None,
-    figures: Mapping[str, Any],
-    on_top: Mapping[str, float],
+    path: Path, section: str, made: Measurement, figures: Mapping[str, Any], on_top: Mapping[str, float]
 ) -> None:
     """Put `figures` into a section of the file, and what they were measured with; the other sections stay.
 
-    `argv`: the arguments of the command; None: those of this process. `section`: the command's module.
+    `section`: the command's module.
     """
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     record.update(on_top)
-    record[section] = {
-        "command": f"python -m {section} {' '.join(sys.argv[1:] if argv is None else argv)}".rstrip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), clients and servers together",
-        "versions": {"python": platform.python_version(), "tritonclient": version("tritonclient")},
-        "vae": "in every figure",
-        **figures,
-    }
+    header = made.header(
+        hardware=f"{cpu()}, clients and servers together",
+        versions=versions("tritonclient"),
+        code=[*SERVER, "client", f"{section.replace('.', '/')}.py"],
+    )
+    record[section] = {**header, "vae": "in every figure", **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -66,7 +66,7 @@ def projected(gpu: str, precision: str, decoder: str) -> Row:
 
 def measured(path: Path = MEASURED) -> Iterator[Row]:
     """The fastest of our engines for every precision and decoder. None, where nothing of full size was measured."""
-    run: dict[str, Any] = json.loads(path.read_text()).get(SECTION, {}) if path.exists() else {}
+    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get(SECTION, {}) if path.exists() else {}
     if run.get("preset") != FULL.name:
         return
     name, _, _ = str(run["hardware"]).partition(",")
@@ -104,7 +104,7 @@ def rows(path: Path = MEASURED) -> list[Row]:
 
 def fleet_factor(path: Path = RESULTS) -> float:
     """GPU-hours of an autoscaled fleet by those of a perfect one, over a simulated day."""
-    return float(json.loads(path.read_text())["diurnal"]["gpu_hours_by_perfect"])
+    return float(json.loads(path.read_text(encoding="utf-8"))["diurnal"]["gpu_hours_by_perfect"])
 
 
 def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
@@ -134,7 +134,7 @@ def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
 
 def tables(price: float = PRICE) -> dict[str, str]:
     """Those of docs/capacity.md, under the names that its marks have."""
-    record: Mapping[str, Any] = json.loads(RESULTS.read_text())
+    record: Mapping[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return {
         "capacity": capacity_table(rows(), price, fleet_factor()),
         "traces": trace_table(record),
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.page is None:
             print(capacity_table(rows(), args.price, fleet_factor()))
         else:
-            args.page.write_text(renew(args.page.read_text(), tables(args.price)))
+            args.page.write_text(renew(args.page.read_text(encoding="utf-8"), tables(args.price)))
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -71,9 +71,9 @@ def manifests() -> Iterator[Row]:
         right = f"{len(found)} documents, rendered by {Path(kustomize[0]).name}; they fit together"
         yield row(what, loose_ends(found), right)
         yield from schemas(what, found)
-    yield from schemas("Kubernetes: upload.yaml", documents((KUBERNETES / "upload.yaml").read_text()))
+    yield from schemas("Kubernetes: upload.yaml", documents((KUBERNETES / "upload.yaml").read_text(encoding="utf-8")))
     rules = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata: {name: longlive}\nspec:\n"
-    found = documents("---\n".join(rules + _indented(path.read_text()) for path in RULES))
+    found = documents("---\n".join(rules + _indented(path.read_text(encoding="utf-8")) for path in RULES))
     yield from schemas("Kubernetes: rules, as docs/deploy.md wraps them", found)
 
 
@@ -136,7 +136,7 @@ def rules() -> Iterator[Row]:
     queries = list(dashboard_queries())
     with tempfile.TemporaryDirectory() as folder:
         as_rules = "".join(f"  - record: query{n}\n    expr: {one.expression!r}\n" for n, one in enumerate(queries))
-        Path(folder, "rules.yml").write_text(f"groups:\n- name: dashboard\n  rules:\n{as_rules}")
+        Path(folder, "rules.yml").write_text(f"groups:\n- name: dashboard\n  rules:\n{as_rules}", encoding="utf-8")
         wrong = run([promtool, "check", "rules", "rules.yml"], Path(folder))
     yield row("Grafana: dashboard.json", wrong, f"{len(queries)} queries parse (promtool)")
 

@@ -73,7 +73,7 @@ def stages(path: Path) -> list[Stage]:
     """The stages, with the ARGs before the first of them put in."""
     found: list[tuple[str, str, list[Instruction]]] = []
     defaults: dict[str, str] = {}
-    for one in _instructions(path.read_text()):
+    for one in _instructions(path.read_text(encoding="utf-8")):
         if one.keyword == "FROM":
             words = re.sub(r"\$\{(\w+)\}", lambda name: defaults[name[1]], one.text).split()
             found.append((words[0], words[2] if len(words) > 2 else "", []))
@@ -117,7 +117,7 @@ def _unseen(path: Path, source: str) -> Iterator[str]:
     """Why a build would not see a file of the checkout."""
     if not (ROOT / source).exists():
         yield "no such file"
-    lines = path.with_name(f"{path.name}.dockerignore").read_text().splitlines()
+    lines = path.with_name(f"{path.name}.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line[1:] for line in lines if line.startswith("!")]
     if not any(source == one or source.startswith(f"{one}/") for one in allowed):
         yield "the .dockerignore hides it"

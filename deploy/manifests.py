@@ -58,7 +58,7 @@ def schema_faults(document: Document, version: str) -> list[str]:
     own = SCHEMAS / f"{document['kind'].lower()}.json"
     try:
         if own.exists():
-            jsonschema.Draft202012Validator(json.loads(own.read_text())).validate(document)
+            jsonschema.Draft202012Validator(json.loads(own.read_text(encoding="utf-8"))).validate(document)
         else:
             kubernetes_validate.validate(document, version, strict=True)
     except kubernetes_validate.SchemaNotFoundError as error:

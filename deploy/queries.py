@@ -54,14 +54,14 @@ def rules() -> list[Rule]:
             severity=rule.get("labels", {}).get("severity", ""),
         )
         for path in RULES
-        for group in yaml.safe_load(path.read_text())["groups"]
+        for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
         for rule in group["rules"]
     ]
 
 
 def dashboard_queries(path: Path = DASHBOARD) -> Iterator[Query]:
     """Of the panels, the annotations and the variables, with the dashboard's variables put in."""
-    dashboard = json.loads(path.read_text())
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
             yield Query(where=f"panel {panel['title']!r}", expression=_without_variables(target["expr"]))
@@ -85,7 +85,7 @@ def metrics_in(expression: str) -> set[str]:
 
 def dcgm_counters() -> set[str]:
     """What NVIDIA's exporter is told to export."""
-    lines = DCGM_COUNTERS.read_text().splitlines()
+    lines = DCGM_COUNTERS.read_text(encoding="utf-8").splitlines()
     return {line.partition(",")[0] for line in lines if line and not line.startswith("#")}
 
 

@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("convert: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    for name, file in json.loads((arguments.out / RECORD).read_text())["files"].items():
+    for name, file in json.loads((arguments.out / RECORD).read_text(encoding="utf-8"))["files"].items():
         print(f"{file['bytes'] / 1e6:10.1f} MB  {arguments.out / name}")
     print(f"{skipped} were there already" if skipped else "all were written anew")
     print(f'serve it with  preset = "{config.preset}", weights = "{arguments.out.absolute()}"  in a serve.toml')

@@ -36,7 +36,7 @@ def check_folder(config: ServeConfig, out: Path, size: int) -> None:
     record = out / RECORD
     if record.exists():
         try:
-            ours = json.loads(record.read_text()).get("made_by") == MADE_BY
+            ours = json.loads(record.read_text(encoding="utf-8")).get("made_by") == MADE_BY
         except (ValueError, AttributeError):
             ours = False
         if not ours:
@@ -95,7 +95,7 @@ def write_record(config: ServeConfig, out: Path, made: dict[str, dict[str, Any]]
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     partial = out / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, out / RECORD)
 
 

@@ -50,7 +50,7 @@ class Case:
     def load(cls, path: Path) -> Case:
         """Read CASE.json. Raises ValueError that names the file and the key."""
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             fields = {field.name for field in dataclasses.fields(cls)}
             given = {key: values[key] for key in fields & values.keys()}
             sizes = {field.name for field in dataclasses.fields(DiTConfig)}
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, help=text)
     parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
-    text = "run these graphs or plans of the case (`python -m export.to_onnx --case`) instead of torch"
+    text = "run these graphs or plans of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args()
     try:

@@ -41,5 +41,5 @@ class Trace:
         """The file is named after the session; what does not belong in a file name is left out."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '', self._session_id)[:64] or 'session'}.json"
-        path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
+        path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}), encoding="utf-8")
         return path

@@ -8,14 +8,10 @@ forwards, the error of whole videos, and what an exact reader of frames sees. Si
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from rich.progress import Progress, TaskID
 from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
 from longlive_serve.options import RECACHE
 from longlive_serve.pipeline import Pipeline
+from longlive_serve.results import SERVER, Measurement, cpu, versions
 from quantization.dynamic_fp8 import simulate, simulate_attention, simulate_decoder
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
@@ -36,6 +33,12 @@ from training.measures import attribute_accuracy, held_out_captions, switching
 from training.quality import SHIPPED
 from training.workers import Workers
 
+PACKAGES = ("torch", "nvidia-modelopt", "safetensors")
+CODE = (
+    *SERVER,
+    "quantization",
+    *(f"training/{name}.py" for name in ("measures", "workers", "reader", "world", "latents")),
+)
 SESSIONS_OF_FLOW = 4
 FUSED: dict[str, tuple[Callable[[Pipeline], None], dict[str, str]]] = {
     "fused fp8": (simulate, {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"}),
@@ -164,29 +167,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=count, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
-        record = json.loads(arguments.table.read_text())
+        record = json.loads(arguments.table.read_text(encoding="utf-8"))
         print(markdown(record))
     else:
-        record = _measure_and_write(arguments)
+        record = _measure_and_write(arguments, Measurement.begin("quantization.evaluate", argv))
         Console().print(table(record))
     if arguments.plot is not None:
         plot(record, arguments.plot)
     return 0
 
 
-def _measure_and_write(arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure_and_write(arguments: argparse.Namespace, made: Measurement) -> dict[str, Any]:
     counts = {name: getattr(arguments, name) for name in ("captions", "switches", "rollouts")}
-    packages = ("torch", "nvidia-modelopt", "safetensors")
     record: dict[str, Any] = {}
     if arguments.json is not None and arguments.json.exists() and arguments.columns != COLUMNS:
-        record = json.loads(arguments.json.read_text())
+        record = json.loads(arguments.json.read_text(encoding="utf-8"))
         if record["counts"] != counts:
             raise SystemExit(f"{arguments.json}: was measured with {record['counts']}, expected {counts}")
     record |= {
-        "command": "python -m quantization.evaluate" + "".join(f" --{name} {count}" for name, count in counts.items()),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        **made.header(hardware=f"{cpu()}, no GPU", versions=versions(*PACKAGES), code=CODE),
         "network": "demo",
         "rollout_bounded_means": f"latent std within {STD_BOUNDS} of the unquantized one's in every chunk, and the "
         f"mean error of the last 15 s of 60 at most {GROWTH_BOUND} times that of the second 15 s",
@@ -194,9 +193,11 @@ def _measure_and_write(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as temporary:
         for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
+            for name in arguments.columns:  # those of an earlier run keep theirs
+                record["recipes"][name]["commit"] = made.commit
             if arguments.json is not None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+                arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 

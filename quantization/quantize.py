@@ -149,7 +149,7 @@ def _write_folder(
     tokenizer = tokenizer_folder(source)
     shutil.copytree(tokenizer, out / tokenizer.relative_to(source), dirs_exist_ok=True)
     record["files"] = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in files}
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 

@@ -56,7 +56,9 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts, tensors = GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors"
     if not facts.exists() and not tensors.exists():
         raise FileNotFoundError(f"no golden file {name} in {GOLDEN}")
-    return json.loads(facts.read_text()) if facts.exists() else {}, load_file(tensors) if tensors.exists() else {}
+    return json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}, load_file(
+        tensors
+    ) if tensors.exists() else {}
 
 
 @pytest.fixture(params=[False, True], ids=["host", "device"])
@@ -170,6 +172,11 @@ def stream(request: pytest.FixtureRequest) -> Open:
     """Streams that raise when their connection breaks; how they go on instead is in test_resumable.py."""
 
     def opened(prompt: str, **settings: Any) -> VideoStream:
-        return request.param(prompt, **({"resume_for": 0.0} | settings))  # type: ignore[no-any-return]
+        return request.param(prompt, **({"resume_for": 0.0} | settings))
 
     return opened
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: many tests wait. Each takes a gigabyte, so there are not too many."""
+    return min(8, 1 + len(os.sched_getaffinity(0)))

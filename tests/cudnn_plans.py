@@ -136,7 +136,7 @@ def plans(capability: int, build: bool = True) -> dict[str, str]:
         driver = "".join(f"int {function}(void) {{ return 0; }}\n" for function in _DRIVER.split())
         sources = {"libcuda.so.1": driver + _LOADER, "libcudart.so.13": _RUNTIME, "libcublasLt.so.13": _PRODUCTS}
         for name, source in sources.items():
-            Path(made, f"{name}.c").write_text(source)
+            Path(made, f"{name}.c").write_text(source, encoding="utf-8")
             options = [f"-DCAPABILITY={capability}", "-shared", "-fPIC", f"-Wl,-soname,{name}"]
             _run("gcc", *options, "-o", str(Path(made, name)), str(Path(made, f"{name}.c")))
         env = os.environ | {

@@ -20,7 +20,7 @@ ADAPTER = KUBERNETES / "overlays/autoscaled/prometheus-adapter.yaml"
 
 def manifests(*paths: str) -> list[Document]:
     """The documents of files as they stand, not rendered."""
-    return [document for path in paths for document in documents((KUBERNETES / path).read_text())]
+    return [document for path in paths for document in documents((KUBERNETES / path).read_text(encoding="utf-8"))]
 
 
 def the(kind: str, found: list[Document], name: str = "longlive") -> Document:
@@ -31,7 +31,7 @@ def the(kind: str, found: list[Document], name: str = "longlive") -> Document:
 def compose_services() -> dict[str, dict[str, Any]]:
     services: dict[str, dict[str, Any]] = {}
     for name in ("compose.yaml", "compose.gpu.yaml"):
-        for service, settings in yaml.safe_load((DEPLOY / name).read_text())["services"].items():
+        for service, settings in yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))["services"].items():
             services[f"{name}: {service}"] = settings
     return services
 

@@ -99,7 +99,7 @@ def parents() -> dict[int, int]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state, parent = (folder / "stat").read_text().rpartition(") ")[2].split()[:2]
+            state, parent = (folder / "stat").read_text(encoding="utf-8").rpartition(") ")[2].split()[:2]
             if state != "Z":
                 found[int(folder.name)] = int(parent)
     return found
@@ -136,7 +136,7 @@ class Launched:
     @property
     def said(self) -> str:
         """What it has written to stderr so far."""
-        return self._said.read_text()
+        return self._said.read_text(encoding="utf-8")
 
     def echo(self) -> str:
         """The answer to a request."""

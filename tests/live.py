@@ -28,7 +28,7 @@ def start_server(folder: Path, **settings: Any) -> TritonServer:
     own = {name: settings.pop(name) for name in list(settings) if re.match("host$|tls_|.*_port$", name)}
     config = folder / "serve.toml"
     values = {"preset": "tiny", "slots": 2, "idle_timeout_s": 600.0, "max_waiting": 100} | settings
-    config.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
+    config.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()), encoding="utf-8")
     return TritonServer(config=config, **own)
 
 
@@ -82,7 +82,11 @@ def text(value: str | bytes) -> np.ndarray[Any, Any]:
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [
+        int(child)
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in file.read_text(encoding="utf-8").split()
+    ]
 
 
 def descendants(pid: int) -> list[int]:
@@ -95,7 +99,11 @@ def stub_of(server: TritonServer) -> int:
 
 
 def shared_memory(pid: int) -> list[str]:
-    return [line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
+    return [
+        line.split()[5]
+        for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
+        if "/dev/shm/" in line
+    ]
 
 
 def resources(server: TritonServer) -> dict[str, int]:

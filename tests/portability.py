@@ -30,10 +30,22 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from longlive_serve.bench.record import described
+from longlive_serve.bench.record import versions
+from longlive_serve.results import Measurement, cpu
 
 ROOT = Path(__file__).parents[1]
 SECTION = "tests.portability"
+CODE = (
+    "longlive_serve",
+    "client",
+    "deploy",
+    "export",
+    "quantization",
+    "training",
+    "trials",
+    "model_repository",
+    "tests",
+)
 WHOLE = "whole suite"
 BUSY_LOOPS = 2
 
@@ -87,9 +99,9 @@ def run(setting: Setting, arguments: Sequence[str], log: Path) -> dict[str, Any]
     began = time.monotonic()
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *arguments]
+    command = [sys.executable, "-m", "pytest", "--numprocesses=auto", f"--junit-xml={report}", *arguments]
     command += ["-m", "numeric"] if setting.numeric else []
-    with busy_loops(setting.busy_loops), log.open("w") as out:
+    with busy_loops(setting.busy_loops), log.open("w", encoding="utf-8") as out:
         pytest = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **setting.environment}, stdout=out, stderr=subprocess.STDOUT
         )
@@ -124,32 +136,25 @@ def counts(report: Path) -> dict[str, int]:
     return found
 
 
-def write_record(path: Path, argv: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def write_record(path: Path, made: Measurement, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Put the figures of these settings into the file, beside those of others that are there already."""
-    whole: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = {**whole.get(SECTION, {}).get("settings", {}), **settings}
     ordered = {name: known[name] for name in SETTINGS if name in known}
     whole["failed"] = sum(figures["failed"] for figures in ordered.values())
     if WHOLE in ordered:
         whole["make_test_minutes"] = ordered[WHOLE]["minutes"]
-    made_with = {"commit": commit(), "processor": processor(), "vector_unit": torch.backends.cpu.get_cpu_capability()}
-    whole[SECTION] = {**described(SECTION, argv, "cpu"), **made_with, "settings": ordered}
+    hardware = f"{cpu()}, {processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    whole[SECTION] = {**made.header(hardware=hardware, versions=versions(), code=CODE), "settings": ordered}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=2) + "\n")
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return whole
 
 
 def processor() -> str:
     """As Linux calls it."""
-    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else platform.machine()
-
-
-def commit() -> str:
-    """What the working tree is at, with a mark if it has been changed since."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def chosen(text: str) -> list[str]:
@@ -173,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="portability-"))
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    made = Measurement.begin(SECTION, argv)
     table = Table("setting", "passed", "failed", "skipped", "minutes", title=f"pytest's own words: {logs}")
     failed = 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -185,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed += figures["failed"]
                 table.add_row(name, *(str(figures[key]) for key in ("passed", "failed", "skipped", "minutes")))
                 if arguments.json:
-                    write_record(arguments.json, sys.argv[1:] if argv is None else argv, {name: figures})
+                    write_record(arguments.json, made, {name: figures})
     except RuntimeError as error:
         print(f"portability: {error}", file=sys.stderr)
         return 2

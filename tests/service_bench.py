@@ -23,6 +23,7 @@ from longlive_serve.protocol import FrameChunk, Request
 from longlive_serve.service import VideoService
 from longlive_serve.session import Session
 from longlive_serve.statistics import Change
+from longlive_serve.stream import Encode
 from longlive_serve.trace import Phase
 
 LIMIT_S = 60.0  # that something happens at all, on a machine however busy
@@ -62,6 +63,7 @@ class CountingPipeline:
     )
     phases: tuple[Phase, ...] = ()
     asynchronous = False
+    dtype = torch.float32
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -120,7 +122,7 @@ class RecordingSink:
         self.broken = broken
         self.threads: set[str] = set()
 
-    def send(self, chunk: FrameChunk | None, final: bool) -> None:
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
         self.threads.add(threading.current_thread().name)
         assert not self.closed, "sent after the end"
         if self.broken and chunk is not None:
@@ -189,3 +191,7 @@ def bench(**settings: Any) -> Iterator[Bench]:
 
 def closed(*sinks: RecordingSink) -> Callable[[], bool]:
     return lambda: all(sink.closed for sink in sinks)
+
+
+def has_chunks(sink: RecordingSink, least: int) -> Callable[[], bool]:
+    return lambda: len(sink.chunks) >= least

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -87,7 +87,7 @@ class Severity(enum.Enum):
 
 
 class Logger:
-    Severity = Severity
+    Severity: TypeAlias = Severity
 
     def log(self, severity: Severity, msg: str) -> None:
         raise NotImplementedError
@@ -132,7 +132,7 @@ class Engine:
         return [*self.inputs, *self.outputs][index]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
-        return self.profiles[profile_index][name]  # type: ignore[no-any-return]
+        return self.profiles[profile_index][name]
 
     def create_execution_context(self, strategy: Strategy) -> Context:
         assert strategy is Strategy.USER_MANAGED
@@ -202,7 +202,8 @@ def _execute(engine: Engine, shapes: dict[str, tuple[int, ...]], addresses: dict
 def _memory(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     """The array that lies at an address."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_byte * count).from_address(address), dtype=dtype).reshape(shape)
+    memory = memoryview((ctypes.c_byte * count).from_address(address))
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 @contextlib.contextmanager

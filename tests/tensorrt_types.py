@@ -79,7 +79,7 @@ def _declarations(folder: Path) -> str:
     module = "tensorrt_bindings.tensorrt"
     arguments = ["-m", "pybind11_stubgen", "--ignore-all-errors", "--output-dir", str(folder), module]
     _run(sys.executable, *arguments, env=os.environ | {"PYTHONPATH": str(folder)})
-    text = folder.joinpath(*module.split(".")).with_suffix(".pyi").read_text().replace(f"{module}.", "")
+    text = folder.joinpath(*module.split(".")).with_suffix(".pyi").read_text(encoding="utf-8").replace(f"{module}.", "")
     text = re.sub(r"(class IHostMemory:\n)", rf"\1{_BUFFER}", text)
     return "# mypy: ignore-errors\n" + valid(text) + _PACKAGE
 

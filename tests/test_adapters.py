@@ -21,7 +21,7 @@ from longlive_serve.errors import ServeError
 from longlive_serve.kv_cache import Window
 from longlive_serve.options import Options
 from longlive_serve.pipeline import Pipeline
-from longlive_serve.service import goodbye
+from longlive_serve.sessions import goodbye
 from longlive_serve.weights import load_network
 from tests.service_bench import LIMIT_S, RecordingSink, wait_until
 from tests.test_live_adapters import TOKEN, write_adapter

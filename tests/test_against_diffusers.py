@@ -111,8 +111,8 @@ def randomise(model: Any) -> None:
             parameter.copy_(0.2 * noise)
         else:
             parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-    if isinstance(model, AutoencoderKLWan):
-        model.decoder.conv_out.weight.mul_(0.2)  # or some pixels would be clamped
+        if name == "decoder.conv_out.weight":  # of the VAE: or some pixels would be clamped
+            parameter.mul_(0.2)
 
 
 @functools.cache

@@ -92,8 +92,8 @@ def test_large_logits_and_zeros_do_no_harm() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fp8_is_off_by_the_rounding_of_its_inputs_weights_and_result(shape: tuple[int, int, int, int]) -> None:
-    *small, scales = quantized(*inputs(*shape))
-    out = attention_fp8(*small, scales)
+    *small, scales = given = quantized(*inputs(*shape))
+    out = attention_fp8(*given)
     assert out.dtype == torch.float8_e4m3fn
     assert out.is_contiguous()
     rounded = [x.float() * scale for x, scale in zip(small, scales, strict=True)]
@@ -103,8 +103,8 @@ def test_fp8_is_off_by_the_rounding_of_its_inputs_weights_and_result(shape: tupl
 
 def test_the_result_is_in_the_range_of_fp8_where_all_values_are_the_largest() -> None:
     q, k, v = inputs(1, 33, 70, 32)
-    *small, scales = quantized(q, k, torch.ones_like(v))
-    assert (attention_fp8(*small, scales).float() - 448).abs().max() <= 32  # the next number below
+    small = quantized(q, k, torch.ones_like(v))
+    assert (attention_fp8(*small).float() - 448).abs().max() <= 32  # the next number below
 
 
 def test_fp8_takes_numbers_of_any_size() -> None:
@@ -112,12 +112,13 @@ def test_fp8_takes_numbers_of_any_size() -> None:
     assert torch.equal(in_fp8(q * 2**-10, k * 2**10, v * 2**13), in_fp8(q, k, v) * 2**13)  # without any rounding
 
 
-def quantized(*tensors: Tensor) -> tuple[Tensor, ...]:
+def quantized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """FP8, and the scales that map the largest numbers to the format's."""
-    scales = torch.stack([x.float().abs().max() / 448 for x in tensors])
-    return *((x.float() / scale).to(torch.float8_e4m3fn) for x, scale in zip(tensors, scales, strict=True)), scales
+    scales = torch.stack([x.float().abs().max() / 448 for x in (q, k, v)])
+    small = [(x.float() / scale).to(torch.float8_e4m3fn) for x, scale in zip((q, k, v), scales, strict=True)]
+    return small[0], small[1], small[2], scales
 
 
-def in_fp8(*tensors: Tensor) -> Tensor:
-    *small, scales = quantized(*tensors)
-    return attention_fp8(*small, scales).float() * scales[2]
+def in_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    small = quantized(q, k, v)
+    return attention_fp8(*small).float() * small[3][2]

@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(path.read_text()) | {"printed": done.stdout}
+    return json.loads(path.read_text(encoding="utf-8")) | {"printed": done.stdout}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_what_was_exported_is_measured_beside_torch(
     path, graphs = tmp_path / "gpu.json", str(exported("tiny", "base"))
     folders = ["--graphs", graphs, "--plans", graphs]
     assert command.main([*QUICK, "--max-sessions", "1", "--rows", "torch", *folders, "--json", str(path)]) == 0
-    record = json.loads(path.read_text())["longlive_serve.bench"]
+    record = json.loads(path.read_text(encoding="utf-8"))["longlive_serve.bench"]
     assert [(row["name"], row["engine"]) for row in record["rows"]] == [
         ("torch", "torch"),
         ("onnxruntime", "onnxruntime+torch"),
@@ -207,7 +207,7 @@ def test_ctrl_c_shows_what_has_been_measured(
     assert BASELINE in printed.out
     assert "torch tiny" not in printed.out
     assert "stopped" in printed.err
-    assert not json.loads(path.read_text())["longlive_serve.bench"]["complete"]
+    assert not json.loads(path.read_text(encoding="utf-8"))["longlive_serve.bench"]["complete"]
     assert logging.getLogger("longlive_serve").level == logging.NOTSET, "whoever runs it in a process goes on logging"
 
 

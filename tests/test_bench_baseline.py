@@ -82,7 +82,8 @@ def test_the_baseline_decodes_the_reference_s_frames() -> None:
     reference, latents = as_reference(decoder), tensors["latents"]
     assert reference.state_dict().keys() == names
     assert not [module for module in reference.modules() if type(module) is CausalConv3d]
-    cache = reference.initial_cache(latents.shape[0], *latents.shape[-2:], "cpu", torch.float32)
+    height, width = latents.shape[-2:]
+    cache = reference.initial_cache(latents.shape[0], height, width, "cpu", torch.float32)
     with torch.no_grad():
         frames, _ = reference(latents, cache, opening=True)
     assert_reference(frames, tensors["frames_raw"], exact_frames())
@@ -92,6 +93,7 @@ def test_padding_by_itself_changes_no_convolution() -> None:
     conv, x = PaddedConv3d(CausalConv3d(4, 6)), whole_numbers(1, 4, 5, 6, 7)
     with torch.no_grad():
         conv.weight.copy_(whole_numbers(*conv.weight.shape))
+        assert conv.bias is not None
         conv.bias.copy_(whole_numbers(6))
         assert torch.equal(pad_and_convolve(x, conv.weight, conv.bias), conv.convolve(x, conv.weight))
 

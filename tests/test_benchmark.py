@@ -73,7 +73,7 @@ def test_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     config.write_text('preset = "tiny"\nslots = 2\nmax_waiting = 0\n')
     command = f"--serve --config {config} --viewers 1,3 --seconds 4 --switch-every 0.6 --json {tmp_path}/b.json"
     assert benchmark.main([*command.split(), "--plot", str(tmp_path / "b.png")]) == 0
-    whole = json.loads((tmp_path / "b.json").read_text())
+    whole = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     record = whole["client.benchmark"]
     one, three = record["runs"]
     assert whole["sessions_admitted"] == 2

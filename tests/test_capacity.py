@@ -27,13 +27,13 @@ def row(name: str, decoder: str, fps: float, **facts: Any) -> dict[str, Any]:
 
 def written(path: Path, hardware: str, *rows: dict[str, Any], preset: str = "longlive-1.3b") -> Path:
     section = {"preset": preset, "hardware": hardware, "date": "2027-01-01", "rows": rows}
-    path.write_text(json.dumps({capacity.SECTION: section}))
+    path.write_text(json.dumps({capacity.SECTION: section}), encoding="utf-8")
     return path
 
 
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert capacity.main([]) == 0
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in page
     assert capacity.renew(page, capacity.tables()) == page, "python -m deploy.capacity --page docs/capacity.md"
 
@@ -87,5 +87,5 @@ def test_a_page_without_a_place_for_a_table_is_named(tmp_path: Path, capsys: pyt
     assert "got no place marked <!-- table capacity -->" in capsys.readouterr().err
     page.write_text("".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in capacity.tables()))
     assert capacity.main(["--page", str(page), "--price", "6"]) == 0
-    assert "old" not in page.read_text()
-    assert capacity.capacity_table(capacity.rows(), 6.0, capacity.fleet_factor()) in page.read_text()
+    assert "old" not in page.read_text(encoding="utf-8")
+    assert capacity.capacity_table(capacity.rows(), 6.0, capacity.fleet_factor()) in page.read_text(encoding="utf-8")

@@ -187,10 +187,10 @@ def test_rope_at_full_head_width() -> None:
     torch.testing.assert_close(angles.cos(), tensors["rope128.cos"], atol=1e-12, rtol=0)
     torch.testing.assert_close(angles.sin(), tensors["rope128.sin"], atol=1e-12, rtol=0)
     tables = RotaryTables(128, 2, 4, frames_per_chunk=1)
-    queries, angles = tensors["rope128.q"].transpose(1, 2), tables.of_chunks((5, 6, 7))
+    queries, of_chunks = tensors["rope128.q"].transpose(1, 2), tables.of_chunks((5, 6, 7))
     with Float64():
-        exact = rotate(queries, *angles)
-    rotated, expected = rotate(queries, *angles), tensors["rope128.q_rotated_start5"]
+        exact = rotate(queries, *of_chunks)
+    rotated, expected = rotate(queries, *of_chunks), tensors["rope128.q_rotated_start5"]
     assert_reference(rotated.transpose(1, 2), expected, exact.transpose(1, 2))
 
 

@@ -72,7 +72,7 @@ def test_the_record_says_what_everything_was_made_of(source: Path, tmp_path: Pat
     save_file(lora_state(seed=2, rank=2), tmp_path / "style.safetensors")
     style = tmp_path / "style.safetensors"
     converted(source, tmp_path / "out", lora=(Adapter(path=own), Adapter(path=style, scale=0.5)))
-    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    record = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))
     base = source / LONGLIVE_FOLDER / LONGLIVE_FILE
     assert record["files"]["dit.safetensors"]["sources"] == [
         {"file": f"{LONGLIVE_FOLDER}/{LONGLIVE_FILE}", "bytes": base.stat().st_size, "sha256": sha256(base)}
@@ -84,7 +84,7 @@ def test_the_record_says_what_everything_was_made_of(source: Path, tmp_path: Pat
     assert (record["preset"], record["dtype"], record["use_ema"]) == ("tiny", "bfloat16", False)
     assert record["sizes"]["dit"]["dim"] == TINY.dit.dim
     assert record["versions"]["torch"] == version("torch")  # `torch.__version__` may name the build as well
-    assert str(tmp_path) not in (tmp_path / "out" / RECORD).read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / RECORD).read_text(encoding="utf-8")
 
 
 def test_averaged_weights_and_a_tiny_decoder_are_converted(source: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_adapter_is_not_merged_twice(source: Path, tmp_path: Path) -> None:
     assert expected in refusal(out, tmp_path / "again", lora=(Adapter(path=own),))
     save_file(lora_state(seed=2), tmp_path / "style.safetensors")
     converted(out, tmp_path / "again", lora=(Adapter(path=tmp_path / "style.safetensors"),))
-    record = json.loads((tmp_path / "again" / RECORD).read_text())
+    record = json.loads((tmp_path / "again" / RECORD).read_text(encoding="utf-8"))
     assert [lora["file"] for lora in record["lora"]] == [LORA_FILE, "style.safetensors"]
 
 

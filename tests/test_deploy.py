@@ -55,7 +55,8 @@ def check_command(command: list[str], dockerfile: Path) -> None:
     """That a command for our image names what is there, with options that it has."""
     if command[0].endswith(".sh"):
         assert (
-            f"COPY deploy/__init__.py deploy/drain.py deploy/{Path(command[0]).name} deploy/" in dockerfile.read_text()
+            f"COPY deploy/__init__.py deploy/drain.py deploy/{Path(command[0]).name} deploy/"
+            in dockerfile.read_text(encoding="utf-8")
         )
         assert os.access(DEPLOY / Path(command[0]).name, os.X_OK), "a hook needs the right to be run"
         return
@@ -67,7 +68,7 @@ def check_command(command: list[str], dockerfile: Path) -> None:
         server_parser().parse_args(command[3:])
         return
     for option in command[3:]:
-        assert f'"{option.partition("=")[0]}"' in source.read_text(), f"{module} has no {option}"
+        assert f'"{option.partition("=")[0]}"' in source.read_text(encoding="utf-8"), f"{module} has no {option}"
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -79,13 +80,18 @@ def test_entry_and_health_check_are_commands_of_ours(path: Path) -> None:
     check_command(entry.words, path)
     check_command(yaml.safe_load(health.text.partition("CMD ")[2]), path)
     assert server_parser().parse_args(entry.words[3:]).host == "0.0.0.0"
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for stage in stages(path):
         assert set(filter(None, stage.arguments().get("EXTRAS", "").split(","))) <= extras.keys()
 
 
 def test_every_command_in_a_pod_exists() -> None:
-    found = [one for path in KUBERNETES.rglob("*.yaml") for one in documents(path.read_text()) if "spec" in one]
+    found = [
+        one
+        for path in KUBERNETES.rglob("*.yaml")
+        for one in documents(path.read_text(encoding="utf-8"))
+        if "spec" in one
+    ]
     pods = [one["spec"] if one["kind"] == "Pod" else one["spec"].get("template", {}).get("spec", {}) for one in found]
     checked = 0
     for container in [c for pod in pods for c in (*pod.get("initContainers", []), *pod.get("containers", []))]:
@@ -117,21 +123,23 @@ def test_every_file_in_compose_exists() -> None:
         assert ":" in service["image"], name
     server_parser().parse_args(compose_services()["compose.yaml: server"]["command"])
     for path in (DEPLOY / "grafana/provisioning").rglob("*.yml"):
-        assert yaml.safe_load(path.read_text())["apiVersion"] == 1
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))["apiVersion"] == 1
 
 
 def test_the_images_are_of_this_version() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    text = "\n".join(path.read_text() for path in (*KUBERNETES.rglob("*.yaml"), *DEPLOY.glob("compose*.yaml")))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for path in (*KUBERNETES.rglob("*.yaml"), *DEPLOY.glob("compose*.yaml"))
+    )
     tags = set(re.findall(rf"{OWN_IMAGE}(?::|, newTag: )([\w.-]+)", text))
     assert tags == {version, f"{version}-cpu"}
     assert len(set(re.findall(r"image: (haproxy:[\w.]+)", text))) == 1
 
 
 def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Path) -> None:
-    script = (DEPLOY / "prepare.sh").read_text()
+    script = (DEPLOY / "prepare.sh").read_text(encoding="utf-8")
     for module, options in re.findall(r"python3 -m (export\.\w+)((?: .*)?)$", script, re.MULTILINE):
-        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
         for option in re.findall(r"--[a-z-]+", options):
             assert f'"{option}"' in source, f"{module} has no {option}"
     tools_of = tmp_path / "bin"
@@ -148,7 +156,7 @@ def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Pa
     environment = settings | {"PATH": f"{tools_of}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
     for _ in range(2):
         subprocess.run(["sh", str(DEPLOY / "prepare.sh")], env=environment, check=True)
-    called = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("export")]
+    called = [line for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines() if line.startswith("export")]
     assert called == ["export.convert", "export.to_onnx", "export.to_tensorrt", "export.convert", "export.to_tensorrt"]
     plans = (tmp_path / "run/plans").resolve()
     assert plans.parent == tmp_path / "cache/plans"
@@ -156,13 +164,13 @@ def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Pa
 
 
 def test_the_page_on_deployment_names_what_exists() -> None:
-    text = (ROOT / "docs/deploy.md").read_text()
+    text = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
     for path in re.findall(r"(?<![\w/.~-])deploy/[\w./-]*\w", text):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`((?:components|overlays|base)/[\w./-]+)`", text):
         assert (KUBERNETES / name).exists(), name
     for verb in re.findall(r"make ([a-z-]+)", text):
-        assert f"\n{verb}:" in (ROOT / "Makefile").read_text(), verb
+        assert f"\n{verb}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), verb
 
 
 @pytest.mark.parametrize(
@@ -178,10 +186,10 @@ def test_the_metrics_of_an_expression_are_found(expression: str, metrics: set[st
 
 
 def test_every_alert_has_its_section_in_the_runbook_and_its_test() -> None:
-    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(encoding="utf-8"), re.MULTILINE)
     alerts = [rule for rule in rules() if rule.alert]
     assert sorted(sections) == sorted(rule.alert for rule in alerts)
-    tested = yaml.safe_load((DEPLOY / "prometheus/tests.yml").read_text())["tests"]
+    tested = yaml.safe_load((DEPLOY / "prometheus/tests.yml").read_text(encoding="utf-8"))["tests"]
     cases = [case for test in tested for case in test.get("alert_rule_test", [])]
     for rule in alerts:
         assert rule.runbook_url == f"docs/runbook.md#{rule.alert.lower()}"
@@ -191,7 +199,7 @@ def test_every_alert_has_its_section_in_the_runbook_and_its_test() -> None:
 
 
 def test_every_recording_is_used() -> None:
-    adapter = ADAPTER.read_text()
+    adapter = ADAPTER.read_text(encoding="utf-8")
     asked = asked_for().keys()
     for rule in rules():
         assert not rule.record or rule.record in asked or rule.record in adapter, rule.record

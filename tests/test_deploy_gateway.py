@@ -49,7 +49,7 @@ def clients(rendered: list[Document]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def most_pods() -> int:
-    return int(tomllib.loads((DEPLOY / "policy.toml").read_text())["max_replicas"])
+    return int(tomllib.loads((DEPLOY / "policy.toml").read_text(encoding="utf-8"))["max_replicas"])
 
 
 def seconds(duration: str) -> float:
@@ -95,7 +95,7 @@ def test_only_what_clients_call_is_let_through(rendered: list[Document]) -> None
         method.name
         for path in (ROOT / "client").glob("*.py")
         for method in service.methods
-        if f"stub.{method.name}(" in path.read_text()
+        if f"stub.{method.name}(" in path.read_text(encoding="utf-8")
     }
     called.remove("ServerLive")  # asked for why a stream was turned away, and for nothing else
     assert {one["method"] for one in let_through} == called
@@ -150,7 +150,7 @@ def test_envoy_and_pods_speak_the_same_tls(rendered: list[Document]) -> None:
     (authority,) = policy["validation"]["caCertificateRefs"]
     shown = envoy["backendTLS"]["clientCertificateRef"]
     assert shown == {"kind": "Secret", "name": authority["name"], "namespace": NAMESPACE}
-    script = (DEPLOY / "certificates.sh").read_text()
+    script = (DEPLOY / "certificates.sh").read_text(encoding="utf-8")
     assert re.search(rf"pod\) names=DNS:{policy['validation']['hostname']},", script)
     assert envoy["backendTLS"]["alpnProtocols"] == ["h2"], "health checks offer none by themselves, and gRPC hangs up"
 

@@ -50,14 +50,14 @@ def server_list(tmp_path: Path) -> Path:
 
 
 def test_the_proxies_list_the_pods_by_their_names(server_list: Path) -> None:
-    found = re.findall(r"server longlive-\d+ (\S+)", server_list.read_text())
+    found = re.findall(r"server longlive-\d+ (\S+)", server_list.read_text(encoding="utf-8"))
     service = the("Service", manifests("base/services.yaml"))["metadata"]["name"]
     name = the("StatefulSet", manifests("base/server.yaml"))["metadata"]["name"]
     assert found == [f"{name}-{n}.{service}.longlive.svc.cluster.local:8001" for n in range(3)]
 
 
 def test_the_proxy_goes_by_the_names_of_the_wire() -> None:
-    text = (PROXY / "haproxy.cfg").read_text()
+    text = (PROXY / "haproxy.cfg").read_text(encoding="utf-8")
     assert f"balance hdr({SESSION_HEADER})" in text
     assert text.count(f"set-header {CLIENT_HEADER} ") == text.count("set-header") == 1
     assert f"/v2/models/{MODEL_NAME}/ready" in text
@@ -65,9 +65,9 @@ def test_the_proxy_goes_by_the_names_of_the_wire() -> None:
 
 def test_every_list_of_servers_keeps_sessions_where_they_are(server_list: Path) -> None:
     assert f"hdr({SESSION_HEADER})" in STICKY
-    assert STICKY in (PROXY / "haproxy.cfg").read_text()
+    assert STICKY in (PROXY / "haproxy.cfg").read_text(encoding="utf-8")
     for servers in (server_list, PROXY / "compose.cfg"):
-        assert f"backend servers\n{STICKY}\n" in servers.read_text()
+        assert f"backend servers\n{STICKY}\n" in servers.read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def pod() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def policy() -> dict[str, Any]:
-    return tomllib.loads((DEPLOY / "policy.toml").read_text())
+    return tomllib.loads((DEPLOY / "policy.toml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_pod_has_time_to_drain_and_to_start(pod: dict[str, Any], policy: dict[
         > server_parser().parse_args(compose["command"]).drain_timeout_s + EXIT_SLACK_S
     )
     proxy = the("Deployment", manifests("base/proxy.yaml"), "longlive-proxy")["spec"]["template"]["spec"]
-    (waits_of_proxy,) = re.findall(r"hard-stop-after (\d+)s", (PROXY / "haproxy.cfg").read_text())
+    (waits_of_proxy,) = re.findall(r"hard-stop-after (\d+)s", (PROXY / "haproxy.cfg").read_text(encoding="utf-8"))
     before = int(proxy["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     assert proxy["terminationGracePeriodSeconds"] >= int(waits_of_proxy) + before + 5
 
@@ -143,7 +143,7 @@ def test_the_settings_are_those_of_the_policy(policy: dict[str, Any]) -> None:
     settings = ServeConfig.from_toml(GPU_SETTINGS)
     for name, value in policy["service"].items():
         assert name == "tries" or getattr(settings, name) == value  # which is the client's
-    script = (DEPLOY / "prepare.sh").read_text()
+    script = (DEPLOY / "prepare.sh").read_text(encoding="utf-8")
     assert settings.preset in script
     assert settings.weights == "/cache/weights/longlive"
     assert f"PLANS={settings.plans}" in script
@@ -181,7 +181,7 @@ def test_both_autoscalers_have_the_numbers_of_the_policy(policy: dict[str, Any])
         one["metadata"]["query"].partition("{")[0]: float(one["metadata"]["threshold"]) for one in keda["triggers"]
     }
     assert asked == {f"namespace:{name}": target for name, target in targets.items()}
-    adapter = yaml.safe_load(ADAPTER.read_text())
+    adapter = yaml.safe_load(ADAPTER.read_text(encoding="utf-8"))
     handed_on = {one["name"]["as"]: one["seriesQuery"] for one in adapter["rules"]["external"]}
     assert handed_on == {name: f"namespace:{name}" for name in targets}
     recorded = {rule.record: rule.query.expression for rule in rules()}
@@ -189,6 +189,6 @@ def test_both_autoscalers_have_the_numbers_of_the_policy(policy: dict[str, Any])
     busy = recorded["namespace:longlive_busy_share"]
     assert f"longlive_refused_sessions[{policy['refused_window_s']}s]" in busy
     assert f"{policy['spare_pods']} * {policy['target_busy_share']} * avg by (namespace) (longlive_cap" in busy
-    proxy = (KUBERNETES / "overlays/autoscaled/kustomization.yaml").read_text()
+    proxy = (KUBERNETES / "overlays/autoscaled/kustomization.yaml").read_text(encoding="utf-8")
     (servers,) = re.findall(r'initContainers/0/env/0/value, value: "(\d+)"', proxy)
     assert int(servers) == policy["max_replicas"], "the proxies list every pod that there may be"

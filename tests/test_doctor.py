@@ -241,7 +241,7 @@ def test_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_what_was_measured_of_compute_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(memory, "MEASURED", path)
-    run = {"preset": "longlive-1.3b", "hardware": "NVIDIA H200, 140 GiB, 132 multiprocessors"}
+    run: dict[str, Any] = {"preset": "longlive-1.3b", "hardware": "NVIDIA H200, 140 GiB, 132 multiprocessors"}
     run |= {"figures_of": {"full_vae": "fused fp8", "tiny_vae": None}}
     path.write_text(json.dumps({memory.SECTION: run, "live_sessions_full_vae": 2, "live_sessions_tiny_vae": None}))
     told = only(memory.memory_findings(FULL, NO_ENGINE, "cuda", H200, 64 * GIB), "by compute")

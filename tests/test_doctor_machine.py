@@ -200,7 +200,10 @@ def test_a_taken_port_says_who_has_it() -> None:
         (finding,) = ports.ports("127.0.0.1", {"grpc": port, "http": 0})
     assert finding.level == PROBLEM
     assert finding.subject == f"port {port}"
-    assert f"gRPC: in use on 127.0.0.1 by {Path('/proc/self/comm').read_text().strip()} (process" in finding.found
+    assert (
+        f"gRPC: in use on 127.0.0.1 by {Path('/proc/self/comm').read_text(encoding='utf-8').strip()} (process"
+        in finding.found
+    )
     assert finding.action.endswith("--grpc-port")
     assert levels(ports.ports("127.0.0.1", {"grpc": 0, "http": 0})) == {"ports": OK}
 

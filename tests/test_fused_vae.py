@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 from longlive_serve.engines.torch_engine import TorchVAEDecoder
 from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
-from longlive_serve.models.vae_decoder import FeatureCache, ResidualBlock
+from longlive_serve.models.vae_decoder import FeatureCache, ResidualBlock, VAEDecoder
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate_decoder
 from tests import cudnn_on_cpu as cudnn_stand_in
@@ -47,7 +48,7 @@ def video(seed: int, chunks: int = 4) -> list[Tensor]:
     return list(torch.randn(shape, generator=generator).split(3, 1))
 
 
-def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray]:
+def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray[Any, Any]]:
     cache = engine.initial_cache()
     for number, part in enumerate(latents):
         frames, cache = engine.decode(part, cache, number == 0)
@@ -60,7 +61,7 @@ def network(name: str = VAE_DECODER) -> nn.Module:
 
 
 @pytest.mark.parametrize("split", [(1, 5), (1, 1, 1, 1, 1, 1), (1, 2, 3)])
-def test_any_split_gives_the_frames_of_the_reference(decoder, split: tuple[int, ...]) -> None:
+def test_any_split_gives_the_frames_of_the_reference(decoder: VAEDecoder, split: tuple[int, ...]) -> None:
     cache = [tensor.contiguous(memory_format=LAST) for tensor in new_cache(decoder)]
     fused = FusedVAE(decoder)
     parts = [fused.decode(part, cache, number == 0) for number, part in enumerate(LATENTS.split(split, 1))]
@@ -70,6 +71,7 @@ def test_any_split_gives_the_frames_of_the_reference(decoder, split: tuple[int, 
 def test_a_convolution_of_a_doubled_picture_is_one_of_the_picture_itself() -> None:
     conv = nn.Conv2d(6, 4, 3, padding=1)
     conv.weight.copy_(whole_numbers(4, 6, 3, 3))
+    assert conv.bias is not None
     conv.bias.copy_(whole_numbers(4))
     x = whole_numbers(1, 6, 2, 5, 7).contiguous(memory_format=LAST)
     expected = conv(nn.functional.interpolate(x[0].transpose(0, 1), scale_factor=2)).transpose(0, 1)[None]
@@ -138,7 +140,8 @@ def test_fp8_convolutions_are_what_the_evaluation_simulates(cudnn_on_cpu: None) 
     simulate_decoder(SimpleNamespace(engines=SimpleNamespace(vae_decoder=plain)))  # type: ignore[arg-type]
     fused = FusedVAEDecoder(network(), TINY, fp8=True).network  # type: ignore[arg-type]
     assert isinstance(fused, FusedVAE)
-    apart, off = [], []
+    apart: list[float] = []
+    off: list[float] = []
     for ours, simulated, wide in zip(*map(blocks_of, (fused.network, plain.network, exact.network)), strict=True):
         convs = [conv for _, conv in wide.normed_convolutions()]
         empty = [torch.zeros(1, conv.in_channels, 2, 6, 8) for conv in convs]

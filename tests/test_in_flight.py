@@ -21,7 +21,7 @@ from longlive_serve.options import Options
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
-from longlive_serve.snapshot import SUM_BYTES, _facts
+from longlive_serve.snapshot import SUM_BYTES, _facts, read_tensors
 from tests.graphs_on_cpu import WAITS, graphs_on_cpu
 from tests.service_bench import Bench, CountingPipeline, bench, closed, wait_until
 
@@ -103,7 +103,7 @@ def test_the_device_has_the_next_sessions_work_before_a_chunk_is_waited_for() ->
 def test_a_snapshot_is_read_before_the_next_sessions_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device does one thing after the other: what is read later would wait for that chunk."""
     with bench_of_device(slots=3) as (at, device):
-        read = service.read_tensors
+        read = read_tensors
 
         def note(session: Session) -> dict[str, ToHost]:
             device.calls.append(("read", session.id))
@@ -218,7 +218,7 @@ def test_chunks_in_flight_have_the_frames_that_they_have_alone(engine: str, deco
             assert (got != expected).mean() < 1e-3  # a latent frame at a time, it may be rounded the other way
 
 
-def frames(pipeline: Pipeline, session: Session, chunk: int) -> np.ndarray:
+def frames(pipeline: Pipeline, session: Session, chunk: int) -> np.ndarray[Any, Any]:
     switch(session, chunk)
     return pipeline.advance(session).frames
 

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from longlive_serve import interpreter, triton_install
+from longlive_serve.errors import ServerError
 from longlive_serve.interpreter import InterpreterError
-from longlive_serve.triton_install import ServerError
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = {"py311": ("torch", "client", "triton"), "py312": ("torch", "client", "triton"), "py313": ("client",)}
@@ -81,7 +82,7 @@ def test_the_library_is_left_to_the_loader_that_finds_it(no_library: Path, monke
 def python(file: Path, version: str, can_serve: bool) -> Path:
     """A stand-in that says its version and whether it can run the server, as the Makefile asks for."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"#!/bin/sh\ncase $1 in -m) exit {int(not can_serve)};; esac\necho '{version}'\n")
+    file.write_text(f"#!/bin/sh\ncase $1 in -m) exit {int(not can_serve)};; esac\necho '{version}'\n", encoding="utf-8")
     file.chmod(0o755)
     return file
 
@@ -129,23 +130,23 @@ def test_an_environment_stays_when_no_python_is_asked_for(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_what_is_locked_is_what_the_project_asks_for(name: str) -> None:
-    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     locked = [Requirement(line.removesuffix("\\")) for line in lines if line[0].isalpha()]
     versions = {canonicalize_name(requirement.name): str(requirement.specifier)[2:] for requirement in locked}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     asked = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     asked += [line for extra in LOCKS[name] for line in project["project"]["optional-dependencies"][extra]]
     stale = [line for line in asked if not in_lock(Requirement(line), versions)]
     assert not stale, "run `make lock`"
 
 
-def in_lock(requirement: Requirement, versions: dict[str, str]) -> bool:
+def in_lock(requirement: Requirement, versions: Mapping[NormalizedName, str]) -> bool:
     version = versions.get(canonicalize_name(requirement.name))
     return version is not None and version in requirement.specifier
 
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_locked_requirements_say_what_and_not_where_from(name: str) -> None:
-    for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
+    for line in (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         assert line.startswith(("#", "    --hash=sha256:")) or Requirement(line.removesuffix("\\")).url is None
         assert "://" not in line

@@ -25,7 +25,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_every_kernel_compiles_and_none_spills_registers(compiled: list[str]) -> None:
     names = {line.split(":")[0] for line in compiled}
-    sources = "\n".join(path.read_text() for path in (ROOT / "longlive_serve/kernels").glob("*.py"))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "longlive_serve/kernels").glob("*.py"))
     assert names == set(re.findall(r"def (_\w+_kernel)\(", sources))
     assert [line for line in compiled if " 0 stack" not in line] == []
 

@@ -93,10 +93,12 @@ def test_a_place_stays_the_same_until_it_is_overwritten() -> None:
     assert [window.place(chunk) for chunk in range(11)] == [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
 
 
-@pytest.mark.parametrize("name", sorted(json.loads((GOLDEN / "window_trace.json").read_text())["traces"]))
+@pytest.mark.parametrize(
+    "name", sorted(json.loads((GOLDEN / "window_trace.json").read_text(encoding="utf-8"))["traces"])
+)
 def test_the_reference_trace_is_met(name: str) -> None:
     """Who wrote every attended frame, and under which prompt, in every forward of the golden rollouts."""
-    calls = json.loads((GOLDEN / "window_trace.json").read_text())["traces"][name]
+    calls = json.loads((GOLDEN / "window_trace.json").read_text(encoding="utf-8"))["traces"][name]
     keep_sink = not name.endswith("sinkF")
     window = Window(WindowConfig())
     places: list[list[str] | None] = [None] * window.capacity

@@ -14,7 +14,7 @@ FOLDERS = ("client", "deploy", "export", "model_repository", "quantization", "te
 def imports_of(path: Path) -> set[str]:
     """The top-level packages that a file imports anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -40,12 +40,12 @@ def test_the_wire_needs_numpy_only() -> None:
 
 
 def test_the_triton_adapter_stays_thin() -> None:
-    assert len((ROOT / "model_repository/longlive/1/model.py").read_text().splitlines()) < 80
+    assert len((ROOT / "model_repository/longlive/1/model.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
 def test_every_source_file_names_its_licence_and_its_purpose() -> None:
     for path in sources():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if not text.strip():
             continue
         assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path

@@ -105,8 +105,8 @@ def test_a_session_outlives_its_server(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(start_server(tmp_path))
         port = int(server.grpc_url.rsplit(":", 1)[1])
-        how = {"stall_timeout": 8, "resume_for": 600}  # a busy machine needs its time to start a server
-        video = VideoStream("a fox", url=server.grpc_url, chunks=40, fps=96, seed=5, **how)
+        # A busy machine needs its time to start a server.
+        video = VideoStream("a fox", url=server.grpc_url, chunks=40, fps=96, seed=5, stall_timeout=8, resume_for=600)
         stack.enter_context(video)
         chunks, frame, prompts = video.chunks(), 0, []
         for fault in ("drain", "stub", "server", None):

@@ -7,6 +7,7 @@ import json
 import re
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.service_bench import wait_until
 @pytest.mark.parametrize("frame_format", ["jpeg", "h264"])
 def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> None:
     raw = frames_of(play(server, seed=21, chunks=3)).astype(int)
-    options = {"url": server.grpc_url, "seed": 21, "chunks": 3, "pace": "asap"}
+    options: dict[str, Any] = {"url": server.grpc_url, "seed": 21, "chunks": 3, "pace": "asap"}
     with VideoStream("a red fox runs", **options, frame_format=frame_format) as video:
         decoded = frames_of([chunk for chunk in video.chunks() if len(chunk.frames)]).astype(int)
     assert decoded.shape == raw.shape
@@ -32,7 +33,7 @@ def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> N
 
 def test_early_frames_are_the_same_video(server: TritonServer) -> None:
     whole = frames_of(play(server, seed=23, chunks=3))
-    options = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
+    options: dict[str, Any] = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
     with VideoStream("a red fox runs", **options, early_frames=True) as video:
         parts = list(video.chunks())
     assert [len(part.frames) for part in parts] == [1, *[4] * 8]
@@ -60,7 +61,7 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
     assert sum(phases.values()) <= told["chunk_seconds_sum"]
     (trace,) = (tmp_path / "traces").iterdir()
     assert trace.name == "watched.json"
-    events = json.loads(trace.read_text())["traceEvents"]
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     assert [event["name"] for event in events if event["tid"] == "chunks"] == [f"chunk {n}" for n in range(4)]
     assert {event["name"] for event in events if event["tid"] == "phases"} == {"switch", "denoise", "commit", "decode"}
     records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]

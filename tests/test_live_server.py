@@ -20,11 +20,11 @@ import pytest
 from client.errors import (
     FrameLimitError,
     InvalidRequestError,
-    ServeError,
     UnavailableError,
     VideoStreamError,
 )
 from client.video_stream import StreamedChunk, VideoStream
+from longlive_serve.errors import ServeError
 from longlive_serve.server import TritonServer
 from tests.conftest import ExportedGraphs
 from tests.live import RawStream, frames_of, metric, play, settled, start_server, text
@@ -276,7 +276,9 @@ def test_a_live_session_is_paced_and_one_beyond_the_queue_is_refused(tmp_path: P
         wait_until(lambda: metric(server, "live_sessions") == 0)
         assert metric(server, "refused_sessions") == 1, "however many servers it would have asked"
     (trace,) = (tmp_path / "traces").glob(f"{video.session_id}.json")
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["tid"] == "chunks"]
+    events = [
+        event for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if event["tid"] == "chunks"
+    ]
     assert len(events) == 8
     for number, event in enumerate(events):
         ahead = "one chunk ahead of a clock that plays four in a second"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def new_session(slot: int = 0, seed: int = 0, text: str = "a fox") -> Session:
 
 
 def run(
-    chunks: int, change: Callable[[Session, int], None] = lambda session, chunk: None, **how: int
+    chunks: int, change: Callable[[Session, int], None] = lambda session, chunk: None, **how: Any
 ) -> list[FrameChunk]:
     session = new_session(**how)
     made = []
@@ -42,7 +43,7 @@ def run(
     return made
 
 
-def frames_of(chunks: list[FrameChunk]) -> np.ndarray:
+def frames_of(chunks: list[FrameChunk]) -> np.ndarray[Any, Any]:
     return np.concatenate([chunk.frames for chunk in chunks])
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from longlive_serve.results import Measurement
 from tests import portability
-from tests.live import wait_until
 from tests.portability import SECTION, SETTINGS, WHOLE, Setting, busy_loops, main, write_record
+from tests.service_bench import wait_until
 
 NAME = "OMP_NUM_THREADS=2"
 CASES = """
@@ -51,9 +52,9 @@ def cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_pytest_found_is_counted_and_an_earlier_setting_stays(cases: Path) -> None:
     record = cases / "results/portability.json"
     earlier = {"passed": 9, "failed": 0, "skipped": 1, "minutes": 3.5}
-    write_record(record, [], {WHOLE: earlier})
+    write_record(record, Measurement.begin(SECTION, []), {WHOLE: earlier})
     assert main(["--only", NAME, "--json", str(record), "--logs", str(cases / "logs")]) == 1
-    whole = json.loads(record.read_text())
+    whole = json.loads(record.read_text(encoding="utf-8"))
     assert (whole["failed"], whole["make_test_minutes"]) == (2, 3.5)
     section = whole[SECTION]
     assert list(section["settings"]) == [WHOLE, NAME]
@@ -62,7 +63,7 @@ def test_what_pytest_found_is_counted_and_an_earlier_setting_stays(cases: Path) 
     assert 0 < minutes < 10
     assert section["settings"][NAME] == {"passed": 1, "failed": 2, "skipped": 1}
     assert section["versions"]["torch"]
-    assert "test_fails" in (cases / f"logs/{NAME}.log").read_text()
+    assert "test_fails" in (cases / f"logs/{NAME}.log").read_text(encoding="utf-8")
 
 
 def test_a_run_without_tests_is_no_success(cases: Path, capsys: pytest.CaptureFixture[str]) -> None:

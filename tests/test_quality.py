@@ -16,7 +16,15 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.protocol import FrameChunk
 from longlive_serve.session import Session
 from training.latents import HELD_OUT
-from training.measures import Case, after_30s, after_switch, early_and_late, held_out_captions, switches
+from training.measures import (
+    Case,
+    after_30s,
+    after_switch,
+    early_and_late,
+    held_out_captions,
+    switches,
+    through_240s,
+)
 from training.quality import tables
 from training.world import Attributes, Segment, draw, paths
 
@@ -67,6 +75,13 @@ def test_what_goes_wrong_late_counts_late_only() -> None:
     assert windows["chunks_8_9"]["colour"] is True
 
 
+def test_a_long_session_is_read_from_its_first_to_its_last_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.measures.CHUNKS_240S", 9)
+    case = next(case for case in held_out_captions(200, seed=0) if case.attributes.motion == "up")
+    assert through_240s(exact(case), case) == [True] * 4
+    assert through_240s(exact(case, ruined_from=7), case) == [True] * 3 + [False]
+
+
 def test_held_out_combinations_are_among_the_captions() -> None:
     cases = held_out_captions(200, seed=0)
     assert len({case.attributes for case in cases}) == 200
@@ -104,5 +119,5 @@ def test_a_cleared_cache_flickers_at_the_seam() -> None:
 
 
 def test_the_figures_in_the_docs_are_the_measured_ones() -> None:
-    record = json.loads((ROOT / "results/quality.json").read_text())
-    assert tables(record) in (ROOT / "training/README.md").read_text()
+    record = json.loads((ROOT / "results/quality.json").read_text(encoding="utf-8"))
+    assert tables(record) in (ROOT / "training/README.md").read_text(encoding="utf-8")

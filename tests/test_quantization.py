@@ -26,7 +26,7 @@ from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae_decoder import VAEDecoder
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import Prompt, SeededNoise, Session
-from longlive_serve.weights import load_network, recipe
+from longlive_serve.weights import load_network, recipe, sha256
 from quantization import quantize as command
 from quantization.calibration import FILE, calibration_session
 from quantization.checkpoint import Observed, quantized_state
@@ -124,7 +124,7 @@ def test_recipes_that_cannot_be_are_refused() -> None:
 
 
 def test_a_recipe_leaves_the_other_layers_and_networks_alone(int8: Path) -> None:
-    record = json.loads((int8 / command.RECORD).read_text())
+    record = json.loads((int8 / command.RECORD).read_text(encoding="utf-8"))
     plain, state = (
         load_file(SHIPPED / "diffusion_pytorch_model.safetensors"),
         load_file(int8 / "dit.quantized.safetensors"),
@@ -146,10 +146,10 @@ def test_a_checkpoint_says_where_it_comes_from(fp8: Path) -> None:
     with safe_open(fp8 / "vae_decoder.quantized.safetensors", "pt") as file:
         about = file.metadata()
     assert about["recipe"] == "int8-vae"
-    assert about["source_sha256"] == command.sha256(SHIPPED / "Wan2.1_VAE.pth")
+    assert about["source_sha256"] == sha256(SHIPPED / "Wan2.1_VAE.pth")
     assert json.loads(about["versions"])["nvidia-modelopt"]
-    record = json.loads((fp8 / command.RECORD).read_text())
-    assert record["files"]["dit.quantized.safetensors"]["sha256"] == command.sha256(fp8 / "dit.quantized.safetensors")
+    record = json.loads((fp8 / command.RECORD).read_text(encoding="utf-8"))
+    assert record["files"]["dit.quantized.safetensors"]["sha256"] == sha256(fp8 / "dit.quantized.safetensors")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -182,7 +182,7 @@ def test_the_fp8_network_and_the_int8_decoder_make_nearly_the_same_video(fp8: Pa
 
 def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) -> None:
     watched = {DIT: ("blocks.0.self_attn.q", "blocks.4.ffn.2"), VAE_DECODER: ("decoder.upsamples.0.residual.2",)}
-    record = json.loads((fp8 / command.RECORD).read_text())["layers"]
+    record = json.loads((fp8 / command.RECORD).read_text(encoding="utf-8"))["layers"]
     engines = build_engines(DEMO)
     networks: dict[str, Any] = {DIT: engines.dit, VAE_DECODER: engines.vae_decoder}
     largest: dict[str, float] = {}
@@ -295,7 +295,7 @@ def test_a_rollout_that_drifts_off_is_noticed() -> None:
 
 
 def test_columns_that_no_forward_was_measured_of_make_a_table_and_a_picture(tmp_path: Path) -> None:
-    record = json.loads((Path(__file__).parents[1] / "results/quantization_long.json").read_text())
+    record = json.loads((Path(__file__).parents[1] / "results/quantization_long.json").read_text(encoding="utf-8"))
     assert "| attributes right at 60 s | 100.0 % | 100.0 % |" in markdown(record)
     assert table(record).row_count > 5
     plot(record, tmp_path / "long.png")
@@ -304,8 +304,8 @@ def test_columns_that_no_forward_was_measured_of_make_a_table_and_a_picture(tmp_
 
 def test_the_readme_shows_the_measured_figures() -> None:
     root = Path(__file__).parents[1]
-    record = json.loads((root / "results/quantization.json").read_text())
-    assert markdown(record) in (root / "quantization/README.md").read_text()
+    record = json.loads((root / "results/quantization.json").read_text(encoding="utf-8"))
+    assert markdown(record) in (root / "quantization/README.md").read_text(encoding="utf-8")
     for name, figures in record["recipes"].items():
         assert figures.get("bytes_ratio", 0.0) <= 0.53, name  # nothing is stored of what quantizes as it goes
         assert figures["attribute_accuracy_lost"] <= 0.02, name

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longlive_serve.engines.interface import PromptKV
 from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder
 from longlive_serve.kv_cache import Window
 from longlive_serve.pipeline import Pipeline
@@ -50,7 +51,7 @@ def rollout_of(pipeline: Pipeline, encoder: Encoder) -> Rollout:
     return Rollout(pipeline.engines.dit.network, Window(DEMO.window), pipeline.engines.dit.tables, encoder)
 
 
-def embedded(pipeline: Pipeline, text: str) -> tuple[Tensor, Tensor]:
+def embedded(pipeline: Pipeline, text: str) -> PromptKV:
     assert isinstance(pipeline.engines.text_encoder, TorchTextEncoder)
     encoded = pipeline.engines.text_encoder.encode(text)
     return pipeline.engines.dit.embed_prompt(encoded.embeds, encoded.tokens)

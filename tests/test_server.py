@@ -35,7 +35,7 @@ def as_spec(tensor: Any) -> TensorSpec:
 
 
 def test_the_model_configuration_declares_the_wire() -> None:
-    text = (DEFAULT_REPOSITORY / MODEL_NAME / "config.pbtxt").read_text()
+    text = (DEFAULT_REPOSITORY / MODEL_NAME / "config.pbtxt").read_text(encoding="utf-8")
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert config.name == MODEL_NAME
     assert tuple(map(as_spec, config.input)) == INPUTS

@@ -9,7 +9,7 @@ import pytest
 
 from longlive_serve.errors import ServeError
 from longlive_serve.options import Options
-from tests.service_bench import Clock, bench, closed, wait_until
+from tests.service_bench import Clock, bench, closed, has_chunks, wait_until
 
 pytestmark = pytest.mark.usefixtures("either_device")
 
@@ -19,9 +19,8 @@ def test_a_live_session_keeps_to_its_clock_and_an_offline_one_runs_free(clock: C
         live = at.start("live", options=Options(fps=12))  # a chunk plays for a second
         offline = at.start("offline")
         for ahead in range(6, 11):  # the one that plays and five more
-            wait_until(lambda ahead=ahead: len(live.chunks) >= ahead)
-            made = len(offline.chunks)
-            wait_until(lambda made=made: len(offline.chunks) > made + 50)
+            wait_until(has_chunks(live, ahead))
+            wait_until(has_chunks(offline, len(offline.chunks) + 50))
             assert len(live.chunks) == ahead
             clock.go_on(1)
         assert at.figures["deadline_misses"] == 0
@@ -33,7 +32,7 @@ def test_a_late_chunk_is_counted(clock: Clock) -> None:
         wait_until(lambda: len(live.chunks) == 2)
         clock.go_on(5)  # the third was due after 2 s
         for seen in range(3, 6):
-            wait_until(lambda seen=seen: len(live.chunks) >= seen)
+            wait_until(has_chunks(live, seen))
             wait_until(lambda: at.figures["deadline_misses"] == 1)
             clock.go_on(1)
         assert at.figures["deadline_misses"] == 1, "playback goes on from the late chunk"
@@ -88,7 +87,7 @@ def test_a_session_whose_chunks_may_lie_unread_pauses_until_its_next_request() -
     with bench(max_unread=16) as at:
         video = at.start("a")
         for unread in (16, 32):
-            wait_until(lambda unread=unread: len(video.chunks) == unread)
+            wait_until(has_chunks(video, unread))
             other = at.start(f"b{unread}", chunks=10, end=True)
             wait_until(closed(other))
             assert len(video.chunks) == unread

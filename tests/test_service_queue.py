@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -133,7 +135,7 @@ def test_one_that_resumes_and_would_not_wait_pushes_nobody_out_of_the_queue(monk
         at.pipeline.dtype = torch.float32
         first, waiting = at.start("a"), at.start("b", chunks=1, end=True)
         wait_until(lambda: at.figures["waiting_sessions"] == 1)
-        again = {"prompt": None, "snapshot": b"s", "chunks": 1, "end": True}
+        again: dict[str, Any] = {"prompt": None, "snapshot": b"s", "chunks": 1, "end": True}
         refused = at.start("c", **again, options=AT_ONCE)
         wait_until(closed(refused))
         assert at.figures["resumed_sessions"] == 0

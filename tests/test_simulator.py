@@ -219,7 +219,7 @@ def test_a_wrong_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("tries = ", "tries = -", "tries: got -"),
     ):
         path = tmp_path / "policy.toml"
-        path.write_text(SHIPPED.read_text().replace(old, new))
+        path.write_text(SHIPPED.read_text(encoding="utf-8").replace(old, new))
         with pytest.raises(ValueError, match=complaint):
             Policy.from_toml(path)
         assert command.main(["--policy", str(path)]) == 1
@@ -241,7 +241,7 @@ def test_the_command_writes_figures_and_a_picture(tmp_path: Path, capsys: pytest
     options = ["--trace", "flash_crowd", "--peak-sessions", "60", "--capacity", "2", "--cold-start", "1", "2", "3"]
     assert command.main([*options, "--json", str(record), "--plot", str(picture)]) == 0
     assert "flash_crowd" in capsys.readouterr().out
-    written = json.loads(record.read_text())
+    written = json.loads(record.read_text(encoding="utf-8"))
     assert {"wait_p95_s", "refused", "stalls", "gpu_hours"} <= written["flash_crowd"].keys()
     assert written[SECTION]["world"]["capacity"] == 2
     assert written[SECTION]["command"].startswith("python -m deploy.simulator --trace flash_crowd")
@@ -249,7 +249,7 @@ def test_the_command_writes_figures_and_a_picture(tmp_path: Path, capsys: pytest
 
 
 def test_the_committed_figures_keep_what_the_thresholds_promise() -> None:
-    record = json.loads(RESULTS.read_text())
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
     good_enough(record["diurnal"])
     assert record["burst"]["wait_p95_s"] < 10
     for trace in TRACES:
@@ -258,7 +258,7 @@ def test_the_committed_figures_keep_what_the_thresholds_promise() -> None:
 
 
 def test_the_committed_figures_are_those_of_the_shipped_policy() -> None:
-    made_with = json.loads(RESULTS.read_text())[SECTION]
+    made_with = json.loads(RESULTS.read_text(encoding="utf-8"))[SECTION]
     enough = with_room(SHIPPED_POLICY, made_with["peak_sessions"], made_with["world"]["capacity"])
     assert made_with["policy"] == json.loads(json.dumps(dataclasses.asdict(enough)))
     assert made_with["peak_sessions"] == 100_000

@@ -86,7 +86,7 @@ def test_a_trace_can_be_read_by_a_viewer(tmp_path: Path) -> None:
     trace.add(Phase(name="chunk 0", began=2.0, seconds=0.5), "chunks", first_frame=0)
     path = trace.write(tmp_path / "traces")
     assert path == tmp_path / "traces/etcasession.json"
-    (event,) = json.loads(path.read_text())["traceEvents"]
+    (event,) = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     assert (event["ph"], event["ts"], event["dur"], event["tid"]) == ("X", 2e6, 0.5e6, "chunks")
     assert event["args"] == {"first_frame": 0}
 

@@ -26,7 +26,7 @@ def test_all_chunks_at_once_equal_one_after_the_other(step: int) -> None:
     text = torch.randn(1, config.dit.text_len, config.dit.text_dim)
     dit, window = TorchDiT(network, config, 1, "base"), Window(config.window)
     with Float64():
-        prompt_kv = dit.embed_prompt(text, text.shape[1])
+        keys, values = prompt_kv = dit.embed_prompt(text, text.shape[1])
         expected = []
         for chunk in range(6):
             placement, frames = window.step(chunk), slice(3 * chunk, 3 * chunk + 3)
@@ -34,5 +34,5 @@ def test_all_chunks_at_once_equal_one_after_the_other(step: int) -> None:
             dit.commit(clean[:, frames], prompt_kv, 0, placement)
         timesteps = dit.timesteps[step].expand(1, 18)
         view = TeacherForcingView(window, dit.tables, range(6))
-        got = flows(network, clean, noisy, timesteps, prompt_kv, view)
+        got = flows(network, clean, noisy, timesteps, (keys, values), view)
     assert error(got, torch.cat(expected, 1)) < 1e-10

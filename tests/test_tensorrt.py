@@ -51,8 +51,8 @@ def source(bits: torch.dtype | None = None) -> Source:
     def load(name: str, dtype: torch.dtype) -> nn.Module:
         network: nn.Module = load_network(name, SMALL, "random", "cpu", dtype)
         states = {}
-        for layer, module in network.named_modules() if bits else ():
-            if layer.startswith("blocks.") and isinstance(module, nn.Linear):
+        for layer, module in network.named_modules():
+            if bits and layer.startswith("blocks.") and isinstance(module, nn.Linear):
                 weight = module.weight.detach().float()
                 scale, of_inputs = scale_for(weight.abs().amax(1), bits), scale_for(torch.tensor(4.0), bits)
                 quantized = to_8_bit(weight, scale[:, None], bits)
@@ -135,7 +135,7 @@ def write_node(path: Path, operator: str, inputs: Tensors, output: int, constant
     """A graph of one node, called `the_node`."""
     given = [helper.make_tensor_value_info(*tensor) for tensor in inputs]
     stored = [numpy_helper.from_array(array, f"constant{index}") for index, array in enumerate(constants)]
-    names = [tensor.name for tensor in (*given, *stored)]
+    names = [tensor.name for tensor in given] + [tensor.name for tensor in stored]
     node = helper.make_node(operator, names, ["out"], name="the_node", **attributes)
     out = helper.make_tensor_value_info("out", output, None)
     graph = helper.make_graph([node], "graph", given, [out], stored)

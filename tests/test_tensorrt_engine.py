@@ -210,7 +210,7 @@ def _take_as_it_is(plans: Path, name: str) -> None:
     """Let the manifest describe the file that is there."""
     from longlive_serve.weights import sha256
 
-    manifest = json.loads((plans / "manifest.json").read_text())
+    manifest = json.loads((plans / "manifest.json").read_text(encoding="utf-8"))
     manifest["graphs"][name]["built"]["sha256"] = sha256(plans / f"{name}.plan")
     (plans / "manifest.json").write_text(json.dumps(manifest))
 

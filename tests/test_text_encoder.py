@@ -98,7 +98,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_other_special_ids_is_an_error(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "<pad>": 1}))
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     fast.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"as \(1, 0\), expected \(0, 1\)"):
         Tokenizer(16, tmp_path)

@@ -295,7 +295,9 @@ def test_the_network_comes_from_where_the_others_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "key"), [("onnxruntime", "graphs"), ("tensorrt", "plans")])
 def test_graphs_and_plans_have_no_tiny_decoder(engine: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = functools.partial(ServeConfig, decoder="tiny", **{key: "a folder"})
+    def served(**settings: Any) -> ServeConfig:
+        return ServeConfig(decoder="tiny", **({key: "a folder"} | settings))
+
     for setting in ("engine", "vae_decoder_engine"):
         with pytest.raises(ValueError, match=f"decoder: got 'tiny' with the engine {engine}"):
             served(**{setting: engine})

@@ -32,7 +32,7 @@ class Regression(Run):
     def __init__(self, steps: int) -> None:
         torch.manual_seed(0)
         network = nn.Linear(6, 4)
-        super().__init__(network, [network.weight], 0.05, steps, 0, "cpu")
+        super().__init__(network, [*network.parameters()][:1], 0.05, steps, 0, "cpu")
 
     def rate(self) -> float:
         return 1 - self.step / self.steps

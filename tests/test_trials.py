@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.video_stream import StreamedChunk
 from trials import chaos, fleet, fuzz, perf, soak, tables
 
 TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
 
 
-def test_wrong_requests_beside_live_sessions() -> None:
-    assert fuzz.main(["--requests", "1000", "--seed", "7"]) == 0
+def test_wrong_requests_beside_live_sessions(tmp_path: Path) -> None:
+    record = tmp_path / "serving.json"
+    assert fuzz.main(["--requests", "1000", "--seed", "7", "--json", str(record)]) == 0
+    assert json.loads(record.read_text(encoding="utf-8")).items() >= {"fuzz_requests": 1000, "fuzz_crashes": 0}.items()
 
 
 def test_the_same_seed_makes_the_same_requests() -> None:
@@ -33,7 +36,7 @@ def test_viewers_come_and_go_for_a_while(tmp_path: Path) -> None:
     record = tmp_path / "serving.json"
     options = ["--minutes", "0.2", "--viewers", "2", "--session-seconds", "4", "--switch-every", "1", "--fps", "32"]
     soak.main([*options, "--config", str(config), "--json", str(record)])
-    figures = json.loads(record.read_text())["trials.soak"]
+    figures = json.loads(record.read_text(encoding="utf-8"))["trials.soak"]
     # Memory and deadlines are for a longer run on a quiet machine to judge.
     assert not [text for text in soak.complaints(figures) if not text.startswith(("memory", "deadline", "stalls"))]
     assert figures["sessions"] >= 4
@@ -51,7 +54,7 @@ def test_viewers_lose_no_frame_while_servers_die(tmp_path: Path) -> None:
     options = ["--preset", "tiny", "--weights", "random", "--servers", "2", "--viewers", "4", "--victims", "1"]
     options += ["--kills", "4", "--fps", "8", "--every", "2", "4", "--compare", "1", "--seed", "1"]
     assert chaos.main([*options, "--json", str(tmp_path / "serving.json")]) == 0
-    record = json.loads((tmp_path / "serving.json").read_text())
+    record = json.loads((tmp_path / "serving.json").read_text(encoding="utf-8"))
     assert (record["chaos_kills"], record["chaos_lost_frames"]) == (4, 0)
     assert record["trials.chaos"]["resumed"] > 0
 
@@ -60,7 +63,7 @@ def test_viewers_lose_no_frame_while_servers_die(tmp_path: Path) -> None:
 def test_a_fleet_keeps_strangers_out_and_viewers_happy(tmp_path: Path) -> None:
     record = tmp_path / "serving.json"
     assert fleet.main(["--preset", "tiny", "--weights", "random", "--fps", "8", "--json", str(record)]) == 0
-    figures = json.loads(record.read_text())["trials.fleet"]
+    figures = json.loads(record.read_text(encoding="utf-8"))["trials.fleet"]
     assert (figures["servers"], figures["viewers"]) == (3, 12)
     assert sum(figures["live_by_server"]) == figures["found_over_another_connection"] == 12
     assert max(figures["live_by_server"]) <= 6
@@ -93,9 +96,9 @@ def test_a_lost_and_a_repeated_frame_are_noticed() -> None:
     assert (seen.lost, seen.repeated) == (12, 12)
 
 
-def _chunk(first: int, count: int, arrived: float = 0.0) -> chaos.StreamedChunk:
+def _chunk(first: int, count: int, arrived: float = 0.0) -> StreamedChunk:
     pictures = np.zeros((count, 2, 2, 3), np.uint8)
-    return chaos.StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=arrived)
+    return StreamedChunk(frames=pictures, first_frame=first, prompt_index=0, seconds=1.0, arrived=arrived)
 
 
 def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:
@@ -105,14 +108,14 @@ def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:
 
 
 def test_the_readme_shows_the_measured_figures() -> None:
-    record = json.loads(tables.RESULTS.read_text())
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    record = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert tables.viewers(record) in readme
     assert tables.trials(record) in readme
 
 
 def test_the_figures_that_others_look_up_stand_on_top() -> None:
-    record = json.loads(tables.RESULTS.read_text())
+    record = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
     assert record.keys() >= {
         "sessions_admitted", "deadline_misses", "chaos_kills", "chaos_lost_frames", "soak_minutes",
         "soak_rss_slope_mb_per_h", "fuzz_requests", "fuzz_crashes", "perf_analyzer_chunks_per_s",

@@ -168,8 +168,13 @@ def test_no_copy_in_float32_is_made_on_the_way(tmp_path: Path, name: str) -> Non
 
 
 def test_what_has_been_read_of_a_mapped_file_is_let_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-    monkeypatch.setattr(checkpoint_files, "load_file", lambda path: opened.append(path) or load_file(path))
+    opened: list[Path] = []
+
+    def load(path: Path) -> dict[str, Tensor]:
+        opened.append(path)
+        return load_file(path)
+
+    monkeypatch.setattr(checkpoint_files, "load_file", load)
     expected = loaded(DIT, folder)
     often = len(opened)
     monkeypatch.setattr(checkpoint_files, "PIECE", 100_000)

@@ -28,8 +28,7 @@ from longlive_serve.weights import (
 from longlive_serve.weights_folder import LONGLIVE_FILE, LONGLIVE_FOLDER, LORA_FILE, WAN_FOLDER
 
 TINY = PRESETS["tiny"]
-LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")
-LAYERS += ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2")
+LAYERS = (*(f"{part}.{one}" for part in ("self_attn", "cross_attn") for one in "qkvo"), "ffn.0", "ffn.2")
 State = dict[str, Tensor]
 
 
@@ -85,7 +84,8 @@ def write_longlive(path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
 
 def write_sharded(state: Mapping[str, Tensor], path: Path, shards: int = 2) -> list[Path]:
     """`path`: that of the whole file, which is not written; returns the shards."""
-    names, shard_of = sorted(state), {}
+    names = sorted(state)
+    shard_of: dict[str, str] = {}
     paths = [path.with_name(f"{path.stem}-{n + 1:05}-of-{shards:05}.safetensors") for n in range(shards)]
     for n, shard in enumerate(paths):
         save_file({name: state[name] for name in names[n::shards]}, shard)
@@ -118,8 +118,8 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> State:
 def loaded(name: str, folder: Path | str, dtype: torch.dtype = torch.float32, **settings: object) -> State:
     """The state of a network as a server of the folder has it; `settings` of serve.toml."""
     config = ServeConfig(preset="tiny", weights=str(folder), **settings)  # type: ignore[arg-type]
-    options = {"adapters": adapters_of(config), "use_ema": config.use_ema}
-    network: nn.Module = load_network(name, TINY, str(folder), "cpu", dtype, **options)
+    adapters = adapters_of(config)
+    network: nn.Module = load_network(name, TINY, str(folder), "cpu", dtype, adapters=adapters, use_ema=config.use_ema)
     return dict(network.state_dict())
 
 

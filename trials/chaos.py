@@ -31,6 +31,7 @@ from client.benchmark import PROMPTS, server_metrics
 from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.options import ASAP
+from longlive_serve.results import Measurement
 from trials.cluster import Cluster
 from trials.command import add_cluster_arguments, attempt
 
@@ -202,7 +203,7 @@ def litter(config: Path) -> Counter[str]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {2 * (args.viewers + args.victims)}\n'
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml") as config:
         print(settings, "headroom = 1.0\nmax_wait_s = 60", file=config, flush=True)
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, Path(config.name)) as cluster:
@@ -231,12 +232,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
+    made = Measurement.begin("trials.chaos", argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several servers share the cores
     figures = attempt(run, args)
     Console().print_json(data=figures)
     if args.json is not None:
         on_top = {"chaos_kills": args.kills, "chaos_lost_frames": figures["lost_frames"]}
-        write_record(args.json, "trials.chaos", argv, figures, on_top)
+        write_record(args.json, "trials.chaos", made, figures, on_top)
     wrong = ("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left")
     return 1 if any(figures[name] for name in wrong) else 0
 

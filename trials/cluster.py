@@ -84,7 +84,7 @@ class Cluster:
     def kill_model(self, number: int) -> None:
         """The process that the model runs in; Triton notices nothing."""
         pid = self.servers[number].pid
-        for stub in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        for stub in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split():
             _kill(int(stub))
 
     def kill_proxy(self) -> None:

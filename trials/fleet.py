@@ -31,6 +31,7 @@ from client.record import write_record
 from client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.options import Options
 from longlive_serve.protocol import SESSION_HEADER, Request
+from longlive_serve.results import Measurement
 from trials.chaos import RESUME_FOR_S, Seen, leaks, left_behind, stream
 from trials.cluster import Cluster
 from trials.command import add_cluster_arguments, attempt
@@ -180,7 +181,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="longlive-fleet-") as folder:
         config, keys = Path(folder, "serve.toml"), Keys(Path(folder, "keys"))
         slots = 2 * (args.viewers + args.late)
-        config.write_text(f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {slots}\nheadroom = 1.0\n')
+        config.write_text(
+            f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {slots}\nheadroom = 1.0\n', encoding="utf-8"
+        )
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, config, keys) as cluster:
             figures = asyncio.run(watch(cluster, keys, args)) | leaks(cluster)
@@ -201,13 +204,14 @@ def complaints(figures: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
+    made = Measurement.begin("trials.fleet", argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several servers share the cores
     figures = attempt(run, args)
     Console().print_json(data=figures)
     for text in complaints(figures):
         print(text, file=sys.stderr)
     if args.json is not None:
-        write_record(args.json, "trials.fleet", argv, figures, {})
+        write_record(args.json, "trials.fleet", made, figures, {})
     return 1 if complaints(figures) else 0
 
 

@@ -36,6 +36,7 @@ from client.record import write_record
 from client.video_stream import VideoStream
 from longlive_serve.errors import ServeError
 from longlive_serve.protocol import INPUTS, MAX_PROMPT_BYTES
+from longlive_serve.results import Measurement
 from longlive_serve.server import TritonServer
 from trials.command import attempt
 
@@ -227,7 +228,7 @@ def video(url: str, seed: int, chunks: int, ids: list[str]) -> np.ndarray[Any, A
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml") as config:
         print(SETTINGS, file=config, flush=True)
         with TritonServer(config=Path(config.name)) as server:
             return attack(server, args)
@@ -284,11 +285,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other requests (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
+    made = Measurement.begin("trials.fuzz", argv)
     figures = attempt(run, args, grpc.RpcError, ServeError)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
         on_top = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}
-        write_record(args.json, "trials.fuzz", argv, figures, on_top)
+        write_record(args.json, "trials.fuzz", made, figures, on_top)
     return 1 if figures["crashes"] or figures["disturbed_videos"] or figures["unexplained"] else 0
 
 

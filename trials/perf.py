@@ -27,6 +27,7 @@ from client.record import write_record
 from client.viewer import Watching, watch_together
 from longlive_serve.options import ASAP, Options
 from longlive_serve.protocol import MODEL_NAME
+from longlive_serve.results import Measurement
 from longlive_serve.server import TritonServer
 from trials.command import attempt
 
@@ -68,7 +69,7 @@ def analyze(url: str, concurrency: int, seconds: float, table: Path) -> dict[str
     """Run perf_analyzer; its own report goes to the terminal, its table to a CSV file."""
     with tempfile.TemporaryDirectory(prefix="longlive-perf-") as folder:
         data = Path(folder, "input.json")
-        data.write_text(json.dumps(input_data()))
+        data.write_text(json.dumps(input_data()), encoding="utf-8")
         command = [str(perf_analyzer()), "-m", MODEL_NAME, "-u", url, "-i", "grpc", "--async", "--streaming"]
         command += ["--input-data", str(data), "--concurrency-range", str(concurrency), "-f", str(table)]
         command += ["--measurement-interval", str(round(1000 * seconds)), "--stability-percentage", "100", "-r", "3"]
@@ -80,7 +81,7 @@ def analyze(url: str, concurrency: int, seconds: float, table: Path) -> dict[str
     found = re.search(r"Response Throughput: ([\d.]+)", done.stdout)
     if done.returncode or found is None:
         raise RuntimeError(f"perf_analyzer ended with {done.returncode}: {done.stderr.strip()}")
-    with table.open() as file:
+    with table.open(encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     return {"chunks_per_s": float(found[1]), "first_response_p50_s": float(row["p50 latency"]) / 1e6}
 
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
     args.concurrency = [int(part) for part in args.concurrency.split(",")]
+    made = Measurement.begin("trials.perf", argv)
     rows = attempt(run, args, subprocess.CalledProcessError)
     for row in rows:
         theirs, own = (row[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark"))
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         last = rows[-1]
         on_top = {f"{name}_chunks_per_s": last[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark")}
-        write_record(args.json, "trials.perf", argv, {"runs": rows}, on_top)
+        write_record(args.json, "trials.perf", made, {"runs": rows}, on_top)
     return 0 if all(abs(row["ratio"] - 1) <= AGREE for row in rows) else 1
 
 

@@ -25,6 +25,7 @@ from client.benchmark import PROMPTS, server_metrics, summary
 from client.record import write_record
 from client.viewer import Seen, Viewer, Watching
 from longlive_serve.config import FPS
+from longlive_serve.results import Measurement
 from longlive_serve.server import TritonServer
 from trials.command import attempt
 
@@ -59,8 +60,10 @@ class Memory(threading.Thread):
         return float(np.polyfit(times[settled], sizes[settled], 1)[0]) * 3600
 
     def _resident(self) -> float:
-        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
-        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (self._pid, *children))
+        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text(encoding="utf-8").split()
+        pages = sum(
+            int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) for pid in (self._pid, *children)
+        )
         return pages * 4096 / 1e6
 
 
@@ -141,11 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
+    made = Measurement.begin("trials.soak", argv)
     figures = attempt(run, args)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
         on_top = {"soak_minutes": args.minutes, "soak_rss_slope_mb_per_h": figures["memory_slope_mb_per_h"]}
-        write_record(args.json, "trials.soak", argv, figures, on_top)
+        write_record(args.json, "trials.soak", made, figures, on_top)
     found = complaints(figures)
     for text in found:
         print(text, file=sys.stderr)

@@ -68,7 +68,7 @@ def _fleet(figures: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    record = json.loads(RESULTS.read_text())
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
     print(viewers(record), trials(record), sep="\n\n")
     return 0
 

@@ -26,15 +26,15 @@ from deploy.simulator.record import SECTION, write_record
 from deploy.simulator.show import sweep_tables
 from deploy.simulator.world import World, capacity
 from longlive_serve.config import DECODERS, WAN
+from longlive_serve.results import Measurement
 
 EXAMPLES = """\
 examples
-  python -m deploy.simulator --peak-sessions 1000             three traces, some seconds
-  python -m deploy.simulator --trace flash_crowd --cold-start 1 1.5 3
-                                                              what faster machines would save
-  python -m deploy.simulator --policy mine.toml --trace burst your own thresholds
-  python -m deploy.simulator --fixed 400 --peak-sessions 1000 a fleet that never changes
-  python -m deploy.simulator --sweep                          the traces, then: why these thresholds
+  python -m deploy.simulator --peak-sessions 1000                          # three traces, some seconds
+  python -m deploy.simulator --trace flash_crowd --cold-start 1 1.5 3      # what faster machines would save
+  python -m deploy.simulator --policy mine.toml --trace burst              # your own thresholds
+  python -m deploy.simulator --fixed 400 --peak-sessions 1000              # a fleet that never changes
+  python -m deploy.simulator --sweep                                       # the traces, then: why these thresholds
 
 A pod is one GPU. How many sessions it holds is the one figure that all the others hang on: results/gpu.json has it
 once the benchmark ran on a GPU (python -m longlive_serve.bench), until then it is a projection. What is taken for
@@ -44,6 +44,7 @@ granted besides (lengths of sessions, cold starts, failures), deploy/simulator/w
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = _arguments(argv)
+    made = Measurement.begin(SECTION, argv)
     try:
         world, source = _world(args)
         policy = Policy.from_toml(args.policy)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if swept:
         print(sweep_tables({SECTION: made_with}))
     if args.json is not None:
-        write_record(args.json, argv, traces, made_with)
+        write_record(args.json, made, traces, made_with)
     if args.plot is not None:
         plot(runs, args.plot)
     return 0
@@ -108,10 +109,11 @@ def _run(
                 on_round=lambda now, task=task: progress.update(task, completed=now),  # type: ignore[misc]
             )
             progress.update(task, completed=TRACES[name].seconds)
-        if not args.sweep:
+        if args.sweep is None:
             return runs, {}
-        task = progress.add_task("sweep", total=len(list(sweep.cases(policy))))
-        return runs, sweep.run(policy, world, on_case=lambda: progress.advance(task))
+        wanted = args.sweep or sweep.TABLES
+        task = progress.add_task("sweep", total=sum(case.table in wanted for case in sweep.cases(policy)))
+        return runs, sweep.run(policy, world, wanted, on_case=lambda: progress.advance(task))
 
 
 def _table(traces: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -178,7 +180,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fixed", type=_count, metavar="PODS", help="so many pods throughout, no autoscaling")
     parser.add_argument("--policy", type=Path, default=SHIPPED, metavar="TOML", help="default: deploy/policy.toml")
     parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
-    parser.add_argument("--sweep", action="store_true", help="then vary the thresholds, on small fleets: two minutes")
+    text = f"then vary the thresholds, on small fleets: two minutes; of {', '.join(sweep.TABLES)} only these"
+    parser.add_argument("--sweep", nargs="*", choices=sweep.TABLES, metavar="TABLE", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw sessions, pods and who waits, over time")
     args = parser.parse_args(argv)

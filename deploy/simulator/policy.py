@@ -84,7 +84,7 @@ class Policy:
     def from_toml(cls, path: Path = SHIPPED) -> Policy:
         """Raises ValueError that names the file and the key."""
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
             parts = {key: values.pop(key, {}) for key in ("scale_up", "scale_down", "drain", "service")}
             return cls(
                 **values,

@@ -49,9 +49,8 @@ def trace_table(record: Mapping[str, Any]) -> str:
 
 def sweep_tables(record: Mapping[str, Any]) -> str:
     """What other thresholds would give."""
-    sweep = record[SECTION]["sweep"]
-    shown = _headroom(sweep["headroom"]), _refused(sweep["refused"]), _drain(sweep["drain"]), _tries(sweep["tries"])
-    return "\n\n".join(shown)
+    shown = {"headroom": _headroom, "refused": _refused, "drain": _drain, "tries": _tries}
+    return "\n\n".join(shown[table](rows) for table, rows in record[SECTION]["sweep"].items())
 
 
 def _headroom(rows: Sequence[Mapping[str, Any]]) -> str:

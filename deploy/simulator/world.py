@@ -78,7 +78,7 @@ def capacity(decoder: str, path: Path = MEASURED) -> tuple[int, str]:
     """Live sessions of a GPU and where the figure comes from: measured if it was, else projected."""
     kind = "tiny_vae" if decoder == TINY else "full_vae"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         sessions, run = record[f"live_sessions_{kind}"], record["longlive_serve.bench"]
         if sessions:
             return int(sessions), f"measured on {run['hardware']} with {run['figures_of'][kind]}"

@@ -29,6 +29,7 @@ from longlive_serve.engines.graph_files import MANIFEST
 from longlive_serve.logs import at_level
 from longlive_serve.models.rope import MAX_FRAMES
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY
+from longlive_serve.results import Measurement
 
 EPILOG = """
 What a row says: ms per chunk by phase (denoise: 4 steps; commit; decode: the VAE; host: all else), frames per second
@@ -37,7 +38,7 @@ and with how many live sessions at 16 fps no chunk comes late. Beside them, from
 and copies are, what share of that each engine reaches, and all attention kernels.
 
 examples:
-  python -m longlive_serve.bench                                        a toy on the CPU, or all of it on a GPU
+  python -m longlive_serve.bench                                        # a toy on the CPU, or all of it on a GPU
   python -m longlive_serve.bench --json results/gpu.json --plot docs/gpu.png
   python -m longlive_serve.bench --rows "eager baseline" "fused fp8" --chunks 100 --live-seconds 60
   python -m longlive_serve.bench --rows torch --plans plans/bf16
@@ -63,6 +64,7 @@ class Bar:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a row failed or none could be measured, 130 after Ctrl-C."""
     args = _arguments(argv)
+    made = Measurement.begin(SECTION, argv)
     plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
     rows = [row for row in ROWS if row.name in args.rows] + exported(args.graphs, args.plans)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         run = Run(args.preset, args.device, rows, plan, Bar(progress, plan.steps).tell)
         with contextlib.suppress(KeyboardInterrupt):
-            run.measure(lambda: write_record(args.json, argv, run.record) if args.json else None)
+            run.measure(lambda: write_record(args.json, made, run.record) if args.json else None)
     record = run.record
     console = Console() if sys.stdout.isatty() else Console(width=120)
     for part in tables(record):

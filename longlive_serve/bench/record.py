@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +14,10 @@ import numpy as np
 import torch
 
 from longlive_serve.config import TINY, WAN
+from longlive_serve.results import Measurement, cpu
 
 SECTION = "longlive_serve.bench"
+CODE = ("longlive_serve", ":!longlive_serve/doctor")
 
 
 def top_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -49,36 +48,23 @@ def fastest(rows: Sequence[dict[str, Any]], decoder: str) -> dict[str, Any] | No
     return max(ours, key=lambda row: row["fps"], default=None)
 
 
-def write_record(path: Path, argv: Sequence[str] | None, record: dict[str, Any]) -> None:
-    """Put a run's record into its section of the file, and its figures on top; the other sections stay.
-
-    `argv`: the arguments of the command; None: those of this process.
-    """
-    whole: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+def write_record(path: Path, made: Measurement, record: dict[str, Any]) -> None:
+    """Put a run's record into its section of the file, and its figures on top; the other sections stay."""
+    whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     whole |= top_figures(record["rows"])
     best = {name: fastest(record["rows"], decoder) for name, decoder in (("full_vae", WAN), ("tiny_vae", TINY))}
     whole[SECTION] = {
-        **described(SECTION, sys.argv[1:] if argv is None else argv, record["device"]),
+        **made.header(hardware=hardware(record["device"]), versions=versions(), code=CODE),
         "figures_of": {name: row and row["name"] for name, row in best.items()},
         **record,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=2) + "\n")
-
-
-def described(section: str, argv: Sequence[str], device: str) -> dict[str, Any]:
-    """What figures were measured with: by a command, the module `section` with these arguments, on a device."""
-    return {
-        "command": f"python -m {section} {' '.join(argv)}".rstrip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": hardware(device),
-        "versions": versions(),
-    }
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 def hardware(device: str) -> str:
     if not device.startswith("cuda"):
-        return f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+        return cpu()
     facts = torch.cuda.get_device_properties(device)
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} multiprocessors"
 

@@ -160,7 +160,10 @@ def _no_gpu(device: str) -> Finding:
 def _on_the_bus() -> bool:
     with contextlib.suppress(OSError):
         for device in PCI.iterdir():
-            vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
+            vendor, kind = (
+                (device / "vendor").read_text(encoding="utf-8"),
+                (device / "class").read_text(encoding="utf-8"),
+            )
             if vendor.startswith(NVIDIA) and kind.startswith(DISPLAY):
                 return True
     return False

@@ -57,7 +57,7 @@ def main_memory() -> Finding:
 
 def memory_total() -> int:
     """Of the machine."""
-    fields = (line.split() for line in MEMINFO.read_text().splitlines())
+    fields = (line.split() for line in MEMINFO.read_text(encoding="utf-8").splitlines())
     return next(int(field[1]) * 1024 for field in fields if field[0] == "MemTotal:")
 
 
@@ -82,7 +82,7 @@ def cpu_quota() -> float:
 
 def _cgroup_files(second: str, first: str) -> Iterator[tuple[Path, str]]:
     """Where a limit may stand: a folder and the name of the file in it, of cgroup version 2 (`second`) or 1."""
-    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
+    lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.is_file() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         root, name = (CGROUPS / controllers, first) if controllers else (CGROUPS, second)
@@ -93,7 +93,7 @@ def _cgroup_files(second: str, first: str) -> Iterator[tuple[Path, str]]:
 
 
 def _first_number(file: Path, place: int = 0) -> float:
-    words = file.read_text().split() if file.is_file() else []
+    words = file.read_text(encoding="utf-8").split() if file.is_file() else []
     return float(words[place]) if place < len(words) and words[place].lstrip("-").isdecimal() else math.inf
 
 
@@ -107,7 +107,7 @@ def shared_memory(config: ServeConfig | None) -> Finding:
     if usage.free < need:
         action = "make it larger: --shm-size=256m in Docker, an emptyDir with medium: Memory in Kubernetes"
         return Finding(PROBLEM, "/dev/shm", text, action)
-    kinds = {line.split()[1]: line.split()[2] for line in MOUNTS.read_text().splitlines()}
+    kinds = {line.split()[1]: line.split()[2] for line in MOUNTS.read_text(encoding="utf-8").splitlines()}
     if kinds.get("/dev/shm", "tmpfs") != "tmpfs":
         text += f"; it is {kinds['/dev/shm']}, no RAM disk"
         return Finding(WARNING, "/dev/shm", text, "mount a tmpfs on it: frames pass through it")

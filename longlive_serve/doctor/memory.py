@@ -135,7 +135,7 @@ def _on_gpus() -> Finding:
 
 def _by_compute(config: ServeConfig, gpu: Gpu) -> Finding:
     try:
-        record = json.loads(MEASURED.read_text())
+        record = json.loads(MEASURED.read_text(encoding="utf-8"))
         run, kind = record[SECTION], "tiny_vae" if config.decoder == TINY else "full_vae"
         sessions, row = record[f"live_sessions_{kind}"], run["figures_of"][kind]
         if run["preset"] != config.preset or sessions is None:

@@ -66,7 +66,7 @@ def listener(port: int) -> str:
     for process in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if any(str(file.readlink()) in sockets for file in (process / "fd").iterdir()):
-                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+                return f"{(process / 'comm').read_text(encoding='utf-8').strip()} (process {process.name})"
     return ""
 
 
@@ -74,7 +74,7 @@ def _listening(port: int) -> Iterator[str]:
     """The inodes of the sockets that listen on a port."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
-            for line in (PROC / "net" / table).read_text().splitlines()[1:]:
+            for line in (PROC / "net" / table).read_text(encoding="utf-8").splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
                     yield fields[9]

@@ -58,7 +58,7 @@ def version_of(package: str) -> str:
 def pinned() -> dict[str, dict[str, str]]:
     """The packages of every extra with the versions that were tested: of this checkout, else as installed."""
     if PYPROJECT.is_file():
-        declared = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+        declared = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     else:
         declared = {}
         for line in importlib.metadata.requires(PROJECT) or ():
@@ -109,7 +109,9 @@ def torch_cuda() -> str:
     if spec is None or spec.origin is None:
         return ""
     file = Path(spec.origin).with_name("version.py")
-    found = re.search(r"^cuda\b.*=\s*['\"](.+?)['\"]", file.read_text() if file.is_file() else "", re.MULTILINE)
+    found = re.search(
+        r"^cuda\b.*=\s*['\"](.+?)['\"]", file.read_text(encoding="utf-8") if file.is_file() else "", re.MULTILINE
+    )
     return found[1] if found else ""
 
 
@@ -138,7 +140,7 @@ def _server(install: TritonInstall) -> Finding:
 def _system_version(install: TritonInstall) -> str:
     file = install.binary.parents[1] / "TRITON_VERSION"
     if file.is_file():
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     return os.environ.get("TRITON_SERVER_VERSION") or "unknown"
 
 

@@ -50,7 +50,7 @@ class Manifest:
         """Raises ValueError that says what is wrong with the folder."""
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"got format {values['format']}, expected {FORMAT}: export the graphs again")
             graphs = {name: GraphFile(**graph) for name, graph in values.pop("graphs").items()}
@@ -62,7 +62,7 @@ class Manifest:
             ) from None
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def check(self, folder: Path, backend: str, config: NetworkConfig, variant: str) -> None:
         """Raises ValueError when these are not graphs for `backend` of a LongLive of these sizes and this variant."""
