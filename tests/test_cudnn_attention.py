@@ -17,7 +17,7 @@ from longlive_serve.engines.attention_choice import example, fastest_fp8_attenti
 from longlive_serve.engines.cudnn_attention import CudnnAttention
 from longlive_serve.kernels.attention import attention_fp8
 from tests.cudnn_on_cpu import Graph, cudnn_on_cpu
-from tests.triton_on_cpu import error, random
+from tests.triton_on_cpu import random
 
 pytestmark = pytest.mark.numeric
 
@@ -45,7 +45,10 @@ def test_it_is_given_what_our_own_kernel_is_given() -> None:
         got = attend(*tensors)
         assert got.dtype == torch.float8_e4m3fn
         assert got.is_contiguous()
-        assert error(got.float(), attention_fp8(*tensors).float()) < 0.07  # their weights are rounded at other places
+        # Their weights are rounded at other places, which is lost in the sum; so each may be rounded to another
+        # number of FP8: twice a number that is anywhere within 2^-4 of the exact one.
+        ours = attention_fp8(*tensors).float()
+        assert (got.float() - ours).norm() < 2**0.5 * 2**-4 / 3**0.5 * ours.norm()
 
 
 @pytest.mark.usefixtures("cudnn_on_cpu")
@@ -97,7 +100,7 @@ def test_the_benchmark_shows_what_fp8_costs(monkeypatch: pytest.MonkeyPatch) -> 
     calls = attention_table._calls_in_fp8(*example(TINY, CPU, torch.float32))
     call, wide = calls["triton fp8"]
     expected = attention_table.exact(*example(TINY, CPU, torch.float32))
-    assert 0.005 < error(wide(call()), expected) < 0.1
+    assert 0.005 < (wide(call()) - expected).norm() / expected.norm() < 0.1
     missing = ImportError("no cudnn here")
     monkeypatch.setattr(attention_table, "fp8_candidates", lambda _: {"cudnn fp8": missing})
     call, _ = attention_table._calls_in_fp8(*example(TINY, CPU, torch.float32))["cudnn fp8"]

@@ -11,6 +11,9 @@ no bound. What holds on all of them:
 * A sum of n products errs, relative to the sum of their sizes, by more than `gamma(n)` once in 10 000 or so at worst
   (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"), whatever its order.
 * Sums of small integers have no rounding at all.
+* Rounding to 8 bits errs by as much on either side of a tie. So how far a quantized result is from the plain one hardly
+  depends on the order of sums, least of all in norms, which thousands of roundings make up. How far two quantized
+  results of the same are from each other does, wherever something behind a tie magnifies it.
 """
 
 from __future__ import annotations
