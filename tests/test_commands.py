@@ -102,7 +102,7 @@ SMOKES = (
         command="longlive_serve.bench --device cpu --preset tiny --rows torch --chunks 4 --warmup 0 --live-seconds 0.2 "
         "--max-sessions 1 --json {out}/gpu.json --plot {out}/gpu.png"
     ),
-    Smoke(command="longlive_serve.doctor --config {tiny} --ports 0,0,0"),
+    Smoke(command="longlive_serve.doctor --config {tiny} --grpc-port 0 --http-port 0 --metrics-port 0"),
     Smoke(command="longlive_serve.replay {case} --device cpu --dtype float32 --tolerance 2e-2"),
     Smoke(command="longlive_serve.replay {case} --graphs {case_graphs}"),
     Smoke(
