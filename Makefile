@@ -13,6 +13,7 @@ PYTHON = $(or $(shell for python in python3 python3.12 python3.11; do \
 endif
 
 DEMO := torch,client,triton
+BUILD := hatchling editables  # what builds the project; hatchling asks for the other one when it runs
 WORKERS ?= auto
 .PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check smoke stale wheels lock clean FORCE
 
@@ -121,7 +122,7 @@ deploy-check: setup
 	$(BIN)/python -m deploy.check
 
 wheels:
-	$(PYTHON) -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse '.[$(DEMO)]' hatchling
+	$(PYTHON) -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse '.[$(DEMO)]' $(BUILD)
 
 lock: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
@@ -131,7 +132,7 @@ lock: setup
 
 # Extras for a version of Python, and what builds the project, with the hashes of the public packages.
 comma := ,
-lock = echo hatchling | UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --no-config --no-annotate \
+lock = printf '%s\n' $(BUILD) | UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --no-config --no-annotate \
 	--generate-hashes --python-version $(1) --python-platform x86_64-manylinux_2_35 \
 	$(addprefix --extra ,$(subst $(comma), ,$(2))) pyproject.toml - --output-file requirements/py$(subst .,,$(1)).txt
 

@@ -134,7 +134,8 @@ def test_what_is_locked_is_what_the_project_asks_for(name: str) -> None:
     locked = [Requirement(line.removesuffix("\\")) for line in lines if line[0].isalpha()]
     versions = {canonicalize_name(requirement.name): str(requirement.specifier)[2:] for requirement in locked}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    asked = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    # hatchling asks for editables when it runs, for `pip install --editable`
+    asked = [*project["project"]["dependencies"], *project["build-system"]["requires"], "editables"]
     asked += [line for extra in LOCKS[name] for line in project["project"]["optional-dependencies"][extra]]
     stale = [line for line in asked if not in_lock(Requirement(line), versions)]
     assert not stale, "run `make lock`"
