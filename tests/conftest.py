@@ -17,6 +17,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks so small that threads would but wait for each other
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
+os.environ.pop("COLUMNS", None)  # to which commands wrap what they say; processes that share the tests are given one
 
 from filelock import FileLock
 from hypothesis import settings
