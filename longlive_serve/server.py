@@ -34,6 +34,7 @@ from longlive_serve.triton_process import ProcessGroup
 
 ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
 POLL_S = 0.25
+PORT_TRIES, PORT_TAKEN = 5, "already in use"  # what Triton says of one
 LAST_WORDS_S = 0.5  # within which Triton asks how a process of its own has ended, and says what it knows
 EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
 
@@ -85,13 +86,18 @@ class TritonServer:
                 "repository; name it with --model-repository"
             )
         self._address = find_address(self._host)
-        self._ports = choose_ports(self._address, self._ports)
-        self._group = self._start(config, self._address)
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self._group.close()
-            raise
+        wanted = dict(self._ports)
+        for tries_left in reversed(range(PORT_TRIES)):
+            self._ports = choose_ports(self._address, wanted)
+            self._group = self._start(config, self._address)
+            try:
+                self._wait_until_ready()
+                break
+            except BaseException as error:
+                self._group.close()
+                # Another program may take a port that was free when it was chosen.
+                if not (tries_left and 0 in wanted.values() and PORT_TAKEN in str(error)):
+                    raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,14 @@ from tritonclient.grpc import model_config_pb2
 
 import longlive_serve
 from longlive_serve import triton_install
+from longlive_serve.addresses import Address, choose_ports
 from longlive_serve.errors import ServerError
 from longlive_serve.protocol import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
 from longlive_serve.server import TritonServer
 from longlive_serve.server_arguments import DEFAULT_REPOSITORY
 from tests.echo_server import EchoStream, Launched
 from tests.service_bench import LIMIT_S, wait_until
+from trials.chaos import left_behind, litter
 
 
 def as_spec(tensor: Any) -> TensorSpec:
@@ -174,3 +176,26 @@ def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path) -> None:
     server = TritonServer(model_repository=tmp_path, config=tmp_path / "serve.toml")
     with pytest.raises(ServerError, match=rf"got no {MODEL_NAME}/config.pbtxt in it"), server:
         pass
+
+
+def test_a_port_that_is_taken_after_it_was_chosen_is_chosen_again(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[dict[str, int]] = []
+    with socket.create_server(("127.0.0.1", 0)) as neighbour:
+
+        def choose(address: Address, ports: Mapping[str, int]) -> dict[str, int]:
+            chosen.append(choose_ports(address, ports))
+            return chosen[-1] | ({"grpc": neighbour.getsockname()[1]} if len(chosen) == 1 else {})
+
+        monkeypatch.setattr("longlive_serve.server.choose_ports", choose)
+        with TritonServer(model_repository=repository) as server:
+            assert len(chosen) == 2
+            assert server.grpc_url.endswith(str(chosen[1]["grpc"]))
+
+
+def test_what_is_left_of_servers_is_seen_while_they_are_there(repository: Path) -> None:
+    assert litter() == {}
+    with TritonServer(model_repository=repository):
+        assert litter() == {"processes": 3, "shared_memory": 1}
+    assert left_behind() == {}

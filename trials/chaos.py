@@ -183,21 +183,21 @@ def leaks(cluster: Cluster) -> dict[str, float]:
         time.sleep(0.5)
 
 
-def left_behind(config: Path) -> Counter[str]:
-    """What there still is of servers with this configuration, once the killed have had time to go."""
+def left_behind() -> Counter[str]:
+    """What there still is of this process's servers, once the killed have had time to go."""
     end = time.monotonic() + 60
-    while (left := litter(config)) and time.monotonic() < end:
+    while (left := litter()) and time.monotonic() < end:
         time.sleep(0.2)
     return left
 
 
-def litter(config: Path) -> Counter[str]:
+def litter() -> Counter[str]:
     """Shared memory and processes of servers that this process has started; others run theirs beside it."""
-    found = Counter({"shared_memory": len(list(Path("/dev/shm").glob(f"longlive_{os.getpid()}_*")))})
-    setting = f"LONGLIVE_CONFIG={config}".encode()
-    for environment in Path("/proc").glob("[0-9]*/environ"):
+    own = f"longlive_{os.getpid()}_"  # Triton and its stub are told so what to call their shared memory
+    found = Counter({"shared_memory": len(list(Path("/dev/shm").glob(f"{own}*")))})
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            found["processes"] += setting in environment.read_bytes().split(b"\0")
+            found["processes"] += own.encode() in command.read_bytes()
     return +found
 
 
@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             figures = leaks(cluster)
             figures |= asyncio.run(measure_seams(cluster.url, seen, args.compare))
             restarts = cluster.restarts
-        left = left_behind(Path(config.name))
+        left = left_behind()
     gaps = [b.arrived - a.arrived for one in seen for a, b in zip(one.chunks, one.chunks[1:], strict=False)]
     return {
         "servers": args.servers,

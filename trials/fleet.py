@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, config, keys) as cluster:
             figures = asyncio.run(watch(cluster, keys, args)) | leaks(cluster)
-        left = left_behind(config)
+        left = left_behind()
     settings = {"servers": args.servers, "viewers": args.viewers, "late_viewers": args.late, "fps": args.fps}
     return settings | figures | {"shared_memory_left": left["shared_memory"], "processes_left": left["processes"]}
 
