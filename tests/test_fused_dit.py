@@ -86,7 +86,7 @@ def test_it_makes_the_latents_of_the_reference(name: str, graphs: bool, tmp_path
         assert Graph.replayed > Graph.captured > 2
 
 
-def test_in_bfloat16_it_is_no_further_from_the_reference_than_the_eager_baseline(tmp_path: Path) -> None:
+def test_in_bfloat16_it_is_as_near_the_reference_as_the_eager_baseline(tmp_path: Path) -> None:
     path = write_case(tmp_path, "dit_tiny_rollout")
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
@@ -95,7 +95,9 @@ def test_in_bfloat16_it_is_no_further_from_the_reference_than_the_eager_baseline
         network = case_network(case, tensors).bfloat16()
         dit = FusedDiT(network, case.network, 1, "base", False) if fused else EagerDiT(network, case.network, 1)
         distances.append((replay(case, tensors, dit) - tensors["latents"]).norm().item())
-    assert distances[1] < distances[0]
+    # The norms of as many roundings, but others, are within some percent of each other; that of twice as many would be
+    # 1.4 times as large.
+    assert distances[1] < 1.2 * distances[0]
 
 
 @pytest.mark.parametrize("used", [5, 127, 128])
