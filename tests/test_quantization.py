@@ -185,7 +185,7 @@ def test_graphs_of_the_int8_network_round_as_pytorch_does(int8: Path, tmp_path: 
         assert graph.comparison is not None
         assert graph.comparison.fits, graph
         rounds = graph.name == DIT  # the others have 8 bits in their weights alone
-        assert (1e-3 < graph.comparison.tolerance < 0.05) == rounds, graph
+        assert (1e-3 < graph.comparison.tolerance < 0.2) == rounds, graph
 
 
 # Calibration
