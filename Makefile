@@ -20,7 +20,7 @@ WORKERS ?= auto
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
 	@echo "make test   set up, run all tests, those against a live server among them"
-	@echo "make test-portability  the tests as other processors run them, into results/portability.json (an hour or two)"
+	@echo "make test-portability  the tests as other processors run them, into results/portability.json (hours)"
 	@echo "make check  set up, run the linter and the type checker"
 	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
 	@echo "make bench-engines  set up, measure the engines on this machine's GPU, write results/gpu.json and docs/gpu.png"

@@ -30,7 +30,7 @@ from longlive_serve.config import AUTO, DIT, NETWORKS, ONNXRUNTIME, NetworkConfi
 from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest, sizes_of
 from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphTensor
 from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
-from longlive_serve.float64 import Float64, error, may_be
+from longlive_serve.float64 import LEAST, Float64, error, may_be
 from longlive_serve.logs import at_level
 from longlive_serve.models.quantized import Quantized
 from longlive_serve.replay import Case, case_network, read_tensors
@@ -63,8 +63,8 @@ class Comparison:
     """Largest difference from PyTorch in float64, as a share of the largest value. Of a graph that rounds to 8 bits
     the norm of the difference from PyTorch in float32, as a share of the norm."""
     tolerance: float
-    """What float32's rounding may do to it here. Of a graph that rounds to 8 bits half of what that rounding does: a
-    value between two of its numbers may fall to either side, and the next layers follow, but most values do not."""
+    """What float32's rounding may do to it here. Of a graph that rounds to 8 bits what that rounding does besides: a
+    value between two of its numbers may fall to either side, and the next layers follow."""
 
     @property
     def fits(self) -> bool:
@@ -209,7 +209,7 @@ def compare(graph: ExportableGraph, file: GraphFile, folder: Path) -> Comparison
             for tensor, expected, beside in zip(graph.io.outputs, plain, other, strict=True):
                 if graph.rounds:
                     errors.append(distance(got[tensor.name], expected))
-                    tolerances.append(distance(beside, expected) / 2)
+                    tolerances.append(distance(beside, expected) + LEAST)
                 else:
                     errors.append(error(got[tensor.name], beside))
                     tolerances.append(may_be(expected, beside))

@@ -22,6 +22,8 @@ A sum of n products in the worst order, one after the other, errs about sqrt(n /
 by halves: 12 times for the widest of the networks' layers that are checked in float32, which have up to 1536 inputs.
 The rest is for the largest of many errors, which varies.
 """
+LEAST = TIMES * torch.finfo(torch.float32).eps
+"""What a float32 result may be off in any case."""
 
 
 class Float64(TorchFunctionMode):
@@ -66,4 +68,4 @@ def may_be(reference: Tensor, exact: Tensor) -> float:
 
     Not less than for the rounding of the result and of its inputs: a reference may be exact by chance.
     """
-    return TIMES * max(error(reference, exact), torch.finfo(torch.float32).eps)
+    return max(TIMES * error(reference, exact), LEAST)
