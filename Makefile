@@ -122,6 +122,7 @@ deploy-check: setup
 	$(BIN)/python -m deploy.check
 
 wheels:
+	@$(PYTHON) -m longlive_serve.interpreter
 	$(PYTHON) -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse '.[$(DEMO)]' $(BUILD)
 
 lock: setup
