@@ -96,7 +96,8 @@ def test_the_figures_of_a_row_agree_with_each_other(record: dict[str, Any]) -> N
         assert row["chunk_s"]["count"] == 4
         assert row["switch_s"]["p95"] >= row["switch_s"]["median"] > row["recache_s"]["median"]
         assert row["live"]["sessions"] in (0, 1)
-        assert row["live"]["runs"][0]["chunks"] > 0
+        first = row["live"]["runs"][0]
+        assert first["chunks"] or first["misses"] == 1, "who has seen nothing counts, however busy the machine"
         decode = flops.decoder_chunk(TOY, row["decoder"]) / row["phases_s"]["decode"]["median"]
         share = decode / record["roofline"]["flops"]["float32"]
         assert row["of_roofline"]["decode"] == pytest.approx(share)

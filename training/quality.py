@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+        arguments.out.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
