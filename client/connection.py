@@ -81,6 +81,7 @@ class Connection:
         self._opening, message = self._exchange.ask(dataclasses.replace(self._start, chunks=self._portion()))
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()
+        self._writes: set[asyncio.Future[None]] = set()
         self._channel = aio_channel(self._settings.url, self._settings.tls, _CHANNEL_OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         headers = ((SESSION_HEADER, self._start.session_id), *bearer(self._settings.access_token))
@@ -179,8 +180,16 @@ class Connection:
         return opened
 
     async def _write(self, message: Any) -> None:
+        """Whoever is cancelled while it waits leaves the writing to itself: to cancel that would end the call."""
+        write = asyncio.ensure_future(self._write_whole(self._call, message))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        write.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be that nobody waits for it
+        await asyncio.shield(write)
+
+    async def _write_whole(self, call: Any, message: Any) -> None:
         async with self._writing:
-            write = asyncio.ensure_future(self._call.write(message))
+            write = asyncio.ensure_future(call.write(message))
             try:  # gRPC leaves a write waiting when the call is cancelled before it is connected; the reader ends
                 await asyncio.wait((write, self._reader), return_when=asyncio.FIRST_COMPLETED)
             finally:

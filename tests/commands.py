@@ -124,7 +124,7 @@ def of_help() -> Iterator[Named]:
 def verbs() -> list[str]:
     """Those of the Makefile."""
     (line,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    return str(line).split()
+    return [verb for verb in str(line).split() if verb.islower()]  # FORCE is none
 
 
 def of_make(verb: str) -> list[Named]:
@@ -168,7 +168,7 @@ def read_arguments(module: str, arguments: Iterable[str], whole: bool) -> argpar
 
     package = importlib.util.find_spec(f"{module}.__main__") if _is_package(module) else None
     command = importlib.import_module(f"{module}.__main__" if package else module)
-    if "argparse" not in vars(command) and not hasattr(command, "arguments"):
+    if not vars(command).keys() & {"argparse", "server_parser", "arguments"}:
         assert not [*arguments], f"{module} takes no arguments"
         return None
     with (

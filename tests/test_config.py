@@ -15,7 +15,8 @@ import pytest
 from longlive_serve.config import PRESETS, RANDOM_WEIGHTS, Adapter, ServeConfig
 from longlive_serve.weights import DIT_FILE
 
-SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/serve.toml"
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "model_repository/longlive/1/serve.toml"
 
 
 def test_the_shipped_settings_serve_the_demo_network() -> None:
@@ -66,7 +67,9 @@ def test_utf_8_is_read_with_and_without_a_byte_order_mark_in_every_locale(
     plain = path.rename(tmp_path / "serve.toml")
     code = f"from longlive_serve.config import ServeConfig; print(ServeConfig.from_toml({str(plain)!r}).slots)"
     speaks_ascii = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=speaks_ascii, capture_output=True, text=True, check=True)
+    # -S: an environment's own files may name folders in other letters, which such a Python does not even start with.
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=speaks_ascii, capture_output=True, text=True, check=True)
     assert done.stdout == "3\n"
 
 

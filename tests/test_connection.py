@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from client import errors
-from client.video_stream import VideoStream
+from client.video_stream import AsyncVideoStream, VideoStream
 from longlive_serve.options import Options
 from tests.both_streams import Open, indices
 from tests.scripted_triton import (
@@ -274,3 +275,37 @@ def test_many_synchronous_streams_run_beside_each_other() -> None:
         for thread in threads:
             thread.join()
     assert results == [list(range(20))] * 6
+
+
+class SlowWrites:
+    """A call whose writes begin and wait for `go`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def write(self, message: Any) -> None:
+        self.begun.set()
+        await self.go.wait()
+        await self._call.write(message)
+
+
+def test_who_gives_up_while_a_request_is_written_breaks_nothing() -> None:
+    async def watch(url: str) -> list[int]:
+        async with AsyncVideoStream("a fox", url=url, chunks=1, resume_for=0) as video:
+            seen = [received.first_frame async for received in video.chunks()]
+            assert video._connection is not None
+            slow = video._connection._call = SlowWrites(video._connection._call)
+            impatient = asyncio.create_task(video.request_chunks(2))
+            await slow.begun.wait()
+            impatient.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await impatient
+            slow.go.set()
+            return seen + [received.first_frame async for received in video.chunks()]
+
+    with ScriptedTriton(well_behaved) as server:
+        assert len(asyncio.run(watch(server.url))) == 3

@@ -89,10 +89,12 @@ def python(file: Path, version: str, can_serve: bool) -> Path:
 
 def planned(*words: str, path: Path | None = None) -> str:
     """What make would do."""
-    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHON", "MAKEFLAGS"}}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"PYTHON", "MAKEFLAGS", "MAKELEVEL"}
+    }
     if path is not None:
         environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
-    command = ["make", "--dry-run", "setup", *words]
+    command = ["make", "--no-print-directory", "--dry-run", "setup", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

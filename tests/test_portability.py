@@ -67,9 +67,11 @@ def test_what_pytest_found_is_counted_and_an_earlier_setting_stays(cases: Path) 
 
 
 def test_a_run_without_tests_is_no_success(cases: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (cases / "test_cases.py").write_text("import nothing_of_that_name")
+    (cases / "test_cases.py").write_text("", encoding="utf-8")
     assert main(["--only", NAME]) == 2
     assert "ran no tests to the end; see" in capsys.readouterr().err
+    (cases / "test_cases.py").write_text("import nothing_of_that_name", encoding="utf-8")
+    assert main(["--only", NAME]) == 1
 
 
 def test_an_unknown_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,12 @@ from longlive_serve.models.quantized import install, scale_for, to_8_bit
 from longlive_serve.weights import load_network
 from tests.tensorrt_on_cpu import without_tensorrt
 
-pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT for RTX (extra `dev`)")
-
 RTX = tensorrt_library.TENSORRT_RTX
+try:
+    with without_tensorrt():
+        tensorrt_library.use(RTX)
+except ValueError as error:
+    pytest.skip(f"needs TensorRT for RTX (extra `dev`): {error}", allow_module_level=True)
 TINY = PRESETS["tiny"]
 SMALL = dataclasses.replace(
     TINY,
