@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(server, args.drain_timeout_s, outputs)
     except KeyboardInterrupt:
         return 0
-    except (ServerError, ValueError) as error:
+    except (ServerError, ValueError, OSError) as error:  # a full disk, a trace_dir that cannot be made
         outputs.tell(f"error: {error}")
         return 1
     finally:

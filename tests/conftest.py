@@ -40,7 +40,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs te
 GOLDEN = Path(__file__).parent / "golden"
 T = TypeVar("T")
 LONGEST = (
-    "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training", "test_tensorrt",
+    "test_commands", "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training", "test_tensorrt",
     "test_live_server", "test_live_faults", "test_server", "test_fused_dit", "test_kernels", "test_tensorrt_types",
     "test_cudnn_plans", "test_replay", "test_tensorrt_engine", "test_bench",
 )  # fmt: skip
