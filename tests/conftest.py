@@ -40,8 +40,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs te
 GOLDEN = Path(__file__).parent / "golden"
 T = TypeVar("T")
 LONGEST = (
-    "test_commands", "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training", "test_tensorrt",
-    "test_live_server", "test_live_faults", "test_server", "test_fused_dit", "test_kernels", "test_tensorrt_types",
+    "test_commands", "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training",
+    "test_tensorrt", "test_live_server", "test_live_faults", "test_server", "test_fused_dit", "test_kernels",
+    "test_in_flight", "test_pipeline", "test_start_failures", "test_start_paths", "test_tensorrt_types",
     "test_cudnn_plans", "test_replay", "test_tensorrt_engine", "test_bench",
 )  # fmt: skip
 
