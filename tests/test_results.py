@@ -46,12 +46,13 @@ def test_every_figure_says_what_it_was_measured_with() -> None:
 
 
 def test_every_commit_that_a_figure_names_is_in_the_history() -> None:
-    if commit() == UNKNOWN or git(ROOT, "rev-parse", "--is-shallow-repository") == "true":
-        pytest.skip("needs the whole history: this is no checkout, or a shallow clone")
+    """A commit that git does not know here, as in a shallow clone, is what `make stale` says of it."""
     for where, header in all_headers():
         name = header["commit"].removesuffix(DIRTY)
-        found = subprocess.run(["git", "-C", str(ROOT), "merge-base", "--is-ancestor", name, "HEAD"], check=False)
-        assert found.returncode == 0, f"{where}: {name}"
+        known = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", name], capture_output=True, check=False)
+        if known.returncode == 0:
+            found = subprocess.run(["git", "-C", str(ROOT), "merge-base", "--is-ancestor", name, "HEAD"], check=False)
+            assert found.returncode == 0, f"{where}: {name}"
 
 
 def test_all_code_that_a_figure_names_exists() -> None:
