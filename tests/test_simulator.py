@@ -226,6 +226,12 @@ def test_a_wrong_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert complaint in capsys.readouterr().err
 
 
+def test_a_policy_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_bytes(SHIPPED.read_text(encoding="utf-8").encode("utf-8-sig"))
+    assert Policy.from_toml(path) == SHIPPED_POLICY
+
+
 def test_the_capacity_is_the_measured_one_if_there_is_one(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     assert capacity("wan", path) == (3, "projected, not measured")

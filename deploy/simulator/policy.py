@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from pathlib import Path
 from typing import Any
+
+from longlive_serve.toml_files import read_toml
 
 SHIPPED = Path(__file__).parents[1] / "policy.toml"
 PERCENT, PODS = "Percent", "Pods"
@@ -83,8 +84,8 @@ class Policy:
     @classmethod
     def from_toml(cls, path: Path = SHIPPED) -> Policy:
         """Raises ValueError that names the file and the key."""
+        values = read_toml(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
             parts = {key: values.pop(key, {}) for key in ("scale_up", "scale_down", "drain", "service")}
             return cls(
                 **values,
@@ -93,7 +94,7 @@ class Policy:
                 drain=Drain(**parts["drain"]),
                 service=Service(**parts["service"]),
             )
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def fixed(self, pods: int) -> Policy:
