@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ def distance(got: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.to_onnx", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     text = "settings that name sizes, weights and variant (default: those of the model repository)"
@@ -257,7 +257,7 @@ def main() -> int:
     text = "which networks; the text encoder and the VAE may have other dtypes than the DiT (default: all)"
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help=text)
     parser.add_argument("--no-check", action="store_true", help="do not run them in ONNX Runtime (at full size: hours)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     table = Table("graph", "operators", "MB", "seconds", "error", "may be", title=f"{arguments.out}, {arguments.dtype}")
     failed = False
     try:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -203,7 +204,7 @@ def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) 
     return GraphDiT(graphs, case.network, 1, case.variant)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m longlive_serve.replay",
         description="Run a known case (weights, noise and prompts given) through the real pipeline and compare its "
@@ -216,7 +217,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
     text = "run these graphs or plans of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         case = Case.load(arguments.case)
         tensors = read_tensors(case, arguments.case.with_suffix(".safetensors"))

@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from client.video_stream import VideoStream
-from export.to_onnx import Written, export, source_of_case, source_of_config
+from export.to_onnx import Written, export, source_of_config
 from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
@@ -121,18 +123,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraphs:
 
 
 @pytest.fixture(scope="session")
-def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The golden network as graphs, by whether its RoPE is relative."""
+def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """The golden network as graphs, by whether its RoPE is relative: what the command writes."""
     from tests.test_replay import write_case  # it needs `golden`
 
-    def graphs(name: str) -> Path:
+    def graphs(relative: bool) -> Path:
+        name = "dit_tiny_infinity" if relative else "dit_tiny_rollout"
+
         def write(folder: Path) -> None:
-            case = write_case(tmp_path_factory.mktemp(name), name)
-            list(export(source_of_case(case), [DIT], "float32", folder, check=False))
+            case = str(write_case(tmp_path_factory.mktemp(name), name))
+            command = ["-m", "export.to_onnx", "--case", case, "--no-check", "--out", str(folder)]
+            subprocess.run([sys.executable, *command], check=True)
 
         return made_once(tmp_path_factory, f"graphs-of-{name}", write)[0]
 
-    return {False: graphs("dit_tiny_rollout"), True: graphs("dit_tiny_infinity")}
+    return graphs
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from client.video_file import VideoFile
-from export.to_onnx import Source, export, source_of_case, source_of_config
-from longlive_serve.config import DIT, PRESETS, TEXT_ENCODER, ServeConfig
+from export.to_onnx import export, source_of_config
+from longlive_serve.config import PRESETS, TEXT_ENCODER, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.commands import ROOT, Named, lines_of_code, modules, named, named_in, of_make, read_arguments, verbs
 from tests.live import start_server
@@ -96,7 +96,6 @@ SMOKES = (
         command="export.convert --preset demo --weights {demo} --lora {adapter}=0.8 --dtype float32 --out {out}/demo"
     ),
     Smoke(command="export.to_onnx --config {tiny} --networks text_encoder --dtype bfloat16 --out {out}/graphs"),
-    Smoke(command="export.to_onnx --case {case} --no-check --out {out}/graphs"),
     Smoke(command="export.to_tensorrt {graphs} --library tensorrt_rtx --out {out}/plans"),
     Smoke(
         command="longlive_serve.bench --device cpu --preset tiny --rows torch --chunks 4 --warmup 0 --live-seconds 0.2 "
@@ -106,7 +105,7 @@ SMOKES = (
     Smoke(command="longlive_serve.replay {case} --device cpu --dtype float32 --tolerance 2e-2"),
     Smoke(command="longlive_serve.replay {case} --graphs {case_graphs}"),
     Smoke(
-        command='quantization.evaluate --columns "fused fp8" --captions 4 --switches 4 --rollouts 1 '
+        command='quantization.evaluate --columns "fused fp8" --captions 1 --switches 4 --rollouts 1 '
         "--json {out}/q.json --plot {out}/q.png",
         long=True,
     ),
@@ -125,6 +124,7 @@ SMOKES = (
     Smoke(command="trials.tables"),
 )
 ELSEWHERE = (
+    Elsewhere(module="export.to_onnx", options="--case --no-check", test="test_export.test_a_golden_rollout_is_met"),
     Elsewhere(module="client.benchmark", options="--serve --json --plot", test="test_benchmark.test_against_a_server"),
     Elsewhere(
         module="longlive_serve.bench",
@@ -216,19 +216,14 @@ class Prepared:
     def case(self) -> Path:
         return write_case(self._folder, "dit_tiny_rollout")
 
-    def case_graphs(self) -> Path:
-        return self._exported(source_of_case(self.case()), DIT)
-
     def graphs(self) -> Path:
-        return self._exported(source_of_config(ServeConfig(preset="tiny")), TEXT_ENCODER)
+        source = source_of_config(ServeConfig(preset="tiny"))
+        list(export(source, [TEXT_ENCODER], "float32", self._folder / "graphs", check=False))
+        return self._folder / "graphs"
 
     def _written(self, name: str, text: str) -> Path:
         (self._folder / name).write_text(text)
         return self._folder / name
-
-    def _exported(self, source: Source, network: str) -> Path:
-        list(export(source, [network], "float32", self._folder / "graphs", check=False))
-        return self._folder / "graphs"
 
 
 @pytest.fixture(scope="module")
@@ -251,11 +246,13 @@ def environment() -> dict[str, str]:
     [pytest.param(one, id=one.command, marks=[pytest.mark.long] if one.long else []) for one in SMOKES],
 )
 def test_a_command_runs(smoke: Smoke, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    addresses = {}
+    shared = {}
     if smoke.needs_server:
         server: TritonServer = request.getfixturevalue("live")
-        addresses = {"url": server.grpc_url, "metrics": server.metrics_url}
-    prepared = Prepared(tmp_path, addresses)
+        shared = {"url": server.grpc_url, "metrics": server.metrics_url}
+    if "{case_graphs}" in smoke.command:
+        shared["case_graphs"] = str(request.getfixturevalue("case_graphs")(False))
+    prepared = Prepared(tmp_path, shared)
     words = [word.format_map(prepared) for word in shlex.split(smoke.command)]
     done = subprocess.run(
         [sys.executable, "-m", *words],

@@ -261,8 +261,9 @@ def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
         assert_as_near(flow, second_of(plain, 0, chunk, prompts[0]), expected)
 
 
-def test_after_the_warm_up_no_session_waits_for_a_capture() -> None:
-    """Whenever it switches its prompt, in a slot that nobody has used."""
+def test_after_the_warm_up_no_session_waits_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it switches its prompt, in a slot that nobody has used. One layer is captured as any other."""
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, num_layers=1)))
     with graphs_on_cpu():
         config = ServeConfig(preset="tiny", engine="fused", decoder="tiny", device="cpu", slots=2)
         pipeline = Pipeline(build_engines(config), config.network)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_serve import service
-from longlive_serve.config import ServeConfig
+from longlive_serve.config import PRESETS, ServeConfig
 from longlive_serve.engines import build_engines
 from longlive_serve.engines.transfer import ToHost
 from longlive_serve.errors import ServeError
@@ -197,8 +198,12 @@ def test_a_last_snapshot_goes_on_after_what_was_sent(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("engine", "decoder"), [("torch", "tiny"), ("fused", "wan")])
-def test_chunks_in_flight_have_the_frames_that_they_have_alone(engine: str, decoder: str) -> None:
+def test_chunks_in_flight_have_the_frames_that_they_have_alone(
+    engine: str, decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A switch among them. The fused engine computes all in graphs, whose memory the next chunk uses again."""
+    tiny = PRESETS["tiny"]  # of one layer: the interpreter takes long for each
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, num_layers=1)))
     config = ServeConfig(preset="tiny", engine=engine, decoder=decoder, device="cpu", slots=2)
     with graphs_on_cpu() if engine == "fused" else contextlib.nullcontext():
         pipeline = Pipeline(build_engines(config), config.network)

@@ -254,9 +254,12 @@ def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
             if variant == "base":
                 stack.enter_context(pytest.raises(FrameLimitError, match="ends after 1023 latent frames"))
             stack.enter_context(video)
+            video.switch_prompt("a bird", at_latent_frame=960)
             for chunk in video.chunks():
                 assert chunk.first_frame == made
+                assert chunk.prompt_index == (made >= 3837)  # the first frame of latent frame 960
                 made += len(chunk.frames)
+    assert chunk.frames.std() > 5
     assert made == (4089 if variant == "base" else 9 + 12 * (chunks - 1))
 
 

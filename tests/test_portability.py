@@ -44,6 +44,7 @@ def test_is_skipped():
 @pytest.fixture
 def cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(portability, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "1")  # there is little to share
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = numeric\n")
     (tmp_path / "test_cases.py").write_text(CASES)
     return tmp_path

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_serve.replay import Case, exact_latents, read_tensors, rounding
+from longlive_serve.replay import Case, exact_latents, main, read_tensors, rounding
 from tests.conftest import golden
 from tests.tolerance import GOLDEN, error
 
@@ -52,8 +53,11 @@ def write_case(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def run_replay(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "longlive_serve.replay", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """The command, in this process: it need not load PyTorch each time."""
+    words, out, err = [*map(str, arguments)], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def error_of(output: str) -> float:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from longlive_serve.config import PRESETS, VAE_DECODER
 from longlive_serve.engines.interface import PromptKV
-from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder
+from longlive_serve.engines.torch_engine import TorchDiT, TorchTextEncoder, TorchVAEDecoder
 from longlive_serve.kv_cache import Window
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import NOW, Prompt, Session
+from longlive_serve.weights import load_network
 from tests.tolerance import Float64, error
 from training.latents import Encoder
 from training.quality import SHIPPED
@@ -53,7 +55,9 @@ def in_float64(pipeline: Pipeline) -> Pipeline:
     """The same with another DiT, for `Float64`."""
     assert isinstance(pipeline.engines.dit, TorchDiT)
     dit = TorchDiT(copy.deepcopy(pipeline.engines.dit.network).double(), DEMO, 1, "base")
-    return Pipeline(dataclasses.replace(pipeline.engines, dit=dit, dtype="float64"), DEMO, "base")
+    few = load_network(VAE_DECODER, PRESETS["tiny"], "random", "cpu", torch.float32)  # nobody looks at the frames
+    engines = dataclasses.replace(pipeline.engines, dit=dit, vae_decoder=TorchVAEDecoder(few, DEMO), dtype="float64")
+    return Pipeline(engines, DEMO, "base")
 
 
 def rollout_of(pipeline: Pipeline, encoder: Encoder) -> Rollout:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def example(frames: int = 3, used: int = 9, seed: int = 0) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: dict[bool, Path], cuda: Cuda, name: str) -> None:
-    plans = write_plans(case_graphs[ROLLOUTS[name].get("relative", False)], tmp_path / "plans")
+def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: Callable[[bool], Path], cuda: Cuda, name: str) -> None:
+    plans = write_plans(case_graphs(ROLLOUTS[name].get("relative", False)), tmp_path / "plans")
     path = write_case(tmp_path, name)
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
