@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from longlive_serve.results import Measurement, cpu, versions
+from tests.command_table import ELSEWHERE, SKIPPED, SMOKES, Elsewhere, Skipped, Smoke
 from tests.commands import FOLDERS, ROOT, of_make, verbs
-from tests.test_commands import ELSEWHERE, SKIPPED, SMOKES, Elsewhere, Skipped, Smoke
 
 
 class Seconds:

@@ -6,7 +6,6 @@ A new command, or a documented option that no run here has, fails `test_every_co
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import re
@@ -26,6 +25,7 @@ from client.video_file import VideoFile
 from export.to_onnx import export, source_of_config
 from longlive_serve.config import PRESETS, TEXT_ENCODER, ServeConfig
 from longlive_serve.server import TritonServer
+from tests.command_table import ELSEWHERE, PROMPT, SKIPPED, SMOKES, Smoke
 from tests.commands import ROOT, Named, lines_of_code, modules, named, named_in, of_make, read_arguments, verbs
 from tests.live import start_server
 from tests.test_live_adapters import TOKEN, write_adapter
@@ -33,145 +33,8 @@ from tests.test_replay import write_case
 
 DEMO = ROOT / "model_repository/longlive/1/demo"
 LIMIT_S = 900.0  # of one that hangs; cores may be shared
-PROMPT = '"A red circle drifts right over a plain black background."'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Smoke:
-    """A command as it runs here. Words in braces are files of PREPARED, or addresses of the server."""
-
-    command: str
-    long: bool = False
-    """It takes most of a minute: `-m 'not long'` leaves it out, CI does not."""
-
-    @property
-    def named(self) -> Named:
-        return Named(where="tests/test_commands.py", words=("python", "-m", *shlex.split(self.command)), whole=True)
-
-    @property
-    def needs_server(self) -> bool:
-        return "{url}" in self.command or "{metrics}" in self.command
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Elsewhere:
-    """A command, or options of one, that another test runs."""
-
-    module: str
-    options: str = ""
-    test: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A command, or options of one, whose arguments are read here and which does not run, and why."""
-
-    module: str
-    options: str = ""
-    reason: str
-
-
-SMOKES = (
-    Smoke(command="client.adapters --url {url} --token {token} style.pt=0.8"),
-    Smoke(command="client.benchmark --url {url} --metrics-url {metrics} --viewers 1,2 --seconds 1"),
-    Smoke(command=f"client.generate --url {{url}} --prompt {PROMPT} --seconds 1"),
-    Smoke(
-        command="client.generate --serve --config {tiny} --prompts {root}/examples/story.jsonl "
-        "--contact-sheet {out}/story.png"
-    ),
-    Smoke(command="client.gif {video} {out}/video.gif"),
-    Smoke(command="client.probe --url {url} --ready"),
-    Smoke(command="deploy.capacity --price 2.10"),
-    Smoke(command="deploy.capacity --page {page}"),
-    Smoke(command="deploy.check --quick --offline"),
-    Smoke(command="deploy.drain --url http://{metrics}/metrics --for 1 --settle 0"),
-    Smoke(
-        command="deploy.simulator --trace flash_crowd --peak-sessions 60 --capacity 2 --cold-start 1 1.5 3 "
-        "--sweep refused --json {out}/a.json --plot {out}/a.png"
-    ),
-    Smoke(
-        command="deploy.simulator --policy {root}/deploy/policy.toml --trace flash_crowd --fixed 9 --peak-sessions 20"
-    ),
-    Smoke(
-        command="export.convert --preset demo --weights {demo} --lora {adapter}=0.8 --dtype float32 --out {out}/demo"
-    ),
-    Smoke(command="export.to_onnx --config {tiny} --networks text_encoder --dtype bfloat16 --out {out}/graphs"),
-    Smoke(command="export.to_tensorrt {graphs} --library tensorrt_rtx --out {out}/plans"),
-    Smoke(
-        command="longlive_serve.bench --device cpu --preset tiny --rows torch --chunks 4 --warmup 0 --live-seconds 0.2 "
-        "--max-sessions 1 --json {out}/gpu.json --plot {out}/gpu.png"
-    ),
-    Smoke(command="longlive_serve.doctor --config {tiny} --grpc-port 0 --http-port 0 --metrics-port 0"),
-    Smoke(command="longlive_serve.replay {case} --device cpu --dtype float32 --tolerance 2e-2"),
-    Smoke(command="longlive_serve.replay {case} --graphs {case_graphs}"),
-    Smoke(
-        command='quantization.evaluate --columns "fused fp8" --captions 1 --switches 4 --rollouts 1 '
-        "--json {out}/q.json --plot {out}/q.png",
-        long=True,
-    ),
-    Smoke(command="quantization.evaluate --table {root}/results/quantization.json"),
-    Smoke(command="quantization.quantize --config {demo_settings} --recipe int8 --prompts {lines} --out {out}/int8"),
-    Smoke(
-        command="training.quality {demo} --captions 4 --switches 4 --sessions-30s 0 --sessions-240s 0 --clips 2 "
-        "--out {out}/quality.json",
-        long=True,
-    ),
-    Smoke(command="training.quality --table {root}/results/quality.json"),
-    Smoke(command="training.train_decoder --out {out} --steps 1"),
-    Smoke(command="training.train_dit --out {out} --steps 1 --clips 64"),
-    Smoke(command="training.train_rollouts --out {trained} --steps 1"),
-    Smoke(command="trials.stale"),
-    Smoke(command="trials.tables"),
-)
-ELSEWHERE = (
-    Elsewhere(module="export.to_onnx", options="--case --no-check", test="test_export.test_a_golden_rollout_is_met"),
-    Elsewhere(module="client.benchmark", options="--serve --json --plot", test="test_benchmark.test_against_a_server"),
-    Elsewhere(
-        module="longlive_serve.bench",
-        options="--graphs --plans",
-        test="test_bench.test_what_was_exported_is_measured_beside_torch",
-    ),
-    Elsewhere(module="longlive_serve.server", options="--config", test="test_commands.test_a_server_comes_and_goes"),
-    Elsewhere(
-        module="longlive_serve.interpreter",
-        test="test_install.test_make_says_what_is_wrong_with_python3_where_no_python_fits",
-    ),
-    Elsewhere(
-        module="tests.portability",
-        options="--only --json",
-        test="test_portability.test_what_pytest_found_is_counted_and_an_earlier_setting_stays",
-    ),
-    Elsewhere(
-        module="tests.cudnn_plans",
-        test="test_cudnn_plans.test_an_h200_has_a_plan_for_every_size_and_multiplies_fp8_as_such",
-    ),
-    Elsewhere(
-        module="tests.hopper_on_cpu", test="test_kernels_compile.test_every_kernel_compiles_and_none_spills_registers"
-    ),
-    Elsewhere(
-        module="tests.tensorrt_types", test="test_tensorrt_types.test_a_call_that_a_version_does_not_have_is_seen"
-    ),
-    Elsewhere(
-        module="trials.chaos",
-        options="--kills --json",
-        test="test_trials.test_viewers_lose_no_frame_while_servers_die",
-    ),
-    Elsewhere(
-        module="trials.fleet", options="--json", test="test_trials.test_a_fleet_keeps_strangers_out_and_viewers_happy"
-    ),
-    Elsewhere(
-        module="trials.fuzz", options="--requests --json", test="test_trials.test_wrong_requests_beside_live_sessions"
-    ),
-    Elsewhere(
-        module="trials.soak", options="--minutes --json", test="test_trials.test_viewers_come_and_go_for_a_while"
-    ),
-)
-SKIPPED = (
-    Skipped(module="client.generate", options="--tls-ca", reason="needs a server whose authority the machine knows"),
-    Skipped(module="deploy.empty_environment", reason="fetches 2 GB; `make deploy-check` runs it"),
-    Skipped(module="tests.smoke", options="--json", reason="runs all of these"),
-    Skipped(module="trials.perf", options="--concurrency --json", reason="fetches NVIDIA's perf_analyzer"),
-)
 TOOLS_OF_PYTHON = ("-c", "venv", "pip", "pytest")
 """Set-up and the tests themselves: CI runs them, as it runs `make check`."""
 NO_SUCH = ("unknown flag", "unknown command", "unknown shorthand", "unknown subcommand", "flag needs an argument")
@@ -339,7 +202,7 @@ def test_every_command_is_in_the_table(everywhere: list[Named]) -> None:
         if one.module and one.module not in TOOLS_OF_PYTHON:
             options = one.options - table.get(one.module, set())
             missing += [f"{one} ({' '.join(sorted(options))})"] if options or one.module not in table else []
-    assert not missing, "no smoke test runs these; add one to tests/test_commands.py:\n" + "\n".join(missing)
+    assert not missing, "no smoke test runs these; add one to tests/command_table.py:\n" + "\n".join(missing)
 
 
 def test_the_table_names_what_exists() -> None:

@@ -126,19 +126,21 @@ def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
     return {name: mean(values) for name, values in right.items()}
 
 
-def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float]:
-    """What one way to switch does, over random pairs of prompts."""
+def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float | None]:
+    """What one way to switch does, over random pairs of prompts; None where no pair has what it takes."""
     results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
     seams = [result for result in results if result.seam is not None]
     return {
         "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
         "adoption": mean([good for result in results for good in result.changed]),
         "kept": mean([good for result in results for good in result.kept]),
-        "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams]),
+        "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams])
+        if seams
+        else None,
     }
 
 
-def ablation(workers: Workers, count: int) -> dict[str, dict[str, float]]:
+def ablation(workers: Workers, count: int) -> dict[str, dict[str, float | None]]:
     """The three ways to switch, on the same prompts and noise."""
     return {on_switch: switching(workers, count, on_switch) for on_switch in (RECACHE, KEEP, CLEAR)}
 
