@@ -16,7 +16,8 @@ from longlive_serve.trace import Phase
 
 
 class Phases:
-    """What takes how long in one chunk; the device is not waited for until somebody asks."""
+    """What takes how long in one chunk, the commit of the one before first; the device is not waited for until somebody
+    asks."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -51,5 +52,5 @@ class ChunkInFlight:
     began: float
     """When the host began with it (monotonic seconds)."""
     denoised: Mark
-    """Then only the decoding is left."""
+    """Then only the decoding and the commit are left."""
     phases: Phases

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generates a session's next chunk: prompt switch and recache, four denoising steps, commit, decode.
+"""Generates a session's next chunk: prompt switch and recache, four denoising steps, decode, commit.
 
 Called by the service's worker and by replay. It knows the reference's semantics (sections 5 and 6), not who runs
 the networks and not who watches the video.
@@ -47,6 +47,8 @@ class Pipeline:
         """Of the last chunk that was finished."""
         self._finished = 0.0
         """When that was."""
+        self._committing = 0.0
+        """Seconds of commits since then, where the host waits for them."""
         self._clock = Clock(engines.device)
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
 
@@ -63,16 +65,17 @@ class Pipeline:
         `early`: frames come in parts, one for every latent frame.
         Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
-        began, number, phases = time.monotonic(), session.chunk, Phases(self._clock)
+        began, number, phases = time.monotonic(), session.chunk, session.phases or Phases(self._clock)
         self._check_limit(number)
         with phases.of("switch"):
             if session.recent and session.prompt_kv is None:  # it comes from a snapshot
                 self.restore(session)
             notice = self._apply_prompts(session)
-        latents = self._denoise(session, phases)
+        placement = self.window.step(number, session.first_cached)
+        latents = self._denoise(session, placement, phases)
         denoised = self._clock.mark()
         parts = latents.split(1, dim=1) if early else (latents,)
-        frames = self._decode(session, parts, number == 0, phases)
+        frames = self._complete(session, latents, placement, self._decode(session, parts, number == 0, phases))
         return ChunkInFlight(
             frames=iter([*frames]) if self.asynchronous else frames,
             parts=len(parts),
@@ -85,26 +88,39 @@ class Pipeline:
         )
 
     def wait_until_denoised(self, chunk: ChunkInFlight) -> None:
-        """Until all of a launched chunk is done but its decoding."""
+        """Until all of a launched chunk is done but its decoding and its commit."""
         self._clock.wait(chunk.denoised)
 
     @torch.inference_mode()
     def finish(self, chunk: ChunkInFlight) -> Iterator[FrameChunk]:
         """The chunk's frames as they come, in its parts. What took how long is left in `self.phases`.
 
-        A chunk's `seconds` begin when the one before it was finished, if it was launched before that.
+        The commit follows the last part: where the host waits for it, only when the caller asks for more. A chunk's
+        `seconds` begin when the one before it was finished, if it was launched before that; commits since then count.
         """
         first_frame, notice = chunk.first_frame, chunk.notice
         for number, frames in enumerate(chunk.frames, 1):
             part = FrameChunk(
                 frames=frames.wait().numpy(), first_frame=first_frame, prompt_index=chunk.prompt_index, notice=notice
             )
-            if number < chunk.parts:
-                yield part
+            if number == chunk.parts:
+                began, self._finished = max(chunk.began, self._finished), time.monotonic()
+                part = dataclasses.replace(part, seconds=self._finished - began + self._committing)
+                self.phases, self._committing = chunk.phases.until(self._finished), 0.0
+            yield part
             first_frame, notice = first_frame + len(part.frames), ""
-        began, self._finished = max(chunk.began, self._finished), time.monotonic()
-        self.phases = chunk.phases.until(self._finished)
-        yield dataclasses.replace(part, seconds=self._finished - began)
+
+    def _complete(
+        self, session: Session, latents: Tensor, placement: Placement, frames: Iterator[ToHost]
+    ) -> Iterator[ToHost]:
+        """The frames, and then the commit, for which nobody needs to wait: it is for the next chunk."""
+        yield from frames
+        assert session.prompt_kv is not None
+        began, session.phases = time.monotonic(), Phases(self._clock)
+        with session.phases.of("commit"):
+            self._dit(session).commit(latents, session.prompt_kv, session.slot, placement)
+        if not self.asynchronous:
+            self._committing += time.monotonic() - began
 
     def _decode(self, session: Session, parts: Sequence[Tensor], opening: bool, phases: Phases) -> Iterator[ToHost]:
         decoder = self.engines.vae_decoder
@@ -193,12 +209,12 @@ class Pipeline:
         placement = self.window.recache(session.chunk, keep_sink, session.first_cached)
         oldest = session.chunk - len(session.recent)
         latents = torch.cat([session.recent[chunk - oldest] for chunk in placement.chunks], dim=1)
-        self._commit(session, latents, placement)
-
-    def _commit(self, session: Session, latents: Tensor, placement: Placement) -> None:
-        """Write clean keys and values, and remember what the sink's places were given."""
         assert session.prompt_kv is not None
         self._dit(session).commit(latents, session.prompt_kv, session.slot, placement)
+        self._note_sink(session, latents, placement)
+
+    def _note_sink(self, session: Session, latents: Tensor, placement: Placement) -> None:
+        """Remember what the sink's places are given."""
         parts = latents.split(self.config.window.chunk, 1)
         for place, (chunk, part) in enumerate(zip(placement.chunks, parts, strict=True), placement.first_place):
             if place < self.window.sink:
@@ -224,11 +240,10 @@ class Pipeline:
         for number, latents in enumerate(session.recent, oldest):
             _, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
-    def _denoise(self, session: Session, phases: Phases) -> Tensor:
-        """Four steps and the commit: the chunk's clean latents [1, frames, channels, h, w]."""
+    def _denoise(self, session: Session, placement: Placement, phases: Phases) -> Tensor:
+        """Four steps: the chunk's clean latents [1, frames, channels, h, w]. All but its commit is noted."""
         assert session.prompt_kv is not None
         dit, schedule = self._dit(session), self.schedule
-        placement = self.window.step(session.chunk, session.first_cached)
         with phases.of("denoise"):
             x, *noises = self._draw(session)
             for step in range(schedule.steps):
@@ -236,8 +251,7 @@ class Pipeline:
                 clean = schedule.clean_latents(x, flow, step)
                 if step + 1 < schedule.steps:
                     x = schedule.add_noise(clean, noises[step], step + 1)
-        with phases.of("commit"):
-            self._commit(session, clean, placement)
+        self._note_sink(session, clean, placement)
         session.noise.prepare(self._noise_shape, schedule.steps)
         session.recent.append(clean)
         if len(session.recent) > self.window.capacity:

@@ -177,6 +177,8 @@ class VideoService:
                         snapshot = dump_later(stream.session, self._pipeline.config, tensors)
                 stream.deliver(part, snapshot)
                 self._sessions.delivered(stream, part)
+                if stream not in self._sessions:  # that was its last chunk: nobody needs the commit
+                    break
         self._publish()
 
     def _note_end(self, stream: Stream, chunk: FrameChunk, frames: int) -> None:

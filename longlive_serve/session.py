@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longlive_serve.engines.interface import DiT, PromptKV
+from longlive_serve.in_flight import Phases
 from longlive_serve.options import RECACHE
 
 MAX_PENDING = 64  # prompts to come of one session, and its open requests for chunks
@@ -115,6 +116,8 @@ class Session:
     recent: deque[Tensor] = dataclasses.field(default_factory=deque)
     """Clean latents of the last chunks, as many as the window holds: what a recache needs."""
     decoder_cache: list[Tensor] | None = None
+    phases: Phases | None = None
+    """Of its next chunk: so far the commit of the last one, which nobody has waited for."""
     dit: DiT | None = None
     """The one that it began with, where that may be exchanged for later sessions; None: the pipeline's."""
 

@@ -94,8 +94,8 @@ class Stream:
         """Write a chunk into the session's trace, if it has one."""
         if self.trace is not None:
             facts = {"first_frame": chunk.first_frame, "prompt_index": chunk.prompt_index}
-            began = phases[0].began if phases else time.monotonic()
-            whole = Phase(name=f"chunk {self.session.chunk - 1}", began=began, seconds=chunk.seconds)
+            ended = phases[-1].began + phases[-1].seconds if phases else time.monotonic()
+            whole = Phase(name=f"chunk {self.session.chunk - 1}", began=ended - chunk.seconds, seconds=chunk.seconds)
             self.trace.add(whole, "chunks", **facts)
             for phase in phases:
                 self.trace.add(phase, "phases")

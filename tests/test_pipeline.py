@@ -55,6 +55,29 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
     assert frames_of(chunks).std() > 5
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given to the device behind them; where the host waits for it, the frames have been handed on before."""
+    config = ServeConfig(preset="tiny", device="cpu", slots=1)
+    its_own, calls = Pipeline(build_engines(config), config.network), []
+    its_own.asynchronous = asynchronous
+    for network, name in ((its_own.engines.dit, "commit"), (its_own.engines.vae_decoder, "decode")):
+        method = getattr(network, name)
+        monkeypatch.setattr(network, name, lambda *a, n=name, m=method, **k: (calls.append(n), m(*a, **k))[1])
+    session = new_session()
+    for chunk in range(3):
+        launched = its_own.launch(session, early=True)
+        assert len(session.sink) == 1, "what a snapshot is made of is there"
+        for part in its_own.finish(launched):
+            calls.append(f"{len(part.frames)} frames")
+        names = [phase.name for phase in its_own.phases]
+        assert names == ["commit"] * (chunk > 0) + ["switch", "denoise"] + ["decode"] * 3
+        parts = ["4 frames" if chunk else "1 frames", "4 frames", "4 frames"]
+        at_once, one_by_one = ["decode"] * 3 + ["commit", *parts], [word for part in parts for word in ("decode", part)]
+        assert calls == (at_once if asynchronous else [*one_by_one, "commit"])
+        calls.clear()
+
+
 def test_a_seed_gives_the_same_video_again() -> None:
     assert np.array_equal(frames_of(run(3, seed=5)), frames_of(run(3, seed=5, slot=1)))
     assert not np.array_equal(frames_of(run(3, seed=5)), frames_of(run(3, seed=6)))
