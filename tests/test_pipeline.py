@@ -59,11 +59,15 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
 def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given to the device behind them; where the host waits for it, the frames have been handed on before."""
     config = ServeConfig(preset="tiny", device="cpu", slots=1)
-    its_own, calls = Pipeline(build_engines(config), config.network), []
+    its_own, calls = Pipeline(build_engines(config), config.network), list[str]()
     its_own.asynchronous = asynchronous
     for network, name in ((its_own.engines.dit, "commit"), (its_own.engines.vae_decoder, "decode")):
-        method = getattr(network, name)
-        monkeypatch.setattr(network, name, lambda *a, n=name, m=method, **k: (calls.append(n), m(*a, **k))[1])
+
+        def noted(*given: Any, name: str = name, method: Callable[..., Any] = getattr(network, name)) -> Any:
+            calls.append(name)
+            return method(*given)
+
+        monkeypatch.setattr(network, name, noted)
     session = new_session()
     for chunk in range(3):
         launched = its_own.launch(session, early=True)
