@@ -62,10 +62,11 @@ def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pyte
     its_own, calls = Pipeline(build_engines(config), config.network), list[str]()
     its_own.asynchronous = asynchronous
     for network, name in ((its_own.engines.dit, "commit"), (its_own.engines.vae_decoder, "decode")):
+        plain = getattr(network, name)
 
-        def noted(*given: Any, name: str = name, method: Callable[..., Any] = getattr(network, name)) -> Any:
+        def noted(*given: Any, name: str = name, plain: Callable[..., Any] = plain) -> Any:
             calls.append(name)
-            return method(*given)
+            return plain(*given)
 
         monkeypatch.setattr(network, name, noted)
     session = new_session()

@@ -82,7 +82,8 @@ class Alone:
         for _ in range(max(self.plan.warmup, self.pipeline.window.capacity + 1)):  # until the window is full, and rolls
             self.advance(self.session, "warm-up")
         for _ in range(self.plan.chunks):
-            seconds = self.advance(self.session, "chunks")
+            seconds = self.pipeline.advance(self.session).seconds  # with the commit of the chunk before
+            self.tick("chunks")
             phases = {phase: self.phase_seconds(phase) for phase in PHASES}
             chunks.append(phases | {HOST: seconds - sum(phases.values())})
         return chunks
@@ -136,10 +137,12 @@ class Alone:
         return Session(id=f"bench-{number}", prompt=prompt, noise=SeededNoise(number), slot=slot)
 
     def advance(self, session: Session, what: str) -> float:
-        """Seconds until the frames of the next chunk are there."""
+        """Seconds until the frames of the next chunk are there, on a device that has nothing else to do."""
+        if self.pipeline.engines.device.startswith("cuda"):
+            torch.cuda.synchronize()  # the commit of the chunk before
         began = time.perf_counter()
-        self.pipeline.advance(session)
-        seconds = time.perf_counter() - began
+        for _ in self.pipeline.finish(self.pipeline.launch(session)):
+            seconds = time.perf_counter() - began
         self.tick(what)
         return seconds
 
