@@ -48,7 +48,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The file of a real run, on a machine that has nothing but torch and what else measuring needs."""
     path = tmp_path_factory.mktemp("bench") / "gpu.json"
     path.write_text('{"another": {"section": 1}}')
-    arguments = [*QUICK, "--max-sessions", "1", "--rows", BASELINE, "torch", "torch tiny", "fused", "--json", str(path)]
+    arguments = [*QUICK, "--max-sessions", "1", "--rows", "torch", BASELINE, "fused", "torch tiny"]
+    arguments += ["--no-flex", "--json", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", BARE_MACHINE, *arguments],
@@ -78,7 +79,7 @@ def test_a_run_says_what_it_measured_and_where(whole: dict[str, Any], record: di
     assert whole["another"] == {"section": 1}
     assert record.keys() >= {"command", "date", "hardware", "versions", "preset", "roofline", "attention", "figures_of"}
     assert record["complete"]
-    assert [row["name"] for row in record["rows"]] == [BASELINE, "torch", "torch tiny"]
+    assert [row["name"] for row in record["rows"]] == ["torch", BASELINE, "torch tiny"], "in the order asked for"
     assert record["skipped"] == {"fused": "engine fused on cpu: its kernels need a GPU"}
     assert not record["failed"]
     assert all(math.isfinite(number) for number in numbers(record))
@@ -121,6 +122,9 @@ def test_the_figures_on_top_are_those_of_our_fastest_engines(whole: dict[str, An
     assert whole["live_sessions_full_vae"] == rows["torch"]["live"]["sessions"]
     assert whole["live_sessions_tiny_vae"] == rows["torch tiny"]["live"]["sessions"]
     assert whole["dit_fps_bf16"] is whole["dit_fps_fp8"] is None  # nothing ran in these
+    in_fp8 = [row | {"fp8": True} if row["name"] == "torch" else row for row in record["rows"]]
+    assert top_figures(in_fp8)["speedup_vs_eager"] is None, "FP8 is not compared with more bits"
+    assert top_figures(in_fp8)["speedup_vs_eager_fp8"] == whole["speedup_vs_eager"]
     in_bf16 = [row | {"dtype": "bfloat16"} for row in record["rows"]]
     assert top_figures(in_bf16)["dit_fps_bf16"] == max(rows[name]["dit_fps"] for name in ("torch", "torch tiny"))
     assert all(value is None for value in top_figures([]).values())

@@ -66,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     made = Measurement.begin(SECTION, argv)
     plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
-    rows = [row for row in ROWS if row.name in args.rows] + exported(args.graphs, args.plans)
+    by_name = {row.name: row for row in ROWS}
+    rows = [by_name[name] for name in args.rows] + exported(args.graphs, args.plans)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
     with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        run = Run(args.preset, args.device, rows, plan, Bar(progress, plan.steps).tell)
+        run = Run(args.preset, args.device, rows, plan, Bar(progress, plan.steps).tell, flex=not args.no_flex)
         with contextlib.suppress(KeyboardInterrupt):
             run.measure(lambda: write_record(args.json, made, run.record) if args.json else None)
     record = run.record
@@ -97,8 +98,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     presets = [name for name, sizes in PRESETS.items() if sizes.text_encoder.vocab_size >= BYTE_VOCABULARY]
     parser.add_argument("--preset", choices=presets, help="sizes (default: longlive-1.3b on a GPU, tiny on the CPU)")
     parser.add_argument(
-        "--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of: {', '.join(names)}"
+        "--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"in this order, of: {', '.join(names)}"
     )
+    text = "leave FlexAttention out of the table of attention kernels: it compiles for a minute"
+    parser.add_argument("--no-flex", action="store_true", help=text)
     text = "a row `onnxruntime` of these as well, made by `python -m export.to_onnx` of random weights in this preset"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     text = "and a row `tensorrt`, made of such graphs by `python -m export.to_tensorrt`"

@@ -25,14 +25,14 @@ Call = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
 """What is timed, and what makes [1, H, L, d] in float32 of its result."""
 
 
-def measure_attention(config: NetworkConfig, device: str, dtype: str) -> dict[str, Any]:
+def measure_attention(config: NetworkConfig, device: str, dtype: str, flex: bool) -> dict[str, Any]:
     """Seconds, operations per second and relative error of every kernel; of those that do not run here the reason."""
     on_cuda = device.startswith("cuda")
     heads, size = config.dit.num_heads, config.dit.head_dim
     q, k, v = example(config, torch.device(device), getattr(torch, dtype))
     chunk, window = q.shape[2], k.shape[2]
     expected, kernels = exact(q, k, v), []
-    calls = {name: _call(attend, q, k, v) for name, attend in _candidates(on_cuda).items()}
+    calls = {name: _call(attend, q, k, v) for name, attend in _candidates(on_cuda, flex).items()}
     calls |= _calls_in_fp8(q, k, v) if on_cuda else {}
     for name, (call, wide) in calls.items():
         facts: dict[str, Any] = {"name": name}
@@ -58,10 +58,12 @@ def _call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Call:
     return functools.partial(attend, q, k, v), Tensor.float
 
 
-def _candidates(on_cuda: bool) -> dict[str, Attend]:
+def _candidates(on_cuda: bool, flex: bool) -> dict[str, Attend]:
     """Those that the fused engine chooses from, and for comparison others that it does not."""
     candidates: dict[str, Attend] = {DEFAULT: F.scaled_dot_product_attention}
-    return candidates | CANDIDATES | {"flex": _flex, "math": _math} if on_cuda else candidates
+    if not on_cuda:
+        return candidates
+    return candidates | CANDIDATES | ({"flex": _flex} if flex else {}) | {"math": _math}
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -32,8 +32,12 @@ Tell = Callable[[str, str], None]
 class Run:
     """One run of the benchmark. All its figures are of the same device, on the same day."""
 
-    def __init__(self, preset: str, device: str, rows: Sequence[Row], plan: Plan, tell: Tell) -> None:
+    def __init__(
+        self, preset: str, device: str, rows: Sequence[Row], plan: Plan, tell: Tell, *, flex: bool = True
+    ) -> None:
+        """`flex`: FlexAttention has its place in the table of attention kernels."""
         self.preset, self.device, self.rows, self.plan, self.tell = preset, device, rows, plan, tell
+        self.flex = flex
         self.on_cuda = device.startswith("cuda")
         self.dtype = "bfloat16" if self.on_cuda else "float32"  # what `auto` comes to in a server
         self.record: dict[str, Any] = {
@@ -56,9 +60,10 @@ class Run:
         self.tell("the device", "matrix products and copies")
         self.record["roofline"] = measure_roofline(self.device, self.dtype)
         self.tell("the device", "attention")
-        self.record["attention"] = measure_attention(config.network, self.device, self.dtype)
+        self.record["attention"] = measure_attention(config.network, self.device, self.dtype, self.flex)
         for row in self.rows:
             self._try(row)
+            gc.unfreeze()
             gc.collect()
             if self.on_cuda:
                 torch.cuda.empty_cache()
@@ -87,6 +92,8 @@ class Run:
         self.tell(row.name, "warm-up")
         chunk_s = pipeline.warm_up()
         ready_s = time.perf_counter() - began
+        gc.collect()
+        gc.freeze()  # as the server does
 
         def tick(what: str) -> None:
             self.tell(row.name, what)
