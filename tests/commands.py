@@ -24,6 +24,7 @@ COMMENTED = (".sh", ".yaml", ".yml", ".toml", ".cpu", ".proxy", "")  # files in 
 FOLDERS = ("client", "deploy", "export", "longlive_serve", "quantization", "tests", "training", "trials")
 TOOLS = ("make", "python", "sh", "docker", "kubectl", "kustomize", "openssl", "pip", "cp", "rm", "ruff", "mypy")
 _SPAN = re.compile(r"`([^`]+)`")
+_PYTHON = re.compile(r"(.*/)?python[0-9.]*$")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 
 
@@ -68,7 +69,7 @@ def named_in(where: str, line: str, whole: bool) -> Iterator[Named]:
         while command and _ASSIGNMENT.fullmatch(command[0]):
             del command[0]
         if command:
-            tool = re.sub(r"^(\.venv/bin/)?(python)?3?", r"\2", command[0])
+            tool = _PYTHON.sub("python", command[0].removeprefix(".venv/bin/"))
             if tool in TOOLS:
                 yield Named(where=where, words=(tool, *command[1:]), whole=whole)
         command = []

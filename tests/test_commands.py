@@ -156,6 +156,8 @@ def test_certificates_are_made(tmp_path: Path) -> None:
             "--url --ready",
         ),
         ("LONGLIVE_ADMIN_TOKEN=... python3 -m client.adapters a.pt=0.8", "client.adapters", ""),
+        ("~/.pyenv/versions/3.12.1/bin/python3 -m trials.stale", "trials.stale", ""),
+        ("python3.12 -m trials.stale", "trials.stale", ""),
         ("pip install '.[client]' && python -m client.generate --url=HOST:8001", "client.generate", "--url"),
         ("slots = 2  # python -m longlive_serve.doctor", "", ""),
         ("a server's own python -m words", "", ""),
