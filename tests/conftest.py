@@ -185,6 +185,6 @@ def stream(request: pytest.FixtureRequest) -> Open:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores, as many tests wait: with two more each takes longer than that saves. Each has
-    a gigabyte, so there are not too many."""
+    """One process more than there are cores, as many tests wait; with two more each test takes longer than that saves.
+    Each takes a gigabyte, so there are not too many."""
     return min(8, 1 + len(os.sched_getaffinity(0)))
