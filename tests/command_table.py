@@ -70,8 +70,6 @@ SMOKES = (
     Smoke(
         command="export.convert --preset demo --weights {demo} --lora {adapter}=0.8 --dtype float32 --out {out}/demo"
     ),
-    Smoke(command="export.to_onnx --config {tiny} --networks text_encoder --dtype bfloat16 --out {out}/graphs"),
-    Smoke(command="export.to_tensorrt {graphs} --library tensorrt_rtx --out {out}/plans"),
     Smoke(
         command="longlive_serve.bench --device cpu --preset tiny --rows torch --chunks 4 --warmup 0 --live-seconds 0.2 "
         "--max-sessions 1 --json {out}/gpu.json --plot {out}/gpu.png"
@@ -100,6 +98,12 @@ SMOKES = (
 )
 ELSEWHERE = (
     Elsewhere(module="export.to_onnx", options="--case --no-check", test="test_export.test_a_golden_rollout_is_met"),
+    Elsewhere(
+        module="export.to_onnx",
+        options="--config --networks --dtype --out",
+        test="test_commands.test_graphs_become_plans",
+    ),
+    Elsewhere(module="export.to_tensorrt", options="--library --out", test="test_commands.test_graphs_become_plans"),
     Elsewhere(module="client.benchmark", options="--serve --json --plot", test="test_benchmark.test_against_a_server"),
     Elsewhere(
         module="longlive_serve.bench",

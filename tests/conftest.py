@@ -41,18 +41,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs te
 
 GOLDEN = Path(__file__).parent / "golden"
 T = TypeVar("T")
-LONGEST = (
-    "test_commands", "test_export", "test_trials", "test_fused_vae", "test_quantization", "test_training",
-    "test_tensorrt", "test_live_server", "test_live_faults", "test_server", "test_fused_dit", "test_kernels",
-    "test_in_flight", "test_pipeline", "test_start_failures", "test_start_paths", "test_tensorrt_types",
-    "test_cudnn_plans", "test_replay", "test_tensorrt_engine", "test_bench",
+FIRST = (
+    "test_commands", "test_export", "test_trials", "test_live_faults", "test_quantization", "test_tensorrt",
+    "test_server", "test_fused_dit", "test_start_failures", "test_live_server", "test_fused_vae", "test_start_paths",
+    "test_training", "test_bench", "test_proxies", "test_snapshot", "test_portability", "test_kernels_compile",
+    "test_in_flight", "test_cudnn_plans", "test_benchmark", "test_replay", "test_tensorrt_engine",
 )  # fmt: skip
+"""The files that take longest, so that no process is left with one of them at the end; those that mostly wait stand
+apart, so that the others have the cores meanwhile."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first: where processes share the tests, none is left with them at the end."""
-    order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 
 from client.video_file import VideoFile
-from export.to_onnx import export, source_of_config
-from longlive_serve.config import PRESETS, TEXT_ENCODER, ServeConfig
+from longlive_serve.config import PRESETS
 from longlive_serve.server import TritonServer
 from tests.command_table import ELSEWHERE, PROMPT, SKIPPED, SMOKES, Smoke
 from tests.commands import ROOT, Named, lines_of_code, modules, named, named_in, of_make, read_arguments, verbs
@@ -79,11 +78,6 @@ class Prepared:
     def case(self) -> Path:
         return write_case(self._folder, "dit_tiny_rollout")
 
-    def graphs(self) -> Path:
-        source = source_of_config(ServeConfig(preset="tiny"))
-        list(export(source, [TEXT_ENCODER], "float32", self._folder / "graphs", check=False))
-        return self._folder / "graphs"
-
     def _written(self, name: str, text: str) -> Path:
         (self._folder / name).write_text(text)
         return self._folder / name
@@ -116,13 +110,25 @@ def test_a_command_runs(smoke: Smoke, tmp_path: Path, request: pytest.FixtureReq
     if "{case_graphs}" in smoke.command:
         shared["case_graphs"] = str(request.getfixturevalue("case_graphs")(False))
     prepared = Prepared(tmp_path, shared)
-    words = [word.format_map(prepared) for word in shlex.split(smoke.command)]
+    run([word.format_map(prepared) for word in shlex.split(smoke.command)], tmp_path)
+
+
+def test_graphs_become_plans(tmp_path: Path) -> None:
+    """Those of `export.to_onnx` are what `export.to_tensorrt` is given."""
+    config, graphs = Prepared(tmp_path, {})["tiny"], f"{tmp_path}/out/graphs"
+    of_text = ["--config", config, "--networks", "text_encoder", "--dtype", "bfloat16"]
+    run(["export.to_onnx", *of_text, "--out", graphs], tmp_path)
+    run(["export.to_tensorrt", graphs, "--library", "tensorrt_rtx", "--out", f"{tmp_path}/out/plans"], tmp_path)
+
+
+def run(words: list[str], folder: Path) -> None:
+    """A module with its arguments, in `folder`; what it is to write in out/ must be there."""
     done = subprocess.run(
         [sys.executable, "-m", *words],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT_S,
+        cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for path in (Path(word) for word in words if word.startswith(f"{tmp_path}/out")):
+    for path in (Path(word) for word in words if word.startswith(f"{folder}/out")):
         assert path.exists(), f"{path} was not written: {done.stdout}{done.stderr}"
 
 
