@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longlive_serve.engines import attention_choice
 from longlive_serve.kernels.attention import attention, attention_fp8
 from tests.tolerance import assert_as_near, gamma
 from tests.triton_on_cpu import error, random
@@ -40,6 +41,20 @@ def inputs(heads: int, length: int, keys: int, size: int, dtype: torch.dtype = t
     """Queries with heads inside, as the projection gives them; keys and values in a longer cache."""
     q = random(length, heads, size, dtype=dtype).transpose(0, 1)
     return [q, *(random(heads, keys + 5, size, dtype=dtype, seed=seed)[:, :keys] for seed in (1, 2))]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError, ValueError, Exception])
+def test_a_kernel_that_fails_in_any_way_is_not_chosen(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's and cuDNN's errors are no RuntimeError."""
+    monkeypatch.setattr(attention_choice, "_median", lambda call: call())
+
+    def broken() -> float:
+        raise kind("there is no kernel")
+
+    assert (
+        attention_choice._fastest("attention", {"broken": broken, "slow": lambda: 2.0, "fast": lambda: 1.0}) == "fast"
+    )
+    assert attention_choice._fastest("attention", {"broken": broken}) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -117,8 +117,8 @@ def seconds_of(call: Callable[[], object]) -> float | None:
     """The median time of a call on CUDA; None where it cannot run."""
     try:
         return _median(call)
-    except RuntimeError as error:  # PyTorch's way to say that a backend has no kernel for this
-        log.debug("attention: %s", error)
+    except Exception as error:  # PyTorch, Triton and cuDNN each have their own way to say that they have no kernel
+        log.debug("attention: %s: %s", type(error).__name__, error)
         return None
 
 

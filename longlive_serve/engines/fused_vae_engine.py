@@ -23,6 +23,8 @@ from longlive_serve.models.quantized import Quantized
 from longlive_serve.models.tiny_decoder import TinyDecoder
 from longlive_serve.models.vae_decoder import VAEDecoder, to_uint8
 
+PLANS = 32  # of cuDNN's for each convolution, to be tried: it has 28 to 37, and tries 10 unless it is told
+
 
 class StreamCache(list[Tensor]):
     """The feature cache of one stream. It is out of date while the decoder works on that stream."""
@@ -70,7 +72,8 @@ class FusedVAEDecoder:
 
     def _decode(self, latents: Tensor, opening: bool) -> Tensor:
         def run(inputs: Sequence[Tensor]) -> Tensor:
-            with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32, enabled=True):
+            tf32 = torch.backends.cudnn.allow_tf32
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=PLANS, allow_tf32=tf32):
                 return to_uint8(self.network.decode(inputs[0], self._working, opening))
 
         frames = self.graphs((opening, latents.shape), None, run, [latents])
