@@ -157,9 +157,9 @@ def write_graph(graph: ExportableGraph, path: Path) -> int:
     def dynamic(tensor: GraphTensor) -> dict[int, Any]:
         return {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
 
-    # Sizes that are unlike each other: the exporter takes equal ones for one. With sizes that may vary, its cache of
-    # shapes takes longer to read than the shapes to find out: a third of an export.
+    # Sizes that are unlike each other: the exporter takes equal ones for one.
     example = graph.example(batch=2, frames=window.chunk, used=2 * window.chunk)
+    # Where sizes may vary, PyTorch takes longer to read its cache of shapes than to find them out.
     with torch.no_grad(), quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program = torch.onnx.export(
             Flat(graph.network).eval(),

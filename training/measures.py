@@ -129,14 +129,12 @@ def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
 def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float | None]:
     """What one way to switch does, over random pairs of prompts; None where no pair has what it takes."""
     results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
-    seams = [result for result in results if result.seam is not None]
+    seams = [(result.seam, result.steady) for result in results if result.seam is not None]
     return {
         "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
         "adoption": mean([good for result in results for good in result.changed]),
         "kept": mean([good for result in results for good in result.kept]),
-        "flicker": mean([s.seam for s in seams if s.seam is not None]) / mean([s.steady for s in seams])
-        if seams
-        else None,
+        "flicker": mean([seam for seam, _ in seams]) / mean([steady for _, steady in seams]) if seams else None,
     }
 
 
