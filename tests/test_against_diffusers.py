@@ -15,10 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from longlive_serve.config import (
     DIT,
@@ -57,6 +55,9 @@ SIZES = {TEXT_ENCODER: "text_encoder", DIT: "dit", VAE_DECODER: "vae"}
 
 def their_network(network: str, config: NetworkConfig) -> Any:
     """The network of diffusers or transformers in our sizes."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel  # seconds: not in each process that shares the tests
+    from transformers import UMT5Config, UMT5EncoderModel
+
     if network == VAE_DECODER:
         vae = config.vae
         return AutoencoderKLWan(

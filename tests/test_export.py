@@ -39,7 +39,7 @@ def test_every_graph_computes_what_pytorch_computes(
         folder, written = exported(preset, variant), exported.written(preset, variant)
     else:
         config = ServeConfig(preset=preset, weights=str(SHIPPED), variant=variant)
-        source = source_of_config(config) if variant == "base" else shallow(source_of_config(config), 1)
+        source = shallow(source_of_config(config), 1)
         folder, written = tmp_path, list(export(source, list(networks), "float32", tmp_path, True))
     assert [graph.name for graph in written] == [name for network in networks for name in GRAPHS_OF[network]]
     for graph in written:

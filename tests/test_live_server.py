@@ -247,7 +247,7 @@ def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
 def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
     chunks = 367
     made = 0
-    with start_server(tmp_path, variant=variant) as server:
+    with start_server(tmp_path, variant=variant, decoder="tiny", max_requests_per_s=1000) as server:
         video = VideoStream("a fox", url=server.grpc_url, chunks=chunks, pace="asap")
         with contextlib.ExitStack() as stack:
             if variant == "base":
@@ -258,7 +258,7 @@ def test_1100_latent_frames(tmp_path: Path, variant: str) -> None:
                 assert chunk.first_frame == made
                 assert chunk.prompt_index == (made >= 3837)  # the first frame of latent frame 960
                 made += len(chunk.frames)
-    assert chunk.frames.std() > 5
+    assert chunk.frames.std() > 1, "there is a picture"
     assert made == (4089 if variant == "base" else 9 + 12 * (chunks - 1))
 
 

@@ -97,10 +97,9 @@ def test_a_terminated_run_leaves_no_process(cases: Path) -> None:
     (cases / "test_cases.py").write_text(
         "import pathlib, time\ndef test_one():\n    pathlib.Path('up').touch()\n    time.sleep(60)"
     )
-    name = next(name for name, setting in SETTINGS.items() if setting.busy_loops)
     code = (
         f"import pathlib; from tests import portability as p; p.ROOT = pathlib.Path({str(cases)!r}); "
-        f"raise SystemExit(p.main(['--only', {name!r}]))"
+        f"p.SETTINGS[{NAME!r}] = p.Setting(busy_loops=1, numeric=False); raise SystemExit(p.main(['--only', {NAME!r}]))"
     )
     running = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
     wait_until((cases / "up").exists)

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from longlive_serve.config import PRESETS, VAE_DECODER
+from longlive_serve.engines.torch_engine import TorchVAEDecoder
 from longlive_serve.options import CLEAR, KEEP, RECACHE
 from longlive_serve.pipeline import Pipeline
+from longlive_serve.weights import load_network
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.reader import read
-from training.workers import Script, Workers, build_pipeline, video
+from training.workers import Script, Workers, video
 from training.world import ALL, Attributes, Segment, caption, draw
 
 SWITCH_AT = 5  # chunks: the window is full, so the sink stays that of the old prompt
@@ -159,7 +162,8 @@ def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
 
 def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
     """Mean PSNR of 33-frame clips that training did not see, decoded as a stream; half are held-out combinations."""
-    generator, encoder, decoder = random.Random(seed), Encoder.fit(), build_pipeline(folder).engines.vae_decoder
+    generator, encoder, network = random.Random(seed), Encoder.fit(), PRESETS["demo"]
+    decoder = TorchVAEDecoder(load_network(VAE_DECODER, network, str(folder), "cpu", torch.float32), network)
     psnr: dict[str, list[float]] = {"vae_psnr_db": [], "vae_psnr_db_held_out_combinations": []}
     for number in range(clips):
         held_out = number % 2 == 1
