@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from longlive_serve.server import TritonServer
 from tests.both_streams import Open
 from tests.live import start_server
 
+ROOT = Path(__file__).parents[1]
 ALL = (*VARIABLES, "all_proxy", *(name.upper() for name in (*VARIABLES, "all_proxy")))
 
 
@@ -77,6 +81,17 @@ def test_a_server_starts_and_is_measured(tmp_path: Path, proxy: Proxy) -> None:
     assert benchmark.main([*options, "--prompt=a fox"]) == 0
     assert json.loads(figures.read_text(encoding="utf-8"))
     assert proxy.asked == []
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_onnx_runtime_reports_nothing_to_its_makers_unless_asked_to(tmp_path: Path, wanted: bool) -> None:
+    """It writes who it is to the user's folder when it is loaded, and sends some seconds later."""
+    code = "from longlive_serve.engines import onnxruntime_engine as engine; engine.onnxruntime.SessionOptions()"
+    # Nothing else of this machine's: in some surroundings, such as CI, it reports nothing of itself.
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    environment |= {"ORT_DISABLE_TELEMETRY": "0"} if wanted else {}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert bool(list(tmp_path.rglob("*"))) == wanted
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
