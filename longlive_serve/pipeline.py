@@ -252,7 +252,7 @@ class Pipeline:
                 if step + 1 < schedule.steps:
                     x = schedule.add_noise(clean, noises[step], step + 1)
         self._note_sink(session, clean, placement)
-        session.noise.prepare(self._noise_shape, schedule.steps)
+        session.noise.prepare(self._noise_shape, schedule.steps, self.engines.device.startswith("cuda"))
         session.recent.append(clean)
         if len(session.recent) > self.window.capacity:
             session.recent.popleft()
@@ -261,7 +261,7 @@ class Pipeline:
 
     def _draw(self, session: Session) -> Sequence[Tensor]:
         """The chunk's noise in the order of use, brought to the device at once and without waiting for it."""
-        draws = torch.stack([session.noise.draw(self._noise_shape) for _ in range(self.schedule.steps)])
+        draws = session.noise.draw(self._noise_shape, self.schedule.steps)
         return to_device(draws, self.engines.device).to(self.dtype).unbind()
 
     @property

@@ -86,20 +86,15 @@ class GivenNoise:
     def __init__(self, noise: Tensor, renoise: Tensor) -> None:
         chunks = noise.shape[1] // renoise.shape[1]
         steps = len(renoise) // chunks
-        self._draws = iter(
-            [
-                draw
-                for chunk in range(chunks)
-                for draw in (noise.chunk(chunks, 1)[chunk], *renoise[chunk * steps : (chunk + 1) * steps].unsqueeze(1))
-            ]
-        )
+        first, later = noise.chunk(chunks, 1), renoise.split(steps)
+        self._chunks = iter([torch.cat([one[None], more[:, None]]) for one, more in zip(first, later, strict=True)])
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
-        draw: Tensor = next(self._draws)
-        assert draw.shape == shape, f"noise: got {tuple(draw.shape)}, expected {shape}"
-        return draw
+    def draw(self, shape: tuple[int, ...], draws: int) -> Tensor:
+        drawn = next(self._chunks)
+        assert drawn.shape == (draws, *shape), f"noise: got {tuple(drawn.shape)}, expected {(draws, *shape)}"
+        return drawn
 
-    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
+    def prepare(self, shape: tuple[int, ...], draws: int, pinned: bool) -> None:
         pass
 
 

@@ -26,10 +26,12 @@ class Noise(Protocol):
     """Standard normal noise in the order in which a session uses it: per chunk the initial noise, then one draw
     after each denoising step but the last."""
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor: ...
+    def draw(self, shape: tuple[int, ...], draws: int) -> Tensor:
+        """A chunk's, [draws, *shape]."""
+        ...
 
-    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
-        """Told while the device works what the next chunk will draw."""
+    def prepare(self, shape: tuple[int, ...], draws: int, pinned: bool) -> None:
+        """Told while the device works what the next chunk will draw; `pinned`: in memory that a GPU copies from."""
         ...
 
 
@@ -41,26 +43,35 @@ class SeededNoise:
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._prepared: list[Tensor] = []
+        self._prepared: Tensor | None = None
         self._state_before = self._generator.get_state()
 
     @property
     def state(self) -> Tensor:
         """Enough to draw the same from here on: the generator's state, uint8 [bytes]. To be asked between chunks."""
-        return self._state_before if self._prepared else self._generator.get_state()
+        return self._generator.get_state() if self._prepared is None else self._state_before
 
     @state.setter
     def state(self, state: Tensor) -> None:
         self._generator.set_state(state)
-        self._prepared = []
+        self._prepared = None
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
-        return self._prepared.pop(0) if self._prepared else torch.randn(shape, generator=self._generator)
+    def draw(self, shape: tuple[int, ...], draws: int) -> Tensor:
+        if self._prepared is None:
+            return self._draw(shape, draws, False)
+        drawn, self._prepared = self._prepared, None
+        return drawn
 
-    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
-        if not self._prepared:
+    def prepare(self, shape: tuple[int, ...], draws: int, pinned: bool) -> None:
+        if self._prepared is None:
             self._state_before = self._generator.get_state()
-            self._prepared = [torch.randn(shape, generator=self._generator) for _ in range(draws)]
+            self._prepared = self._draw(shape, draws, pinned)
+
+    def _draw(self, shape: tuple[int, ...], draws: int, pinned: bool) -> Tensor:
+        drawn = torch.empty((draws, *shape), pin_memory=pinned)
+        for one in drawn:
+            torch.randn(shape, generator=self._generator, out=one)
+        return drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

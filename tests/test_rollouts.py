@@ -34,10 +34,10 @@ PROMPTS = {0: "a red circle", 2: "a blue square", 6: "a green cross"}
 class GlobalNoise:
     """Noise in the order in which a session draws it, from torch's own generator."""
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape)
+    def draw(self, shape: tuple[int, ...], draws: int) -> Tensor:
+        return torch.stack([torch.randn(shape) for _ in range(draws)])
 
-    def prepare(self, shape: tuple[int, ...], draws: int) -> None:
+    def prepare(self, shape: tuple[int, ...], draws: int, pinned: bool) -> None:
         pass
 
 

@@ -32,24 +32,24 @@ def test_prompts_to_come_are_ordered_by_their_time() -> None:
 
 def test_noise_depends_on_the_seed_alone() -> None:
     a, b, other = SeededNoise(7), SeededNoise(7), SeededNoise(8)
-    other.draw((5,))
+    other.draw((5,), 1)
     torch.randn(3)
     for shape in ((1, 3, 16, 2, 2), (4,)):
-        assert torch.equal(a.draw(shape), b.draw(shape))
-    assert not torch.equal(SeededNoise(7).draw((9,)), SeededNoise(8).draw((9,)))
+        assert torch.equal(a.draw(shape, 2), torch.cat([b.draw(shape, 1) for _ in range(2)]))
+    assert not torch.equal(SeededNoise(7).draw((9,), 1), SeededNoise(8).draw((9,), 1))
 
 
 def test_noise_prepared_ahead_is_the_same_noise_and_so_is_what_a_snapshot_keeps_of_it() -> None:
     plain, ahead = SeededNoise(7), SeededNoise(7)
-    first = [plain.draw((2, 3)) for _ in range(4)]
+    first = plain.draw((2, 3), 4)
     state = plain.state
-    ahead.prepare((2, 3), 4)
+    ahead.prepare((2, 3), 4, pinned=False)
     assert torch.equal(ahead.state, SeededNoise(7).state)
-    assert all(torch.equal(ahead.draw((2, 3)), draw) for draw in first)
+    assert torch.equal(ahead.draw((2, 3), 4), first)
     assert torch.equal(ahead.state, state)
-    ahead.prepare((2, 3), 4)
-    ahead.prepare((2, 3), 4)  # told twice, drawn once
+    ahead.prepare((2, 3), 4, pinned=False)
+    ahead.prepare((2, 3), 4, pinned=False)  # told twice, drawn once
     assert torch.equal(ahead.state, state)
     resumed = SeededNoise(0)
     resumed.state = ahead.state
-    assert torch.equal(resumed.draw((5,)), plain.draw((5,)))
+    assert torch.equal(resumed.draw((5,), 1), plain.draw((5,), 1))
