@@ -84,7 +84,10 @@ class FusedDiT:
         """Of the denoising steps, and that of a commit last."""
         attention = None
         if self.attend_fp8 is not None:
-            attention = FP8Attention(attend=self.attend_fp8, scales=attention_scales(network, self.modulations))
+            scales = attention_scales(network, self.modulations)
+            rows = self.cache.keys.shape[-2]  # a recache of the whole window
+            out_scales = scales[:, 2].view(-1, 1, 1).repeat(1, rows, 1)
+            attention = FP8Attention(attend=self.attend_fp8, scales=scales, out_scales=out_scales)
         self.network = FusedCausalDiT(network, self.fp8, self.attend, attention)
         self.graphs = CudaGraphs(device)
 

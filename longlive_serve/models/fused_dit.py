@@ -61,6 +61,8 @@ class FP8Attention:
     """q [H, L, d], k and v [H, T, d], scales [3] -> FP8 [L, H * d] with the scale of v, over all keys."""
     scales: Tensor
     """Of the queries, keys and values of each layer: float32 [layers, 3]."""
+    out_scales: Tensor
+    """Of each token that it gives: float32 [layers, most tokens, 1], the layer's scale of the values over and over."""
 
 
 class Product:
@@ -202,7 +204,7 @@ class FusedCausalDiT:
         if self.fp8_attention is not None:
             scales = self.fp8_attention.scales[layer]
             small = self.fp8_attention.attend(q, keys, values, scales)
-            return block.o(Quantized(small, scales[2].expand(len(small), 1).contiguous()))
+            return block.o(Quantized(small, self.fp8_attention.out_scales[layer, : len(small)]))
         return _project(block.o, self.attend(q[None], keys[None], values[None])[0].transpose(0, 1).flatten(1))
 
     def _attend_to_prompt(self, block: FusedBlock, layer: int, y: Tensor | Quantized, prompt: PromptRows) -> Tensor:
