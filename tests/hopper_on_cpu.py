@@ -97,6 +97,7 @@ def kernels_of_rows() -> None:
         rotate_keys(cache, angles, angles, cache)
     frames = x.new_zeros(1, 96, 4, 60, 104).to(memory_format=torch.channels_last_3d)
     norm_silu(frames, vector[:96], frames)
+    norm_silu(frames, vector[:96], frames, bias=vector[:96], added=frames, keep=True)
 
 
 def kernels_of_attention() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from longlive_serve.config import TINY as TAEHV
 from longlive_serve.engines.fused_vae_engine import FusedVAEDecoder
 from longlive_serve.engines.torch_engine import TorchVAEDecoder
 from longlive_serve.models.fused_tiny import FusedTiny
-from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE
+from longlive_serve.models.fused_vae import LAST, DoublingConv, FusedVAE, Sum
 from longlive_serve.models.vae_decoder import FeatureCache, ResidualBlock, VAEDecoder
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate_decoder
@@ -63,7 +64,7 @@ def network(name: str = VAE_DECODER) -> nn.Module:
 @pytest.mark.parametrize("split", [(1, 5), (1, 1, 1, 1, 1, 1), (1, 2, 3)])
 def test_any_split_gives_the_frames_of_the_reference(decoder: VAEDecoder, split: tuple[int, ...]) -> None:
     cache = [tensor.contiguous(memory_format=LAST) for tensor in new_cache(decoder)]
-    fused = FusedVAE(decoder)
+    fused = FusedVAE(copy.deepcopy(decoder))
     parts = [fused.decode(part, cache, number == 0) for number, part in enumerate(LATENTS.split(split, 1))]
     assert_reference(torch.cat(parts, 1), FRAMES, exact_frames())
 
@@ -157,7 +158,7 @@ def test_fp8_convolutions_are_what_the_evaluation_simulates(cudnn_on_cpu: None) 
 
 def fused_in_turn(fused: FusedVAE, block: ResidualBlock, history: list[Tensor]) -> Callable[[Tensor], Tensor]:
     cache = [x.to(torch.float8_e4m3fn).contiguous(memory_format=LAST) for x in history]
-    return lambda part: fused._residual(block, part.contiguous(memory_format=LAST), iter(cache))
+    return lambda part: fused._residual(block, Sum(part.contiguous(memory_format=LAST)), iter(cache)).whole()
 
 
 def in_turn(block: ResidualBlock, history: list[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -285,6 +285,25 @@ class TestNormSiLU:
         assert ((out.float() - rounded).abs() <= rounded.abs().clamp_min(2**-6) * 2**-4 * (1 + 16 * FEW)).all()
         assert out.float().max() == 448
 
+    @pytest.mark.parametrize("keep", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_is_to_be_added_is_added_before_and_kept_if_asked_for(self, keep: bool, dtype: torch.dtype) -> None:
+        channels = 40
+        x, longer = (random(2, channels, frames, 5, 7, seed=frames, dtype=dtype) for frames in (3, 5))
+        x, added = (part.to(memory_format=torch.channels_last_3d) for part in (x, longer))
+        added = added[:, :, 1:4]
+        bias, gains = random(channels, seed=8, dtype=dtype), random(channels, seed=9, dtype=dtype)
+        before, out = x.clone(), torch.empty_like(x)
+        norm_silu(x, gains, out, bias=bias, added=added, keep=keep)
+        norm = vae_decoder.RMSNorm(channels).to(DEVICE)
+        norm.gamma.data = gains.view(channels, 1, 1, 1).float()
+        with Float64():
+            total = before.double() + bias.view(channels, 1, 1, 1).double() + added.double()
+            wanted = F.silu(norm(total))
+        rounding = gamma(channels) if dtype == torch.float32 else 2**-8
+        assert error(out, wanted) < rounding
+        assert error(x, total if keep else before) < rounding
+
     def test_positions_of_zeros_stay_zeros(self) -> None:
         x = torch.zeros(1, 96, 1, 3, 3, device=DEVICE).to(memory_format=torch.channels_last_3d)
         norm_silu(x, random(96), x)

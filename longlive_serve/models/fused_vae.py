@@ -96,18 +96,47 @@ Convolve = Callable[[Tensor, FP8Weights, torch.dtype, Tensor | None], Tensor]
 """x [1, C, T + 2, H, W], weights, the result's dtype and what is to be added to it -> [1, C', T, H, W]."""
 
 
+@dataclasses.dataclass
+class Sum:
+    """What a layer gives, [1, C, T, H, W]. What is still to be added to it is added by the kernel that reads it next:
+    PyTorch's convolutions have a pass over memory of their own for the bias."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    added: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        if self.bias is not None:
+            self.x += self.bias.view(-1, 1, 1, 1)
+        if self.added is not None:
+            self.x += self.added
+        self.bias = self.added = None
+        return self.x
+
+    def norm_silu(self, norm: RMSNorm, out: Tensor, scale: float | None, keep: bool) -> None:
+        """out = SiLU(norm(sum)). `keep`: the sum is wanted afterwards."""
+        norm_silu(self.x, norm.gamma.flatten(), out, scale, bias=self.bias, added=self.added, keep=keep)
+        if keep:
+            self.bias = self.added = None
+
+
 class FusedVAE:
-    """As `VAEDecoder`, for one video, with the cache changed in place."""
+    """As `VAEDecoder`, for one video, with the cache changed in place. Takes weights and biases of the network."""
 
     def __init__(self, network: VAEDecoder, convolve: Convolve | None = None) -> None:
         """convolve: those of the residual blocks, which do nearly all the work, are FP8, and this computes them."""
         self.network, self._convolve_fp8 = network, convolve
-        blocks = [block for block in network.modules() if isinstance(block, ResidualBlock)] if convolve else []
-        pairs = [pair for block in blocks for pair in block.normed_convolutions()]
+        blocks = [block for block in network.modules() if isinstance(block, ResidualBlock)]
+        pairs = [pair for block in blocks for pair in block.normed_convolutions()] if convolve else []
         self._fp8 = {conv: FP8Weights.take(norm, conv) for norm, conv in pairs}
         for layer in network.modules():
             if isinstance(layer, nn.Conv3d) and layer not in self._fp8:
                 layer.weight = nn.Parameter(layer.weight.contiguous(memory_format=LAST), requires_grad=False)
+        self._biases = {}
+        """Of convolutions before a norm, which lose their own."""
+        for conv in (network.decoder.conv1, *(conv for block in blocks for _, conv in block.normed_convolutions())):
+            if conv not in self._fp8:
+                self._biases[conv], conv.bias = conv.bias, None
         self._doubling = {
             layer: DoublingConv(layer.resample[1])  # type: ignore[arg-type]
             for layer in network.decoder.upsamples
@@ -131,28 +160,29 @@ class FusedVAE:
         x = latents / (1.0 / std) + mean
         x = self.network.conv2(x.transpose(1, 2).contiguous(memory_format=LAST))
         decoder, histories = self.network.decoder, iter(cache)
-        x = self._convolve(decoder.conv1, x, None, histories)
+        stream = self._convolve(decoder.conv1, Sum(x), None, histories)
         for layer in (*decoder.middle, *decoder.upsamples):
             if isinstance(layer, ResidualBlock):
-                x = self._residual(layer, x, histories)
+                stream = self._residual(layer, stream, histories)
             elif isinstance(layer, Upsample):
-                x = self._upsample(layer, x, histories, opening)
+                stream = Sum(self._upsample(layer, stream.whole(), histories, opening))
             else:
                 assert isinstance(layer, AttentionBlock)
-                x = layer(x).contiguous(memory_format=LAST)
+                stream = Sum(layer(stream.whole()).contiguous(memory_format=LAST))
         norm, _, conv = decoder.head
-        return self._convolve(conv, x, norm, histories).transpose(1, 2)
+        return self._convolve(conv, stream, norm, histories).whole().transpose(1, 2)
 
-    def _residual(self, block: ResidualBlock, x: Tensor, histories: Iterator[Tensor]) -> Tensor:
+    def _residual(self, block: ResidualBlock, x: Sum, histories: Iterator[Tensor]) -> Sum:
         (first_norm, first), (second_norm, second) = block.normed_convolutions()
-        y = self._convolve(first, x, first_norm, histories)
-        return self._convolve(second, y, second_norm, histories, added=block.shortcut(x))
+        y = self._convolve(first, x, first_norm, histories, keep=True)
+        shortcut = block.shortcut(x.whole()).contiguous(memory_format=LAST)
+        return self._convolve(second, y, second_norm, histories, added=shortcut)
 
     def _upsample(self, layer: Upsample, x: Tensor, histories: Iterator[Tensor], opening: bool) -> Tensor:
         if layer.time_conv is not None and opening:
             next(histories)  # as `Upsample` does
         elif layer.time_conv is not None:
-            both = self._convolve(layer.time_conv, x, None, histories)
+            both = self._convolve(layer.time_conv, Sum(x), None, histories).whole()
             _, channels, count, height, width = x.shape
             size = (1, channels, 2 * count, height, width)
             x = torch.empty(size, device=x.device, dtype=x.dtype, memory_format=LAST)
@@ -162,26 +192,28 @@ class FusedVAE:
     def _convolve(
         self,
         conv: nn.Module,
-        x: Tensor,
+        x: Sum,
         norm: nn.Module | None,
         histories: Iterator[Tensor],
         added: Tensor | None = None,
-    ) -> Tensor:
-        """The cached convolution of x, or with `norm` of SiLU(norm(x)), behind its history; plus `added`."""
+        keep: bool = False,
+    ) -> Sum:
+        """The cached convolution of x, or with `norm` of SiLU(norm(x)), behind its history; plus `added`. `keep`: x is
+        wanted afterwards."""
         assert isinstance(conv, CausalConv3d)
         history, fp8 = next(histories), self._fp8.get(conv)
-        _, channels, count, height, width = x.shape
+        _, channels, count, height, width = x.x.shape
         size = (1, channels, HISTORY + count, height, width)
-        wide = torch.empty(size, device=x.device, dtype=history.dtype, memory_format=LAST)
+        wide = torch.empty(size, device=history.device, dtype=history.dtype, memory_format=LAST)
         wide[:, :, :HISTORY] = history
         if norm is None:
-            wide[:, :, HISTORY:] = x
+            wide[:, :, HISTORY:] = x.whole()
         else:
             assert isinstance(norm, RMSNorm)
-            norm_silu(x, norm.gamma.flatten(), wide[:, :, HISTORY:], fp8.input_scale if fp8 else None)
+            x.norm_silu(norm, wide[:, :, HISTORY:], fp8.input_scale if fp8 else None, keep)
         history.copy_(wide[:, :, -HISTORY:])
         if fp8 is not None:
             assert self._convolve_fp8 is not None
-            return self._convolve_fp8(wide, fp8, x.dtype, added)
+            return Sum(self._convolve_fp8(wide, fp8, x.x.dtype, added))
         out = conv.convolve(wide, conv.weight).contiguous(memory_format=LAST)
-        return out if added is None else out + added
+        return Sum(out, self._biases.get(conv), added)
