@@ -14,15 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.projection import FP8, GPUS, PRECISIONS, chunk_seconds, memory_of
+from deploy.projection import FP8, FULL, GPUS, PRECISIONS, chunk_seconds, memory_of
 from deploy.simulator.record import RESULTS
 from deploy.simulator.show import markdown, sweep_tables, trace_table
 from deploy.simulator.world import CHUNK_PLAYS_S, MEASURED
-from longlive_serve.config import DECODERS, PRESETS, ServeConfig
+from longlive_serve.config import DECODERS, ServeConfig
 from longlive_serve.scheduler import CHUNK_FRAMES
 from longlive_serve.sizing import server_memory
 
-FULL = PRESETS["longlive-1.3b"]
 PROJECTED = "projected"
 SECTION = "longlive_serve.bench"
 PRICE = 3.0
