@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from longlive_serve.config import WindowConfig
 from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphIO
-from longlive_serve.kv_cache import Placement, Window
+from longlive_serve.kv_cache import Window
 
 Sizes = dict[str, tuple[int, int, int]]
 """Named dim -> least, usual and largest."""
@@ -20,19 +20,8 @@ def profiles_of(io: GraphIO, window: WindowConfig, max_batch: int = 1) -> list[S
 
 
 def dit_calls(window: WindowConfig) -> list[tuple[int, int]]:
-    """(frames in the forward, frames attended to) of every step, commit and recache that a session can come to.
-
-    While the window fills, a call attends to as many frames as there are: nothing is computed to be masked.
-    """
-    arithmetic = Window(window)
-    full = 2 * arithmetic.capacity
-    steps = [arithmetic.step(chunk) for chunk in range(full)]
-    recaches = [arithmetic.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
-    return sorted({_frames(placement, window.chunk) for placement in steps + recaches})
-
-
-def _frames(placement: Placement, chunk: int) -> tuple[int, int]:
-    return len(placement.chunks) * chunk, placement.places * chunk
+    """`Window.calls` in latent frames."""
+    return [(chunks * window.chunk, places * window.chunk) for chunks, places in Window(window).calls()]
 
 
 def shape(tensor_shape: tuple[int | str, ...], sizes: Sizes, which: int) -> tuple[int, ...]:

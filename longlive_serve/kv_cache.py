@@ -94,6 +94,16 @@ class Window:
             key_slots=key_slots,
         )
 
+    def calls(self) -> list[tuple[int, int]]:
+        """(chunks in the forward, chunks attended to) of every step, commit and recache that a session can come to.
+
+        While the window fills, a call attends to as many as there are: nothing is computed to be masked.
+        """
+        full = 2 * self.capacity
+        placements = [self.step(chunk) for chunk in range(full)]
+        placements += [self.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
+        return sorted({(len(placement.chunks), placement.places) for placement in placements})
+
     def _slots_in_time(self, newest: int) -> tuple[int, ...]:
         """For every place in use after chunk `newest` was placed: how many kept chunks are older than its own."""
         if newest < self.capacity:

@@ -8,9 +8,12 @@ stride and scale goes where it belongs.
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,9 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_serve.engines import clock
+from longlive_serve.engines import clock, cudnn_builds
 from tests.graphs_on_cpu import Stream
 
+PROPERTIES = '{"deviceName": "a CPU"}'
 BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
 KERNELS = {17: 8e-3, 23: 3e-3, 31: 0.0, 46: 9e-3, 47: 0.0}
 """Those of the engine that comes first, with the seconds that they take; 31 does not compile, 47 gives zeros."""
@@ -53,9 +57,14 @@ class Graph:
     """What was compiled, in order."""
     seconds: ClassVar[float] = 0.0
     """That all kernels have taken so far."""
+    readable: ClassVar[bool] = True
+
+    stored: ClassVar[list[Graph]] = []
+    """What was serialized, each with one plan."""
 
     def __init__(self, **options: Any) -> None:
-        assert options["handle"] == "handle"
+        assert options.get("handle", "handle") == "handle"
+        assert options.get("device_property", PROPERTIES) == PROPERTIES
 
     def tensor(self, **said: Any) -> Declared:
         return Declared(**said)
@@ -114,6 +123,24 @@ class Graph:
             raise NotSupportedError("it does not compile")
         Graph.built.append(self.plans[number])
 
+    def serialize(self) -> list[int]:
+        stored = copy.copy(self)
+        stored.plans = [Graph.built[-1]]
+        Graph.stored.append(stored)
+        return list(str(len(Graph.stored) - 1).encode())
+
+    def deserialize(self, handle: str, plan: list[int]) -> None:
+        assert handle == "handle"
+        if not Graph.readable:
+            raise NotSupportedError("another driver")
+        self.__dict__.update(vars(Graph.stored[int(bytes(plan))]))
+
+    def get_workspace_size(self) -> int:
+        return 0
+
+    def execute(self, pointers: dict[int, int], workspace: int, handle: str) -> None:
+        self.execute_plan_at_index(pointers, workspace, 0, handle)
+
     def get_workspace_size_plan_at_index(self, number: int) -> int:
         assert self.plans[number] in Graph.built
         return 0
@@ -146,9 +173,28 @@ class NotSupportedError(Exception):
     """As the frontend's: no RuntimeError."""
 
 
+class Pool:
+    """As a pool of processes; all in this one, which has the stand-in."""
+
+    def __init__(self, processes: int, context: object) -> None:
+        assert processes > 1
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def map(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        return [function(*pickle.loads(pickle.dumps(each))) for each in zip(*arguments, strict=True)]
+
+
 @pytest.fixture
-def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     frontend = SimpleNamespace(
+        backend_version=lambda: 91900,
+        __version__="1.22.0",
+        create_device_properties=lambda of: SimpleNamespace(serialize=lambda: PROPERTIES) if of == 0 else of,
         data_type=SimpleNamespace(FP8_E4M3="fp8", FLOAT="float", BFLOAT16="bf16"),
         heur_mode=SimpleNamespace(A="a"),
         knob_type=SimpleNamespace(KERNEL_CFG="k24"),
@@ -159,5 +205,7 @@ def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "cudnn", frontend)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(cudnn_builds, "ProcessPoolExecutor", Pool)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Graph, "built", [])
     monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: Graph.seconds))

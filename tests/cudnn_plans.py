@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,9 @@ from torch import Tensor
 
 from longlive_serve.config import PRESETS
 from longlive_serve.engines import cudnn_attention, cudnn_convolution
-from longlive_serve.engines.cudnn_library import CONFIGURATIONS, Make, Tensors, kernels
+from longlive_serve.engines.cudnn_builds import Builds, Built, Task
+from longlive_serve.engines.cudnn_graphs import CONFIGURATIONS, Blueprint, Make, Tensors, kernels
+from longlive_serve.engines.plan_cache import PlanCache
 
 ROOT = Path(__file__).parents[1]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
@@ -207,7 +209,27 @@ def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
             found[name] = f"none: {str(error).splitlines()[0]}"
         else:
             found[name] = ", ".join(plans)
-    return found
+    return found | ({"built beside": _build_beside(found)} if build else {})
+
+
+def _build_beside(found: Mapping[str, str]) -> str:
+    """Three plans as the server has them built, in processes and once more out of the cache; the bytes of each. Nothing
+    here can load them: that takes a device."""
+    graphs = {name: Blueprint.of(make, tensors) for name, make, tensors in _graphs()}
+    tasks = [Task(graphs[f"attention, 3 to {keys} frames"], "eng2_k24=7") for keys in (3, 6)]
+    tasks.append(Task(graphs["attention, 3 to 9 frames"], "eng2_k24=63"))  # there is no such kernel
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["KERNELS"] = folder  # for what is in the place of the driver
+        first = Builds(json.dumps(H200), PlanCache(Path(folder, "cache")), processes=2)(tasks)
+        again = Builds(json.dumps(H200), PlanCache(Path(folder, "cache")), processes=2)
+        loaded = {*Path(folder).glob("*.cubin")}
+        assert again(tasks) == first
+        assert loaded == {*Path(folder).glob("*.cubin")}, "built once more"
+    assert all(isinstance(one, Built) for one in first), first
+    kernels = [(one.kernel, len(one.plan)) for one in first if isinstance(one, Built)]
+    assert [kernel for kernel, _ in kernels[:2]] == ["eng2_k24=7"] * 2
+    assert kernels[2][0] in found["attention, 3 to 9 frames"]
+    return ", ".join(f"{kernel} {size} bytes" for kernel, size in kernels)
 
 
 def main() -> int:

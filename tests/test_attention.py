@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longlive_serve.config import PRESETS
 from longlive_serve.engines import attention_choice
+from longlive_serve.engines.attention_choice import example
+from longlive_serve.engines.cudnn_library import relative_error
 from longlive_serve.kernels.attention import attention, attention_fp8
 from tests.tolerance import assert_as_near, gamma
 from tests.triton_on_cpu import error, random
 
 pytestmark = pytest.mark.numeric
 
+TINY, CPU = PRESETS["tiny"], torch.device("cpu")
 SHAPES = [  # heads, queries, keys, size of a head
     (2, 64, 128, 128),  # whole tiles of the interpreter's
     (2, 70, 150, 128),
@@ -44,17 +50,59 @@ def inputs(heads: int, length: int, keys: int, size: int, dtype: torch.dtype = t
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ImportError, ValueError, Exception])
-def test_a_kernel_that_fails_in_any_way_is_not_chosen(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's and cuDNN's errors are no RuntimeError."""
-    monkeypatch.setattr(attention_choice, "_median", lambda call: call())
+def test_a_kernel_that_fails_or_is_wrong_at_a_size_that_is_served_is_not_chosen(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton's and cuDNN's errors are no RuntimeError. Each trial gives the seconds that it takes."""
+    monkeypatch.setattr(attention_choice, "_median", lambda call: call().item())
+    usual, *others = attention_choice.sizes(TINY)
+    assert len(others) == 7
 
-    def broken() -> float:
-        raise kind("there is no kernel")
+    def trial(seconds: float, wrong: tuple[int, int] | None = None) -> attention_choice.Trial:
+        def run(queries: int, keys: int) -> Tensor:
+            if wrong == (0, 0):
+                raise kind("there is no kernel")
+            return torch.tensor(math.nan if (queries, keys) == wrong else seconds)
 
-    assert (
-        attention_choice._fastest("attention", {"broken": broken, "slow": lambda: 2.0, "fast": lambda: 1.0}) == "fast"
-    )
-    assert attention_choice._fastest("attention", {"broken": broken}) is None
+        return attention_choice.Trial(run=run, head=lambda out: out / out)
+
+    def chosen(**trials: attention_choice.Trial) -> str | None:
+        return attention_choice._fastest("attention", trials, TINY, lambda queries, keys: torch.ones(()), 0.1)
+
+    there = {"slow": trial(2.0), "fast": trial(1.0)}
+    assert chosen(broken=trial(0.5, (0, 0)), **there) == "fast"
+    for size in (usual, others[-1]):
+        assert chosen(wrong=trial(0.5, size), **there) == "fast"
+        assert f"attention: wrong is wrong: inf off with {size[0]} queries and {size[1]} keys" in caplog.text
+    assert chosen(broken=trial(0.5, (0, 0))) is None
+
+
+@pytest.mark.parametrize("name", ["attention", "attention in FP8"])
+def test_what_is_right_is_told_from_what_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's attention, or our own in FP8, beside one that leaves out the last key."""
+    tried: dict[str, tuple[dict[str, attention_choice.Trial], list[float]]] = {}
+
+    def note(what: str, trials: dict[str, attention_choice.Trial], config: object, exact: Any, most: float) -> str:
+        size = attention_choice.sizes(TINY)[1]
+        right, wrong = (trial.head(trial.run(*size)) for trial in trials.values())
+        tried[what] = trials, [relative_error(out, exact(*size)) / most for out in (right, wrong)]
+        return "right"
+
+    cuda: Any = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(attention_choice, "example", lambda config, _, *rest: example(config, CPU, torch.float32, 12))
+    monkeypatch.setattr(attention_choice, "_fastest", note)
+    if name == "attention":
+        sdpa = F.scaled_dot_product_attention
+        fakes = {"right": sdpa, "wrong": lambda q, k, v: sdpa(q, k[:, :, 1:], -v[:, :, 1:])}
+        monkeypatch.setattr(attention_choice, "CANDIDATES", fakes)
+        assert attention_choice.fastest_attention(TINY, cuda, torch.float32) is sdpa
+    else:
+        small = {"right": attention_fp8, "wrong": lambda q, k, v, scales: attention_fp8(q, v, k, scales)}
+        monkeypatch.setattr(attention_choice, "fp8_candidates", lambda _: small)
+        assert attention_choice.fastest_fp8_attention(TINY, cuda) is attention_fp8
+    _, (right, wrong) = tried[name]
+    assert right < 0.5
+    assert wrong > 5
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -77,9 +77,15 @@ def test_the_log_says_which_was_taken_and_why(
     """On a device that says that it is CUDA."""
     if there:
         request.getfixturevalue("cudnn_on_cpu")
-    monkeypatch.setattr(attention_choice, "CudnnAttention", lambda _: CudnnAttention(CPU))
-    monkeypatch.setattr(attention_choice, "example", lambda config, _, dtype: example(config, CPU, dtype))
-    monkeypatch.setattr(attention_choice, "_median", lambda call: 2e-3 if "Cudnn" in str(call) else 3e-3)
+    cudnn: CudnnAttention | ImportError
+    try:
+        cudnn = CudnnAttention(CPU)
+    except ImportError as missing:
+        cudnn = missing
+    monkeypatch.setattr(attention_choice, "fp8_candidates", lambda _: {"triton fp8": attention_fp8, "cudnn fp8": cudnn})
+    monkeypatch.setattr(attention_choice, "example", lambda config, _, *rest: example(config, CPU, *rest))
+    taken = iter((3e-3, 2e-3))
+    monkeypatch.setattr(attention_choice, "_median", lambda call: next(taken))
     caplog.set_level(logging.INFO)
     attend = fastest_fp8_attention(TINY, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
     if there:

@@ -32,6 +32,7 @@ def test_other_gpus(capability: int, missing: set[str]) -> None:
 def test_an_h200_has_a_plan_for_every_size_and_multiplies_fp8_as_such() -> None:
     found = asked(900, build=True)
     kernels = [found.pop(f"kernel of {name}") for name in BUILT]
+    assert "bytes" in found.pop("built beside")
     assert len(found) == 8 + 38
     assert not any(names.startswith("none") for names in found.values()), found
     assert len(found[BUILT[-1]].split(", ")) > 10  # of them its own order names two

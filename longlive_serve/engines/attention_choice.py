@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention without a mask, by whichever of the kernels at hand is the fastest at the size that is served; in FP8 too.
+"""Attention without a mask, by whichever of the kernels at hand is the fastest of those that are right at every size
+that is served; in FP8 too.
 
 Used by the fused engine when it is built, and by the benchmark, which shows all of them.
 """
@@ -10,6 +11,7 @@ import functools
 import logging
 import statistics
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cudnn_attention import CudnnAttention
+from longlive_serve.engines.cudnn_library import relative_error
+from longlive_serve.kv_cache import Window
 from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
 
 log = logging.getLogger(__name__)
 
 RUNS = 7
+OFF_16_BIT, OFF_FP8 = 0.02, 0.1
+"""What a result may be off, as the norm of the difference by the norm: rounding makes it a fifth of that. What a wrong
+kernel gives has little to do with what is right."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d]: over all keys, without a mask."""
 AttendFP8 = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -63,12 +70,29 @@ def fp8_candidates(device: torch.device) -> dict[str, AttendFP8 | Exception]:
     return candidates
 
 
+class Trial(NamedTuple):
+    """A kernel on the example's tensors."""
+
+    run: Callable[[int, int], Tensor]
+    """Of so many queries and keys."""
+    head: Callable[[Tensor], Tensor]
+    """The first head of what it gave, float32 [L, d]."""
+
+
 def fastest_attention(config: NetworkConfig, device: torch.device, dtype: torch.dtype) -> Attend:
     """The fastest of CANDIDATES for a chunk against a full window; on a device without CUDA PyTorch's own choice."""
     if device.type != "cuda":
         return F.scaled_dot_product_attention
-    tensors = example(config, device, dtype)
-    best = _fastest("attention", {name: functools.partial(attend, *tensors) for name, attend in CANDIDATES.items()})
+    q, k, v = example(config, device, dtype, config.window.window)
+
+    def trial(attend: Attend) -> Trial:
+        return Trial(
+            run=lambda queries, keys: attend(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]),
+            head=lambda out: out[0, 0].float(),
+        )
+
+    trials = {name: trial(attend) for name, attend in CANDIDATES.items()}
+    best = _fastest("attention", trials, config, functools.partial(_exact, q, k, v), OFF_16_BIT)
     return CANDIDATES[best] if best else F.scaled_dot_product_attention
 
 
@@ -80,17 +104,48 @@ def fastest_fp8_attention(config: NetworkConfig, device: torch.device) -> Attend
         log.info("attention in FP8: no %s: %s", name, candidates[name])
     if device.type != "cuda":
         return there["triton fp8"]
-    small = in_fp8(*example(config, device, torch.bfloat16))
-    best = _fastest("attention in FP8", {name: functools.partial(attend, *small) for name, attend in there.items()})
+    q, k, v, scales = in_fp8(*example(config, device, torch.bfloat16, config.window.window))
+
+    def trial(attend: AttendFP8) -> Trial:
+        return Trial(
+            run=lambda queries, keys: attend(q[:, :queries], k[:, :keys], v[:, :keys], scales),
+            head=lambda out: out[:, : q.shape[-1]].float() * scales[2],
+        )
+
+    trials = {name: trial(attend) for name, attend in there.items()}
+    wide = [(x.float() * scale)[None] for x, scale in zip((q[:1], k[:1], v[:1]), scales, strict=True)]
+    if isinstance(cudnn := there.get("cudnn fp8"), CudnnAttention):
+        _build(cudnn, trials["cudnn fp8"], config)
+    best = _fastest("attention in FP8", trials, config, functools.partial(_exact, *wide), OFF_FP8)
     return there[best or "triton fp8"]
 
 
-def example(config: NetworkConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries of a chunk and keys and values of a full window, [1, H, tokens, d], laid out as in a step."""
+def _build(cudnn: CudnnAttention, trial: Trial, config: NetworkConfig) -> None:
+    try:
+        with cudnn.noting():
+            for size in sizes(config):
+                trial.run(*size)
+    except RuntimeError as error:
+        log.info("attention in FP8: cuDNN: %s", error)  # it fails once more when it is tried
+
+
+def sizes(config: NetworkConfig) -> list[tuple[int, int]]:
+    """(queries, keys) of every call that a session can come to; that of a step with a full window is the first."""
+    window, rows = config.window, config.window.chunk * config.tokens_per_frame
+    found = [(rows * chunks, rows * places) for chunks, places in Window(window).calls()]
+    usual = rows, window.window * config.tokens_per_frame
+    return sorted(found, key=lambda size: size != usual)
+
+
+def example(
+    config: NetworkConfig, device: torch.device, dtype: torch.dtype, frames: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries of so many latent frames (default: a chunk) and keys and values of a full window,
+    [1, H, tokens, d], laid out as in a step."""
     heads, size = config.dit.num_heads, config.dit.head_dim
-    chunk, window = (frames * config.tokens_per_frame for frames in (config.window.chunk, config.window.window))
+    queries, window = (n * config.tokens_per_frame for n in (frames or config.window.chunk, config.window.window))
     make = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
-    q = make((1, chunk, heads, size)).transpose(1, 2)
+    q = make((1, queries, heads, size)).transpose(1, 2)
     return q, make((1, heads, window, size)), make((1, heads, window, size))
 
 
@@ -101,25 +156,34 @@ def in_fp8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return small[0], small[1], small[2], scales
 
 
-def _fastest(what: str, calls: Mapping[str, Callable[[], object]]) -> str | None:
-    """The name of the fastest call, None if none runs here; the log says what each took."""
-    seconds = {name: seconds_of(call) for name, call in calls.items()}
-    ran = {name: time for name, time in seconds.items() if time is not None}
-    if not ran:
-        log.info("%s: none of %s runs here", what, ", ".join(calls))
+def _exact(q: Tensor, k: Tensor, v: Tensor, queries: int, keys: int) -> Tensor:
+    """The first head, float32 [L, d]."""
+    head = [x[:, :1, :rows].float() for x, rows in ((q, queries), (k, keys), (v, keys))]
+    return _sdpa(head[0], head[1], head[2], SDPBackend.MATH)[0, 0]
+
+
+def _fastest(
+    what: str, trials: Mapping[str, Trial], config: NetworkConfig, exact: Callable[[int, int], Tensor], most: float
+) -> str | None:
+    """The name of the fastest at the first of `sizes` that is right at all of them; None if none is. The log says what
+    each took. Of a result `most` may be off."""
+    seconds: dict[str, float] = {}
+    for name, trial in trials.items():
+        try:
+            off = {size: relative_error(trial.head(trial.run(*size)), exact(*size)) for size in sizes(config)}
+            size, worst = max(off.items(), key=lambda one: one[1])
+            if worst < most:
+                seconds[name] = _median(functools.partial(trial.run, *sizes(config)[0]))
+            else:
+                log.warning("%s: %s is wrong: %.3g off with %d queries and %d keys", what, name, worst, *size)
+        except Exception as error:  # PyTorch, Triton and cuDNN each have their own way to say that they have no kernel
+            log.debug("%s: %s: %s: %s", what, name, type(error).__name__, error)
+    if not seconds:
+        log.info("%s: none of %s runs here", what, ", ".join(trials))
         return None
-    best = min(ran, key=lambda name: ran[name])
-    log.info("%s: %s (%s)", what, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in ran.items()))
+    best = min(seconds, key=lambda name: seconds[name])
+    log.info("%s: %s (%s)", what, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
     return best
-
-
-def seconds_of(call: Callable[[], object]) -> float | None:
-    """The median time of a call on CUDA; None where it cannot run."""
-    try:
-        return _median(call)
-    except Exception as error:  # PyTorch, Triton and cuDNN each have their own way to say that they have no kernel
-        log.debug("attention: %s: %s", type(error).__name__, error)
-        return None
 
 
 def _median(call: Callable[[], object]) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type, fp8_graph
+from longlive_serve.engines.cudnn_graphs import Tensors, data_type, fp8_graph
+from longlive_serve.engines.cudnn_library import Cudnn
 
 WEIGHTS = 256.0
 """The softmax's weights, at most 1, are multiplied by it, so that they use the range of E4M3."""
@@ -81,6 +82,7 @@ class CudnnAttention:
     def __init__(self, device: torch.device) -> None:
         """Raises ImportError without the package."""
         self._cudnn = Cudnn()
+        self.noting = self._cudnn.noting
         one = torch.ones((), device=device)
         self._numbers = {
             # Of the values and of the result: the same, whatever it is.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.engines.cudnn_library import Cudnn, Tensors, data_type, fp8_graph
+from longlive_serve.engines.cudnn_graphs import Tensors, data_type, fp8_graph
+from longlive_serve.engines.cudnn_library import Cudnn
 from longlive_serve.models.fused_vae import LAST, FP8Weights
 
 
@@ -64,6 +65,7 @@ class CudnnConvolution:
     def __init__(self) -> None:
         """Raises ImportError without the package."""
         self._cudnn = Cudnn()
+        self.noting = self._cudnn.noting
 
     def __call__(self, x: Tensor, weights: FP8Weights, dtype: torch.dtype, added: Tensor | None) -> Tensor:
         """x [1, C, T + 2, H, W] -> [1, C', T, H, W] in `dtype`, plus what is to be added; all of it channels last."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.cudnn_convolution import CudnnConvolution
-from longlive_serve.engines.cudnn_library import NoPlanError
+from longlive_serve.engines.cudnn_graphs import NoPlanError
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.fused_tiny import FusedTiny
-from longlive_serve.models.fused_vae import Convolve, FusedVAE
+from longlive_serve.models.fused_vae import FusedVAE
 from longlive_serve.models.quantized import Quantized
 from longlive_serve.models.tiny_decoder import TinyDecoder
 from longlive_serve.models.vae_decoder import VAEDecoder, to_uint8
@@ -48,16 +48,13 @@ class FusedVAEDecoder:
         self.device, self.dtype = weight.device, weight.dtype
         check_kernels(self.device)
         self.config = config
-        self.network = (
-            FusedTiny(network)
-            if isinstance(network, TinyDecoder)
-            else FusedVAE(network, _fp8_convolution() if fp8 else None)
-        )
+        convolution = _fp8_convolution() if fp8 else None
+        self.network = FusedTiny(network) if isinstance(network, TinyDecoder) else FusedVAE(network, convolution)
         self.graphs = CudaGraphs(self.device)
         self._working = self._new_cache()
         self._owner: weakref.ref[StreamCache] | None = None
-        if fp8:
-            self._choose_kernels()
+        if convolution is not None:
+            self._choose_kernels(convolution)
 
     def initial_cache(self) -> list[Tensor]:
         return StreamCache(self._new_cache())
@@ -80,13 +77,17 @@ class FusedVAEDecoder:
         assert frames is not None
         return frames
 
-    def _choose_kernels(self) -> None:
-        """Those of the first size that is met are kept for others: let that be a whole chunk, and no opening."""
+    def _choose_kernels(self, convolution: CudnnConvolution) -> None:
+        """For all sizes that are served. Those of the first size are kept for others: a whole chunk, and no opening."""
         config, draw = self.config, torch.Generator(self.device).manual_seed(0)
         size = (1, config.window.chunk, config.vae.z_dim, config.latent_height, config.latent_width)
         latents = torch.randn(size, generator=draw, device=self.device, dtype=self.dtype)
+        chunk = config.window.chunk
         try:
-            self._decode(latents, opening=False)
+            with convolution.noting():
+                for frames, opening in ((chunk, False), (1, True), (chunk - 1, False), (1, False)):
+                    if frames:
+                        self.network.decode(latents[:, :frames], self._working, opening)
         except NoPlanError as error:
             raise ValueError(f"fp8_decoder: got true on {self.device}: {error}") from None
         self._working = self._new_cache()
@@ -106,7 +107,7 @@ class FusedVAEDecoder:
         return self.network.initial_cache(*size, self.device, self.dtype)
 
 
-def _fp8_convolution() -> Convolve:
+def _fp8_convolution() -> CudnnConvolution:
     try:
         return CudnnConvolution()
     except (ImportError, RuntimeError) as error:  # there is no package, or no library
