@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_serve.config import DIT, PRESETS, DiTConfig, NetworkConfig, ServeConfig, WindowConfig
+from longlive_serve.config import DIT, FUSED, PRESETS, TORCH, DiTConfig, NetworkConfig, ServeConfig, WindowConfig
 from longlive_serve.engines import open_graphs
 from longlive_serve.engines.graph_engine import GraphDiT
 from longlive_serve.engines.graph_files import Manifest
@@ -193,7 +193,14 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) -> DiT:
     if arguments.graphs is None:
         network = case_network(case, tensors).to(arguments.device, getattr(torch, arguments.dtype))
-        return TorchDiT(network, case.network, 1, case.variant)
+        if arguments.engine == TORCH:
+            return TorchDiT(network, case.network, 1, case.variant)
+        try:
+            from longlive_serve.engines.fused_dit_engine import FusedDiT  # it needs Triton
+        except ImportError as error:
+            raise ValueError(f"--engine {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
+        fp8 = arguments.fp8 or arguments.fp8_attention
+        return FusedDiT(network, case.network, 1, case.variant, fp8, arguments.fp8_attention)
     backend = Manifest.read(arguments.graphs).backend
     graphs = open_graphs(DIT, backend, arguments.graphs, case.network, case.variant, arguments.device)
     return GraphDiT(graphs, case.network, 1, case.variant)
@@ -210,9 +217,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, help=text)
     parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
+    text = "what runs it; fused on the CPU takes $TRITON_INTERPRET=1 (default: %(default)s)"
+    parser.add_argument("--engine", choices=[TORCH, FUSED], default=TORCH, help=text)
+    parser.add_argument("--fp8", action="store_true", help="with fused: products in FP8; give a --tolerance")
+    parser.add_argument("--fp8-attention", action="store_true", help="with fused: and attention in FP8")
     text = "run these graphs or plans of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args(argv)
+    if arguments.engine == FUSED and arguments.graphs is not None:
+        parser.error(f"--graphs: got --engine {FUSED} as well, expected one of them")
+    if (arguments.fp8 or arguments.fp8_attention) and arguments.engine != FUSED:
+        parser.error(f"--fp8: got --engine {arguments.engine}, expected {FUSED}")
     try:
         case = Case.load(arguments.case)
         tensors = read_tensors(case, arguments.case.with_suffix(".safetensors"))

@@ -110,6 +110,16 @@ ELSEWHERE = (
         options="--graphs --plans",
         test="test_bench.test_what_was_exported_is_measured_beside_torch",
     ),
+    Elsewhere(
+        module="longlive_serve.bench",
+        options="--check --no-flex",
+        test="test_bench.test_each_row_is_compared_with_torch",
+    ),
+    Elsewhere(
+        module="longlive_serve.replay",
+        options="--engine --fp8 --fp8-attention",
+        test="test_fused_dit.test_replay_runs_it_in_fp8",
+    ),
     Elsewhere(module="longlive_serve.server", options="--config", test="test_commands.test_a_server_comes_and_goes"),
     Elsewhere(
         module="longlive_serve.interpreter",

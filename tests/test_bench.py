@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from longlive_serve.bench import __main__ as command
-from longlive_serve.bench import flops, live, run
+from longlive_serve.bench import check, flops, live, run
 from longlive_serve.bench.attention_table import exact
 from longlive_serve.bench.record import top_figures
 from longlive_serve.bench.rows import BASELINE
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "gpu.json"
     path.write_text('{"another": {"section": 1}}')
     arguments = [*QUICK, "--max-sessions", "1", "--rows", "torch", BASELINE, "fused", "torch tiny"]
-    arguments += ["--no-flex", "--json", str(path)]
+    arguments += ["--no-flex", "--check", "--json", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", BARE_MACHINE, *arguments],
@@ -84,6 +84,32 @@ def test_a_run_says_what_it_measured_and_where(whole: dict[str, Any], record: di
     assert not record["failed"]
     assert all(math.isfinite(number) for number in numbers(record))
     assert "new prompt" in whole["printed"]
+
+
+def test_each_row_is_compared_with_torch(whole: dict[str, Any], record: dict[str, Any]) -> None:
+    checks = {row["name"]: row["check"] for row in record["rows"]}
+    for found in checks.values():
+        assert len(found["latents_off"]) == 6
+        assert found["same_twice"]
+    assert set(checks["torch"]["latents_off"]) == {0.0}
+    assert checks["torch"]["frames_off"] == checks["torch tiny"]["frames_off"] == 0
+    assert 0 < max(checks[BASELINE]["latents_off"]) < 1e-3
+    assert "torch: latents 0 % off torch's (0 % in the last chunk), frames 0; the same bits twice" in whole["printed"]
+
+
+@pytest.mark.parametrize("broken", ["other", "nan"])
+def test_a_row_that_computes_something_else_fails(
+    broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = (check.CHUNKS, TOY.window.chunk, 16, TOY.latent_height, TOY.latent_width)
+    latents = torch.full(size, math.nan) if broken == "nan" else torch.randn(size)
+    expected = check.make_video
+    monkeypatch.setattr(run, "make_video", lambda pipeline: expected(pipeline)._replace(latents=latents))
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: {})
+    monkeypatch.setattr(run, "measure_attention", lambda *_: {})
+    assert command.main([*QUICK, "--check", "--rows", "torch", "--max-sessions", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "failed: torch: WrongResultError: the first chunk's latents are" in printed
 
 
 def test_the_figures_of_a_row_agree_with_each_other(record: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longlive_serve.bench.baseline import EagerDiT
@@ -30,7 +31,7 @@ from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate, simulate_attention
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
-from tests.test_replay import write_case
+from tests.test_replay import error_of, run_replay, write_case
 from tests.tolerance import Float64, assert_as_near, assert_reference, error
 
 pytestmark = pytest.mark.numeric
@@ -65,25 +66,36 @@ def text(rows: int) -> Tensor:
     return embeds
 
 
-@pytest.mark.parametrize(
-    ("name", "graphs"),
-    [
-        ("dit_tiny_rollout", True),
-        ("dit_tiny_switch_mid_sinkF", True),
-        ("dit_tiny_infinity_switch", True),
-        ("dit_tiny_switch_early_sinkT", False),
-    ],
-)
-def test_it_makes_the_latents_of_the_reference(name: str, graphs: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dit_tiny_rollout", "dit_tiny_switch_mid_sinkF", "dit_tiny_infinity_switch"])
+def test_it_makes_the_latents_of_the_reference(name: str, tmp_path: Path) -> None:
     path = write_case(tmp_path, name)
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
-    with graphs_on_cpu() if graphs else contextlib.nullcontext():
+    with graphs_on_cpu():
         dit = FusedDiT(case_network(case, tensors), case.network, 1, case.variant, fp8=False)
         got = replay(case, tensors, dit)
     assert_reference(got, tensors["latents"], exact_latents(case, tensors))
-    if graphs:
-        assert Graph.replayed > Graph.captured > 2
+    assert Graph.replayed > Graph.captured > 2
+
+
+def test_replay_runs_it(tmp_path: Path) -> None:
+    path = write_case(tmp_path, "dit_tiny_switch_early_sinkT")
+    done = run_replay(path, "--engine", "fused")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [["--fp8"], ["--fp8-attention"]])
+def test_replay_runs_it_in_fp8(options: list[str], tmp_path: Path) -> None:
+    """Two chunks, which is enough to see that it is another precision, and that it is near."""
+    whole = write_case(tmp_path, "dit_tiny_rollout")
+    tensors = load_file(whole.with_suffix(".safetensors"))
+    short = tensors | {"noise": tensors["noise"][:, :6], "latents": tensors["latents"][:, :6]}
+    short["renoise"] = tensors["renoise"][:6]
+    path = write_case(tmp_path, "dit_tiny_rollout", chunks=2)
+    save_file({name: tensor.contiguous() for name, tensor in short.items()}, path.with_suffix(".safetensors"))
+    done = run_replay(path, "--engine", "fused", *options, "--tolerance", "0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert error_of(done.stdout) > 1e-3
 
 
 def test_in_bfloat16_it_is_as_near_the_reference_as_the_eager_baseline(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,27 @@ def test_a_case_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     done = run_replay(path)
     assert done.returncode == 2
     assert str(path) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--engine", "fused", "--graphs", "."], "--graphs: got --engine fused as well, expected one of them"),
+        (["--fp8"], "--fp8: got --engine torch, expected fused"),
+        (["--engine", "turbo"], "invalid choice: 'turbo'"),
+    ],
+)
+def test_options_that_exclude_each_other_are_named(
+    options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["case.json", *options])
+    assert complaint in capsys.readouterr().err
+
+
+def test_without_triton_the_fused_engine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "longlive_serve.engines.fused_dit_engine", None)
+    assert main([str(write_case(tmp_path, "dit_tiny_rollout")), "--engine", "fused"]) == 2
+    assert "--engine fused" in capsys.readouterr().err

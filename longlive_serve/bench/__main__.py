@@ -42,6 +42,7 @@ examples:
   python -m longlive_serve.bench --json results/gpu.json --plot docs/gpu.png
   python -m longlive_serve.bench --rows "eager baseline" "fused fp8" --chunks 100 --live-seconds 60
   python -m longlive_serve.bench --rows torch --plans plans/bf16
+  python -m longlive_serve.bench --check --rows fused "fused all fp8"   # do they compute what torch computes?
 """
 
 
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
     with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        run = Run(args.preset, args.device, rows, plan, Bar(progress, plan.steps).tell, flex=not args.no_flex)
+        tell = Bar(progress, plan.steps).tell
+        run = Run(args.preset, args.device, rows, plan, tell, flex=not args.no_flex, check=args.check)
         with contextlib.suppress(KeyboardInterrupt):
             run.measure(lambda: write_record(args.json, made, run.record) if args.json else None)
     record = run.record
@@ -102,6 +104,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     text = "leave FlexAttention out of the table of attention kernels: it compiles for a minute"
     parser.add_argument("--no-flex", action="store_true", help=text)
+    text = "compare each row's latents and frames with the torch engine's first; a row that is wrong fails"
+    parser.add_argument("--check", action="store_true", help=text)
     text = "a row `onnxruntime` of these as well, made by `python -m export.to_onnx` of random weights in this preset"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     text = "and a row `tensorrt`, made of such graphs by `python -m export.to_tensorrt`"

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from longlive_serve.bench.attention_table import measure_attention
+from longlive_serve.bench.check import Video, check, make_video
 from longlive_serve.bench.live import measure_live
 from longlive_serve.bench.measure import Alone, Plan
 from longlive_serve.bench.roofline import FP8, achieved, measure_roofline, shares
 from longlive_serve.bench.rows import Row, build
-from longlive_serve.config import ServeConfig
+from longlive_serve.config import TORCH, ServeConfig
 from longlive_serve.engines.transfer import use_device
 from longlive_serve.pipeline import Pipeline
 
@@ -33,11 +34,22 @@ class Run:
     """One run of the benchmark. All its figures are of the same device, on the same day."""
 
     def __init__(
-        self, preset: str, device: str, rows: Sequence[Row], plan: Plan, tell: Tell, *, flex: bool = True
+        self,
+        preset: str,
+        device: str,
+        rows: Sequence[Row],
+        plan: Plan,
+        tell: Tell,
+        *,
+        flex: bool = True,
+        check: bool = False,
     ) -> None:
-        """`flex`: FlexAttention has its place in the table of attention kernels."""
+        """`flex`: FlexAttention has its place in the table of attention kernels. `check`: each row's videos are
+        compared with the torch engine's."""
         self.preset, self.device, self.rows, self.plan, self.tell = preset, device, rows, plan, tell
-        self.flex = flex
+        self.flex, self.check = flex, check
+        self._expected: dict[str, Video] = {}
+        """By decoder."""
         self.on_cuda = device.startswith("cuda")
         self.dtype = "bfloat16" if self.on_cuda else "float32"  # what `auto` comes to in a server
         self.record: dict[str, Any] = {
@@ -63,10 +75,7 @@ class Run:
         self.record["attention"] = measure_attention(config.network, self.device, self.dtype, self.flex)
         for row in self.rows:
             self._try(row)
-            gc.unfreeze()
-            gc.collect()
-            if self.on_cuda:
-                torch.cuda.empty_cache()
+            self._free()
             save()
         self.record["complete"] = True
         save()
@@ -85,6 +94,7 @@ class Run:
         config = self._config(dict(row.settings))
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
+        expected = self._video_of_torch(config.decoder) if self.check else None
         self.tell(row.name, "networks")
         began = time.perf_counter()
         engines = build(row, config)
@@ -92,6 +102,9 @@ class Run:
         self.tell(row.name, "warm-up")
         chunk_s = pipeline.warm_up()
         ready_s = time.perf_counter() - began
+        if expected is not None:
+            self.tell(row.name, "check")
+        checked = {} if expected is None else {"check": check(pipeline, expected)}
         gc.collect()
         gc.freeze()  # as the server does
 
@@ -111,6 +124,7 @@ class Run:
             "fp8_decoder": config.fp8_decoder,
             "baseline": row.is_baseline,
             **figures,
+            **checked,
             "live": live,
             "ready_s": ready_s,
             "flops": reached,
@@ -118,6 +132,22 @@ class Run:
             "of_fp8_roofline": shares(reached, self.record["roofline"], FP8) if config.fp8 else {},
             "peak_bytes": torch.cuda.max_memory_allocated() if self.on_cuda else None,
         }
+
+    def _video_of_torch(self, decoder: str) -> Video:
+        if decoder not in self._expected:
+            self.tell("torch", "the video that others are compared with")
+            config = self._config({"engine": TORCH, "decoder": decoder})
+            engines = build(Row(name="expected", settings={}), config)
+            self._expected[decoder] = make_video(Pipeline(engines, config.network, config.variant))
+            del engines
+            self._free()
+        return self._expected[decoder]
+
+    def _free(self) -> None:
+        gc.unfreeze()
+        gc.collect()
+        if self.on_cuda:
+            torch.cuda.empty_cache()
 
     def _config(self, settings: dict[str, Any]) -> ServeConfig:
         return ServeConfig(preset=self.preset, device=self.device, slots=self.plan.slots, **settings)

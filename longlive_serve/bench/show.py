@@ -22,6 +22,7 @@ def tables(record: dict[str, Any]) -> Iterator[Table | str]:
     if record["rows"]:
         yield chunk_table(record["rows"])
         yield session_table(record["rows"])
+        yield from (check_line(row) for row in record["rows"] if "check" in row)
     if record["attention"]:
         yield attention_table(record["attention"])
     if record["roofline"]:
@@ -38,6 +39,14 @@ def _grid(title: str, columns: Sequence[str]) -> Table:
     for number, column in enumerate(columns):
         grid.add_column(column, justify="right" if number else "left", no_wrap=True)
     return grid
+
+
+def check_line(row: dict[str, Any]) -> str:
+    found = row["check"]
+    first, last = (f"{100 * found['latents_off'][chunk]:.2g} %" for chunk in (0, -1))
+    twice = "the same bits twice" if found["same_twice"] else "other bits the second time"
+    frames = f"frames {found['frames_off']:.2g}"
+    return f"{row['name']}: latents {first} off torch's ({last} in the last chunk), {frames}; {twice}"
 
 
 def chunk_table(rows: Sequence[dict[str, Any]]) -> Table:
