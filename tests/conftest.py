@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import shutil
@@ -23,14 +22,13 @@ os.environ.pop("COLUMNS", None)  # to which commands wrap what they say; process
 
 from filelock import FileLock
 from hypothesis import settings
-from safetensors.torch import load_file
-from torch import Tensor
 
 from client.video_stream import VideoStream
 from export.to_onnx import Written, export, source_of_config
 from longlive_serve.config import DIT, NETWORKS, ServeConfig
 from longlive_serve.server import TritonServer
 from tests.both_streams import BlockingAsyncVideoStream, Open
+from tests.cases import write_case
 from tests.echo_server import Launched, write_repository
 from tests.live import metric, start_server
 from tests.service_bench import Clock, wait_until
@@ -39,7 +37,6 @@ settings.register_profile("any machine", deadline=None)  # how long an example t
 settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 
-GOLDEN = Path(__file__).parent / "golden"
 T = TypeVar("T")
 FIRST = (
     "test_commands", "test_export", "test_trials", "test_live_faults", "test_quantization", "test_tensorrt",
@@ -54,16 +51,6 @@ apart, so that the others have the cores meanwhile."""
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
-
-
-def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`name`.json (empty when there is none) and the tensors of `name`.safetensors (likewise)."""
-    facts, tensors = GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors"
-    if not facts.exists() and not tensors.exists():
-        raise FileNotFoundError(f"no golden file {name} in {GOLDEN}")
-    return json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}, load_file(
-        tensors
-    ) if tensors.exists() else {}
 
 
 @pytest.fixture(params=[False, True], ids=["host", "device"])
@@ -126,7 +113,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraphs:
 @pytest.fixture(scope="session")
 def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """The golden network as graphs, by whether its RoPE is relative: what the command writes."""
-    from tests.test_replay import write_case  # it needs `golden`
 
     def graphs(relative: bool) -> Path:
         name = "dit_tiny_infinity" if relative else "dit_tiny_rollout"

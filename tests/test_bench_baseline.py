@@ -19,8 +19,7 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.replay import Case, case_network, exact_latents, read_tensors, replay
 from longlive_serve.session import Prompt, SeededNoise, Session
 from longlive_serve.weights import load_network
-from tests.conftest import golden
-from tests.test_replay import write_case
+from tests.cases import golden, write_case
 from tests.test_vae_decoder import exact_frames
 from tests.tolerance import assert_reference, whole_numbers
 

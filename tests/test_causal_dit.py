@@ -17,7 +17,7 @@ from longlive_serve.kv_cache import Placement, Window
 from longlive_serve.models.causal_dit import CacheView, CausalDiT, time_features
 from longlive_serve.models.rope import RotaryTables, axis_angles, rotate, split_pairs
 from longlive_serve.noise_schedule import NoiseSchedule
-from tests.conftest import golden
+from tests.cases import golden
 from tests.tolerance import Float64, assert_reference
 
 pytestmark = pytest.mark.numeric

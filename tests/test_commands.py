@@ -24,11 +24,11 @@ import pytest
 from client.video_file import VideoFile
 from longlive_serve.config import PRESETS
 from longlive_serve.server import TritonServer
+from tests.cases import write_case
 from tests.command_table import ELSEWHERE, PROMPT, SKIPPED, SMOKES, Smoke
 from tests.commands import ROOT, Named, lines_of_code, modules, named, named_in, of_make, read_arguments, verbs
 from tests.live import start_server
 from tests.test_live_adapters import TOKEN, write_adapter
-from tests.test_replay import write_case
 
 DEMO = ROOT / "model_repository/longlive/1/demo"
 LIMIT_S = 900.0  # of one that hangs; cores may be shared

@@ -21,9 +21,10 @@ from longlive_serve.engines.graph_files import Manifest
 from longlive_serve.engines.graph_io import GRAPHS_OF, PROMPT_KV, graph_io
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from tests.cases import ROLLOUTS, write_case
 from tests.conftest import ExportedGraphs
 from tests.shallow import shallow
-from tests.test_replay import ROLLOUTS, run_replay, write_case
+from tests.test_replay import run_replay
 
 SHIPPED = Path(__file__).parents[1] / "model_repository/longlive/1/demo"
 

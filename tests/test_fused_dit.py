@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longlive_serve.bench.baseline import EagerDiT
@@ -30,8 +29,9 @@ from longlive_serve.replay import Case, case_network, exact_latents, read_tensor
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.weights import load_network
 from quantization.dynamic_fp8 import simulate, simulate_attention
+from tests.cases import shorten, write_case
 from tests.graphs_on_cpu import Graph, graphs_on_cpu
-from tests.test_replay import error_of, run_replay, write_case
+from tests.test_replay import error_of, run_replay
 from tests.tolerance import Float64, assert_as_near, assert_reference, error
 
 pytestmark = pytest.mark.numeric
@@ -87,12 +87,8 @@ def test_replay_runs_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [["--fp8"], ["--fp8-attention"]])
 def test_replay_runs_it_in_fp8(options: list[str], tmp_path: Path) -> None:
     """Two chunks, which is enough to see that it is another precision, and that it is near."""
-    whole = write_case(tmp_path, "dit_tiny_rollout")
-    tensors = load_file(whole.with_suffix(".safetensors"))
-    short = tensors | {"noise": tensors["noise"][:, :6], "latents": tensors["latents"][:, :6]}
-    short["renoise"] = tensors["renoise"][:6]
-    path = write_case(tmp_path, "dit_tiny_rollout", chunks=2)
-    save_file({name: tensor.contiguous() for name, tensor in short.items()}, path.with_suffix(".safetensors"))
+    path = write_case(tmp_path, "dit_tiny_rollout")
+    shorten(path, 2)
     done = run_replay(path, "--engine", "fused", *options, "--tolerance", "0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert error_of(done.stdout) > 1e-3

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from longlive_serve.config import PRESETS, WindowConfig
 from longlive_serve.kv_cache import KVCache, Window
-from tests.conftest import GOLDEN
+from tests.cases import GOLDEN
 
 CHUNK = 3
 windows = st.tuples(st.integers(0, 3), st.integers(1, 5)).map(

@@ -18,7 +18,7 @@ from longlive_serve.engines.torch_engine import TorchDiT
 from longlive_serve.lora import merged_state
 from longlive_serve.weights import adapters_of, fingerprint, load_network
 from longlive_serve.weights_folder import DIT_FILE, LONGLIVE_FOLDER, LORA_FILE
-from tests.conftest import GOLDEN, golden
+from tests.cases import GOLDEN, golden
 from tests.test_causal_dit import Both
 from tests.tolerance import assert_reference, error, gamma
 from tests.weights_files import (

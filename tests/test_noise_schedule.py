@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longlive_serve.noise_schedule import NoiseSchedule, add_noise, sigma_at, training_sigmas
-from tests.conftest import golden
+from tests.cases import golden
 
 pytestmark = pytest.mark.numeric
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,41 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from longlive_serve.replay import Case, exact_latents, main, read_tensors, rounding
-from tests.conftest import golden
+from tests.cases import ROLLOUTS, write_case
 from tests.tolerance import GOLDEN, error
-
-ROLLOUTS: dict[str, dict[str, Any]] = {
-    "dit_tiny_rollout": {},
-    "dit_tiny_switch_mid_sinkT": {"switches": [14, 22]},
-    "dit_tiny_switch_mid_sinkF": {"switches": [14, 22], "global_sink": False},
-    "dit_tiny_switch_early_sinkT": {"switches": [4, 12]},
-    "dit_tiny_infinity": {"relative": True},
-    "dit_tiny_infinity_switch": {"switches": [14, 22], "relative": True},
-}
-
-
-def write_case(folder: Path, name: str, **changes: Any) -> Path:
-    """The golden rollout `name` as a case file."""
-    facts, inputs = golden("dit_tiny_rollout")
-    weights = golden("dit_tiny_weights")[1]
-    tensors = {f"weights.{key}": tensor for key, tensor in weights.items()}
-    tensors |= {key: inputs[key] for key in inputs if key.startswith("prompt_embeds.")}
-    tensors |= {"noise": inputs["noise"], "renoise": inputs["renoise"], "latents": golden(name)[1]["latents"]}
-    sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim")
-    case = {
-        "config": {key: facts["config"][key] for key in sizes},
-        "latent": [16, 4, 16],
-        "chunks": 10,
-        "switches": [],
-        "relative": False,
-        "global_sink": True,
-        "window": 12,
-        "sink": 3,
-    }
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(case | ROLLOUTS.get(name, {}) | changes))
-    save_file(tensors, path.with_suffix(".safetensors"))
-    return path
 
 
 def run_replay(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -28,10 +28,10 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.replay import Case, exact_latents, read_tensors, replay
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.weights import load_network
+from tests.cases import ROLLOUTS, write_case
 from tests.conftest import ExportedGraphs
 from tests.cuda_on_cpu import Cuda
 from tests.tensorrt_on_cpu import tensorrt_on_cpu, write_plans
-from tests.test_replay import ROLLOUTS, write_case
 from tests.tolerance import Float64, assert_as_near, assert_reference
 
 pytestmark = pytest.mark.numeric

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from longlive_serve.config import PRESETS, TextEncoderConfig
 from longlive_serve.models.text_encoder import END_ID, PAD_ID, TextEncoder, Tokenizer, clean_prompt, map_wan_names
-from tests.conftest import golden
+from tests.cases import golden
 from tests.tolerance import Float64, assert_reference
 
 pytestmark = pytest.mark.numeric

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longlive_serve.config import PRESETS, VAEConfig
 from longlive_serve.models.vae_decoder import CausalConv3d, FeatureCache, VAEDecoder, to_uint8
-from tests.conftest import golden
+from tests.cases import golden
 from tests.tolerance import Float64, assert_reference
 
 pytestmark = pytest.mark.numeric
