@@ -134,6 +134,7 @@ ELSEWHERE = (
         module="tests.cudnn_plans",
         test="test_cudnn_plans.test_an_h200_has_a_plan_for_every_size_and_multiplies_fp8_as_such",
     ),
+    Elsewhere(module="tests.gpu_check", options="--json --seconds --toy", test="test_gpu_check.test_every_step_runs"),
     Elsewhere(
         module="tests.hopper_on_cpu", test="test_kernels_compile.test_every_kernel_compiles_and_none_spills_registers"
     ),

@@ -47,13 +47,13 @@ def _product(size: int, device: str, dtype: str) -> Callable[[], object]:
 
 def _fp8_product(size: int, device: str, dtype: str) -> Callable[[], object]:
     """With a scale for each row of `a` and each column of `b`, as the fused engine multiplies."""
-    (a, scale_a), (b, scale_b) = (_to_fp8(torch.randn(size, size, device=device)) for _ in range(2))
+    (a, scale_a), (b, scale_b) = (to_fp8(torch.randn(size, size, device=device)) for _ in range(2))
     return lambda: torch._scaled_mm(
         a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=device.startswith("cuda")
     )
 
 
-def _to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.abs().amax(1, keepdim=True) / LARGEST_FP8
     return to_8_bit(x, scale, torch.float8_e4m3fn), scale
 

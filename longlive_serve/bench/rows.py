@@ -69,12 +69,12 @@ def build(row: Row, config: ServeConfig) -> Engines:
         raise ValueError(f"engine {FUSED} on {config.device}: its kernels need a GPU")
     if row.is_baseline:
         return _build_baseline(config)
-    return _with_words(build_engines(config, load=random_network), config)
+    return with_words(build_engines(config, load=random_network), config)
 
 
 def _build_baseline(config: ServeConfig) -> Engines:
     """The torch engine's networks, run as the reference runs them."""
-    engines = _with_words(build_engines(dataclasses.replace(config, slots=1), load=random_network), config)
+    engines = with_words(build_engines(dataclasses.replace(config, slots=1), load=random_network), config)
     dit, decoder = engines.dit, engines.vae_decoder
     assert isinstance(dit, TorchDiT)
     assert isinstance(decoder, TorchVAEDecoder)
@@ -87,6 +87,7 @@ def _build_baseline(config: ServeConfig) -> Engines:
     )
 
 
-def _with_words(engines: Engines, config: ServeConfig) -> Engines:
+def with_words(engines: Engines, config: ServeConfig) -> Engines:
+    """With a text encoder that takes words as tokens: there is no tokenizer."""
     assert isinstance(engines.text_encoder, TorchTextEncoder)
     return dataclasses.replace(engines, text_encoder=WordEncoder(engines.text_encoder, config.network))
