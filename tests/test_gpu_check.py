@@ -21,7 +21,7 @@ from tests.gpu_check import OUT_OF_TIME, Checks, main
 ROOT = Path(__file__).parents[1]
 BARE = """
 import runpy, sys
-for name in ("ftfy", "av", "tritonclient", "matplotlib", "onnxruntime", "onnx", "grpc", "pytest", "hypothesis", "diffusers"):
+for name in "ftfy av tritonclient matplotlib onnxruntime onnx grpc pytest hypothesis diffusers".split():
     sys.modules[name] = None
 runpy.run_module("tests.gpu_check", run_name="__main__", alter_sys=True)
 """
