@@ -132,23 +132,27 @@ class Pipeline:
                 there = ToHost(frames)
             yield there
 
-    def warm_up(self) -> float:
+    def warm_up(self, slots: int | None = None) -> float:
         """Generate a short video that nobody sees, before the first session. Returns the seconds of a chunk.
 
-        It switches prompts as often as an eager viewer, so that what is promised by that time can be kept.
+        It switches prompts as often as an eager viewer, so that what is promised by that time can be kept. `slots`: as
+        `prepare` has it.
         """
-        dit = self.engines.dit
-        if isinstance(dit, Preparable):
+        if isinstance(self.engines.dit, Preparable):
             self._rehearse()
         session, seconds = _nobodys("a warm-up"), []
         for number in range(4 * self.window.capacity):
             if number % WARM_UP_SWITCH == WARM_UP_SWITCH - 1:
                 session.add_prompt("another warm-up", NOW)
             seconds.append(self.advance(session).seconds)
-        if isinstance(dit, Preparable):
-            with torch.inference_mode():
-                dit.prepare()
+        self.prepare(slots)
         return statistics.mean(seconds[self.window.capacity :])
+
+    @torch.inference_mode()
+    def prepare(self, slots: int | None = None) -> None:
+        """So that the first session in any of the first `slots` (default: all) waits for nothing that is made once."""
+        if isinstance(self.engines.dit, Preparable):
+            self.engines.dit.prepare(slots)
 
     def _rehearse(self) -> None:
         """Whatever a session can ask for, twice: such engines compile when they meet a size, and then capture it.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,7 +278,10 @@ def test_sessions_are_added_until_chunks_come_late_twice(monkeypatch: pytest.Mon
     monkeypatch.setattr(live, "run_live", run_live)
     told: list[str] = []
     config = ServeConfig(slots=8)
-    figures = live.measure_live(None, config, 0.25, 1.0, 8, told.append)  # type: ignore[arg-type]
+    prepared: list[int] = []
+    pipeline: Any = SimpleNamespace(prepare=prepared.append)
+    figures = live.measure_live(pipeline, config, 0.25, 1.0, 8, told.append)
+    assert prepared == [1, 2, 3], "slots that nobody uses cost nothing"
     assert [run["sessions"] for run in figures["runs"]] == [1, 2, 2, 3, 3]
     assert (figures["sessions"], figures["most_tried"], figures["announced"]) == (2, 3, 2)
     assert told[-1] == "3 live sessions"

@@ -255,13 +255,18 @@ def test_every_thread_runs_a_function_as_it_is_before_it_captures() -> None:
 def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
     prompts = [text(9), text(9)]
     with graphs_on_cpu():
-        fused = FusedDiT(tiny_network(), TINY, 2, "base")
+        fused = FusedDiT(tiny_network(), TINY, 3, "base")
         for chunk in range(6):  # until the ring has been round once
             second_of(fused, 0, chunk, prompts[0])
-        fused.prepare()
+        fused.prepare(1)
+        of_one = Graph.captured
+        fused.prepare(2)
         captured = Graph.captured
+        assert captured == 2 * of_one
         flows = [second_of(fused, 1, chunk, prompts[1]) for chunk in range(6)]
         assert Graph.captured == captured
+        fused.prepare()
+        assert Graph.captured == 3 * of_one
     plain, exact = (TorchDiT(network, TINY, 1, "base") for network in (tiny_network(), tiny_network().double()))
     for chunk, flow in enumerate(flows):
         with Float64():

@@ -79,6 +79,7 @@ def measure_live(
     config = dataclasses.replace(config, max_unread=10**9)
     runs: list[dict[str, Any]] = []
     for sessions in range(1, most + 1):
+        pipeline.prepare(sessions)  # a CUDA graph for each size and slot: only of slots that are used
         for _ in range(2):
             tick(f"{sessions} live sessions")
             runs.append(run_live(pipeline, config, chunk_s, seconds, sessions))

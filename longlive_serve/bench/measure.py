@@ -22,6 +22,7 @@ from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import Prompt, SeededNoise, Session
 
 DENOISE, COMMIT, DECODE, SWITCH, HOST = "denoise", "commit", "decode", "switch", "host"
+SLOTS = 2  # for sessions that have the device to themselves
 PHASES = (DENOISE, COMMIT, DECODE, HOST)  # of a chunk without a switch
 
 
@@ -42,7 +43,7 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        return max(2, self.max_sessions)
+        return max(SLOTS, self.max_sessions)
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from longlive_serve.bench.attention_table import measure_attention
 from longlive_serve.bench.check import Video, check, make_video
 from longlive_serve.bench.live import measure_live
-from longlive_serve.bench.measure import Alone, Plan
+from longlive_serve.bench.measure import SLOTS, Alone, Plan
 from longlive_serve.bench.roofline import FP8, achieved, measure_roofline, shares
 from longlive_serve.bench.rows import Row, build
 from longlive_serve.config import TORCH, ServeConfig
@@ -100,7 +100,7 @@ class Run:
         engines = build(row, config)
         pipeline = Pipeline(engines, config.network, config.variant)
         self.tell(row.name, "warm-up")
-        chunk_s = pipeline.warm_up()
+        chunk_s = pipeline.warm_up(SLOTS)
         ready_s = time.perf_counter() - began
         if expected is not None:
             self.tell(row.name, "check")

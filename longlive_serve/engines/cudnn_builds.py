@@ -40,11 +40,11 @@ class Builds:
     """Plans for one device."""
 
     def __init__(self, properties: str, cache: PlanCache, processes: int | None = None) -> None:
-        """properties: the device's, as the frontend serializes them. processes: default, one for each core."""
+        """properties: the device's, as the frontend serializes them. processes: default, one per core, up to 16."""
         import cudnn
 
         self._properties, self._cache = properties, cache
-        self._processes = processes or len(os.sched_getaffinity(0))
+        self._processes = processes or min(16, len(os.sched_getaffinity(0)))  # each loads PyTorch
         self._versions = f"cuDNN {cudnn.backend_version()}, frontend {cudnn.__version__}, torch {torch.__version__}"
 
     def key(self, *parts: object) -> str:

@@ -62,14 +62,15 @@ class FusedDiT:
         self.cache = KVCache(config, slots, device, self.cache_dtype)
         grid = config.latent_height // PATCH, config.latent_width // PATCH
         self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
-        self._calls: dict[Hashable, Call] | None = {}
-        """One of each size that has come, until `prepare`."""
+        self._calls: dict[Hashable, Call] = {}
+        """One of each size that has come before `prepare`; kept until all slots are prepared."""
+        self._warming_up = True
         self._take(network)
 
     def with_network(self, network: CausalDiT) -> FusedDiT:
         """As `Exchangeable.with_network`. Takes the network's weights."""
         other = copy.copy(self)
-        other._calls = None
+        other._calls, other._warming_up = {}, False
         other._take(network)
         return other
 
@@ -103,17 +104,19 @@ class FusedDiT:
     def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
         self._run(clean, COMMIT, prompt_kv, slot, placement)
 
-    def prepare(self) -> None:
-        """Capture, for all slots, graphs of what any of them has run: a session in a fresh slot then waits for none."""
-        calls, self._calls = self._calls or {}, None
-        for call in calls.values():
-            for slot in range(self.cache.keys.shape[1]):
+    def prepare(self, slots: int | None = None) -> None:
+        """Capture graphs of what any slot has run: a session in a fresh slot then waits for none."""
+        self._warming_up = False
+        for call in self._calls.values():
+            for slot in range(self.cache.keys.shape[1] if slots is None else slots):
                 self.graphs.prepare(*self._graph(call, slot))
+        if slots is None:
+            self._calls = {}
 
     def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor | None:
         call = Call(latents=latents, step=step, prompt_kv=prompt_kv, placement=placement)
         graph = self._graph(call, slot)
-        if self._calls is not None:
+        if self._warming_up:
             self._calls.setdefault(graph[0], call)
         return self.graphs(*graph)
 

@@ -75,8 +75,8 @@ class DiT(Protocol):
 class Preparable(Protocol):
     """An engine that can do at the start what it would else do when a slot is used for the first time."""
 
-    def prepare(self) -> None:
-        """For all slots, what the calls so far have done for theirs."""
+    def prepare(self, slots: int | None = None) -> None:
+        """For the first so many slots (default: all), what calls before the first `prepare` have done for theirs."""
         ...
 
 
