@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -87,6 +88,21 @@ def test_a_step_that_fails_leaves_its_reason_and_the_others(
     assert record["steps"]["third"]["found"] == {"a": 1}
     assert "ArithmeticError: other numbers" in record["steps"]["second"]["failed"]
     assert "second: 0.0 s: ArithmeticError: other numbers" in capsys.readouterr().out
+
+
+def test_a_precision_that_fails_or_is_wrong_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rollout(self: Checks, case: Any, tensors: Any, precision: str) -> float:
+        if precision == "fp8":
+            raise ArithmeticError("no such product")
+        return {"bfloat16": math.nan}.get(precision, 1e-3)
+
+    monkeypatch.setattr(Checks, "rollout", rollout)
+    message = "dit_tiny_rollout, bfloat16, dit_tiny_rollout, fp8: nan"
+    with pytest.raises(gpu_check.StepError, match=message) as raised:
+        Checks(toy=True).rollouts()
+    found = raised.value.found
+    assert found["dit_tiny_rollout, float32"] == found["dit_tiny_rollout, fp8 attention"] == 1e-3
+    assert found["dit_tiny_rollout, fp8"] == "ArithmeticError: no such product"
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
