@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longlive_serve.bench.text import PROMPTS
+from longlive_serve.engines.cudnn_library import relative_error
 from longlive_serve.pipeline import Pipeline
 from longlive_serve.session import NOW, Prompt, SeededNoise, Session
 
@@ -49,7 +50,7 @@ def make_video(pipeline: Pipeline, chunks: int = CHUNKS) -> Video:
 def check(pipeline: Pipeline, expected: Video) -> dict[str, Any]:
     """How far a row is from the torch engine, chunk by chunk. Raises WrongResultError."""
     got, again = (make_video(pipeline, len(expected.latents)) for _ in range(2))
-    apart = [error(one, other) for one, other in zip(got.latents, expected.latents, strict=True)]
+    apart = [relative_error(one, other) for one, other in zip(got.latents, expected.latents, strict=True)]
     if not apart[0] < MOST:
         raise WrongResultError(f"the first chunk's latents are {apart[0]:.3g} off the torch engine's, of their norm")
     return {
@@ -57,8 +58,3 @@ def check(pipeline: Pipeline, expected: Video) -> dict[str, Any]:
         "frames_off": float(np.abs(got.frames.astype(np.int16) - expected.frames).mean()),
         "same_twice": torch.equal(got.latents, again.latents) and np.array_equal(got.frames, again.frames),
     }
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    """The norm of the difference by the norm."""
-    return float((got - expected).norm() / expected.norm())

@@ -92,14 +92,11 @@ def products(machine: Machine) -> dict[str, Any]:
     for name, (inputs, outputs) in shapes.items():
         x, weight, bias = machine.random(rows, inputs), machine.random(outputs, inputs), machine.random(outputs)
         (x8, x_scale), (weight8, weight_scale) = to_fp8(x), to_fp8(weight)
+        fp8 = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
         calls: dict[str, Callable[[], object]] = {
-            "16 bits": lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias),  # type: ignore[misc]
-            "fp8": lambda x8=x8, a=x_scale, weight8=weight8, b=weight_scale, bias=bias: torch._scaled_mm(  # type: ignore[misc]
-                x8, weight8.t(), a, b.t(), bias=bias.bfloat16(), out_dtype=torch.bfloat16, use_fast_accum=True
-            ),
-            "with gelu": lambda x=x, weight=weight, bias=bias: torch._addmm_activation(  # type: ignore[misc]
-                bias, x, weight.t(), use_gelu=True
-            ),
+            "16 bits": functools.partial(F.linear, x, weight, bias),
+            "fp8": functools.partial(fp8, x8, weight8.t(), x_scale, weight_scale.t(), bias=bias.bfloat16()),
+            "with gelu": functools.partial(torch._addmm_activation, bias, x, weight.t(), use_gelu=True),
         }
         seconds = {kind: machine.seconds(call) for kind, call in calls.items()}
         found[name] = {"flop": 2 * rows * inputs * outputs, "seconds": seconds}
@@ -155,8 +152,7 @@ def convolutions(machine: Machine) -> dict[str, Any]:
         x = machine.random(1, width, frames + 2, *place).to(memory_format=torch.channels_last_3d)
         weight = machine.random(width, width, 3, 3, 3).to(memory_format=torch.channels_last_3d)
         seconds: dict[str, float | str] = {
-            f"best of {limit}": machine.seconds(lambda x=x, weight=weight, limit=limit: _convolve(x, weight, limit))  # type: ignore[misc]
-            for limit in (10, 32)
+            f"best of {limit}": machine.seconds(functools.partial(_convolve, x, weight, limit)) for limit in (10, 32)
         }
         seconds["fp8"] = _convolve_fp8(machine, x, width)
         flop = 2 * 27 * width * width * frames * place[0] * place[1]

@@ -92,9 +92,9 @@ class Run:
 
     def _measure(self, row: Row) -> dict[str, Any]:
         config = self._config(dict(row.settings))
+        expected = self._video_of_torch(config.decoder) if self.check else None
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        expected = self._video_of_torch(config.decoder) if self.check else None
         self.tell(row.name, "networks")
         began = time.perf_counter()
         engines = build(row, config)
