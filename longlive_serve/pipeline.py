@@ -18,6 +18,7 @@ from torch import Tensor
 from longlive_serve.config import FRAMES_PER_LATENT, NetworkConfig
 from longlive_serve.engines.clock import Clock
 from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines, Preparable, PromptKV
+from longlive_serve.engines.start_up import WARM_UP, phase
 from longlive_serve.engines.transfer import ToHost, to_device
 from longlive_serve.errors import ServeError
 from longlive_serve.in_flight import ChunkInFlight, Phases
@@ -132,6 +133,7 @@ class Pipeline:
                 there = ToHost(frames)
             yield there
 
+    @phase(WARM_UP)
     def warm_up(self, slots: int | None = None) -> float:
         """Generate a short video that nobody sees, before the first session. Returns the seconds of a chunk.
 

@@ -40,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     "playback_lead_seconds": Family(kind=GAUGE, description="until a chunk is due, of the session nearest to it"),
     "kv_cache_bytes": Family(kind=GAUGE, description="size of the KV cache of all slots"),
     "info": Family(kind=GAUGE, description="1; what is served, in labels"),
+    "start_seconds": Family(kind=GAUGE, description="what the start took, by phase"),
     "chunks": Family(kind=COUNTER, description="chunks generated"),
     "frames": Family(kind=COUNTER, description="video frames generated"),
     "bytes": Family(kind=COUNTER, description="bytes of frames sent, as encoded"),
@@ -67,7 +68,7 @@ class Statistics:
         self._values: dict[tuple[str, Labels], float] = {}
         self._changed: dict[tuple[str, Labels], None] = {}
         for name, family in FAMILIES.items():
-            if name not in ("info", "phase_seconds") and not name.endswith("_bucket"):
+            if name not in ("info", "phase_seconds", "start_seconds") and not name.endswith("_bucket"):
                 self.set(name, 0.0 if family.kind == COUNTER else 0)
 
     def set(self, name: str, value: float, **labels: str) -> None:

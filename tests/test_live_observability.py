@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from client.video_stream import VideoStream
+from longlive_serve.engines.start_up import PHASES
 from longlive_serve.server import TritonServer
 from tests.live import frames_of, play, start_server
 from tests.service_bench import wait_until
@@ -58,6 +59,10 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
     phases = {name: value for name, value in told.items() if name.startswith("phase_seconds")}
     assert len(phases) == 4
     assert min(phases.values()) > 0
+    start = {name: value for name, value in told.items() if name.startswith("start_seconds")}
+    assert len(start) == len(PHASES)
+    assert all(start[f'start_seconds{{phase="{name}"}}'] > 0 for name in ("import", "load", "warm_up"))
+    assert re.search(r"started in \d+\.\d s: import \d+\.\d s", log)
     assert sum(phases.values()) <= told["chunk_seconds_sum"]
     (trace,) = (tmp_path / "traces").iterdir()
     assert trace.name == "watched.json"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from longlive_serve.bench.measure import SLOTS, Alone, Plan
 from longlive_serve.bench.roofline import FP8, achieved, measure_roofline, shares
 from longlive_serve.bench.rows import Row, build
 from longlive_serve.config import TORCH, ServeConfig
+from longlive_serve.engines.start_up import measure_start
 from longlive_serve.engines.transfer import use_device
 from longlive_serve.pipeline import Pipeline
 
@@ -96,12 +96,11 @@ class Run:
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         self.tell(row.name, "networks")
-        began = time.perf_counter()
-        engines = build(row, config)
-        pipeline = Pipeline(engines, config.network, config.variant)
-        self.tell(row.name, "warm-up")
-        chunk_s = pipeline.warm_up(SLOTS)
-        ready_s = time.perf_counter() - began
+        with measure_start() as start_s:
+            engines = build(row, config)
+            pipeline = Pipeline(engines, config.network, config.variant)
+            self.tell(row.name, "warm-up")
+            chunk_s = pipeline.warm_up(SLOTS)
         if expected is not None:
             self.tell(row.name, "check")
         checked = {} if expected is None else {"check": check(pipeline, expected)}
@@ -126,7 +125,8 @@ class Run:
             **figures,
             **checked,
             "live": live,
-            "ready_s": ready_s,
+            "ready_s": sum(start_s.values()),
+            "start_s": start_s,
             "flops": reached,
             "of_roofline": shares(reached, self.record["roofline"], engines.dtype),
             "of_fp8_roofline": shares(reached, self.record["roofline"], FP8) if config.fp8 else {},

@@ -2,7 +2,8 @@
 """Can this machine serve? `python -m longlive_serve.doctor` looks at what is installed, the GPU, the machine, the
 settings and the memory that they take, and says of all that is not well what to do. It takes the server's options.
 
-It loads no network and changes nothing. Exit code 0: a server would start; 1: something stands in the way.
+It loads no network and changes nothing. With `--start` it starts a server with these settings as well, twice, and says
+how long that takes. Exit code 0: a server would start; 1: something stands in the way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from longlive_serve.config import AUTO, ServeConfig
 from longlive_serve.doctor import engines, gpu, machine, memory, settings, software
 from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Section, lines_of, paint, wrap
 from longlive_serve.doctor.ports import ports, tls
+from longlive_serve.errors import ServerError
+from longlive_serve.results import SERVER, Measurement, cpu, versions
 from longlive_serve.server_arguments import DEFAULT_CONFIG, DEFAULT_PORTS, add_server_arguments
 from longlive_serve.tls_files import TlsFiles
 
@@ -37,6 +40,8 @@ class Report:
     summary: str
     memory: dict[str, Any] | None
     """`sizing.ServerMemory` in bytes; None: the settings cannot be read."""
+    start: dict[str, dict[str, float]] | None = None
+    """`start.measure`; None: it was not asked for, or fails."""
 
 
 def examine(path: Path, host: str, wanted: Mapping[str, int], files: TlsFiles) -> Report:
@@ -69,6 +74,20 @@ def examine(path: Path, host: str, wanted: Mapping[str, int], files: TlsFiles) -
     return Report(sections=sections, can_serve=can_serve, summary=summary, memory=needs)
 
 
+def with_start(report: Report, path: Path) -> Report:
+    """The report of a machine that can serve, with how long its start takes."""
+    from longlive_serve.doctor import start  # it needs a server's packages
+
+    try:
+        seconds = start.measure(path)
+    except ServerError as error:
+        failure = start.failure(error)
+        section, summary = Section("Start", [failure]), f"cannot serve here: {failure.subject}: {failure.found}"
+        return dataclasses.replace(report, sections=[*report.sections, section], can_serve=False, summary=summary)
+    section = Section("Start", start.findings(seconds))
+    return dataclasses.replace(report, sections=[*report.sections, section], start=seconds)
+
+
 def _summary(
     sections: Sequence[Section], config: ServeConfig | None, choice: Mapping[str, str], device: str
 ) -> tuple[bool, str]:
@@ -93,18 +112,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_server_arguments(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    text = "start a server with these settings, with empty caches and again, and say what takes how long"
+    parser.add_argument("--start", action="store_true", help=text)
+    text = "write what --start measured to this file, with what it was measured on"
+    parser.add_argument("--results", type=Path, metavar="JSON", help=text)
     args = parser.parse_args(argv)
+    if args.results and not args.start:
+        parser.error("--results: got it without --start, which measures")
     path, wanted = args.config or DEFAULT_CONFIG, {name: getattr(args, f"{name}_port") for name in DEFAULT_PORTS}
     try:
         files = TlsFiles(cert=args.tls_cert, key=args.tls_key, client_ca=args.tls_client_ca)
     except ValueError as error:
         parser.error(str(error))
     report = examine(path.absolute(), args.host, wanted, files)
+    if args.start and report.can_serve:
+        made = Measurement.begin("longlive_serve.doctor", argv)
+        report = with_start(report, path.absolute())
+        if args.results and report.start:
+            _write(args.results, made, report)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         _show(report)
     return 0 if report.can_serve else 1
+
+
+def _write(path: Path, made: Measurement, report: Report) -> None:
+    header = made.header(hardware=cpu(), versions=versions("torch", "transformers"), code=SERVER)
+    record = {**header, "summary": report.summary, "seconds": report.start}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _show(report: Report) -> None:

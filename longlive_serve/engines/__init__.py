@@ -22,6 +22,7 @@ from longlive_serve.config import (
     TORCH,
     VAE_DECODER,
 )
+from longlive_serve.engines.start_up import LOAD, note_compilations, phase
 
 if TYPE_CHECKING:
     from longlive_serve.config import NetworkConfig, ServeConfig
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@phase(LOAD)
 def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -> Engines:
     """The engines that `config` asks for; what `auto` came to, and why, is logged once.
 
@@ -57,6 +59,7 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
     backends = {network: choose(network, config) for network in NETWORKS}
     if FUSED in backends.values():
         _check_triton()
+        note_compilations()
 
     def network(name: str) -> Any:
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cudnn_attention import CudnnAttention
 from longlive_serve.engines.cudnn_library import relative_error
+from longlive_serve.engines.start_up import CHOOSE, phase
 from longlive_serve.kv_cache import Window
 from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
 
@@ -79,6 +80,7 @@ class Trial(NamedTuple):
     """The first head of what it gave, float32 [L, d]."""
 
 
+@phase(CHOOSE)
 def fastest_attention(config: NetworkConfig, device: torch.device, dtype: torch.dtype) -> Attend:
     """The fastest of CANDIDATES for a chunk against a full window; on a device without CUDA PyTorch's own choice."""
     if device.type != "cuda":
@@ -96,6 +98,7 @@ def fastest_attention(config: NetworkConfig, device: torch.device, dtype: torch.
     return CANDIDATES[best] if best else F.scaled_dot_product_attention
 
 
+@phase(CHOOSE)
 def fastest_fp8_attention(config: NetworkConfig, device: torch.device) -> AttendFP8:
     """The fastest of those that take FP8, or our own kernel where none can be timed."""
     candidates = fp8_candidates(device)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longlive_serve.engines.start_up import CAPTURE, phase
+
 Function = Callable[[Sequence[Tensor]], Tensor | None]
 
 
@@ -81,6 +83,7 @@ class CudaGraphs:
             self._came[key] = tensor  # held, so that no other one can be taken for it
         return self._places[key]
 
+    @phase(CAPTURE)
     def _capture(self, function: Function, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
         """All graphs share one pool of memory: they run one after another.
 

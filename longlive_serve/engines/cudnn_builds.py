@@ -19,6 +19,7 @@ import torch
 
 from longlive_serve.engines.cudnn_graphs import Blueprint, NoPlanError, build_first, kernels
 from longlive_serve.engines.plan_cache import PlanCache
+from longlive_serve.engines.start_up import COMPILE, phase
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Builds:
         kernel, _, plan = kept.partition(b"\0")
         return Built(kernel.decode(), plan)
 
+    @phase(COMPILE)
     def _build(self, tasks: Sequence[Task]) -> list[Built | NoPlanError]:
         made: list[Built | NoPlanError] = []
         if (processes := min(self._processes, len(tasks))) > 1:

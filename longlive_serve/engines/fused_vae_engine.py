@@ -16,6 +16,7 @@ from longlive_serve.config import NetworkConfig
 from longlive_serve.engines.cuda_graphs import CudaGraphs
 from longlive_serve.engines.cudnn_convolution import CudnnConvolution
 from longlive_serve.engines.cudnn_graphs import NoPlanError
+from longlive_serve.engines.start_up import CHOOSE, phase
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.fused_tiny import FusedTiny
 from longlive_serve.models.fused_vae import FusedVAE
@@ -77,6 +78,7 @@ class FusedVAEDecoder:
         assert frames is not None
         return frames
 
+    @phase(CHOOSE)
     def _choose_kernels(self, convolution: CudnnConvolution) -> None:
         """For all sizes that are served. Those of the first size are kept for others: a whole chunk, and no opening."""
         config, draw = self.config, torch.Generator(self.device).manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import triton_python_backend_utils as pb  # part of Triton's Python backend
 
 from longlive_serve.config import ServeConfig
 from longlive_serve.engines import build_engines
+from longlive_serve.engines.start_up import IMPORT, describe, measure_start, process_age
 from longlive_serve.errors import ServeError
 from longlive_serve.logs import set_up
 from longlive_serve.pipeline import Pipeline
@@ -20,6 +22,8 @@ from longlive_serve.protocol import CLIENT_HEADER, FrameChunk, Request
 from longlive_serve.service import VideoService
 from longlive_serve.termination import on_sigterm
 from longlive_serve.triton_metrics import TritonMetrics
+
+log = logging.getLogger("longlive_serve.model")
 
 
 class TritonSink:
@@ -49,8 +53,13 @@ class TritonPythonModel:
         config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", own))
         set_up(config.log_format)
         self.metrics = TritonMetrics(pb.MetricFamily)
-        pipeline = Pipeline(build_engines(config), config.network, config.variant)
-        self.service = VideoService(pipeline, config, self.metrics.publish, pipeline.warm_up())
+        with measure_start() as seconds:
+            seconds[IMPORT] = process_age()
+            pipeline = Pipeline(build_engines(config), config.network, config.variant)
+            chunk_s = pipeline.warm_up()
+        log.info("started in %.1f s: %s", process_age(), describe(seconds))
+        self.metrics.publish([("start_seconds", (("phase", name),), took) for name, took in seconds.items()])
+        self.service = VideoService(pipeline, config, self.metrics.publish, chunk_s)
         gc.collect()
         gc.freeze()  # what is there stays: looking through it for garbage would halt all sessions for 0.1 s
         on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
