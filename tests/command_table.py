@@ -74,7 +74,10 @@ SMOKES = (
         command="longlive_serve.bench --device cpu --preset tiny --rows torch --chunks 4 --warmup 0 --live-seconds 0.2 "
         "--max-sessions 1 --json {out}/gpu.json --plot {out}/gpu.png"
     ),
-    Smoke(command="longlive_serve.doctor --config {tiny} --grpc-port 0 --http-port 0 --metrics-port 0"),
+    Smoke(
+        command="longlive_serve.doctor --config {tiny} --grpc-port 0 --http-port 0 --metrics-port 0 "
+        "--start --results {out}/startup.json"
+    ),
     Smoke(command="longlive_serve.replay {case} --device cpu --dtype float32 --tolerance 2e-2"),
     Smoke(command="longlive_serve.replay {case} --graphs {case_graphs}"),
     Smoke(
@@ -93,6 +96,7 @@ SMOKES = (
     Smoke(command="training.train_decoder --out {out} --steps 1"),
     Smoke(command="training.train_dit --out {out} --steps 1 --clips 64"),
     Smoke(command="training.train_rollouts --out {trained} --steps 1"),
+    Smoke(command="tests.machine_code --table {root}/results/machine_code.json"),
     Smoke(command="trials.stale"),
     Smoke(command="trials.tables"),
 )
@@ -136,7 +140,9 @@ ELSEWHERE = (
     ),
     Elsewhere(module="tests.gpu_check", options="--json --seconds --toy", test="test_gpu_check.test_every_step_runs"),
     Elsewhere(
-        module="tests.hopper_on_cpu", test="test_kernels_compile.test_every_kernel_compiles_and_none_spills_registers"
+        module="tests.machine_code",
+        options="--preset --json",
+        test="test_kernels_compile.test_every_kernel_compiles_and_none_spills_registers",
     ),
     Elsewhere(
         module="tests.tensorrt_types", test="test_tensorrt_types.test_a_call_that_a_version_does_not_have_is_seen"
