@@ -193,10 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = Measurement.begin(SECTION, argv)
     header = made.header(hardware=f"{cpu()}, no GPU", versions=versions("torch", "triton"), code=CODE)
     record = {**header, **figures(PRESETS[arguments.preset])}
-    print(tables(record))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(tables(record))
     return 0
 
 
