@@ -50,7 +50,7 @@ def test_kernels_of_rows_load_16_bytes_at_a_time_and_fill_half_a_multiprocessor(
     assert min(kernel["occupancy"] for kernel in of_rows) >= 0.5
     for kernel in of_rows:
         instructions = kernel["instructions"]
-        assert instructions["load, 16 bytes"] >= 2 * instructions.get("load, less", 0), kernel["name"]
+        assert instructions["16-byte load"] >= 2 * instructions.get("narrower load", 0), kernel["name"]
 
 
 def test_a_chunk_has_the_kernels_that_its_layers_come_to(found: dict[str, Any]) -> None:
