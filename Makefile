@@ -9,7 +9,7 @@ $(VENV)/.complete: FORCE
 endif
 else
 PYTHON = $(or $(shell for python in python3 python3.12 python3.11; do \
-	$$python -m longlive_serve.interpreter 2> /dev/null && echo $$python && break; done),python3)
+	$$python -m longlive_serve.triton_server.python_version 2> /dev/null && echo $$python && break; done),python3)
 endif
 
 DEMO := torch,client,triton
@@ -46,7 +46,7 @@ setup: $(VENV)/.complete
 dev: $(VENV)/.complete-dev
 
 $(VENV)/.complete: pyproject.toml
-	@$(PYTHON) -m longlive_serve.interpreter
+	@$(PYTHON) -m longlive_serve.triton_server.python_version
 	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(DEMO)]'
 	@touch $@
@@ -56,13 +56,13 @@ $(VENV)/.complete-dev: $(VENV)/.complete
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m client.generate --serve --prompts examples/story.jsonl --contact-sheet videos/interactive/story.png
+	$(BIN)/python -m longlive_client.cli.generate --serve --prompts examples/story.jsonl --contact-sheet videos/interactive/story.png
 
 test: dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 test-portability: dev
-	$(BIN)/python -m tests.portability --json results/portability.json
+	$(BIN)/python -m tests.project.portability --json results/portability.json
 
 check: dev
 	$(BIN)/ruff check .
@@ -70,33 +70,33 @@ check: dev
 	$(BIN)/mypy
 
 bench: dev
-	$(BIN)/python -m client.benchmark --serve --viewers 1,2,3,4,6,8 --json results/serving.json --plot docs/serving.png
+	$(BIN)/python -m benchmarks.serving --serve --viewers 1,2,3,4,6,8 --json results/serving.json --plot docs/serving.png
 
 bench-engines: dev
-	$(BIN)/python -m longlive_serve.bench --device cuda --json results/gpu.json --plot docs/gpu.png
+	$(BIN)/python -m benchmarks.engines --device cuda --json results/gpu.json --plot docs/gpu.png
 
 autoscaling: dev
-	$(BIN)/python -m deploy.simulator --sweep --json results/autoscaling.json --plot docs/autoscaling.png
+	$(BIN)/python -m deploy.autoscaling_simulator --sweep --json results/autoscaling.json --plot docs/autoscaling.png
 	$(BIN)/python -m deploy.capacity --page docs/capacity.md
 
 perf: setup
-	$(BIN)/python -m trials.perf --json results/serving.json
+	$(BIN)/python -m benchmarks.serving.perf_analyzer --json results/serving.json
 
 chaos: setup
-	$(BIN)/python -m trials.chaos --json results/serving.json
+	$(BIN)/python -m stress.chaos --json results/serving.json
 
 fleet: setup
-	$(BIN)/python -m trials.fleet --json results/serving.json
+	$(BIN)/python -m stress.mtls_fleet --json results/serving.json
 
 soak: setup
-	$(BIN)/python -m trials.soak --json results/serving.json
+	$(BIN)/python -m stress.soak --json results/serving.json
 
 fuzz: setup
-	$(BIN)/python -m trials.fuzz --json results/serving.json
+	$(BIN)/python -m stress.fuzz --json results/serving.json
 
 pictures: demo
 	cp videos/interactive/story.png docs/story.png
-	$(BIN)/python -m client.gif videos/interactive/story.mp4 docs/story.gif
+	$(BIN)/python -m longlive_client.cli.gif videos/interactive/story.mp4 docs/story.gif
 
 quality: setup
 	$(BIN)/python -m training.quality --out results/quality.json
@@ -112,17 +112,17 @@ evaluate: dev
 	$(BIN)/python -m quantization.evaluate --json results/quantization.json --plot docs/quantization.png
 
 serve: setup
-	$(BIN)/python -m longlive_serve.server
+	$(BIN)/python -m longlive_serve.triton_server
 
 doctor: setup
 	$(BIN)/python -m longlive_serve.doctor
 
 deploy-check: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deploy-check]'
-	$(BIN)/python -m deploy.check
+	$(BIN)/python -m deploy.checks
 
 wheels:
-	@$(PYTHON) -m longlive_serve.interpreter
+	@$(PYTHON) -m longlive_serve.triton_server.python_version
 	$(PYTHON) -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse '.[$(DEMO)]' $(BUILD)
 
 lock: setup
@@ -138,10 +138,10 @@ lock = printf '%s\n' $(BUILD) | UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv 
 	$(addprefix --extra ,$(subst $(comma), ,$(2))) pyproject.toml - --output-file requirements/py$(subst .,,$(1)).txt
 
 smoke: dev
-	$(BIN)/python -m tests.smoke --json results/commands.json
+	$(BIN)/python -m tests.project.smoke --json results/commands.json
 
 stale: setup
-	$(BIN)/python -m trials.stale
+	$(BIN)/python -m benchmarks.stale
 
 clean:
 	rm -rf $(VENV)

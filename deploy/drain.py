@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from longlive_serve.statistics import sessions_at
+from longlive_serve.observability.metrics import sessions_at
 
 DEFAULT_URL = "http://127.0.0.1:8002/metrics"
 SETTLE_S = 10.0  # until proxies have heard that this server is going; sessions may still come

@@ -24,23 +24,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from export.converted_folder import (
-    FORMAT,
-    MADE_BY,
-    RECORD,
-    check_folder,
-    copy_folder,
-    is_copied,
-    is_there,
-    write_record,
-)
+from export.output_folder import FORMAT, MADE_BY, RECORD, check_folder, copy_folder, is_copied, is_there, write_record
 from export.tensor_writer import DTYPES, size_of, write_tensors
-from longlive_serve.checkpoint import MADE_OF, Checkpoint
-from longlive_serve.checkpoint_files import files_of, sha256
-from longlive_serve.config import DIT, NETWORKS, PRESETS, TINY_DECODER, Adapter, ServeConfig
-from longlive_serve.lora import rank_of
-from longlive_serve.weights import adapters_of, load_tokenizer
-from longlive_serve.weights_folder import (
+from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, TINY_DECODER
+from longlive_serve.config.serve_config import Adapter, ServeConfig
+from longlive_serve.weights.checkpoint import MADE_OF, Checkpoint
+from longlive_serve.weights.layouts import (
     CONVERTED_FILE,
     CONVERTED_TOKENIZER_FOLDER,
     QUANTIZED,
@@ -48,6 +37,9 @@ from longlive_serve.weights_folder import (
     folder_of,
     tokenizer_folder,
 )
+from longlive_serve.weights.loader import adapters_of, load_tokenizer
+from longlive_serve.weights.lora import rank_of
+from longlive_serve.weights.tensor_files import files_of, sha256
 
 OnBytes = Callable[[str, int], None]
 EXAMPLES = """

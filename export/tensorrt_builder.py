@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One ONNX graph -> one TensorRT plan. Import it after `tensorrt_library.use`; it needs no GPU to be imported.
 
-Written against what TensorRT 10.16 and 11 and TensorRT for RTX have in common (`tests/tensorrt_types.py` checks it).
+Written against what TensorRT 10.16 and 11 and TensorRT for RTX have in common, which `tests/project/tensorrt_types.py`
+checks.
 Every network is strongly typed: a plan computes in the dtypes that the graph says.
 """
 
@@ -14,9 +15,9 @@ from typing import SupportsInt
 import tensorrt as trt
 from rich.progress import Progress, TaskID
 
-from export.profiles import Sizes, shape
-from longlive_serve.engines.graph_io import GraphIO
-from longlive_serve.engines.tensorrt_engine import Logger
+from export.optimization_profiles import Sizes, shape
+from longlive_serve.backends.exported.io_spec import GraphIO
+from longlive_serve.backends.exported.tensorrt_session import Logger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

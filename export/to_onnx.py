@@ -25,17 +25,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from export.graphs import ExportableGraph, exportable_graphs
-from longlive_serve.config import AUTO, DIT, NETWORKS, ONNXRUNTIME, NetworkConfig, ServeConfig
-from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest, sizes_of
-from longlive_serve.engines.graph_io import BATCH, FRAMES, USED, GraphTensor
-from longlive_serve.engines.onnxruntime_engine import OnnxRuntimeGraph
-from longlive_serve.float64 import LEAST, Float64, error, may_be
-from longlive_serve.logs import at_level
-from longlive_serve.models.quantized import Quantized
+from export.onnx_modules import ExportableGraph, exportable_graphs
+from longlive_serve.backends.exported.io_spec import BATCH, FRAMES, USED, GraphTensor
+from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest, sizes_of
+from longlive_serve.backends.exported.onnxruntime_session import OnnxRuntimeGraph
+from longlive_serve.backends.float64 import LEAST, Float64, error, may_be
+from longlive_serve.config.presets import DIT, NETWORKS, NetworkConfig
+from longlive_serve.config.serve_config import AUTO, ONNXRUNTIME, ServeConfig
+from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+from longlive_serve.observability.log_setup import at_level
 from longlive_serve.replay import Case, case_network, read_tensors
-from longlive_serve.server_arguments import DEFAULT_CONFIG
-from longlive_serve.weights import adapters_of, fingerprint, load_network, recipe
+from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
+from longlive_serve.weights.loader import adapters_of, fingerprint, load_network, recipe
 
 MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from longlive_serve import config
-from longlive_serve.config import NetworkConfig
-from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest
-from longlive_serve.engines.graph_io import graph_io
-from longlive_serve.engines.tensorrt_library import LIBRARIES, TENSORRT, use
-from longlive_serve.weights import sha256
+from longlive_serve.backends.exported.io_spec import graph_io
+from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest
+from longlive_serve.backends.exported.tensorrt_library import LIBRARIES, TENSORRT, use
+from longlive_serve.config import serve_config
+from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.weights.loader import sha256
 
 if TYPE_CHECKING:
     from export.tensorrt_builder import Options
@@ -51,9 +51,9 @@ def build(
 
     Raises ValueError for folders that do not fit, and for a graph that TensorRT does not take.
     """
-    from export.profiles import profiles_of
+    from export.optimization_profiles import profiles_of
     from export.tensorrt_builder import build_plan
-    from longlive_serve.engines.tensorrt_engine import machine
+    from longlive_serve.backends.exported.tensorrt_session import machine
 
     given = _read_graphs(source, graphs)
     sizes = NetworkConfig.from_sizes(given.sizes)
@@ -80,7 +80,7 @@ def build(
 
 def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
     manifest = Manifest.read(source)
-    if manifest.backend != config.ONNXRUNTIME:
+    if manifest.backend != serve_config.ONNXRUNTIME:
         raise ValueError(f"{source}: got {manifest.backend} plans in it, expected graphs of `python -m export.to_onnx`")
     if unknown := sorted(set(wanted) - manifest.graphs.keys()):
         raise ValueError(f"{source}: got no graphs {unknown} in it, expected some of {sorted(manifest.graphs)}")
@@ -91,9 +91,9 @@ def _plans_there(out: Path, given: Manifest, sizes: NetworkConfig) -> Manifest:
     """What `out` holds already; without a manifest, nothing."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists():
-        return dataclasses.replace(given, backend=config.TENSORRT, graphs={}, versions=dict(given.versions))
+        return dataclasses.replace(given, backend=serve_config.TENSORRT, graphs={}, versions=dict(given.versions))
     made = Manifest.read(out)
-    made.check(out, config.TENSORRT, sizes, given.variant)
+    made.check(out, serve_config.TENSORRT, sizes, given.variant)
     made.versions.update(given.versions)
     return made
 

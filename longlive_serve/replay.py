@@ -19,17 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_serve.config import DIT, FUSED, PRESETS, TORCH, DiTConfig, NetworkConfig, ServeConfig, WindowConfig
-from longlive_serve.engines import open_graphs
-from longlive_serve.engines.graph_engine import GraphDiT
-from longlive_serve.engines.graph_files import Manifest
-from longlive_serve.engines.interface import DiT, EncodedPrompt, Engines
-from longlive_serve.engines.torch_engine import TorchDiT
-from longlive_serve.float64 import Float64, error, may_be
-from longlive_serve.models.causal_dit import CausalDiT
-from longlive_serve.pipeline import Pipeline
-from longlive_serve.session import Prompt, Session
-from longlive_serve.weights import load_strictly
+from longlive_serve.backends.base import DiT, EncodedPrompt, Engines
+from longlive_serve.backends.exported.manifest import Manifest
+from longlive_serve.backends.exported.modules import GraphDiT
+from longlive_serve.backends.float64 import Float64, error, may_be
+from longlive_serve.backends.registry import open_graphs
+from longlive_serve.backends.torch_backend import TorchDiT
+from longlive_serve.config.presets import DIT, PRESETS, DiTConfig, NetworkConfig, WindowConfig
+from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import Prompt, Session
+from longlive_serve.models.dit.causal_dit import CausalDiT
+from longlive_serve.weights.loader import load_strictly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) 
         if arguments.engine == TORCH:
             return TorchDiT(network, case.network, 1, case.variant)
         try:
-            from longlive_serve.engines.fused_dit_engine import FusedDiT  # it needs Triton
+            from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
         except ImportError as error:
             raise ValueError(f"--engine {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
         fp8 = arguments.fp8 or arguments.fp8_attention

@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from longlive_serve.models.vae_decoder import CausalConv3d
-from longlive_serve.pipeline import Pipeline
-from longlive_serve.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.models.vae.decoder import CausalConv3d
 from quantization.checkpoint import Observed, write
 from quantization.recipes import Format
 

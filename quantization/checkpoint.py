@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights and what calibration saw -> the tensors of a quantized checkpoint, and its file.
 
-The file holds every tensor of the network under our names, as `longlive_serve.weights.load_network` reads it.
+The file holds every tensor of the network under our names, as `longlive_serve.weights.loader.load_network` reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longlive_serve.models.quantized import scale_for, to_8_bit
+from longlive_serve.models.quantization.int8_fp8_layers import scale_for, to_8_bit
 from quantization.recipes import Format
 
 
@@ -29,7 +29,7 @@ class Observed:
 
 
 def quantized_layer(weight: Tensor, format: Format, observed: Observed | None) -> dict[str, Tensor]:
-    """What takes the place of `weight` [out, in, ...]: the parts of `longlive_serve.models.quantized.STATE`."""
+    """What takes the place of `weight` [out, in, ...]: the parts of `int8_fp8_layers.STATE`."""
     weight, state = weight.float(), {}
     if format.inputs:
         assert observed is not None

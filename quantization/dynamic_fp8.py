@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longlive_serve.engines.torch_engine import TorchDiT, TorchVAEDecoder
-from longlive_serve.models.causal_dit import Attention
-from longlive_serve.models.fp8_scales import attention_scales, silu_scale
-from longlive_serve.models.modulation import modulation
-from longlive_serve.models.quantized import LARGEST_FP8, to_8_bit
-from longlive_serve.models.vae_decoder import CausalConv3d, ResidualBlock
-from longlive_serve.pipeline import Pipeline
+from longlive_serve.backends.torch_backend import TorchDiT, TorchVAEDecoder
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.models.dit.adaln import modulation
+from longlive_serve.models.dit.causal_dit import Attention
+from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales, silu_scale
+from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8, to_8_bit
+from longlive_serve.models.vae.decoder import CausalConv3d, ResidualBlock
 
 FP8 = torch.float8_e4m3fn
 

@@ -18,10 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from longlive_serve.config import DIT, VAE_DECODER, ServeConfig
-from longlive_serve.options import RECACHE
-from longlive_serve.pipeline import Pipeline
-from longlive_serve.results import SERVER, Measurement, cpu, versions
+from benchmarks.results import SERVER, Measurement, cpu, versions
+from longlive_serve.config.presets import DIT, VAE_DECODER
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.protocol.session_options import RECACHE
 from quantization.dynamic_fp8 import simulate, simulate_attention, simulate_decoder
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
@@ -29,9 +30,9 @@ from quantization.recipes import RECIPES
 from quantization.report import UNQUANTIZED, markdown, plot, table
 from quantization.rollouts import GROWTH_BOUND, STD_BOUNDS, Rollout, compare, roll_out
 from quantization.sizes import FULL_SIZE, full_size_bytes, sizes
-from training.measures import attribute_accuracy, held_out_captions, switching
-from training.quality import SHIPPED
-from training.workers import Workers
+from training.quality.__main__ import SHIPPED
+from training.quality.measures import attribute_accuracy, held_out_captions, switching
+from training.quality.workers import Workers
 
 PACKAGES = ("torch", "nvidia-modelopt", "safetensors")
 CODE = (

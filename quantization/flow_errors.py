@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from longlive_serve.config import ServeConfig
-from longlive_serve.engines import build_engines
-from longlive_serve.engines.interface import PromptKV
-from longlive_serve.engines.torch_engine import TorchDiT
-from longlive_serve.kv_cache import Placement
-from longlive_serve.models.causal_dit import CausalDiT
-from longlive_serve.pipeline import Pipeline
+from longlive_serve.backends.base import PromptKV
+from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.torch_backend import TorchDiT
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.models.dit.causal_dit import CausalDiT
+from longlive_serve.models.dit.kv_cache import Placement
 from quantization.calibration import calibration_session
 
 

@@ -23,14 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from longlive_serve.checkpoint_files import INDEX
-from longlive_serve.config import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, TORCH, VAE_DECODER, WAN, ServeConfig
-from longlive_serve.engines import build_engines
-from longlive_serve.pipeline import Pipeline
-from longlive_serve.server_arguments import DEFAULT_CONFIG
-from longlive_serve.text_files import read_text
-from longlive_serve.weights import fingerprint, load_state, recipe, sha256
-from longlive_serve.weights_folder import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
+from longlive_serve.backends.registry import build_engines
+from longlive_serve.config.presets import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, WAN
+from longlive_serve.config.serve_config import TORCH, ServeConfig
+from longlive_serve.config.text_files import read_text
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
+from longlive_serve.weights.layouts import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
+from longlive_serve.weights.loader import fingerprint, load_state, recipe, sha256
+from longlive_serve.weights.tensor_files import INDEX
 from quantization import calibration
 from quantization.calibration import Seen, calibrate, chunks_of_session, settings_of
 from quantization.checkpoint import Observed, quantized_state, write

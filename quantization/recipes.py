@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from longlive_serve.config import DIT, TEXT_ENCODER, VAE_DECODER
-from longlive_serve.models.vae_decoder import CausalConv3d
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER
+from longlive_serve.models.vae.decoder import CausalConv3d
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from longlive_serve.config import DIT, FPS, TEXT_ENCODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, FPS, TEXT_ENCODER, VAE_DECODER
 
 FRAMES_OF_CHUNK = 12
 UNQUANTIZED = "unquantized"

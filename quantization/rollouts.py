@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole videos of a quantized network beside those of the unquantized one, from the same prompts and noise.
 
-Called by `evaluate`; runs in the processes of `training.workers`, on the demo network.
+Called by `evaluate`; runs in the processes of `training.quality.workers`, on the demo network.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.pipeline import Pipeline
-from longlive_serve.session import Prompt, SeededNoise, Session
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from quantization.flow_errors import mean, relative_error
-from training.measures import Case
-from training.reader import read
+from training.quality.measures import Case
+from training.quality.reader import read
 
 CHUNKS = 80  # 957 frames, 60 s
 STD_BOUNDS = (0.9, 1.1)  # of the latents' standard deviation, as a share of the unquantized one's

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_serve.config import DIT, NETWORKS, PRESETS, NetworkConfig
-from longlive_serve.models.causal_dit import CausalDiT
-from longlive_serve.models.vae_decoder import VAEDecoder
-from longlive_serve.weights import load_network, load_state
+from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, NetworkConfig
+from longlive_serve.models.dit.causal_dit import CausalDiT
+from longlive_serve.models.vae.decoder import VAEDecoder
+from longlive_serve.weights.loader import load_network, load_state
 from quantization.checkpoint import Observed, quantized_state, write
 from quantization.recipes import Format, formats_of_layers
 

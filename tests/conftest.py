@@ -23,15 +23,16 @@ os.environ.pop("COLUMNS", None)  # to which commands wrap what they say; process
 from filelock import FileLock
 from hypothesis import settings
 
-from client.video_stream import VideoStream
 from export.to_onnx import Written, export, source_of_config
-from longlive_serve.config import DIT, NETWORKS, ServeConfig
-from longlive_serve.server import TritonServer
-from tests.both_streams import BlockingAsyncVideoStream, Open
-from tests.cases import write_case
-from tests.echo_server import Launched, write_repository
-from tests.live import metric, start_server
-from tests.service_bench import Clock, wait_until
+from longlive_client.video_stream import VideoStream
+from longlive_serve.config.presets import DIT, NETWORKS
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.triton_server.launcher import TritonServer
+from tests.fakes.echo_server import Launched, write_repository
+from tests.fakes.service_bench import Clock, wait_until
+from tests.support.both_streams import BlockingAsyncVideoStream, Open
+from tests.support.cases import write_case
+from tests.support.live import metric, start_server
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes is no test's concern
 settings.load_profile("any machine")
@@ -39,7 +40,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs te
 
 T = TypeVar("T")
 FIRST = (
-    "test_commands", "test_export", "test_trials", "test_live_faults", "test_quantization", "test_tensorrt",
+    "test_commands", "test_export", "test_stress", "test_live_faults", "test_quantization", "test_tensorrt",
     "test_server", "test_fused_dit", "test_start_failures", "test_live_server", "test_fused_vae", "test_start_paths",
     "test_training", "test_bench", "test_proxies", "test_snapshot", "test_portability", "test_kernels_compile",
     "test_in_flight", "test_cudnn_plans", "test_benchmark", "test_replay", "test_tensorrt_engine",
@@ -56,15 +57,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=[False, True], ids=["host", "device"])
 def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Services under test have a pipeline that computes when it is asked, and one that does so beside the host."""
-    monkeypatch.setattr("tests.service_bench.CountingPipeline.asynchronous", request.param)
+    monkeypatch.setattr("tests.fakes.service_bench.CountingPipeline.asynchronous", request.param)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time of every service that the test makes."""
     its_own = Clock()
-    for module in ("service", "sessions", "stream"):
-        monkeypatch.setattr(f"longlive_serve.{module}.time", its_own)
+    for module in ("core", "session_manager", "client_stream"):
+        monkeypatch.setattr(f"longlive_serve.engine.{module}.time", its_own)
     return its_own
 
 

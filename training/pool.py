@@ -12,7 +12,7 @@ import random
 import torch
 from torch import Tensor
 
-from longlive_serve.config import WindowConfig
+from longlive_serve.config.presets import WindowConfig
 from training.latents import Encoder, random_attributes
 from training.world import Attributes, Segment, draw
 

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from longlive_serve.engines.interface import PromptKV
-from longlive_serve.kv_cache import Placement, Window
-from longlive_serve.models.causal_dit import CacheView, CausalDiT
-from longlive_serve.models.rope import RotaryTables, rotate
-from longlive_serve.noise_schedule import NoiseSchedule
+from longlive_serve.backends.base import PromptKV
+from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT
+from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
+from longlive_serve.models.dit.kv_cache import Placement, Window
+from longlive_serve.models.dit.rope import RotaryTables, rotate
 from training.latents import FRAMES, Encoder
 from training.pool import CHUNK
 from training.world import BACKGROUNDS, MOTIONS, SIZE, SPEED, Attributes, Segment, coverage, draw

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longlive_serve.kv_cache import Window
-from longlive_serve.models.causal_dit import CacheView, CausalDiT
-from longlive_serve.models.rope import RotaryTables, rotate
+from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT
+from longlive_serve.models.dit.kv_cache import Window
+from longlive_serve.models.dit.rope import RotaryTables, rotate
 
 
 class TeacherForcingView(CacheView):

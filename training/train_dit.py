@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longlive_serve.config import PRESETS, DiTConfig
-from longlive_serve.kv_cache import Window
-from longlive_serve.models.causal_dit import PATCH, CausalDiT
-from longlive_serve.models.rope import RotaryTables
+from longlive_serve.config.presets import PRESETS, DiTConfig
+from longlive_serve.models.dit.causal_dit import PATCH, CausalDiT
+from longlive_serve.models.dit.flow_match_scheduler import SHIFT, NoiseSchedule
+from longlive_serve.models.dit.kv_cache import Window
+from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, wan_names
-from longlive_serve.noise_schedule import SHIFT, NoiseSchedule
-from longlive_serve.weights import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
+from longlive_serve.weights.loader import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from training.latents import Encoder
 from training.pool import CHUNK, CHUNKS, Clip, make_pool
 from training.run import Run, arguments

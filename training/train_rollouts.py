@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longlive_serve.config import PRESETS
-from longlive_serve.engines.interface import PromptKV
-from longlive_serve.kv_cache import Window
-from longlive_serve.models.causal_dit import PATCH
-from longlive_serve.models.rope import MAX_FRAMES, RotaryTables
-from longlive_serve.weights import load_networks
+from longlive_serve.backends.base import PromptKV
+from longlive_serve.config.presets import PRESETS
+from longlive_serve.models.dit.causal_dit import PATCH
+from longlive_serve.models.dit.kv_cache import Window
+from longlive_serve.models.dit.rope import MAX_FRAMES, RotaryTables
+from longlive_serve.weights.loader import load_networks
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.pool import CHUNK
 from training.rollouts import Rollout

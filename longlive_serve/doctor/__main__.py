@@ -19,14 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longlive_serve.config import AUTO, ServeConfig
-from longlive_serve.doctor import engines, gpu, machine, memory, settings, software
-from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Section, lines_of, paint, wrap
+from longlive_serve.config.serve_config import AUTO, ServeConfig
+from longlive_serve.doctor import backends, gpu, machine, memory, settings, software
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Section, lines_of, paint, wrap
 from longlive_serve.doctor.ports import ports, tls
-from longlive_serve.errors import ServerError
-from longlive_serve.results import SERVER, Measurement, cpu, versions
-from longlive_serve.server_arguments import DEFAULT_CONFIG, DEFAULT_PORTS, add_server_arguments
-from longlive_serve.tls_files import TlsFiles
+from longlive_serve.protocol.errors import ServerError
+from longlive_serve.triton_server.arguments import DEFAULT_CONFIG, DEFAULT_PORTS, add_server_arguments
+from longlive_serve.triton_server.tls_files import TlsFiles
 
 WIDEST = 118
 
@@ -52,20 +51,20 @@ def examine(path: Path, host: str, wanted: Mapping[str, int], files: TlsFiles) -
     used = gpu.used_gpu(gpus, asked)
     device = ("cuda" if used and software.torch_cuda() else "cpu") if asked == AUTO else asked.partition(":")[0]
     planned = "cuda" if used else device  # when PyTorch for CUDA is there as well
-    here = engines.here(device, used)
+    here = backends.here(device, used)
     sections = [
         Section("Software", software.software()),
         Section("Triton Inference Server", software.triton_server()),
         Section("GPU", gpu.gpu_findings(gpus, used, asked)),
-        Section("Engines", engines.engine_findings(here, device)),
+        Section("Engines", backends.engine_findings(here, device)),
         Section("Machine", [*machine.findings(config), *ports(host, wanted), *tls(files)]),
     ]
     title, choice, needs = f"Settings: {path}", {}, None
     if config is None:
         sections.append(Section(title, [read]))
     else:
-        choice = engines.chosen(config)
-        findings = [read, *engines.chosen_findings(config, choice, here, device, used)]
+        choice = backends.chosen(config)
+        findings = [read, *backends.chosen_findings(config, choice, here, device, used)]
         sections.append(Section(title, findings + settings.files(config, choice, used)))
         found = memory.memory_findings(config, choice, planned, used, machine.usable_memory())
         sections.append(Section("Memory", found))
@@ -114,11 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     text = "start a server with these settings, with empty caches and again, and say what takes how long"
     parser.add_argument("--start", action="store_true", help=text)
-    text = "write what --start measured to this file, with what it was measured on"
-    parser.add_argument("--results", type=Path, metavar="JSON", help=text)
     args = parser.parse_args(argv)
-    if args.results and not args.start:
-        parser.error("--results: got it without --start, which measures")
     path, wanted = args.config or DEFAULT_CONFIG, {name: getattr(args, f"{name}_port") for name in DEFAULT_PORTS}
     try:
         files = TlsFiles(cert=args.tls_cert, key=args.tls_key, client_ca=args.tls_client_ca)
@@ -126,22 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     report = examine(path.absolute(), args.host, wanted, files)
     if args.start and report.can_serve:
-        made = Measurement.begin("longlive_serve.doctor", argv)
         report = with_start(report, path.absolute())
-        if args.results and report.start:
-            _write(args.results, made, report)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         _show(report)
     return 0 if report.can_serve else 1
-
-
-def _write(path: Path, made: Measurement, report: Report) -> None:
-    header = made.header(hardware=cpu(), versions=versions("torch", "transformers"), code=SERVER)
-    record = {**header, "summary": report.summary, "seconds": report.start}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _show(report: Report) -> None:

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, size
 from longlive_serve.doctor.software import torch_cuda
 
 FIELDS = "name,memory.total,memory.free,driver_version,compute_cap,uuid"

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from longlive_serve.config import NetworkConfig, ServeConfig
-from longlive_serve.doctor.finding import OK, PROBLEM, WARNING, Finding, size
-from longlive_serve.sizing import session_memory
+from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.doctor.check_result import OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.memory_model import session_memory
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PROC, MOUNTS, MEMINFO = Path("/proc"), Path("/proc/self/mounts"), Path("/proc/meminfo")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the settings take of the device's memory, and how many sessions fit, by `sizing.py`.
+"""What the settings take of the device's memory, and how many sessions fit, by `memory_model.py`.
 
 Called by the command line.
 """
@@ -11,28 +11,22 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from longlive_serve.config import (
-    AUTO,
+from longlive_serve.backends.exported.manifest import Manifest
+from longlive_serve.config.presets import (
     DECODERS,
     DIT,
-    FUSED,
     NETWORKS,
-    ONNXRUNTIME,
     PRESETS,
-    RANDOM_WEIGHTS,
-    TENSORRT,
     TEXT_ENCODER,
     TINY,
     TINY_DECODER,
-    TORCH,
     VAE_DECODER,
-    ServeConfig,
 )
-from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, RANDOM_WEIGHTS, TENSORRT, TORCH, ServeConfig
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, size
 from longlive_serve.doctor.gpu import MIB, Gpu
-from longlive_serve.engines.graph_files import Manifest
-from longlive_serve.sizing import ServerMemory, parameters, server_memory
-from longlive_serve.triton_install import PACKAGE_PARENT
+from longlive_serve.doctor.memory_model import ServerMemory, parameters, server_memory
+from longlive_serve.triton_server.find_triton import PACKAGE_PARENT
 
 MEASURED = PACKAGE_PARENT / "results" / "gpu.json"
 SECTION = "longlive_serve.bench"
@@ -44,7 +38,7 @@ COMMON_GPUS = {  # what their drivers say that they have
 }
 MANY = 1000
 FULL = PRESETS["longlive-1.3b"]
-MEASURE = "how many it keeps up with, the benchmark tells: python -m longlive_serve.bench"
+MEASURE = "how many it keeps up with, the benchmark tells: python -m benchmarks.engines"
 SHORT = {TEXT_ENCODER: "text encoder", DIT: "DiT", VAE_DECODER: "VAE decoder", TINY_DECODER: "tiny decoder"}
 
 

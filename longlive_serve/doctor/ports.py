@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longlive_serve.addresses import PORT_NAMES, Address, choose_ports, find_address
-from longlive_serve.doctor.finding import OK, PROBLEM, Finding, split
-from longlive_serve.errors import ServerError
-from longlive_serve.tls_files import TlsFiles
+from longlive_serve.doctor.check_result import OK, PROBLEM, Finding, split
+from longlive_serve.protocol.errors import ServerError
+from longlive_serve.triton_server.addresses import PORT_NAMES, Address, choose_ports, find_address
+from longlive_serve.triton_server.tls_files import TlsFiles
 
 PROC = Path("/proc")
 LISTENING = "0A"  # in the tables of connections

@@ -9,25 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longlive_serve.config import (
-    AUTO,
-    DIT,
-    FUSED,
-    NETWORKS,
-    ONNXRUNTIME,
-    RANDOM_WEIGHTS,
-    TENSORRT,
-    TINY,
-    TINY_DECODER,
-    TORCH,
-    VAE_DECODER,
-    ServeConfig,
-)
-from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, Finding, size
+from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest
+from longlive_serve.config.presets import DIT, NETWORKS, TINY, TINY_DECODER, VAE_DECODER
+from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, RANDOM_WEIGHTS, TENSORRT, TORCH, ServeConfig
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, Finding, size
 from longlive_serve.doctor.gpu import Gpu
+from longlive_serve.doctor.memory_model import parameters
 from longlive_serve.doctor.software import pip_install
-from longlive_serve.engines.graph_files import MANIFEST, GraphFile, Manifest
-from longlive_serve.sizing import parameters
 
 LFS_POINTER = b"version https://git-lfs"
 FETCH = 'fetch it (README.md, "Settings", says which layouts there are); weights = "random" needs no files'
@@ -43,7 +31,8 @@ def read(path: Path) -> tuple[ServeConfig | None, Finding]:
         config = ServeConfig.from_toml(path)
     except ValueError as error:
         text = str(error).removeprefix(f"{path}: ")
-        action = "longlive_serve/config.py explains every key; model_repository/longlive/1/serve.toml is an example"
+        explained, example = "longlive_serve/config/serve_config.py", "model_repository/longlive/1/serve.toml"
+        action = f"{explained} explains every key; {example} is an example"
         return None, Finding(PROBLEM, "settings", text, action)
     text = f"preset {config.preset}, variant {config.variant}, decoder {config.decoder}, {config.slots} slots"
     return config, Finding(OK, "settings", text)
@@ -87,8 +76,8 @@ def _random_weights(config: ServeConfig) -> Iterator[Finding]:
 
 def _checkpoints(config: ServeConfig, choice: Mapping[str, str], folder: Path) -> Iterator[Finding]:
     """Of the networks that run from checkpoints; and the tokenizer, which all need."""
-    from longlive_serve.weights import adapters_of
-    from longlive_serve.weights_folder import QUANTIZED, find, tokenizer_folder
+    from longlive_serve.weights.layouts import QUANTIZED, find, tokenizer_folder
+    from longlive_serve.weights.loader import adapters_of
 
     whole = []
     for network in (network for network, engine in choice.items() if engine in (TORCH, FUSED)):
@@ -114,7 +103,7 @@ def _checkpoints(config: ServeConfig, choice: Mapping[str, str], folder: Path) -
 
 def _checked_bytes(path: Path, count: int) -> int:
     """The size of a checkpoint, or of its shards. Raises ValueError for what cannot hold so many parameters."""
-    from longlive_serve.checkpoint_files import files_of
+    from longlive_serve.weights.tensor_files import files_of
 
     total = 0
     for part in files_of(path):
@@ -143,7 +132,7 @@ def _wrong_graphs(config: ServeConfig, backend: str, folder: Path, networks: lis
     except ValueError as error:
         return str(error).removeprefix(f"{folder}: ")
     try:
-        from longlive_serve.engines.graph_io import GRAPHS_OF
+        from longlive_serve.backends.exported.io_spec import GRAPHS_OF
     except ImportError:  # of PyTorch
         return ""
     names = [graph for network in networks for graph in GRAPHS_OF[network]]

@@ -17,9 +17,9 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from longlive_serve.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, split
-from longlive_serve.errors import ServerError
-from longlive_serve.triton_install import PACKAGE_PARENT, WHEEL, TritonInstall, find_install
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, split
+from longlive_serve.protocol.errors import ServerError
+from longlive_serve.triton_server.find_triton import PACKAGE_PARENT, WHEEL, TritonInstall, find_install
 
 PROJECT = "longlive-serve"
 PYPROJECT = PACKAGE_PARENT / "pyproject.toml"
@@ -38,7 +38,7 @@ class Use:
 
 USES = (
     Use("torch", "serving", "to serve", needed=True),
-    Use("client", "client", "for python -m client.generate"),
+    Use("client", "client", "for python -m longlive_client.cli.generate"),
     Use("encode", "encoding", "to send H.264 or JPEG in the place of raw frames"),
     Use("onnxruntime", "ONNX Runtime", "for engine onnxruntime"),
     Use("export", "export", "for python -m export.to_onnx"),

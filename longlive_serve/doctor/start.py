@@ -15,10 +15,10 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longlive_serve.doctor.finding import OK, PROBLEM, Finding
-from longlive_serve.engines.start_up import PHASES, describe
-from longlive_serve.errors import ServerError
-from longlive_serve.server import TritonServer
+from longlive_serve.backends.start_up import PHASES, describe
+from longlive_serve.doctor.check_result import OK, PROBLEM, Finding
+from longlive_serve.protocol.errors import ServerError
+from longlive_serve.triton_server.launcher import TritonServer
 
 COLD, CACHED = "cold", "cached"
 READY, TRITON = "ready", "triton"

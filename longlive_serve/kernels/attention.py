@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention without a mask, forward only, in the dtype of its inputs or in FP8; the softmax is computed online.
 
-Source: reference semantics section 2.1, steps 3 and 5; the algorithm is that of FlashAttention-2.
+Source: docs/semantics.md, section 2.1, steps 3 and 5; the algorithm is that of FlashAttention-2.
 On a GPU the first call for a head size and a dtype tries a few tile sizes: make it before a CUDA graph is captured.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pair before every convolution of the VAE: RMS norm over the channels, then SiLU; and what is to be added before.
 
-Source: reference semantics section 8.
+Source: docs/semantics.md, section 8.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DiT's norms over whole tokens, together with what stands before and after them.
 
-Source: reference semantics sections 2.1 and 2.3; here only results are rounded, not what lies between.
+Source: docs/semantics.md, sections 2.1 and 2.3; here only results are rounded, not what lies between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def residual_norm(
     one_plus: bool,
     fp8: bool = False,
 ) -> Tensor | Quantized:
-    """The end of one part of a block and the norm at the start of the next. Source: reference semantics section 2.1.
+    """The end of one part of a block and the norm at the start of the next. Source: docs/semantics.md, section 2.1.
 
     x [L, D], contiguous, becomes x + gate * update in place, where there is an update [L, D], contiguous; gate [D], or
     None for one. Returns LayerNorm(x) * scale + shift [L, D], of x as it is stored, in x's dtype or, with `fp8`,
@@ -47,7 +47,7 @@ def residual_norm(
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight over the rows of x [L, D], which may be columns of a wider matrix.
 
-    weight [D] -> [L, D], contiguous, in x's dtype. Source: reference semantics section 2.1, steps 2 and 5.
+    weight [D] -> [L, D], contiguous, in x's dtype. Source: docs/semantics.md, section 2.1, steps 2 and 5.
     """
     assert x.stride(1) == 1, f"rows of stride {x.stride(1)}"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

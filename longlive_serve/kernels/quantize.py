@@ -45,7 +45,7 @@ def gelu(x: Tensor, *, fp8: bool = False) -> Tensor | Quantized:
     """GELU, tanh formula, of x [L, N], contiguous, in x's dtype or, with `fp8`, quantized by rows.
 
     A row is taken as two powers of two, a large and a small one: in a single one, 8960 numbers would leave nearly half
-    the work idle. Source: reference semantics section 2.1, step 6.
+    the work idle. Source: docs/semantics.md, section 2.1, step 6.
     """
     assert x.is_contiguous(), f"strides {x.stride()}"
     values, scales = output_for(x, fp8)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the joint projection of queries, keys and values to what attention reads: norm, rotation, split into heads.
 
-Source: reference semantics sections 2.1 (step 2) and 2.2. The caller knows where in the cache a chunk belongs.
+Source: docs/semantics.md, sections 2.1 (step 2) and 2.2. The caller knows where in the cache a chunk belongs.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def rotate_keys(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotate the pairs (2i, 2i + 1) of keys [H, T, d] into out, of the same shape, which may be keys itself.
 
     cos, sin float32 [T, d/2], contiguous. Any strides, but heads' rows are contiguous. In FP8 a number keeps the scale
-    that it has. Source: reference semantics
-    sections 2.2 and 7.
+    that it has. Source: docs/semantics.md, sections 2.2 and 7.
     """
     heads, length, size = keys.shape
     _check(cos, sin, keys, out)

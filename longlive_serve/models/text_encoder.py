@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longlive_serve.config import TextEncoderConfig
+from longlive_serve.config.presets import TextEncoderConfig
 
 PAD_ID = 0
 END_ID = 1  # </s>, appended to every prompt

@@ -12,16 +12,16 @@ from typing import Any
 
 import triton_python_backend_utils as pb  # part of Triton's Python backend
 
-from longlive_serve.config import ServeConfig
-from longlive_serve.engines import build_engines
-from longlive_serve.engines.start_up import IMPORT, describe, measure_start, process_age
-from longlive_serve.errors import ServeError
-from longlive_serve.logs import set_up
-from longlive_serve.pipeline import Pipeline
-from longlive_serve.protocol import CLIENT_HEADER, FrameChunk, Request
-from longlive_serve.service import VideoService
-from longlive_serve.termination import on_sigterm
-from longlive_serve.triton_metrics import TritonMetrics
+from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.start_up import IMPORT, describe, measure_start, process_age
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine.core import VideoService
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.observability.log_setup import set_up
+from longlive_serve.observability.triton_metrics import TritonMetrics
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import CLIENT_HEADER, FrameChunk, Request
+from longlive_serve.triton_server.signals import on_sigterm
 
 log = logging.getLogger("longlive_serve.model")
 

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The eager baseline's KV cache, by the arithmetic of the reference (docs/semantics.md, section 3): rows in the order
+of time, which are moved, and counters that lie on the device.
+
+Used by `dit.py` alone; what is served has a ring (`longlive_serve/models/dit/kv_cache.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from longlive_serve.config.presets import NetworkConfig
+
+
+class LayerCache:
+    """Keys (rotated) and values of one layer and session, [1, window tokens, H, d], in the order of time."""
+
+    def __init__(self, config: NetworkConfig, like: Tensor) -> None:
+        dit = config.dit
+        shape = (1, config.window.window * config.tokens_per_frame, dit.num_heads, dit.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.global_end = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.local_end = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.prompt: tuple[Tensor, Tensor] | None = None
+        """Keys and values of cross-attention, from the first call under a prompt on."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Slot:
+    """The state of one session."""
+
+    layers: list[LayerCache]
+    recent: deque[Tensor]
+    """Clean latents of the window's chunks."""
+    text: Tensor | None = None
+    """The embeddings whose keys and values the layers hold."""
+    committed: int = 0
+    """Chunks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """The tokens of one call, by their places in the video."""
+
+    start: int
+    end: int
+    keep_sink: bool = False
+    """A recache writes nothing to the sink's places."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a call does to a layer's cache: first on a clone, after the last layer for good. Numbers are tokens."""
+
+    evicted: int
+    """By so many the rows behind the sink move forward; 0: the new ones fit."""
+    rolled: int
+    start: int
+    local_end: int
+    global_end: int
+    recompute: bool
+    """The counters stay."""
+    new: tuple[Tensor, Tensor]
+
+    def apply(self, keys: Tensor, values: Tensor, sink: int) -> None:
+        for cache, new in ((keys, self.new[0]), (values, self.new[1])):
+            if self.evicted:
+                kept = cache[:, sink + self.evicted : sink + self.evicted + self.rolled].clone()
+                cache[:, sink : sink + self.rolled] = kept
+            cache[:, self.start : self.local_end] = new[:, new.shape[1] - (self.local_end - self.start) :]
+
+
+def plan(layer: LayerCache, span: Span, keys: Tensor, values: Tensor, sink: int) -> Update:
+    """Roll when the new tokens do not fit, else write them where they belong.
+
+    Each `item` waits for the device, as often as in the reference.
+    """
+    new, capacity = span.end - span.start, layer.keys.shape[1]
+    recompute = span.end <= layer.global_end.item() and span.start > 0
+    evicted = rolled = 0
+    if span.end > layer.global_end.item() and new + layer.local_end.item() > capacity:
+        evicted = new + int(layer.local_end.item()) - capacity
+        rolled = int(layer.local_end.item()) - evicted - sink
+    local_end = int(layer.local_end.item()) + span.end - int(layer.global_end.item()) - evicted
+    start = local_end - new
+    if recompute and span.keep_sink:
+        start = max(start, sink)
+    return Update(
+        evicted=evicted,
+        rolled=rolled,
+        start=start,
+        local_end=local_end,
+        global_end=span.end,
+        recompute=recompute,
+        new=(keys, values),
+    )

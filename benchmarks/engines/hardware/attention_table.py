@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All the attention kernels at hand, side by side: the queries of a chunk against the keys of a full window.
+
+That is more than half of a step's operations. Errors are against PyTorch in float32. Those in FP8 are given FP8, as in
+the fused engine, where what makes queries, keys and values quantizes them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.engines.hardware.timing import seconds_of
+from longlive_serve.backends.fused.attention_autotune import (
+    CANDIDATES,
+    Attend,
+    AttendFP8,
+    example,
+    fp8_candidates,
+    in_fp8,
+)
+from longlive_serve.config.presets import NetworkConfig
+
+DEFAULT = "torch's choice"
+Call = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
+"""What is timed, and what makes [1, H, L, d] in float32 of its result."""
+
+
+def measure_attention(config: NetworkConfig, device: str, dtype: str, flex: bool) -> dict[str, Any]:
+    """Seconds, operations per second and relative error of every kernel; of those that do not run here the reason."""
+    on_cuda = device.startswith("cuda")
+    heads, size = config.dit.num_heads, config.dit.head_dim
+    q, k, v = example(config, torch.device(device), getattr(torch, dtype))
+    chunk, window = q.shape[2], k.shape[2]
+    expected, kernels = exact(q, k, v), []
+    calls = {name: _call(attend, q, k, v) for name, attend in _candidates(on_cuda, flex).items()}
+    calls |= _calls_in_fp8(q, k, v) if on_cuda else {}
+    for name, (call, wide) in calls.items():
+        facts: dict[str, Any] = {"name": name}
+        try:
+            difference = wide(call()) - expected
+            facts["seconds"] = seconds_of(call, device, 50 if on_cuda else 5)
+        except Exception as error:  # torch, Triton and imports have kinds of their own for what does not run here
+            facts["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            facts["flops"] = 4 * chunk * window * heads * size / facts["seconds"]["median"]
+            facts["relative_error"] = (difference.abs().max() / expected.abs().max()).item()
+        kernels.append(facts)
+    return {"heads": heads, "head_dim": size, "queries": chunk, "keys": window, "dtype": dtype, "kernels": kernels}
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In float32, one head at a time: all of them at once would take gigabytes."""
+    heads = zip(*(x.split(1, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([_math(*(x.float() for x in head)) for head in heads], dim=1)
+
+
+def _call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return functools.partial(attend, q, k, v), Tensor.float
+
+
+def _candidates(on_cuda: bool, flex: bool) -> dict[str, Attend]:
+    """Those that the fused engine chooses from, and for comparison others that it does not."""
+    candidates: dict[str, Attend] = {DEFAULT: F.scaled_dot_product_attention}
+    if not on_cuda:
+        return candidates
+    return candidates | CANDIDATES | ({"flex": _flex} if flex else {}) | {"math": _math}
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _compiled_flex()(q, k, v)
+
+
+@functools.cache
+def _compiled_flex() -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Attend = torch.compile(flex_attention)
+    return compiled
+
+
+def _calls_in_fp8(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    small = in_fp8(q, k, v)
+
+    def of(attend: AttendFP8 | Exception) -> Tensor:
+        if isinstance(attend, Exception):
+            raise attend
+        return attend(*small)
+
+    def wide(out: Tensor) -> Tensor:
+        heads: Tensor = (out.float() * small[3][2]).unflatten(-1, (q.shape[1], -1))
+        return heads.transpose(0, 1)[None]
+
+    return {name: (functools.partial(of, attend), wide) for name, attend in fp8_candidates(q.device).items()}

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast the device itself is, measured beside the engines: matrix products and copies that do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.engines.hardware import flops
+from benchmarks.engines.hardware.timing import seconds_of
+from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8, to_8_bit
+
+FP8 = "float8_e4m3fn"
+
+
+def measure_roofline(device: str, dtype: str) -> dict[str, Any]:
+    """Operations per second of matrix products, and bytes per second that a copy reads and writes.
+
+    `dtype`: that of the networks; bfloat16 and FP8 are measured in any case. What does not run here is None, and
+    `reasons` says why.
+    """
+    on_cuda = device.startswith("cuda")
+    size, runs = (8192, 50) if on_cuda else (512, 5)
+    figures: dict[str, Any] = {"size": size, "flops": {}, "seconds": {}, "reasons": {}}
+    for name in dict.fromkeys(("bfloat16", FP8, dtype)):
+        make = _fp8_product if name == FP8 else _product
+        try:
+            seconds = seconds_of(make(size, device, name), device, runs)
+        except Exception as error:  # torch has many kinds for what a device cannot do
+            figures["flops"][name] = None
+            figures["reasons"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            figures["flops"][name] = 2 * size**3 / seconds["median"]
+            figures["seconds"][name] = seconds
+    figures |= _copy(2**32 if on_cuda else 2**22, device, runs)
+    return figures
+
+
+def _product(size: int, device: str, dtype: str) -> Callable[[], object]:
+    """Of random numbers: on zeros a GPU is faster, as it draws less power."""
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return lambda: a @ b
+
+
+def _fp8_product(size: int, device: str, dtype: str) -> Callable[[], object]:
+    """With a scale for each row of `a` and each column of `b`, as the fused engine multiplies."""
+    (a, scale_a), (b, scale_b) = (to_fp8(torch.randn(size, size, device=device)) for _ in range(2))
+    return lambda: torch._scaled_mm(
+        a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=device.startswith("cuda")
+    )
+
+
+def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax(1, keepdim=True) / LARGEST_FP8
+    return to_8_bit(x, scale, torch.float8_e4m3fn), scale
+
+
+def _copy(size: int, device: str, runs: int) -> dict[str, Any]:
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    seconds = seconds_of(lambda: target.copy_(source), device, runs)
+    return {"copy_bytes_per_s": 2 * size / seconds["median"], "copy_seconds": seconds}
+
+
+def achieved(figures: dict[str, Any], config: NetworkConfig, decoder: str, baseline: bool) -> dict[str, float]:
+    """Operations per second of a row's parts, by the work that its engine does: the baseline does some for nothing."""
+    work = {
+        "dit": (flops.dit_chunk(config, whole_commit=baseline), figures["dit_s"]),
+        "recache": (flops.recache(config, whole=baseline), figures["recache_s"]),
+        "decode": (flops.decoder_chunk(config, decoder), figures["phases_s"]["decode"]),
+    }
+    return {part: operations / seconds["median"] for part, (operations, seconds) in work.items() if seconds["median"]}
+
+
+def shares(reached: dict[str, float], roofline: dict[str, Any], dtype: str) -> dict[str, float]:
+    """`achieved` as shares of what the device reaches with a matrix product in `dtype`; empty if that did not run."""
+    fastest = roofline["flops"][dtype]
+    return {part: speed / fastest for part, speed in reached.items()} if fastest else {}

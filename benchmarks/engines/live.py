@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many viewers one device keeps up with: real sessions at pace `realtime` through the real service, in-process.
+
+Nothing is sent anywhere: Triton, gRPC and the network are in none of these figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.engines.hardware.timing import spread
+from benchmarks.engines.prompts import PROMPTS
+from longlive_serve.config.presets import FPS
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine.client_stream import Encode
+from longlive_serve.engine.core import VideoService
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.scheduler import CHUNK_FRAMES, SECOND, Scheduler
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import FrameChunk, Request
+from longlive_serve.protocol.session_options import REALTIME, Options
+
+EVERYONE = 1e6  # as headroom: far more load than there can be
+CHUNK_PLAYS_S = CHUNK_FRAMES / FPS
+
+
+class OpenScheduler(Scheduler):
+    """Admits whoever comes, as the question is how many can be kept, and remembers how late every chunk was."""
+
+    def __init__(self, slots: int, cost: int) -> None:
+        super().__init__(slots, cost=cost, headroom=EVERYONE)
+        self.lateness: list[float] = []
+        """Seconds after a chunk was due at which it came; less than 0: so long before. Of all chunks but the first,
+        with which playback begins."""
+
+    def done(self, session_id: str, now: int, frames: int, took: int) -> int:
+        seat = self._seat(session_id)
+        if seat.started is not None:
+            self.lateness.append((now - seat.due) / SECOND)
+        return super().done(session_id, now, frames, took)
+
+
+class Trial(VideoService):
+    """The service with such a scheduler."""
+
+    def __init__(self, pipeline: Pipeline, config: ServeConfig, chunk_s: float) -> None:
+        super().__init__(pipeline, config, chunk_s=chunk_s)
+        self.scheduler = OpenScheduler(config.slots, round(chunk_s * SECOND))
+        self._sessions.scheduler = self.scheduler  # nobody has come yet
+
+
+class DroppingSink:
+    """A viewer who looks at nothing."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.error: ServeError | None = None
+
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
+        self.frames += 0 if chunk is None else len(chunk.frames)
+
+    def fail(self, error: ServeError) -> None:
+        self.error = error
+
+    def is_cancelled(self) -> bool:
+        return False
+
+
+def measure_live(
+    pipeline: Pipeline, config: ServeConfig, chunk_s: float, seconds: float, most: int, tick: Callable[[str], None]
+) -> dict[str, Any]:
+    """One session, two, three, ... until chunks come late, twice, or `most` are there.
+
+    The first run with so many sessions is the first use of a slot, when an engine may have kernels and graphs to make.
+    `chunk_s`: as the warm-up found. `announced` is what a server with default settings would admit by it.
+    """
+    config = dataclasses.replace(config, max_unread=10**9)
+    runs: list[dict[str, Any]] = []
+    for sessions in range(1, most + 1):
+        pipeline.prepare(sessions)  # a CUDA graph for each size and slot: only of slots that are used
+        for _ in range(2):
+            tick(f"{sessions} live sessions")
+            runs.append(run_live(pipeline, config, chunk_s, seconds, sessions))
+            if not runs[-1]["misses"]:
+                break
+        else:
+            break
+    announced = Scheduler(config.slots, cost=round(chunk_s * SECOND), headroom=config.headroom).capacity(FPS)
+    kept = max((run["sessions"] for run in runs if not run["misses"]), default=0)
+    return {"sessions": kept, "most_tried": runs[-1]["sessions"], "announced": announced, "runs": runs}
+
+
+def run_live(pipeline: Pipeline, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
+    """`sessions` viewers, who come evenly over the time that a chunk plays. Raises ServeError when one fails."""
+    service, sinks = Trial(pipeline, config, chunk_s), [DroppingSink() for _ in range(sessions)]
+    try:
+        for number, sink in enumerate(sinks):
+            options = Options(pace=REALTIME)
+            prompt = PROMPTS[number % len(PROMPTS)]
+            request = Request(session_id=f"live-{number}", start=True, prompt=prompt, seed=number, options=options)
+            service.submit(request, sink)
+            time.sleep(CHUNK_PLAYS_S / sessions)
+        time.sleep(seconds)
+    finally:
+        service.stop()
+    for sink in sinks:
+        if sink.error is not None and sink.error.kind != ServeError.SHUTTING_DOWN:
+            raise sink.error
+    lateness, unseen = service.scheduler.lateness, sum(not sink.frames for sink in sinks)
+    return {
+        "sessions": sessions,
+        "chunks": len(lateness),
+        "misses": service.scheduler.deadline_misses + unseen,
+        "lateness_s": spread(lateness) if lateness else None,
+        "frames_per_s": sum(sink.frames for sink in sinks) / (seconds + CHUNK_PLAYS_S),
+    }

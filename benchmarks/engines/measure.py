@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row measured, one session at a time: chunks and their phases, first frames, prompt switches, memory.
+
+Called by the command line, through the real pipeline. How many sessions at once is for `live.py` to find out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.engines.hardware.timing import WARM_UP, seconds_of, spread
+from benchmarks.engines.prompts import PROMPTS
+from longlive_serve.config.presets import FRAMES_PER_LATENT
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import Prompt, SeededNoise, Session
+from longlive_serve.models.dit.kv_cache import KVCache
+
+DENOISE, COMMIT, DECODE, SWITCH, HOST = "denoise", "commit", "decode", "switch", "host"
+SLOTS = 2  # for sessions that have the device to themselves
+PHASES = (DENOISE, COMMIT, DECODE, HOST)  # of a chunk without a switch
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    chunks: int
+    """Whole chunks; half as many first frames and prompt switches."""
+    warmup: int
+    """Chunks of the session before those."""
+    live_seconds: float
+    max_sessions: int
+
+    @property
+    def events(self) -> int:
+        return max(2, self.chunks // 2)
+
+    @property
+    def slots(self) -> int:
+        return max(SLOTS, self.max_sessions)
+
+    @property
+    def steps(self) -> int:
+        """About as many calls of `tick` as a row takes."""
+        return self.warmup + self.chunks + 2 * self.events + 2 + self.max_sessions
+
+
+class Alone:
+    """Measures sessions that have the device to themselves, on a warm pipeline of two slots or more."""
+
+    def __init__(self, pipeline: Pipeline, plan: Plan, tick: Callable[[str], None]) -> None:
+        """`tick`: told what was measured, each time something was."""
+        self.pipeline, self.plan, self.tick = pipeline, plan, tick
+        self.numbers = itertools.count()
+        self.session = self.new_session(slot=0)
+        """A long video. What is measured beside it has slot 1."""
+
+    def measure(self) -> dict[str, Any]:
+        """Seconds and bytes, by what they are of."""
+        chunks = self.chunks()
+        made = self.pipeline.config.window.chunk * FRAMES_PER_LATENT
+        figures: dict[str, Any] = {
+            "chunk_s": spread([sum(chunk.values()) for chunk in chunks]),
+            "phases_s": {phase: spread([chunk[phase] for chunk in chunks]) for phase in PHASES},
+            "dit_s": spread([chunk[DENOISE] + chunk[COMMIT] for chunk in chunks]),
+            "first_frame_s": self.first_frames(),
+            **self.switches(),
+            "session_bytes": self.session_bytes(),
+        }
+        figures["dit_fps"] = made / figures["dit_s"]["median"]
+        figures["fps"] = made / figures["chunk_s"]["median"]
+        return figures
+
+    def chunks(self) -> list[dict[str, float]]:
+        """The phases of chunks in the middle of a video; together they are the time of the whole chunk."""
+        chunks = []
+        for _ in range(max(self.plan.warmup, self.pipeline.window.capacity + 1)):  # until the window is full, and rolls
+            self.advance(self.session, "warm-up")
+        for _ in range(self.plan.chunks):
+            seconds = self.pipeline.advance(self.session).seconds  # with the commit of the chunk before
+            self.tick("chunks")
+            phases = {phase: self.phase_seconds(phase) for phase in PHASES}
+            chunks.append(phases | {HOST: seconds - sum(phases.values())})
+        return chunks
+
+    def first_frames(self) -> dict[str, float]:
+        """From nothing to the frames of a session's first chunk."""
+        for _ in range(WARM_UP):
+            self.pipeline.advance(self.new_session())
+        return spread([self.advance(self.new_session(), "first frames") for _ in range(self.plan.events)])
+
+    def switches(self) -> dict[str, Any]:
+        """From a new prompt, at the border of a chunk, to that prompt's first frames; and what they wait for."""
+        seconds, phases = [], []
+        for number in range(WARM_UP + self.plan.events):
+            self.session.add_prompt(PROMPTS[(number + 1) % len(PROMPTS)])
+            seconds.append(self.advance(self.session, "prompt switches"))
+            phases.append(self.phase_seconds(SWITCH))
+        encode = self.encode_seconds()
+        recaches = [max(0.0, phase - encode["median"]) for phase in phases[WARM_UP:]]
+        return {"switch_s": spread(seconds[WARM_UP:]), "encode_s": encode, "recache_s": spread(recaches)}
+
+    @torch.inference_mode()
+    def encode_seconds(self) -> dict[str, float]:
+        """What a switch does before its recache: the text encoder, and the DiT's keys and values of the prompt."""
+        engines = self.pipeline.engines
+        self.tick("text encoder")
+
+        def embed() -> None:
+            encoded = engines.text_encoder.encode(PROMPTS[0])
+            engines.dit.embed_prompt(encoded.embeds, encoded.tokens)
+
+        return seconds_of(embed, engines.device, self.plan.events)
+
+    def session_bytes(self) -> dict[str, int]:
+        """What one more session takes: its share of the KV cache, and what it holds once its window is full."""
+        engines, before = self.pipeline.engines, 0
+        if on_cuda := engines.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+        session = self.new_session()
+        for _ in range(self.pipeline.window.capacity + 1):
+            self.pipeline.advance(session)
+        self.tick("memory")
+        held = torch.cuda.memory_allocated() - before if on_cuda else _held(session)
+        slot = KVCache.bytes_of(self.pipeline.config, 1, engines.dit.cache_dtype)
+        return {"slot": slot, "held": held, "total": slot + held}
+
+    def new_session(self, slot: int = 1) -> Session:
+        number = next(self.numbers)
+        prompt = Prompt(index=0, text=PROMPTS[0])
+        return Session(id=f"bench-{number}", prompt=prompt, noise=SeededNoise(number), slot=slot)
+
+    def advance(self, session: Session, what: str) -> float:
+        """Seconds until the frames of the next chunk are there, on a device that has nothing else to do."""
+        if self.pipeline.engines.device.startswith("cuda"):
+            torch.cuda.synchronize()  # the commit of the chunk before
+        began = time.perf_counter()
+        for _ in self.pipeline.finish(self.pipeline.launch(session)):
+            seconds = time.perf_counter() - began
+        self.tick(what)
+        return seconds
+
+    def phase_seconds(self, name: str) -> float:
+        """Of the last chunk."""
+        return sum(phase.seconds for phase in self.pipeline.phases if phase.name == name)
+
+
+def _held(session: Session) -> int:
+    """Bytes of a session's tensors, each counted once."""
+    assert session.decoder_cache is not None
+    assert session.prompt_kv is not None
+    tensors = [*session.decoder_cache, *session.prompt_kv, *session.recent, *(one.latents for one in session.sink)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

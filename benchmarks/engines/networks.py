@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random networks made where they are to run: no checkpoints, and no copy in float32 on the CPU before.
+
+In the place of `weights.load_network`, for measurements: speed does not depend on what the weights are, as long as
+they are no zeros and nothing overflows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, NetworkConfig
+from longlive_serve.models.dit.causal_dit import CausalDiT
+from longlive_serve.models.text_encoder import TextEncoder
+from longlive_serve.models.vae.decoder import VAEDecoder
+from longlive_serve.models.vae.tiny_decoder import TinyDecoder
+
+KINDS: dict[str, Callable[[NetworkConfig], nn.Module]] = {
+    TEXT_ENCODER: lambda config: TextEncoder(config.text_encoder),
+    DIT: lambda config: CausalDiT(config.dit),
+    VAE_DECODER: lambda config: VAEDecoder(config.vae),
+    TINY_DECODER: lambda config: TinyDecoder(config.tiny_decoder),
+}
+NEAR = 0.02  # standard deviation of biases around 0 and of the weights of norms around 1
+
+
+def random_network(
+    name: str, config: NetworkConfig, weights: str, device: str, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """The network `name`, as `weights.load_network` gives it, but with weights drawn on the device in `dtype`.
+
+    `weights` is what the settings say, and not looked at. The same seed gives the same weights on the same device.
+    """
+    with torch.device("meta"):
+        network = KINDS[name](config)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in network.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, device=device, dtype=dtype)
+            setattr(module, key, nn.Parameter(_fill(values, key, generator), requires_grad=False))
+        for key, buffer in list(module.named_buffers(recurse=False)):  # constants, which their networks make themselves
+            assert not buffer.is_meta, f"{name}: the buffer {key} has no values"
+            setattr(module, key, buffer.to(device, dtype))
+    return network.eval()
+
+
+def _fill(values: Tensor, key: str, generator: torch.Generator) -> Tensor:
+    """Normal numbers: of norms near 1, of biases near 0, of all else such that sums keep the size of their terms."""
+    if key == "gamma" or (key == "weight" and values.dim() == 1):
+        return values.normal_(1.0, NEAR, generator=generator)
+    deviation = NEAR if values.dim() == 1 else 1 / math.sqrt(values[0].numel())
+    return values.normal_(0.0, deviation, generator=generator)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: a row of the tables is the server's settings under a name, and the engines built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.engines.baseline.dit import EagerDiT
+from benchmarks.engines.baseline.vae import as_reference
+from benchmarks.engines.networks import random_network
+from benchmarks.engines.prompts import WordEncoder
+from longlive_serve.backends.base import Engines
+from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.torch_backend import TorchDiT, TorchTextEncoder, TorchVAEDecoder
+from longlive_serve.config.presets import TINY
+from longlive_serve.config.serve_config import FUSED, ONNXRUNTIME, TENSORRT, TORCH, ServeConfig
+from longlive_serve.models.vae.decoder import VAEDecoder
+
+BASELINE = "eager baseline"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A name and the settings (keys of ServeConfig) that make it."""
+
+    name: str
+    settings: Mapping[str, object]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name == BASELINE
+
+
+ROWS = (
+    Row(name=BASELINE, settings={"engine": TORCH}),
+    Row(name="torch", settings={"engine": TORCH}),
+    Row(name="fused", settings={"engine": FUSED}),
+    Row(name="fused fp8", settings={"engine": FUSED, "fp8": True}),
+    Row(name="fused fp8 attention", settings={"engine": FUSED, "fp8": True, "fp8_attention": True}),
+    Row(
+        name="fused all fp8",
+        settings={"engine": FUSED, "fp8": True, "fp8_attention": True, "fp8_decoder": True},
+    ),
+    Row(name="torch tiny", settings={"engine": TORCH, "decoder": TINY}),
+    Row(name="fused tiny", settings={"engine": FUSED, "decoder": TINY}),
+    Row(name="fused fp8 tiny", settings={"engine": FUSED, "fp8": True, "decoder": TINY}),
+    Row(
+        name="fused fp8 attention tiny",
+        settings={"engine": FUSED, "fp8": True, "fp8_attention": True, "decoder": TINY},
+    ),
+)
+"""In the order of measuring; `attention` stands for that in FP8, `tiny` for the decoder: without it the Wan VAE's."""
+
+
+def exported(graphs: Path | None, plans: Path | None) -> list[Row]:
+    """Rows of what was exported: its DiT and its VAE decoder, beside the same text encoder as the others have."""
+    folders = ((ONNXRUNTIME, "graphs", graphs), (TENSORRT, "plans", plans))
+    return [
+        Row(name=engine, settings={"engine": engine, "text_encoder_engine": TORCH, key: str(folder)})
+        for engine, key, folder in folders
+        if folder is not None
+    ]
+
+
+def build(row: Row, config: ServeConfig) -> Engines:
+    """The engines of a row with random weights. Raises ValueError and ImportError for what this machine cannot run."""
+    if config.engine == FUSED and not config.device.startswith("cuda"):
+        raise ValueError(f"engine {FUSED} on {config.device}: its kernels need a GPU")
+    if row.is_baseline:
+        return _build_baseline(config)
+    return with_words(build_engines(config, load=random_network), config)
+
+
+def _build_baseline(config: ServeConfig) -> Engines:
+    """The torch engine's networks, run as the reference runs them."""
+    engines = with_words(build_engines(dataclasses.replace(config, slots=1), load=random_network), config)
+    dit, decoder = engines.dit, engines.vae_decoder
+    assert isinstance(dit, TorchDiT)
+    assert isinstance(decoder, TorchVAEDecoder)
+    assert isinstance(decoder.network, VAEDecoder)
+    return dataclasses.replace(
+        engines,
+        dit=EagerDiT(dit.network, config.network, config.slots),
+        vae_decoder=TorchVAEDecoder(as_reference(decoder.network), config.network),
+        name="eager",
+    )
+
+
+def with_words(engines: Engines, config: ServeConfig) -> Engines:
+    """With a text encoder that takes words as tokens: there is no tokenizer."""
+    assert isinstance(engines.text_encoder, TorchTextEncoder)
+    return dataclasses.replace(engines, text_encoder=WordEncoder(engines.text_encoder, config.network))

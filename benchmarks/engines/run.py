@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures one row after the other, each in the memory that the one before it gave back.
+
+Called by the command line, which shows and writes what `Run.record` holds, also when a run is broken off.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.engines.check import Video, check, make_video
+from benchmarks.engines.hardware.attention_table import measure_attention
+from benchmarks.engines.hardware.roofline import FP8, achieved, measure_roofline, shares
+from benchmarks.engines.live import measure_live
+from benchmarks.engines.measure import SLOTS, Alone, Plan
+from benchmarks.engines.rows import Row, build
+from longlive_serve.backends.device import use_device
+from longlive_serve.backends.start_up import measure_start
+from longlive_serve.config.serve_config import TORCH, ServeConfig
+from longlive_serve.engine.model_runner import Pipeline
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[str, str], None]
+"""Told the row (or what else) that is being measured, and what of it."""
+
+
+class Run:
+    """One run of the benchmark. All its figures are of the same device, on the same day."""
+
+    def __init__(
+        self,
+        preset: str,
+        device: str,
+        rows: Sequence[Row],
+        plan: Plan,
+        tell: Tell,
+        *,
+        flex: bool = True,
+        check: bool = False,
+    ) -> None:
+        """`flex`: FlexAttention has its place in the table of attention kernels. `check`: each row's videos are
+        compared with the torch engine's."""
+        self.preset, self.device, self.rows, self.plan, self.tell = preset, device, rows, plan, tell
+        self.flex, self.check = flex, check
+        self._expected: dict[str, Video] = {}
+        """By decoder."""
+        self.on_cuda = device.startswith("cuda")
+        self.dtype = "bfloat16" if self.on_cuda else "float32"  # what `auto` comes to in a server
+        self.record: dict[str, Any] = {
+            "preset": preset,
+            "device": device,
+            "dtype": self.dtype,
+            "weights": "random",
+            "complete": False,
+            "roofline": {},
+            "attention": {},
+            "rows": [],
+            "skipped": {},
+            "failed": {},
+        }
+
+    def measure(self, save: Callable[[], None]) -> None:
+        """Fill `record`. `save` is called after every row, and at the end."""
+        config = self._config({})
+        use_device(self.device)
+        self.tell("the device", "matrix products and copies")
+        self.record["roofline"] = measure_roofline(self.device, self.dtype)
+        self.tell("the device", "attention")
+        self.record["attention"] = measure_attention(config.network, self.device, self.dtype, self.flex)
+        for row in self.rows:
+            self._try(row)
+            self._free()
+            save()
+        self.record["complete"] = True
+        save()
+
+    def _try(self, row: Row) -> None:
+        """A row that cannot be measured leaves its reason; the others are measured all the same."""
+        try:
+            self.record["rows"].append(self._measure(row))
+        except (ValueError, ImportError) as error:
+            self.record["skipped"][row.name] = str(error)
+        except Exception as error:  # a row's border
+            log.exception("%s failed", row.name)
+            self.record["failed"][row.name] = f"{type(error).__name__}: {error}"
+
+    def _measure(self, row: Row) -> dict[str, Any]:
+        config = self._config(dict(row.settings))
+        expected = self._video_of_torch(config.decoder) if self.check else None
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.tell(row.name, "networks")
+        with measure_start() as start_s:
+            engines = build(row, config)
+            pipeline = Pipeline(engines, config.network, config.variant)
+            self.tell(row.name, "warm-up")
+            chunk_s = pipeline.warm_up(SLOTS)
+        if expected is not None:
+            self.tell(row.name, "check")
+        checked = {} if expected is None else {"check": check(pipeline, expected)}
+        gc.collect()
+        gc.freeze()  # as the server does
+
+        def tick(what: str) -> None:
+            self.tell(row.name, what)
+
+        figures = Alone(pipeline, self.plan, tick).measure()
+        live = measure_live(pipeline, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, tick)
+        reached = achieved(figures, config.network, config.decoder, row.is_baseline)
+        return {
+            "name": row.name,
+            "engine": engines.name,
+            "decoder": config.decoder,
+            "dtype": engines.dtype,
+            "fp8": config.fp8,
+            "fp8_attention": config.fp8_attention,
+            "fp8_decoder": config.fp8_decoder,
+            "baseline": row.is_baseline,
+            **figures,
+            **checked,
+            "live": live,
+            "ready_s": sum(start_s.values()),
+            "start_s": start_s,
+            "flops": reached,
+            "of_roofline": shares(reached, self.record["roofline"], engines.dtype),
+            "of_fp8_roofline": shares(reached, self.record["roofline"], FP8) if config.fp8 else {},
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.on_cuda else None,
+        }
+
+    def _video_of_torch(self, decoder: str) -> Video:
+        if decoder not in self._expected:
+            self.tell("torch", "the video that others are compared with")
+            config = self._config({"engine": TORCH, "decoder": decoder})
+            engines = build(Row(name="expected", settings={}), config)
+            self._expected[decoder] = make_video(Pipeline(engines, config.network, config.variant))
+            del engines
+            self._free()
+        return self._expected[decoder]
+
+    def _free(self) -> None:
+        gc.unfreeze()
+        gc.collect()
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+
+    def _config(self, settings: dict[str, Any]) -> ServeConfig:
+        return ServeConfig(preset=self.preset, device=self.device, slots=self.plan.slots, **settings)

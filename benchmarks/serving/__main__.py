@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulates viewers and measures what they notice: `python -m benchmarks.serving --serve --viewers 1,2,4`.
+
+Prints a table; `--json` and `--plot` write it down. The VAE, the server, gRPC and the client are in every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results import Measurement
+from benchmarks.serving.record import write_record
+from benchmarks.serving.viewer import Seen, Watching, watch_together
+from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, tls_from
+from longlive_client.proxies import open_http
+from longlive_serve.config.presets import FPS
+from longlive_serve.protocol.session_options import PACES, REALTIME
+
+PROMPTS = (
+    "A red circle drifts right over a plain black background.",
+    "There is one blue square here. It moves up across a plain white background.",
+    "A single green triangle slowly glides left across an empty gray scene.",
+    "In this scene a yellow cross stays still on a plain black background.",
+)
+PERCENTILES = (50, 95, 99)
+
+
+def summary(seen: Sequence[Seen], fps: int) -> dict[str, Any]:
+    """The figures of one run. Seconds; percentiles over all viewers that got a picture."""
+    watched = [one for one in seen if one.chunks]
+    frames = sum(one.frames for one in watched)
+    ended = max((one.began + one.lasted for one in watched), default=0.0)
+    lasted = ended - min((one.began for one in watched), default=0.0)  # who waits in the queue watches later
+    playing = sum(one.lasted for one in watched) * fps
+    return {
+        "viewers": len(seen),
+        "watched": len(watched),
+        "queued": sum(one.queued for one in seen),
+        "refused": sum(bool(one.refused) for one in seen),
+        "failed": sum(bool(one.failed) for one in seen),
+        "disordered_chunks": sum(one.disordered for one in seen),
+        "chunks": sum(one.chunks for one in seen),
+        "frames": frames,
+        "frames_per_s": frames / lasted if lasted else 0.0,
+        "chunks_per_s": sum(one.chunks for one in watched) / lasted if lasted else 0.0,
+        "real_time_factor": frames / playing if playing else 0.0,
+        "stalls": sum(len(one.stalls) for one in seen),
+        "stalled_s": sum(sum(one.stalls) for one in seen),
+        "first_frame_s": _percentiles([one.first_frame for one in watched if one.first_frame is not None]),
+        "chunk_gap_s": _percentiles([gap for one in watched for gap in one.gaps]),
+        "switch_s": _percentiles([latency for one in watched for latency in one.switches]),
+    }
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {f"p{percent}": float(np.percentile(values, percent)) for percent in PERCENTILES}
+
+
+def server_metrics(url: str) -> dict[str, float]:
+    """The server's own figures: every metric `longlive_*` without its prefix. Empty when `url` is."""
+    if not url:
+        return {}
+    with open_http(f"http://{url}/metrics", timeout_s=10) as response:
+        text = response.read().decode()
+    return {name: float(value) for name, value in re.findall(r"^longlive_(\w+)(?:{[^}]*})? (\S+)$", text, re.MULTILINE)}
+
+
+def run(args: argparse.Namespace, url: str, metrics_url: str) -> list[dict[str, Any]]:
+    rows = []
+    for viewers in args.viewers:
+        watching = Watching(
+            url=url,
+            prompts=args.prompt or PROMPTS,
+            seconds=args.seconds,
+            switch_every=args.switch_every,
+            fps=args.fps,
+            pace=args.pace,
+            tls=args.tls,
+            access_token=args.access_token,
+        )
+        before = server_metrics(metrics_url)
+        print(f"{viewers} viewers for {args.seconds:g} s ...", file=sys.stderr)
+        seen = asyncio.run(watch_together(watching, viewers, args.apart))
+        after = server_metrics(metrics_url)
+        row = summary(seen, args.fps)
+        if after:
+            row["deadline_misses"] = after["deadline_misses"] - before["deadline_misses"]
+            row["announced_capacity"] = after["capacity_sessions"]
+        for reason in sorted({one.failed for one in seen if one.failed}):
+            print(f"failed: {reason}", file=sys.stderr)
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Fits a terminal of 80 columns."""
+    grid = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("viewers", "watch", "frames\nper s", "real-time\nfactor", "stalls"):
+        grid.add_column(column, justify="right")
+    for column in ("first frame\np50/p95 s", "chunk gap\np50/p99 s", "switch\np50/p95 s"):
+        grid.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        counts = (str(row[name]) for name in ("viewers", "watched"))
+        speeds = (f"{row['frames_per_s']:.1f}", f"{row['real_time_factor']:.2f}", str(row["stalls"]))
+        pairs = ((row["first_frame_s"], "p95"), (row["chunk_gap_s"], "p99"), (row["switch_s"], "p95"))
+        grid.add_row(*counts, *speeds, *("-" if v is None else f"{v['p50']:.2f}/{v[p]:.2f}" for v, p in pairs))
+    return grid
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Latencies and stalls against viewers, as PNG."""
+    from matplotlib.figure import Figure  # of the extra `bench`
+
+    viewers = [row["viewers"] for row in rows]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for name, label in (("first_frame_s", "first frame"), ("switch_s", "prompt switch"), ("chunk_gap_s", "chunk gap")):
+        known = [(row["viewers"], row[name]) for row in rows if row[name] is not None]
+        (line,) = above.plot([n for n, _ in known], [v["p50"] for _, v in known], "o-", label=f"{label}, median")
+        above.plot([n for n, _ in known], [v["p95"] for _, v in known], ":", color=line.get_color(), label="95 %")
+    above.set_ylabel("seconds")
+    above.set_ylim(bottom=0)
+    above.legend(fontsize="small", ncols=3)
+    below.bar(viewers, [row["stalls"] for row in rows], color="tab:red", label="stalls seen")
+    below.plot(viewers, [row["watched"] for row in rows], "ko-", label="got a picture")
+    below.set_xlabel("viewers that come")
+    below.set_xticks(viewers)
+    below.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def _server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    if not args.serve:
+        yield args.url or DEFAULT_URL, args.metrics_url or ""
+        return
+    from longlive_serve.triton_server.launcher import TritonServer  # only needed here; the client runs without it
+
+    print("starting a server ...", file=sys.stderr)
+    with TritonServer(config=args.config) as server:
+        yield server.grpc_url, server.metrics_url
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _arguments(argv)
+    made = Measurement.begin("benchmarks.serving", argv)
+    try:
+        with _server(args) as (url, metrics_url):
+            rows = run(args, url, metrics_url)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    Console().print(table(rows))
+    if args.json is not None:
+        on_top = {
+            "sessions_admitted": max(row.get("announced_capacity", row["watched"]) for row in rows),
+            "deadline_misses": sum(row.get("deadline_misses", 0) for row in rows),
+        }
+        write_record(args.json, "client.benchmark", "benchmarks/serving/__main__.py", made, {"runs": rows}, on_top)
+        print(f"wrote {args.json}")
+    if args.plot is not None:
+        plot(rows, args.plot)
+        print(f"wrote {args.plot}")
+    return 1 if any(row["failed"] or row["disordered_chunks"] for row in rows) else 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--viewers", type=_counts, default=[1, 2, 4], metavar="N,N", help="a run each (default: 1,2,4)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long each watches (default: %(default)g)")
+    parser.add_argument(
+        "--switch-every", type=float, default=5.0, metavar="S", help="seconds between prompts; 0: none (default: 5)"
+    )
+    parser.add_argument("--apart", type=float, default=0.0, metavar="S", help="between arrivals (default: all at once)")
+    parser.add_argument("--fps", type=int, default=FPS, help="at which they watch (default: %(default)s)")
+    text = "realtime: as a viewer is served; asap: how much the server can make (default: %(default)s)"
+    parser.add_argument("--pace", choices=PACES, default=REALTIME, help=text)
+    parser.add_argument("--prompt", action="append", help="may be given several times (default: the demo's world)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
+    where.add_argument("--serve", action="store_true", help="start a server for this run")
+    parser.add_argument("--metrics-url", metavar="HOST:PORT", help="the server's metrics (not needed with --serve)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (with --serve)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of them (extra `bench`)")
+    add_access_arguments(parser)
+    args = parser.parse_args(argv)
+    args.tls = tls_from(parser, args)
+    if args.config is not None and not args.serve:
+        parser.error("--config goes with --serve")
+    return args
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected numbers of viewers from 1 on")
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints what results/serving.json holds as the tables of the README: `python -m benchmarks.tables`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results/serving.json"
+
+
+def viewers(record: dict[str, Any]) -> str:
+    """What simulated viewers noticed."""
+    runs = record["client.benchmark"]["runs"]
+    lines = [
+        f"| viewers that come (room announced: {record['sessions_admitted']:.0f}) | watch at once | frames/s "
+        "| stalls | late chunks | first frame p50 / p95 | new prompt p50 / p95 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        times = (f"{run[name]['p50']:.2f} / {run[name]['p95']:.2f} s" for name in ("first_frame_s", "switch_s"))
+        at_once = run["viewers"] - run["queued"] - run["refused"]
+        counts = (run["viewers"], at_once, f"{run['frames_per_s']:.0f}", run["stalls"], f"{run['deadline_misses']:.0f}")
+        lines.append(f"| {' | '.join(map(str, (*counts, *times)))} |")
+    return "\n".join(lines)
+
+
+def trials(record: dict[str, Any]) -> str:
+    """What the service survived."""
+    chaos, soak, fuzz, fleet = (record[f"trials.{name}"] for name in ("chaos", "soak", "fuzz", "fleet"))
+    kills = ", ".join(f"{count} x {what}" for what, count in sorted(chaos["kills"].items()))
+    seam = f"{chaos['seam_difference_of_255']:.2f} of 255 from the uninterrupted video"
+    came = (
+        f"{chaos['viewers']} viewers at {chaos['fps']} fps, {chaos['frames']} frames, {chaos['resumed']} times resumed"
+    )
+    memory = f"memory {soak['memory_slope_mb_per_h']:+.1f} MB/h at {soak['memory_mb']:.0f} MB"
+    late = f"{soak['deadline_misses']:.0f} late chunks of {soak['server_chunks']:.0f}, {soak['stalls']} stalls"
+    perf = [
+        f"{run['perf_analyzer']['chunks_per_s']:.2f} and {run['benchmark']['chunks_per_s']:.2f} ({run['ratio']:.2f})"
+        for run in record["trials.perf"]["runs"]
+    ]
+    rows = {
+        f"kills: {kills}": f"{came}: **{chaos['lost_frames']} lost, {chaos['repeated_frames']} repeated**; {seam}",
+        f"{fleet['servers']} servers with mutual TLS and tokens; one killed, one drained": _fleet(fleet),
+        f"{soak['minutes']:g} minutes, {soak['viewers_at_once']} viewers at once": f"{soak['sessions']} sessions, "
+        f"{soak['prompt_switches']} prompt switches, {late}; {memory}",
+        f"{fuzz['requests']} wrong requests": f"{fuzz['crashes']} crashes, {fuzz['disturbed_videos']} disturbed videos",
+        "perf_analyzer and benchmark, chunks per s": f"1 to {len(perf)} sessions: " + ", ".join(perf),
+    }
+    return "\n".join(
+        ["| trial | result |", "| --- | --- |", *(f"| {what} | {result} |" for what, result in rows.items())]
+    )
+
+
+def _fleet(figures: dict[str, Any]) -> str:
+    refused, lost = (
+        figures["turned_away"].values(),
+        f"{figures['lost_frames']} lost, {figures['repeated_frames']} repeated",
+    )
+    return (
+        f"{figures['viewers']} viewers at {figures['fps']} fps and {figures['late_viewers']} who came meanwhile, "
+        f"{figures['resumed_after_kill']} and {figures['resumed_after_drain']} resumed: **{lost}**, "
+        f"{figures['viewers_who_saw_a_stall']} saw a stall; {figures['found_over_another_connection']} of "
+        f"{figures['viewers']} found over another connection; {sum(refused)} of {len(refused)} strangers turned away"
+    )
+
+
+def main() -> int:
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    print(viewers(record), trials(record), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

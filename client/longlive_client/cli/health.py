@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a server's model for an answer, for health checks: `python -m longlive_client.cli.health --url 127.0.0.1:8001`.
+
+Triton's own health endpoints stay green over a model process that is dead or hangs; this goes to the worker that
+generates the frames and back. Exit code 0: it answered in time; 1: it did not, or with `--ready` a new session
+would be refused or have to wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from longlive_client import wire
+from longlive_client.grpc_transport import (
+    DEFAULT_URL,
+    Tls,
+    add_access_arguments,
+    bearer,
+    channel,
+    tls_from,
+    turned_away,
+)
+from longlive_client.proxies import proxy_hint
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import READY, Request
+
+
+def probe(url: str, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
+    """What the model says: `ready`, or why a new session would have to wait. Raises as `ask` does."""
+    return ask(url, Request(session_id="probe", start=True, end=True), timeout_s, tls, access_token)
+
+
+def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
+    """The NOTICE that answers a request of no session.
+
+    Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses.
+    """
+    message = wire.infer_request(wire.new_session_id(), "ask", request.to_tensors(), start=True, end=True)
+    with channel(url, tls) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        try:
+            for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s, metadata=bearer(access_token)):
+                if response.error_message:
+                    raise _told(response.error_message)
+                chunk = wire.frame_chunk(response)
+                if chunk is not None:
+                    return chunk.notice
+        except grpc.RpcError as error:
+            silence = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name}){proxy_hint(url)}"
+            raise ConnectionError(turned_away(url, error.code()) or silence) from None
+    raise ConnectionError(f"{url}: the stream ended without an answer")
+
+
+def _told(text: str) -> Exception:
+    """The model's own refusal, or Triton's word that there is no model to ask."""
+    error = ServeError.parse(text)
+    return ConnectionError(text) if error.kind == ServeError.INTERNAL else error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m longlive_client.cli.health", description=__doc__)
+    parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: %(default)g")
+    parser.add_argument("--ready", action="store_true", help="ask also whether a new session would start at once")
+    add_access_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        answer = probe(args.url, args.timeout, tls_from(parser, args), args.access_token)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, ConnectionError):
+            parser.error(str(error))
+        print(f"dead: {error}", file=sys.stderr)
+        return 1
+    except ServeError as error:
+        print(error, file=sys.stderr)
+        return 1 if args.ready else 0
+    print(answer)
+    return 1 if args.ready and answer != READY else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session that outlives its connection, in asyncio: what VideoStream and AsyncVideoStream share.
+
+Not used by itself. When a connection breaks, stalls or its server shuts down, it makes another one that goes on from
+the session's last snapshot (`resume_state.py`), and drops what comes a second time. When a server has no free slot, it
+asks others before the session waits (`retry_policy.py`). How a connection works is `connection.py`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Coroutine
+from typing import Any
+
+from longlive_client import wire
+from longlive_client.connection import AHEAD, Connection, Settings
+from longlive_client.errors import InvalidRequestError, SessionCancelledError, VideoStreamError
+from longlive_client.grpc_transport import DEFAULT_URL, Tls
+from longlive_client.request_tracker import StreamedChunk
+from longlive_client.resume_state import Continuation, SentPrompt
+from longlive_client.retry_policy import RESUMABLE, TRIES, Attempts
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import Request
+from longlive_serve.protocol.session_options import Options
+
+log = logging.getLogger(__name__)
+
+
+class ResumableStream:
+    """The session of one video, over as many connections as it takes."""
+
+    def __init__(
+        self,
+        prompt: str | None,
+        *,
+        url: str = DEFAULT_URL,
+        seed: int | None = None,
+        chunks: int | None = None,
+        ahead: int = AHEAD,
+        global_sink: bool | None = None,
+        on_switch: str | None = None,
+        pace: str | None = None,
+        fps: int | None = None,
+        frame_format: str | None = None,
+        early_frames: bool | None = None,
+        snapshot_every: int | None = None,
+        snapshot: bytes | None = None,
+        tries: int = TRIES,
+        resume_for: float = 60.0,
+        stall_timeout: float | None = 30.0,
+        heartbeat_s: float = 300.0,
+        check: bool = True,
+        session_id: str | None = None,
+        token: str | None = None,
+        tls: Tls | None = None,
+        access_token: str | None = None,
+    ) -> None:
+        """
+        prompt: what the video shows; None with `snapshot`, which has its own.
+        chunks: how many to generate; None: until stopped.
+        ahead: at most this many chunks are asked for before they are consumed: a slow consumer slows the generation
+            down. (And Triton keeps what it has sent until all of a request is answered, so requests are small.)
+        pace: `realtime` (the server's default): chunks come a little before they are to be shown at `fps` (16) frames
+            per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
+        frame_format: how frames travel: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;
+            needs PyAV on both sides). What comes out of here are pictures in any case.
+        early_frames: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the first frame
+            and the first one under a new prompt come earlier.
+        tries: so many servers are asked for a free slot before the session waits in the queue of the last one, each
+            under a new session id, because that is what a load balancer goes by; 1: wait at the first. A session
+            that goes on elsewhere asks as many.
+        resume_for: when the connection breaks, stalls, or its server shuts down or fails, try for this many seconds
+            to go on elsewhere, with the next frame; 0: raise at once. There may be a slight jump at the seam.
+        snapshot_every: every so many chunks `StreamedChunk.snapshot` holds the whole session, as bytes (default: 1
+            where the session can be resumed, else never).
+        snapshot: such bytes, and `token` that of their session: it goes on behind that chunk, on any server with the
+            same weights. `chunks` counts from there.
+        stall_timeout: seconds of silence, while an answer is due, that raise StallError; None: wait for ever. After
+            half of it a heartbeat goes out: a server that lives answers it, also while the session waits for a slot.
+        heartbeat_s: an empty request goes out this often, because Triton forgets a sequence that sends none.
+        check: refuse a wrong request here, at once; False leaves it to the server.
+        token: every request of the session repeats it, so that nobody else can steer it (default: a random one).
+        access_token: by which a proxy lets this client in, if there is one that asks.
+        """
+        _check_count("chunks", chunks)
+        _check_count("ahead", ahead)
+        _check_count("tries", tries)
+        self.session_id = wire.new_session_id() if session_id is None else session_id
+        """The one in force: every connection has another."""
+        self.token = wire.new_session_id() if token is None else token
+        self.resumed = 0
+        """How often the session went on over another connection."""
+        self._settings = Settings(
+            url=url,
+            ahead=ahead,
+            stall_timeout=stall_timeout,
+            heartbeat_s=heartbeat_s,
+            check=check,
+            tls=tls,
+            access_token=access_token,
+        )
+        options = Options(
+            global_sink=global_sink,
+            on_switch=on_switch,
+            pace=pace,
+            fps=fps,
+            snapshot_every=1 if snapshot_every is None and resume_for else snapshot_every,
+            format=frame_format,
+            early_frames=early_frames,
+            token=self.token,
+        )
+        start = Request(
+            session_id=self.session_id, start=True, prompt=prompt, seed=seed, options=options, snapshot=snapshot
+        )
+        self._video = Continuation(start, math.inf if chunks is None else chunks)
+        self._attempts = Attempts(self._video, tries=tries, resume_for=resume_for)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connection: Connection | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # that watch a connection begin, or end a refused one
+        self._ended = False  # closed or cancelled
+        self._resuming = asyncio.Lock()
+
+    def cancel(self) -> None:
+        """End the session at once, and with it the iteration. May be called from any thread."""
+        self._ended = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the stream with it
+                self._loop.call_soon_threadsafe(self._cancel)
+
+    async def _open(self) -> None:
+        if self._loop is not None:
+            raise RuntimeError("a stream is opened once: make a new one")
+        self._connection = self._next_connection()
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        if self._ended:
+            raise SessionCancelledError(ServeError.CANCELLED, "cancelled by this client")
+        await self._begin(self._connection)
+
+    async def _close(self) -> None:
+        """End the session, and the stream. Chunks that were not consumed are dropped."""
+        if self._connection is None:
+            return
+        polite, self._ended = not self._ended, True
+        self._stop.set()
+        await self._connection.close(politely=polite)
+        if polite and self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _next_chunk(self) -> StreamedChunk | None:
+        """The next chunk; None when all that were asked for have come, or after `cancel`."""
+        while not self._ended:
+            if self._video.ready:
+                return self._video.ready.popleft()
+            connection = self._current()
+            try:
+                chunk = await connection.next_chunk()
+            except RESUMABLE as error:
+                if self._ended or not self._video.owed:  # then only the word that it was the last chunk is missing
+                    return None
+                await self._resume(connection, error)
+            else:
+                if chunk is None:
+                    return None
+                self._take(chunk)
+        return None
+
+    def _take(self, chunk: StreamedChunk) -> None:
+        if self._video.take(chunk):
+            self.resumed += self._attempts.went_on()
+
+    async def _switch_prompt(self, text: str, at_latent_frame: int | None) -> int:
+        prompt = SentPrompt(text=text, at_latent_frame=at_latent_frame)
+        while True:
+            connection = self._current()
+            try:
+                return await self._send(connection, prompt)
+            except RESUMABLE as error:
+                await self._resume(connection, error)
+
+    async def _send(self, connection: Connection, prompt: SentPrompt) -> int:
+        word = await connection.switch_prompt(prompt.text, prompt.at_latent_frame)
+        prompt.accepted = word.arrived
+        if prompt not in self._video.prompts:
+            self._video.prompts.append(prompt)
+        return word.prompt_index
+
+    async def _request_chunks(self, count: int) -> None:
+        _check_count("chunks", count)
+        self._video.owed += count
+        connection = self._current()
+        try:
+            await connection.request_chunks(count)
+        except RESUMABLE as error:
+            await self._resume(connection, error)
+
+    def _current(self) -> Connection:
+        if self._connection is None:
+            raise RuntimeError("the stream is not open: use it in a `with` block")
+        return self._connection
+
+    async def _resume(self, broken: Connection, error: VideoStreamError) -> None:
+        """Go on over another connection. Raises `error` when there is nothing to go on with, or it takes too long."""
+        async with self._resuming:
+            if self._connection is not broken:  # somebody else has done it
+                return
+            for chunk in broken.received:
+                self._take(chunk)
+            if self._ended or not self._attempts.make_sense(error):
+                raise error
+            if self._attempts.refused(error):  # no pause: it asks few servers, and probably each of them once
+                self._run_beside(broken.close())  # Triton would keep a place for a session that is but cancelled
+            else:
+                await self._pause(self._attempts.next_round(), error)
+                await broken.close(politely=False)
+            if self._ended:
+                return
+            # A new id: it leads elsewhere, and this server may not have noticed yet that the old connection is gone.
+            self.session_id = wire.new_session_id()
+            self._connection = self._next_connection()
+            with contextlib.suppress(*RESUMABLE):  # whoever uses the connection next is told, and comes back here
+                await self._begin(self._connection)
+                for prompt in list(self._video.prompts):
+                    await self._send(self._connection, prompt)
+
+    def _next_connection(self) -> Connection:
+        return Connection(self._attempts.next_start(self.session_id), self._settings, self._video.owed)
+
+    async def _begin(self, connection: Connection) -> None:
+        await connection.open()
+        self._run_beside(self._watch(connection))
+
+    async def _watch(self, connection: Connection) -> None:
+        """If the server has no slot, ask the next one now: it may be long until somebody wants a chunk."""
+        with contextlib.suppress(*RESUMABLE):
+            error = await connection.refusal()
+            if error is not None and self._attempts.refused(error):
+                await self._resume(connection, error)
+
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _pause(self, seconds: float, error: VideoStreamError) -> None:
+        """Let time pass because of `error`; `cancel` and `close` end it."""
+        level = logging.DEBUG if seconds else logging.WARNING
+        log.log(level, "session %s: %s; going on at frame %d", self.session_id, error, self._video.next_frame)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+
+    def _cancel(self) -> None:
+        self._stop.set()
+        self._video.ready.clear()
+        self._current().cancel()
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and not 1 <= value < 2**31:
+        raise InvalidRequestError(ServeError.INVALID_REQUEST, f"{name}: got {value}, expected 1 to {2**31 - 1}")

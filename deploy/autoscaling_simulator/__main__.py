@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A day of viewers, bursts and a flash crowd against the autoscaling policy: `python -m deploy.autoscaling_simulator`.
+
+Prints what viewers and the bill would notice: how long they wait, who is refused, which videos stall, GPU-hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.results import Measurement
+from deploy.autoscaling_simulator import sweep
+from deploy.autoscaling_simulator.arrivals import TRACES
+from deploy.autoscaling_simulator.policy import SHIPPED, Policy
+from deploy.autoscaling_simulator.report.figures import Run, simulate, with_room
+from deploy.autoscaling_simulator.report.plot import plot
+from deploy.autoscaling_simulator.report.record import SECTION, write_record
+from deploy.autoscaling_simulator.report.show import sweep_tables
+from deploy.autoscaling_simulator.world import World, capacity
+from longlive_serve.config.presets import DECODERS, WAN
+
+EXAMPLES = """\
+examples
+  python -m deploy.autoscaling_simulator --peak-sessions 1000                          # three traces, some seconds
+  python -m deploy.autoscaling_simulator --trace flash_crowd --cold-start 1 1.5 3      # what faster machines would save
+  python -m deploy.autoscaling_simulator --policy mine.toml --trace burst              # your own thresholds
+  python -m deploy.autoscaling_simulator --fixed 400 --peak-sessions 1000              # a fleet that never changes
+  python -m deploy.autoscaling_simulator --sweep                                # the traces, then: why these thresholds
+
+A pod is one GPU. How many sessions it holds is the one figure that all the others hang on: results/gpu.json has it
+once the benchmark ran on a GPU (python -m benchmarks.engines), until then it is a projection. What is taken for
+granted besides (lengths of sessions, cold starts, failures), deploy/autoscaling_simulator/world.py says."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _arguments(argv)
+    made = Measurement.begin(SECTION, argv)
+    try:
+        world, source = _world(args)
+        policy = Policy.from_toml(args.policy)
+        runs, swept = _run(args, world, policy)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    traces = {name: run.figures for name, run in runs.items()}
+    made_with = {
+        "peak_sessions": args.peak_sessions,
+        "seed": args.seed,
+        "capacity_from": source,
+        "policy": _policy(args, policy, world),
+        "world": world,
+        **({"sweep_seeds": sweep.SEEDS, "sweep": swept} if swept else {}),
+    }
+    Console().print(_table(traces))
+    if swept:
+        print(sweep_tables({SECTION: made_with}))
+    if args.json is not None:
+        write_record(args.json, made, traces, made_with)
+    if args.plot is not None:
+        plot(runs, args.plot)
+    return 0
+
+
+def _world(args: argparse.Namespace) -> tuple[World, str]:
+    """What is given, and where the capacity comes from."""
+    if args.capacity:
+        sessions, source = args.capacity, "given"
+    else:
+        sessions, source = capacity(args.decoder)
+    print(f"{sessions} live sessions on a GPU ({source})", file=sys.stderr)
+    least, likely, most = (60 * minutes for minutes in args.cold_start)
+    if not 0 <= least <= likely <= most:
+        raise ValueError(f"--cold-start: got {args.cold_start}, expected least, most likely and most, in order")
+    return World(capacity=sessions, cold_start_s=(least, likely, most), mtbf_h=args.mtbf), source
+
+
+def _policy(args: argparse.Namespace, policy: Policy, world: World) -> Policy:
+    return policy.fixed(args.fixed) if args.fixed else with_room(policy, args.peak_sessions, world.capacity)
+
+
+def _run(
+    args: argparse.Namespace, world: World, policy: Policy
+) -> tuple[dict[str, Run], dict[str, list[dict[str, Any]]]]:
+    """Runs by trace, and the sweep's tables."""
+    names = args.trace or list(TRACES)
+    runs: dict[str, Run] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        for name in names:
+            task = progress.add_task(name, total=TRACES[name].seconds)
+            runs[name] = simulate(
+                name,
+                world=world,
+                policy=_policy(args, policy, world),
+                peak=args.peak_sessions,
+                seed=args.seed,
+                on_round=lambda now, task=task: progress.update(task, completed=now),  # type: ignore[misc]
+            )
+            progress.update(task, completed=TRACES[name].seconds)
+        if args.sweep is None:
+            return runs, {}
+        wanted = args.sweep or sweep.TABLES
+        task = progress.add_task("sweep", total=sum(case.table in wanted for case in sweep.cases(policy)))
+        return runs, sweep.run(policy, world, wanted, on_case=lambda: progress.advance(task))
+
+
+def _table(traces: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A column for every trace. Fits a terminal of 80 columns."""
+    grid = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    grid.add_column()
+    for name in traces:
+        grid.add_column(name, justify="right")
+    for key, label, style in (
+        ("arrived", "viewers who come", ",d"),
+        ("at_once_share", "find a slot at once", ".2%"),
+        ("wait_p50_s", "wait p50, s", ".1f"),
+        ("wait_p95_s", "wait p95, s", ".1f"),
+        ("wait_p99_s", "wait p99, s", ".1f"),
+        ("refused", "refused", ",d"),
+        ("refused_share", "of all who come", ".2%"),
+        ("stalls", "stalls", ",d"),
+        ("lost", "sessions lost", ",d"),
+        ("peak_live", "peak of live sessions", ",d"),
+        ("peak_pods", "peak of pods", ",d"),
+        ("pods_failed", "pods that failed", ",d"),
+        ("gpu_hours", "GPU-hours", ",.0f"),
+        ("perfect_gpu_hours", "of a perfect fleet", ",.0f"),
+        ("fixed_gpu_hours", "of a fixed fleet", ",.0f"),
+    ):
+        grid.add_row(label, *(format(figures[key], style) for figures in traces.values()))
+    for cause in ("pod_failure", "scale_down"):
+        counts = ((figures["moved_by_cause"][cause], figures["stalls_by_cause"][cause]) for figures in traces.values())
+        grid.add_row(f"moved / stalled: {cause}", *(f"{moved:,} / {stalled:,}" for moved, stalled in counts))
+    return grid
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.autoscaling_simulator",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    traces = "; ".join(f"{trace.name}: {trace.description}, {trace.hours:g} h" for trace in TRACES.values())
+    parser.add_argument("--trace", action="append", choices=TRACES, help=f"may be repeated; default: all. {traces}")
+    parser.add_argument(
+        "--peak-sessions",
+        type=_count,
+        default=100_000,
+        metavar="N",
+        help="the most that are wanted at once, on average (default: %(default)s)",
+    )
+    parser.add_argument("--capacity", type=_count, metavar="N", help="live sessions of a GPU (default: see below)")
+    parser.add_argument(
+        "--decoder", choices=DECODERS, default=WAN, help="whose measured capacity to take (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cold-start",
+        type=float,
+        nargs=3,
+        default=[seconds / 60 for seconds in World().cold_start_s],
+        metavar=("LEAST", "LIKELY", "MOST"),
+        help="minutes until an ordered pod is ready (default: 2 4 10)",
+    )
+    parser.add_argument(
+        "--mtbf", type=float, default=World().mtbf_h, metavar="H", help="hours that a pod lives (default: %(default)g)"
+    )
+    parser.add_argument("--fixed", type=_count, metavar="PODS", help="so many pods throughout, no autoscaling")
+    parser.add_argument("--policy", type=Path, default=SHIPPED, metavar="TOML", help="default: deploy/policy.toml")
+    parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
+    text = f"then vary the thresholds, on small fleets: two minutes; of {', '.join(sweep.TABLES)} only these"
+    parser.add_argument("--sweep", nargs="*", choices=sweep.TABLES, metavar="TABLE", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw sessions, pods and who waits, over time")
+    args = parser.parse_args(argv)
+    if args.mtbf <= 0:
+        parser.error(f"--mtbf: got {args.mtbf:g}, expected more than 0")
+    return args
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who comes when and stays for how long: three traces, scaled to a peak of live sessions.
+
+A Poisson process whose rate changes every second. Knows nothing of pods.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from deploy.autoscaling_simulator.world import World
+
+Array = npt.NDArray[np.float64]
+MINUTE, HOUR = 60, 3600
+STEP = 10  # seconds, where whole traces are computed with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    name: str
+    hours: float
+    description: str
+    shape: Callable[[Array, np.random.Generator], Array]
+    """Relative rate of arrivals at times, in seconds. What it is at 0 it was for ever before."""
+
+    @property
+    def seconds(self) -> int:
+        return round(self.hours * HOUR)
+
+
+def _diurnal(times: Array, random: np.random.Generator) -> Array:
+    """A day from midnight: a plateau in the afternoon, a peak in the evening, a sixth of it at night."""
+    hours = times / HOUR
+
+    def bump(middle: float, width: float) -> Array:
+        apart = (hours - middle + 12) % 24 - 12
+        return np.asarray(np.exp(-0.5 * (apart / width) ** 2))
+
+    return 0.2 + 0.45 * bump(14, 3.5) + 0.95 * bump(20.5, 2.2)
+
+
+def _burst(times: Array, random: np.random.Generator) -> Array:
+    """Bursts on a plain: three in two hours, each there within a minute and gone by half every five minutes."""
+    rate = np.full(len(times), 0.4)
+    begins = np.cumsum(random.exponential(40 * MINUTE, 100))
+    for begin, height in zip(begins, random.uniform(0.1, 0.6, 100), strict=True):
+        since = times - begin
+        rise = np.clip(since / MINUTE, 0, 1)
+        rate += height * rise * 0.5 ** (np.maximum(since, 0) / (5 * MINUTE))
+    return rate
+
+
+def _flash_crowd(times: Array, random: np.random.Generator) -> Array:
+    """Twenty times as many within a minute, for an hour."""
+    begin, end = 20 * MINUTE, 80 * MINUTE
+    return np.interp(times, [0, begin, begin + MINUTE, end, end + 10 * MINUTE], [1, 1, 20, 20, 1])
+
+
+TRACES = {
+    trace.name: trace
+    for trace in (
+        Trace(
+            name="diurnal", hours=24, description="a day: six times as many in the evening as at night", shape=_diurnal
+        ),
+        Trace(name="burst", hours=6, description="bursts, each up within a minute", shape=_burst),
+        Trace(name="flash_crowd", hours=2.5, description="20 times as many within a minute", shape=_flash_crowd),
+    )
+}
+
+
+class Arrivals:
+    """The sessions of a trace, in the order of their coming."""
+
+    def __init__(self, trace: Trace, world: World, peak: float, seed: int) -> None:
+        """`peak`: the most sessions that would be live at once if all were served at once, on average."""
+        self._random = np.random.default_rng(np.random.SeedSequence([seed, *trace.name.encode()]))
+        self._world, self.seconds = world, trace.seconds
+        shape = trace.shape(np.arange(trace.seconds, dtype=float), self._random)
+        self._rates = shape * (peak / offered_live(shape, world).max())
+        """Sessions per second, for every second."""
+        self.live_at_first = float(self._rates[0]) * world.mean_session_s
+        """Sessions that are live when the trace begins, on average."""
+        self.offered_s = 0.0
+        """Seconds of video within the trace that were asked for so far."""
+        self._begin = 0
+        self._times: list[float] = []
+        self._lengths: list[float] = []
+
+    def already_live(self) -> list[float]:
+        """What remains of the sessions that are live at the beginning."""
+        world = self._world
+        count = self._random.poisson(self.live_at_first)
+        # Who is there at some time is there the likelier the longer the session; all that is past of it is as likely.
+        mean = math.log(world.session_median_s) + world.session_sigma**2
+        remaining = self._random.lognormal(mean, world.session_sigma, count) * self._random.random(count)
+        self.offered_s += float(np.minimum(remaining, self.seconds).sum())
+        return list(remaining.tolist())
+
+    def until(self, end: float) -> tuple[list[float], list[float]]:
+        """When those came who have not been told of yet, and how long each stays."""
+        while self._begin < min(end, self.seconds):
+            self._make_a_minute()
+        cut = bisect.bisect_right(self._times, end)
+        times, self._times = self._times[:cut], self._times[cut:]
+        lengths, self._lengths = self._lengths[:cut], self._lengths[cut:]
+        return times, lengths
+
+    def _make_a_minute(self) -> None:
+        begin, random, world = self._begin, self._random, self._world
+        rates = self._rates[begin : begin + MINUTE]
+        counts = random.poisson(rates)
+        times = np.sort(np.repeat(np.arange(begin, begin + len(rates)), counts) + random.random(counts.sum()))
+        lengths = random.lognormal(math.log(world.session_median_s), world.session_sigma, len(times))
+        self.offered_s += float(np.minimum(lengths, self.seconds - times).sum())
+        self._times += times.tolist()
+        self._lengths += lengths.tolist()
+        self._begin += MINUTE
+
+
+def offered_live(rates: Array, world: World) -> Array:
+    """Sessions that would be live at once, on average, if all were served at once; every `STEP` seconds."""
+    coarse = rates[::STEP]
+    ages = np.arange(len(coarse)) * STEP + STEP / 2
+    survives = np.array([_survival(age, world) for age in ages])
+    size = 2 * len(coarse)
+    since_begin = np.fft.irfft(np.fft.rfft(coarse, size) * np.fft.rfft(survives, size), size)[: len(coarse)] * STEP
+    # Those from before: as many as there would be for ever, less those who have gone since.
+    before = coarse[0] * (world.mean_session_s - np.cumsum(survives) * STEP)
+    return np.asarray(since_begin + np.maximum(before, 0))
+
+
+def _survival(age: float, world: World) -> float:
+    """Share of the sessions that are longer."""
+    return 0.5 * math.erfc(math.log(age / world.session_median_s) / (world.session_sigma * math.sqrt(2)))

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as a picture: a column for every trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.autoscaling_simulator.arrivals import HOUR, MINUTE, TRACES
+from deploy.autoscaling_simulator.cluster import Moment
+from deploy.autoscaling_simulator.report.figures import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 400  # of a line that tells a rate
+
+
+def plot(runs: Mapping[str, Run], path: Path) -> None:
+    """As PNG: above slots and sessions, then who comes and is refused, below who waits."""
+    from matplotlib.figure import Figure  # of the extra `deploy`
+
+    figure = Figure(figsize=(4.8 * len(runs), 7.5), layout="constrained")
+    columns = figure.subplots(3, len(runs), sharex="col", squeeze=False, height_ratios=(3, 2, 1.3)).T
+    for axes, (name, run) in zip(columns, runs.items(), strict=True):
+        _draw(axes, name, run)
+    for axes, label in zip(columns[0], ("sessions, slots", "viewers per second", "waiting for a slot"), strict=True):
+        axes.set_ylabel(label)
+    pods = columns[-1][0].secondary_yaxis("right", functions=_slots_to_pods(next(iter(runs.values())).capacity))
+    pods.set_ylabel("pods")
+    for axes in columns[0][:2]:
+        axes.legend(fontsize="small", loc="upper left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Sequence[Axes], name: str, run: Run) -> None:
+    sessions, rates, queue = axes
+    moments, long = run.moments, TRACES[name].hours > 4
+    unit = HOUR if long else MINUTE
+    times = [moment.time / unit for moment in moments]
+    sessions.set_title(f"{name}\n{TRACES[name].description}", fontsize="medium")
+    slots, ready = ([getattr(moment, what) * run.capacity for moment in moments] for what in ("pods", "ready"))
+    sessions.fill_between(times, slots, color="tab:orange", alpha=0.25, lw=0, label="slots of all pods")
+    sessions.plot(times, ready, color="tab:orange", lw=1.2, label="slots of ready pods")
+    sessions.plot(times, [moment.live for moment in moments], color="tab:blue", lw=1.2, label="live")
+    for what, label, color in (("arrived", "come", "tab:blue"), ("refused", "are refused", "tab:red")):
+        coarse = moments[:: max(1, len(moments) // POINTS)]
+        rates.plot([moment.time / unit for moment in coarse[1:]], _per_second(coarse, what), color, lw=1.2, label=label)
+    queue.plot(times, [moment.waiting for moment in moments], color="tab:purple", lw=1.2)
+    queue.set_xlabel("hours" if long else "minutes")
+    for one in axes:
+        one.set_xlim(0, times[-1])
+        one.set_ylim(0, max(1, one.get_ylim()[1]))
+        one.grid(alpha=0.3)
+        one.yaxis.set_major_formatter("{x:,g}")
+
+
+def _slots_to_pods(capacity: int) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    return lambda slots: slots / capacity, lambda pods: pods * capacity
+
+
+def _per_second(moments: Sequence[Moment], what: str) -> list[float]:
+    pairs = pairwise((moment.time, getattr(moment, what)) for moment in moments)
+    return [(after - before) / (end - begin) for (begin, before), (end, after) in pairs]

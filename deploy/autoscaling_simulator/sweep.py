@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why the shipped thresholds are what they are: each varied, on small fleets and several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+from deploy.autoscaling_simulator.policy import Policy
+from deploy.autoscaling_simulator.report.figures import simulate, with_room
+from deploy.autoscaling_simulator.world import World
+
+TARGETS = (0.6, 0.7, 0.8, 0.9)
+SPARES = (0, 3, 6)
+PEAKS = (100, 3000)
+"""Sessions: a fleet where chance matters, and one where it does not."""
+SEEDS = (0, 1, 2, 3)
+WINDOWS = (0, 60, 120, 300)
+GRACES = (0, 300, 600, 1200)
+GOODBYES = (0, 1, 2)
+DAY_PEAK = 1000
+TRIES = (1, 2, 4, 8, 16, 32)
+CAPACITIES = (1, 2, 3)
+TABLES = ("headroom", "refused", "drain", "tries")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    table: str
+    trace: str
+    peak: int
+    policy: Policy
+    varied: dict[str, Any]
+    world: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What is other than in the world that all is run in."""
+
+
+def cases(policy: Policy) -> Iterator[Case]:
+    """All that is varied, one table after another."""
+    for target in TARGETS:
+        for spare in SPARES:
+            for peak in PEAKS:
+                changed = dataclasses.replace(policy, target_busy_share=target, spare_pods=spare)
+                varied = {"target_busy_share": target, "spare_pods": spare, "peak_sessions": peak}
+                yield Case(table="headroom", trace="burst", peak=peak, policy=changed, varied=varied)
+    for window in WINDOWS:
+        changed = dataclasses.replace(policy, refused_window_s=window)
+        varied = {"refused_window_s": window}
+        yield Case(table="refused", trace="flash_crowd", peak=PEAKS[-1], policy=changed, varied=varied)
+    for chunks in GOODBYES:
+        for grace in GRACES:
+            changed = dataclasses.replace(policy, drain=dataclasses.replace(policy.drain, grace_period_s=grace))
+            world: dict[str, Any] = {"goodbye_chunks": chunks}
+            varied = world | {"grace_period_s": grace}
+            yield Case(table="drain", trace="diurnal", peak=DAY_PEAK, policy=changed, varied=varied, world=world)
+    for tries in TRIES:
+        changed = dataclasses.replace(policy, service=dataclasses.replace(policy.service, tries=tries))
+        for trace, peak in (("diurnal", DAY_PEAK), ("burst", PEAKS[-1])):
+            for room in CAPACITIES:
+                world = {"capacity": room}
+                varied = world | {"tries": tries, "trace": trace}
+                yield Case(table="tries", trace=trace, peak=peak, policy=changed, varied=varied, world=world)
+
+
+def run(
+    policy: Policy,
+    world: World,
+    wanted: Collection[str] = TABLES,
+    seeds: Sequence[int] = SEEDS,
+    on_case: Callable[[], None] = lambda: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by table, of those that are wanted."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for case in (case for case in cases(policy) if case.table in wanted):
+        tables.setdefault(case.table, []).append(_row(case, world, seeds))
+        on_case()
+    return tables
+
+
+def _row(case: Case, world: World, seeds: Sequence[int]) -> dict[str, Any]:
+    """What is told of a case: sums over its seeds, and the wait of the worst."""
+    world = dataclasses.replace(world, **case.world)
+    policy = with_room(case.policy, case.peak, world.capacity)
+    runs = [simulate(case.trace, world=world, policy=policy, peak=case.peak, seed=seed).figures for seed in seeds]
+    return {
+        **case.varied,
+        "wait_p95_s": max(run["wait_p95_s"] for run in runs),
+        "wait_p99_s": max(run["wait_p99_s"] for run in runs),
+        "refused_share": sum(run["refused"] for run in runs) / sum(run["arrived"] for run in runs),
+        "moved": sum(run["moved_by_cause"]["scale_down"] for run in runs),
+        "stalls": sum(run["stalls_by_cause"]["scale_down"] for run in runs),
+        "gpu_hours_by_perfect": statistics.mean(run["gpu_hours_by_perfect"] for run in runs),
+    }

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints how many sessions a GPU holds and what an hour of video costs: `python -m deploy.capacity`.
+
+Projected from operations, speeds and memory; what results/gpu.json has measured takes a projection's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.autoscaling_simulator.report.record import RESULTS
+from deploy.autoscaling_simulator.report.show import markdown, sweep_tables, trace_table
+from deploy.autoscaling_simulator.world import CHUNK_PLAYS_S, MEASURED
+from deploy.capacity.projection import FP8, FULL, GPUS, PRECISIONS, chunk_seconds, memory_of
+from longlive_serve.config.presets import DECODERS
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.doctor.memory_model import server_memory
+from longlive_serve.engine.scheduler import CHUNK_FRAMES
+
+PROJECTED = "projected"
+SECTION = "benchmarks.engines"
+PRICE = 3.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A GPU with a precision of the DiT and a decoder."""
+
+    gpu: str
+    precision: str
+    decoder: str
+    chunk_s: float
+    fit: int | None
+    """Sessions by memory; None: unknown."""
+    keeps: int
+    """Sessions with which no chunk comes late."""
+    admits: int
+    """Sessions that a server admits, with the default headroom."""
+    source: str
+
+
+def projected(gpu: str, precision: str, decoder: str) -> Row:
+    seconds = chunk_seconds(gpu, precision, decoder)
+    memory = server_memory(
+        FULL, dtype="bfloat16", decoder=decoder, fused_dit=True, fused_decoder=True, fp8=precision == FP8
+    )
+    fit, keeps = memory.sessions_in(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
+    admits = max(int(ServeConfig().headroom * CHUNK_PLAYS_S / seconds), min(1, keeps))  # the first always
+    return Row(
+        gpu=gpu,
+        precision=precision,
+        decoder=decoder,
+        chunk_s=seconds,
+        fit=fit,
+        keeps=min(keeps, fit),
+        admits=min(admits, fit),
+        source=PROJECTED,
+    )
+
+
+def measured(path: Path = MEASURED) -> Iterator[Row]:
+    """The fastest of our engines for every precision and decoder. None, where nothing of full size was measured."""
+    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get(SECTION, {}) if path.exists() else {}
+    if run.get("preset") != FULL.name:
+        return
+    name, _, _ = str(run["hardware"]).partition(",")
+    gpu = next((gpu for gpu in GPUS if gpu.removesuffix(" 80 GB") in name), name)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in run["rows"]:
+        key = FP8 if row["fp8"] else str(row["dtype"]), row["decoder"]
+        if not row["baseline"] and (key not in found or row["fps"] > found[key]["fps"]):
+            found[key] = row
+    for (precision, decoder), row in found.items():
+        live = row["live"]
+        yield Row(
+            gpu=gpu,
+            precision=precision,
+            decoder=decoder,
+            chunk_s=row["chunk_s"]["median"],
+            fit=projected(gpu, precision, decoder).fit if gpu in GPUS and precision in PRECISIONS else None,
+            keeps=live["sessions"],
+            admits=min(live["announced"], live["sessions"]),
+            source=f"measured {run['date']}: {row['name']}",
+        )
+
+
+def rows(path: Path = MEASURED) -> list[Row]:
+    """All that is projected, with what was measured in its place, and whatever else was measured."""
+    found = {
+        (gpu, precision, decoder): projected(gpu, precision, decoder)
+        for gpu in GPUS
+        for precision in PRECISIONS
+        for decoder in DECODERS
+    }
+    found |= {(row.gpu, row.precision, row.decoder): row for row in measured(path)}
+    return list(found.values())
+
+
+def fleet_factor(path: Path = RESULTS) -> float:
+    """GPU-hours of an autoscaled fleet by those of a perfect one, over a simulated day."""
+    return float(json.loads(path.read_text(encoding="utf-8"))["diurnal"]["gpu_hours_by_perfect"])
+
+
+def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
+    """`price`: of an hour of a GPU. `factor`: as `fleet_factor` has it."""
+    head = (
+        "GPU",
+        "DiT",
+        "decoder",
+        "ms a chunk",
+        "frames/s",
+        "sessions by memory",
+        "keeps up with",
+        "admits",
+        "an hour of video, GPU full",
+        f"in a fleet (x {factor:.2f})",
+        "source",
+    )
+    lines = []
+    for row in rows:
+        fit = "?" if row.fit is None else f"{row.fit}"
+        costs = (f"{price * times / row.admits:.2f}" if row.admits else "-" for times in (1.0, factor))
+        speed = f"{1e3 * row.chunk_s:.0f}", f"{CHUNK_FRAMES / row.chunk_s:.0f}"
+        counts = fit, f"{row.keeps}", f"{row.admits}"
+        lines.append((row.gpu, row.precision, row.decoder, *speed, *counts, *costs, row.source))
+    return markdown(head, lines)
+
+
+def tables(price: float = PRICE) -> dict[str, str]:
+    """Those of docs/capacity.md, under the names that its marks have."""
+    record: Mapping[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {
+        "capacity": capacity_table(rows(), price, fleet_factor()),
+        "traces": trace_table(record),
+        "sweep": sweep_tables(record),
+    }
+
+
+def renew(page: str, tables: Mapping[str, str]) -> str:
+    """The page with new tables: each stands between `<!-- table NAME -->` and `<!-- end -->`."""
+    for name, table in tables.items():
+        begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
+        before, mark, rest = page.partition(begin)
+        _, mark_after, after = rest.partition(end)
+        if not (mark and mark_after):
+            raise ValueError(f"got no place marked {begin.strip()} to {end}, expected one")
+        page = f"{before}{begin}\n{table}\n\n{end}{after}"
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.capacity", description=__doc__)
+    parser.add_argument("--price", type=float, default=PRICE, help="of a GPU for an hour (default: %(default).2f)")
+    parser.add_argument(
+        "--page", type=Path, metavar="MD", help="put the tables into this page instead (docs/capacity.md)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.page is None:
+            print(capacity_table(rows(), args.price, fleet_factor()))
+        else:
+            args.page.write_text(renew(args.page.read_text(encoding="utf-8"), tables(args.price)))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a chunk of LongLive 1.3B at 480x832 would take on a GPU, by operations, bytes and launches; nothing here is
+measured with our engines. Read by capacity.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from longlive_serve.config.presets import PRESETS, TINY, WAN
+from longlive_serve.doctor.memory import COMMON_GPUS
+
+FULL = PRESETS["longlive-1.3b"]
+BF16, FP8 = PRECISIONS = ("bfloat16", "fp8")
+PASSES = 5  # of the DiT in a chunk: 4 denoising steps and the commit, whose last layer is not computed
+SMS = 132  # of a Hopper GPU: a kernel's tiles run in waves of so many, and a last wave that is not full takes as long
+ROWS, COLUMNS = 128, 256  # a tile of a product, for one SM; of attention it is ROWS queries of a head
+MEASURED = 8192  # the size of the square product whose speed is known
+LAUNCH_S = 1.5e-6  # between two kernels of a CUDA graph
+HOST_S = 3e-3  # noise to the device, frames from it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Of the DiT on one Hopper GPU."""
+
+    linear: float
+    """Operations per second of MEASURED's product."""
+    attention: float
+    """With every wave full."""
+    layer_bytes: float
+    """What the norms, RoPE and GELU of a layer read and write."""
+    launches: int
+    """Kernels of a chunk."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The 12 frames of a chunk, in bfloat16."""
+
+    operations: float
+    bytes: float
+    """Beside those of the convolutions' own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPU:
+    """By its data sheet."""
+
+    flops: float
+    """Bfloat16, dense, sums in float32."""
+    bytes_per_s: float
+
+
+HOPPER = {
+    BF16: Speeds(linear=790e12, attention=667e12, layer_bytes=484e6, launches=2130),
+    FP8: Speeds(linear=1264e12, attention=1036e12, layer_bytes=421e6, launches=2400),
+}
+CONVOLUTIONS = 430e12  # operations per second on Hopper
+REACHED = 0.75  # of the data sheet's bytes per second
+DECODER = {WAN: Decoder(operations=40.65e12, bytes=45e9), TINY: Decoder(operations=0, bytes=36e9)}  # all of its time
+GPUS = {
+    "H200": GPU(flops=989e12, bytes_per_s=4.8e12),
+    "H100 80 GB": GPU(flops=989e12, bytes_per_s=3.35e12),
+    "L40S": GPU(flops=362e12, bytes_per_s=0.864e12),
+    "RTX 4090": GPU(flops=165e12, bytes_per_s=1.008e12),
+}
+
+
+def memory_of(gpu: str) -> int:
+    return COMMON_GPUS[gpu]
+
+
+def filled(tiles: int) -> float:
+    """What share of its waves so many tiles fill."""
+    return tiles / (math.ceil(tiles / SMS) * SMS)
+
+
+def product_tiles(rows: int, columns: int) -> int:
+    return math.ceil(rows / ROWS) * math.ceil(columns / COLUMNS)
+
+
+def layer_seconds(speeds: Speeds) -> float:
+    """The products and the attention of a layer on a Hopper GPU, for a chunk that sees a full window."""
+    dit, tokens = FULL.dit, FULL.window.chunk * FULL.tokens_per_frame
+    keys = FULL.window.window * FULL.tokens_per_frame + dit.text_len
+    of_full_waves = speeds.linear / filled(product_tiles(MEASURED, MEASURED))
+    products = [(3 * dit.dim, dit.dim), *3 * [(dit.dim, dit.dim)], (dit.ffn_dim, dit.dim), (dit.dim, dit.ffn_dim)]
+    linear = sum(
+        2 * tokens * columns * depth / (of_full_waves * filled(product_tiles(tokens, columns)))
+        for columns, depth in products
+    )
+    full = filled(dit.num_heads * math.ceil(tokens / ROWS))
+    return linear + 4 * tokens * keys * dit.dim / (speeds.attention * full)
+
+
+def chunk_seconds(gpu: str, precision: str, decoder: str) -> float:
+    """On Hopper by the speeds above; on others as much slower as their data sheets say."""
+    speeds, work, layers = HOPPER[precision], DECODER[decoder], PASSES * FULL.dit.num_layers - 1
+    slower = GPUS["H200"].flops / GPUS[gpu].flops
+    computed = slower * (layers * layer_seconds(speeds) + work.operations / CONVOLUTIONS)
+    moved = (layers * speeds.layer_bytes + work.bytes) / (REACHED * GPUS[gpu].bytes_per_s)
+    return computed + moved + speeds.launches * LAUNCH_S + HOST_S

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Kubernetes manifests as documents: rendered by Kustomize, and held against the schemas of Kubernetes.
+
+Called by `deploy.checks` and by tests. Whether the documents fit each other is `loose_ends`' to say.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Document = dict[str, Any]
+
+HERE = Path(__file__).parents[1]
+KUBERNETES = HERE / "kubernetes"
+SCHEMAS = HERE / "schemas"  # of the kinds that are not Kubernetes' own
+VERSIONS = ("1.32", "1.37")
+
+
+def overlays() -> list[Path]:
+    return sorted(path.parent for path in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
+
+
+def render(folder: Path, kustomize: Sequence[str]) -> list[Document]:
+    """`kustomize`: the command that renders a folder. Raises ValueError with its own words."""
+    done = subprocess.run([*kustomize, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{folder}: {done.stderr.strip()}")
+    return documents(done.stdout)
+
+
+def documents(text: str) -> list[Document]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def title(document: Document) -> str:
+    return f"{document['kind']}/{document['metadata']['name']}"
+
+
+def can_validate() -> bool:
+    return importlib.util.find_spec("kubernetes_validate") is not None
+
+
+def schema_faults(document: Document, version: str) -> list[str]:
+    """What Kubernetes of that `version` would refuse, or would not know; for kinds that are not its own, our schemas.
+
+    Needs the package kubernetes-validate.
+    """
+    import jsonschema
+    import kubernetes_validate
+
+    own = SCHEMAS / f"{document['kind'].lower()}.json"
+    try:
+        if own.exists():
+            jsonschema.Draft202012Validator(json.loads(own.read_text(encoding="utf-8"))).validate(document)
+        else:
+            kubernetes_validate.validate(document, version, strict=True)
+    except kubernetes_validate.SchemaNotFoundError as error:
+        return [f"{title(document)}: {error.message}; expected a schema in {SCHEMAS}"]
+    except jsonschema.ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        return [f"{title(document)}: {where}: {error.message[:200]}"]
+    return []

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes that each graph is called with while serving: TensorRT picks its kernels for exactly these."""
+
+from __future__ import annotations
+
+from longlive_serve.backends.exported.io_spec import BATCH, FRAMES, USED, GraphIO
+from longlive_serve.config.presets import WindowConfig
+from longlive_serve.models.dit.kv_cache import Window
+
+Sizes = dict[str, tuple[int, int, int]]
+"""Named dim -> least, usual and largest."""
+
+
+def profiles_of(io: GraphIO, window: WindowConfig, max_batch: int = 1) -> list[Sizes]:
+    """One optimization profile per size that the graph is called with; only the batch varies within one."""
+    batch = {BATCH: (1, 1, max_batch)}
+    if FRAMES not in io.inputs[0].shape:
+        return [batch]
+    return [batch | {FRAMES: (frames,) * 3, USED: (used,) * 3} for frames, used in dit_calls(window)]
+
+
+def dit_calls(window: WindowConfig) -> list[tuple[int, int]]:
+    """`Window.calls` in latent frames."""
+    return [(chunks * window.chunk, places * window.chunk) for chunks, places in Window(window).calls()]
+
+
+def shape(tensor_shape: tuple[int | str, ...], sizes: Sizes, which: int) -> tuple[int, ...]:
+    """A tensor's shape at the least (0), usual (1) or largest (2) sizes."""
+    return tuple(sizes[dim][which] if isinstance(dim, str) else dim for dim in tensor_shape)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of exported graphs and its `manifest.json`, which says what they were made of and for.
+
+Written by `export/`, read by `build_engines`, which refuses graphs of other sizes than those that are served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from longlive_serve.config.presets import NetworkConfig
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphFile:
+    """One graph of a folder."""
+
+    file: str
+    dtype: str
+    """Of its weights: float32, float16 or bfloat16."""
+    quantization: str = ""
+    """The recipe, if some of its weights are quantized."""
+    weights: str = ""
+    """SHA-256 of the checkpoint that it was made of; `random` where there was none."""
+    built: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a TensorRT plan: what it was built with and for (`tensorrt_engine.check_fit`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder holds."""
+
+    backend: str
+    """What runs the files: `onnxruntime` or `tensorrt`."""
+    sizes: dict[str, Any]
+    """The network configuration, as `dataclasses.asdict` gives it."""
+    variant: str
+    graphs: dict[str, GraphFile]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises ValueError that says what is wrong with the folder."""
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"got format {values['format']}, expected {FORMAT}: export the graphs again")
+            graphs = {name: GraphFile(**graph) for name, graph in values.pop("graphs").items()}
+            return cls(**values, graphs=graphs)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}: not a manifest of graphs ({type(error).__name__}: {error}); "
+                "`python -m export.to_onnx` and `python -m export.to_tensorrt` make such folders"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def check(self, folder: Path, backend: str, config: NetworkConfig, variant: str) -> None:
+        """Raises ValueError when these are not graphs for `backend` of a LongLive of these sizes and this variant."""
+        expected = sizes_of(config)
+        wrong = [
+            f"{key} {self.sizes.get(key)!r} instead of {expected[key]!r}"
+            for key in expected
+            if self.sizes.get(key) != expected[key]
+        ]
+        if self.backend != backend:
+            wrong.append(f"backend {self.backend!r} instead of {backend!r}")
+        if self.variant != variant:
+            wrong.append(f"variant {self.variant!r} instead of {variant!r}")
+        if wrong:
+            raise ValueError(f"{folder}: graphs of another LongLive: {'; '.join(wrong)}. Export them again")
+
+
+def sizes_of(config: NetworkConfig) -> dict[str, Any]:
+    """The sizes of all that can be a graph, as JSON gives them back."""
+    sizes: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    del sizes["tiny_decoder"]
+    return sizes

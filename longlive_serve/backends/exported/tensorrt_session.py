@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs TensorRT plans straight on the memory of torch tensors.
+
+One execution context per optimization profile. All plans of a process run one after the other, on one stream of their
+own, and share one block of activation memory. The DiT's calls repeat on the same addresses: they become CUDA graphs.
+Import it after `tensorrt_library.use`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorrt as trt
+import torch
+from torch import Tensor
+
+from longlive_serve.backends.exported.io_spec import GraphIO
+from longlive_serve.backends.exported.manifest import GraphFile
+from longlive_serve.backends.exported.tensorrt_library import TENSORRT_RTX
+
+log = logging.getLogger(__name__)
+
+CUDA_GRAPHS_KEPT = 64  # per plan: slots times windows in use; beyond, the one that was not used for longest goes
+
+
+class TensorRTGraph:
+    """One plan. A `graph_engine.Graph`."""
+
+    _stream: ClassVar[torch.cuda.Stream | None] = None  # not the default one: TensorRT would wait for it on every call
+    _activation_bytes: ClassVar[int] = 0  # the most that a plan of this process needs
+    _activations: ClassVar[Tensor | None] = None
+
+    def __init__(self, folder: Path, file: GraphFile, io: GraphIO, device: str) -> None:
+        """Raises ValueError when the plan was built by another TensorRT or for another GPU, and says what to do."""
+        self.io, self.device, self.dtype = io, torch.device(device), getattr(torch, file.dtype)
+        self.path = folder / file.file
+        check_fit(self.path, file.built, machine(self.device, file.built["library"]))
+        self._logger = Logger()
+        self._runtime = trt.Runtime(self._logger)
+        engine = self._runtime.deserialize_cuda_engine(read_plan(self.path, file.built["sha256"]))
+        if engine is None:
+            raise ValueError(f"{self.path}: TensorRT cannot load it: {self._logger.said}. Build it again")
+        self.engine = engine
+        self._check_names()
+        if file.built["weights_mb"] is not None:  # else they all lie on the GPU
+            engine.weight_streaming_budget_v2 = file.built["weights_mb"] << 20
+        TensorRTGraph._activation_bytes = max(TensorRTGraph._activation_bytes, engine.device_memory_size_v2)
+        self._profiles: dict[tuple[int, ...], int] = {}
+        self._contexts: dict[int, tuple[trt.IExecutionContext, Tensor]] = {}
+        self._staged: dict[tuple[str, torch.Size], Tensor] = {}
+        self._cuda_graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph | None] = OrderedDict()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dims = self.io.dims(inputs)
+        caller = torch.cuda.current_stream(self.device)
+        stream = TensorRTGraph._stream = TensorRTGraph._stream or torch.cuda.Stream(self.device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            outputs = self._run(self._profile(dims, inputs), dims, inputs)
+        caller.wait_stream(stream)
+        return outputs
+
+    def _run(self, profile: int, dims: Mapping[str, int], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outputs = {
+            tensor.name: torch.empty(
+                [dims[dim] if isinstance(dim, str) else dim for dim in tensor.shape],
+                dtype=tensor.torch_dtype(self.dtype),
+                device=self.device,
+            )
+            for tensor in self.io.outputs
+            if tensor.name not in self.io.in_place
+        }
+        if not self.io.held:
+            self._enqueue(profile, {**inputs, **outputs})
+            return outputs
+        staged = {name: self._place(name, tensor) for name, tensor in {**inputs, **outputs}.items()}
+        for name in inputs.keys() - set(self.io.held):
+            staged[name].copy_(inputs[name])
+        self._repeat(profile, staged)
+        for name, tensor in outputs.items():
+            tensor.copy_(staged[name])
+        return outputs
+
+    def _place(self, name: str, tensor: Tensor) -> Tensor:
+        """Where a tensor lies in every call: itself if it is held, else a place of its own for each of its shapes."""
+        if name in self.io.held:
+            return tensor
+        key = name, tensor.shape
+        if key not in self._staged:
+            self._staged[key] = torch.empty_like(tensor)
+        return self._staged[key]
+
+    def _repeat(self, profile: int, tensors: Mapping[str, Tensor]) -> None:
+        """Run on tensors that stay where they are: twice as it is, from then on as a CUDA graph."""
+        key = (profile, *(tensor.data_ptr() for tensor in tensors.values()))
+        known, graph = key in self._cuda_graphs, self._cuda_graphs.get(key)
+        if graph is not None:
+            graph.replay()
+        else:
+            self._enqueue(profile, tensors)  # what TensorRT does once for new shapes cannot be captured
+        if known and graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._enqueue(profile, tensors)
+        self._cuda_graphs[key] = graph
+        self._cuda_graphs.move_to_end(key)
+        if len(self._cuda_graphs) > CUDA_GRAPHS_KEPT:
+            self._cuda_graphs.popitem(last=False)
+
+    def _enqueue(self, profile: int, tensors: Mapping[str, Tensor]) -> None:
+        context, taken = self._context(profile), []
+        for tensor in self.io.inputs:
+            given = tensors[tensor.name]
+            assert given.is_contiguous(), f"{tensor.name}: a plan runs on contiguous tensors"
+            assert given.dtype == tensor.torch_dtype(self.dtype), f"{tensor.name}: got {given.dtype}"
+            taken.append(context.set_input_shape(tensor.name, tuple(given.shape)))
+            taken.append(context.set_tensor_address(tensor.name, given.data_ptr()))
+        for tensor in self.io.outputs:
+            out = tensors[self.io.in_place.get(tensor.name, tensor.name)]
+            taken.append(context.set_tensor_address(tensor.name, out.data_ptr()))
+        if not all(taken) or not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.said}")
+
+    def _profile(self, dims: Mapping[str, int], inputs: Mapping[str, Tensor]) -> int:
+        """The optimization profile that was built for these shapes."""
+        key = tuple(dims.values())
+        if key not in self._profiles:
+            fitting = [number for number in range(self.engine.num_optimization_profiles) if self._fits(number, inputs)]
+            if not fitting:
+                raise ValueError(
+                    f"{self.path}: got a call with {dict(dims)}, expected one it was built for. Build it again"
+                )
+            self._profiles[key] = fitting[0]
+        return self._profiles[key]
+
+    def _fits(self, profile: int, inputs: Mapping[str, Tensor]) -> bool:
+        for tensor in self.io.inputs:
+            least, _, largest = self.engine.get_tensor_profile_shape(tensor.name, profile)
+            sizes = enumerate(inputs[tensor.name].shape)
+            if not all(least[axis] <= size <= largest[axis] for axis, size in sizes):
+                return False
+        return True
+
+    def _context(self, profile: int) -> trt.IExecutionContext:
+        if profile not in self._contexts:
+            size = TensorRTGraph._activation_bytes
+            memory = TensorRTGraph._activations
+            if memory is None or len(memory) < size:
+                memory = TensorRTGraph._activations = torch.empty(size, dtype=torch.uint8, device=self.device)
+            context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context.set_device_memory(memory.data_ptr(), len(memory))
+            stream = torch.cuda.current_stream(self.device)
+            if not context.set_optimization_profile_async(profile, stream.cuda_stream):
+                raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.said}")
+            stream.synchronize()
+            self._contexts[profile] = context, memory
+        return self._contexts[profile][0]
+
+    def _check_names(self) -> None:
+        names = {self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)}
+        expected = {tensor.name for tensor in (*self.io.inputs, *self.io.outputs)}
+        if names != expected:
+            raise ValueError(f"{self.path}: got tensors {sorted(names)}, expected {sorted(expected)}. Build it again")
+
+
+class Logger(trt.ILogger):
+    """TensorRT's messages in Python's log."""
+
+    _LEVELS: ClassVar[dict[trt.ILogger.Severity, int]] = {
+        trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.Severity.ERROR: logging.ERROR,
+        trt.ILogger.Severity.WARNING: logging.WARNING,
+        trt.ILogger.Severity.INFO: logging.DEBUG,
+        trt.ILogger.Severity.VERBOSE: logging.DEBUG,
+    }
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.said = "it did not say why"
+        """The last error."""
+        self._warnings: set[str] = set()
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        level = self._LEVELS[severity]
+        if level == logging.ERROR:
+            self.said = msg
+        if level == logging.WARNING:
+            if msg in self._warnings:
+                return  # it says the same of every layer
+            self._warnings.add(msg)
+        log.log(level, "TensorRT: %s", msg)
+
+
+def machine(device: torch.device, library: str) -> dict[str, str]:
+    """What a plan is built for: it runs nowhere else. TensorRT for RTX fits a plan to the GPU when it loads it."""
+    if library == TENSORRT_RTX:
+        return {"tensorrt": trt.__version__}
+    if not torch.cuda.is_available():
+        raise ValueError("got no GPU, expected the one that the plans are to run on (TensorRT cannot build without)")
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = torch.cuda.get_device_name(device)
+    return {"tensorrt": trt.__version__, "gpu": gpu, "compute_capability": f"{major}.{minor}"}
+
+
+def check_fit(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) -> None:
+    """Raises ValueError when a plan was built for another machine than this one."""
+    differ = [f"{key} {built.get(key)!r}, here {here[key]!r}" for key in here if built.get(key) != here[key]]
+    if differ:
+        raise ValueError(
+            f"{path}: was built for another machine: {'; '.join(differ)}. Build it here: python -m export.to_tensorrt"
+        )
+
+
+def read_plan(path: Path, sha256: str) -> bytes:
+    """Raises ValueError when it is not there, or another one than the manifest describes."""
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}. Build it: python -m export.to_tensorrt") from None
+    if hashlib.sha256(plan).hexdigest() != sha256:
+        raise ValueError(f"{path}: is not the plan that the manifest describes. Build it again")
+    return plan

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds cuDNN's plans, many at a time in processes of their own, and keeps them on disk.
+
+Called by `Cudnn`. cuDNN compiles a kernel for each plan, which takes seconds and lets no other thread of its process
+run. It needs the device's properties for that, not the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import torch
+
+from longlive_serve.backends.fused.cudnn_graphs import Blueprint, NoPlanError, build_first, kernels
+from longlive_serve.backends.fused.cudnn_plan_cache import PlanCache
+from longlive_serve.backends.start_up import COMPILE, phase
+
+log = logging.getLogger(__name__)
+
+
+class Task(NamedTuple):
+    blueprint: Blueprint
+    kernel: str
+    """Its name. Where it does not exist or does not build, another is taken, in cuDNN's own order, unless `alone`."""
+    alone: bool = False
+
+
+class Built(NamedTuple):
+    kernel: str
+    plan: bytes
+    """As the frontend serializes it."""
+
+
+class Builds:
+    """Plans for one device."""
+
+    def __init__(self, properties: str, cache: PlanCache, processes: int | None = None) -> None:
+        """properties: the device's, as the frontend serializes them. processes: default, one per core, up to 16."""
+        import cudnn
+
+        self._properties, self._cache = properties, cache
+        self._processes = processes or min(16, len(os.sched_getaffinity(0)))  # each loads PyTorch
+        self._versions = f"cuDNN {cudnn.backend_version()}, frontend {cudnn.__version__}, torch {torch.__version__}"
+
+    def key(self, *parts: object) -> str:
+        """Of an entry of the cache for this device and these versions."""
+        return "\n".join((self._versions, self._properties, *map(str, parts)))
+
+    def __call__(self, tasks: Sequence[Task]) -> list[Built | NoPlanError]:
+        """A plan for each, or why there is none."""
+        found = [self._kept(task) for task in tasks]
+        missing = [task for task, there in zip(tasks, found, strict=True) if there is None]
+        made = iter(self._build(missing))
+        return [next(made) if there is None else there for there in found]
+
+    def _kept(self, task: Task) -> Built | None:
+        kept = self._cache.get(self.key(*task))
+        if kept is None:
+            return None
+        kernel, _, plan = kept.partition(b"\0")
+        return Built(kernel.decode(), plan)
+
+    @phase(COMPILE)
+    def _build(self, tasks: Sequence[Task]) -> list[Built | NoPlanError]:
+        made: list[Built | NoPlanError] = []
+        if (processes := min(self._processes, len(tasks))) > 1:
+            try:
+                with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+                    made += pool.map(build, [self._properties] * len(tasks), tasks)
+            except (BrokenProcessPool, OSError) as error:
+                log.warning("cuDNN: building in this process, one plan after another: %s", error)
+                made.clear()
+        made = made or [build(self._properties, task) for task in tasks]
+        for task, one in zip(tasks, made, strict=True):
+            if isinstance(one, Built):
+                self._cache.put(self.key(*task), b"\0".join((one.kernel.encode(), one.plan)))
+        return made
+
+
+def build(properties: str, task: Task) -> Built | NoPlanError:
+    """In any process: errors are returned."""
+    import cudnn
+
+    number = task.kernel.rpartition("=")[2]
+    try:
+        graph = task.blueprint.graph(cudnn, device_property=cudnn.create_device_properties(properties))
+        found = kernels(cudnn, graph, [int(number)] if number.isdigit() else [])
+        kernel = build_first(graph, found, task.kernel, task.alone)
+    except NoPlanError as error:
+        return error
+    return Built(kernel, bytes(graph.serialize()))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VAE decoder's convolutions in FP8 (E4M3) by cuDNN, with what follows them in the same kernel.
+
+Used by the fused VAE decoder.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longlive_serve.backends.fused.cudnn_graphs import Tensors, data_type, fp8_graph
+from longlive_serve.backends.fused.cudnn_library import Cudnn
+from longlive_serve.models.vae.fused_decoder import LAST, FP8Weights
+
+
+class Part(enum.IntEnum):
+    """The tensors of the graph."""
+
+    X = 1
+    WEIGHT = 2
+    SCALE = 3
+    BIAS = 4
+    ADDED = 5
+    OUT = 6
+
+
+def convolution_graph(cudnn: Any, tensors: Tensors, **where: Any) -> Any:
+    """OUT = (X * WEIGHT) SCALE + BIAS, and + ADDED where there is one: * is the convolution over T + 2 frames.
+
+    X [1, C, T + 2, H, W], WEIGHT [C', C, 3, 3, 3], SCALE and BIAS [1, C', 1, 1, 1], ADDED and OUT [1, C', T, H, W].
+    """
+    graph = fp8_graph(cudnn, **where)
+    given = {
+        part: graph.tensor(
+            uid=part.value,
+            dim=list(tensors[part].shape),
+            stride=list(tensors[part].stride()),
+            data_type=data_type(cudnn, tensors[part]),
+            name=part.name,
+        )
+        for part in Part
+        if part in tensors and part != Part.OUT
+    }
+    ones = [1, 1, 1]
+    y = graph.conv_fprop(
+        image=given[Part.X], weight=given[Part.WEIGHT], padding=[0, 1, 1], stride=ones, dilation=ones, name="products"
+    )
+    y = graph.mul(a=y, b=given[Part.SCALE], name="scaled")
+    y = graph.add(a=y, b=given[Part.BIAS], name="with bias")
+    if Part.ADDED in given:
+        y = graph.add(a=y, b=given[Part.ADDED], name="sum")
+    out = tensors[Part.OUT]
+    y.set_uid(Part.OUT.value).set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
+    y.set_data_type(data_type(cudnn, out))
+    return graph
+
+
+class CudnnConvolution:
+    """Convolutions over three frames, of FP8 in FP8."""
+
+    def __init__(self) -> None:
+        """Raises ImportError without the package."""
+        self._cudnn = Cudnn()
+        self.noting = self._cudnn.noting
+
+    def __call__(self, x: Tensor, weights: FP8Weights, dtype: torch.dtype, added: Tensor | None) -> Tensor:
+        """x [1, C, T + 2, H, W] -> [1, C', T, H, W] in `dtype`, plus what is to be added; all of it channels last."""
+        _, _, frames, height, width = x.shape
+        size = (1, len(weights.weight), frames - 2, height, width)
+        out = torch.empty(size, dtype=dtype, device=x.device, memory_format=LAST)
+        tensors = {Part.X: x, Part.WEIGHT: weights.weight, Part.SCALE: weights.scale, Part.BIAS: weights.bias}
+        if added is not None:
+            tensors[Part.ADDED] = added
+        outputs, inputs = weights.weight.shape[:2]
+        family = f"convolution from {inputs} to {outputs} channels"
+        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, Part.OUT, family)
+        return out

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The causal DiT by fused Triton kernels and CUDA graphs: the fast way to run it on a GPU from PyTorch weights.
+
+Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from longlive_serve.backends.base import PromptKV
+from longlive_serve.backends.fused.attention_autotune import fastest_attention, fastest_fp8_attention
+from longlive_serve.backends.fused.cuda_graph_runner import CudaGraphs, Function
+from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.kernels.tiles import check_kernels
+from longlive_serve.models.dit.adaln import Modulation, modulation
+from longlive_serve.models.dit.causal_dit import PATCH, CausalDiT
+from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
+from longlive_serve.models.dit.fused_dit import CacheRows, FP8Attention, FusedCausalDiT, PromptRows
+from longlive_serve.models.dit.kv_cache import KVCache, Placement
+from longlive_serve.models.dit.rope import RotaryTables
+from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales
+from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+
+COMMIT = -1  # the step of a commit or recache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a forward is given, but for the slot."""
+
+    latents: Tensor
+    step: int
+    prompt_kv: PromptKV
+    placement: Placement
+
+
+class FusedDiT:
+    """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come, or
+    for all slots by `prepare`."""
+
+    def __init__(
+        self,
+        network: CausalDiT,
+        config: NetworkConfig,
+        slots: int,
+        variant: str,
+        fp8: bool = False,
+        fp8_attention: bool = False,
+    ) -> None:
+        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
+        device, self.dtype = network.patch_embedding.weight.device, network.patch_embedding.weight.dtype
+        self.relative, self.fp8 = variant == "infinity", fp8
+        self.attend = fastest_attention(config, device, self.dtype)
+        self.attend_fp8 = fastest_fp8_attention(config, device) if fp8_attention else None
+        self.cache_dtype = torch.float8_e4m3fn if fp8_attention else self.dtype
+        self.cache = KVCache(config, slots, device, self.cache_dtype)
+        grid = config.latent_height // PATCH, config.latent_width // PATCH
+        self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
+        self._calls: dict[Hashable, Call] = {}
+        """One of each size that has come before `prepare`; kept until all slots are prepared."""
+        self._warming_up = True
+        self._take(network)
+
+    def with_network(self, network: CausalDiT) -> FusedDiT:
+        """As `Exchangeable.with_network`. Takes the network's weights."""
+        other = copy.copy(self)
+        other._calls, other._warming_up = {}, False
+        other._take(network)
+        return other
+
+    @torch.no_grad()
+    def _take(self, network: CausalDiT) -> None:
+        device = network.patch_embedding.weight.device
+        check_kernels(device)
+        check(network, self.fp8, device, self.dtype)
+        timesteps = NoiseSchedule(device).timesteps
+        levels = [*timesteps, torch.zeros_like(timesteps[0])]
+        self.modulations = [modulation(network, level) for level in levels]
+        """Of the denoising steps, and that of a commit last."""
+        attention = None
+        if self.attend_fp8 is not None:
+            scales = attention_scales(network, self.modulations)
+            rows = self.cache.keys.shape[-2]  # a recache of the whole window
+            out_scales = scales[:, 2].view(-1, 1, 1).repeat(1, rows, 1)
+            attention = FP8Attention(attend=self.attend_fp8, scales=scales, out_scales=out_scales)
+        self.network = FusedCausalDiT(network, self.fp8, self.attend, attention)
+        self.graphs = CudaGraphs(device)
+
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
+        prompt = self.network.embed_prompt(embeds.to(self.dtype), tokens)
+        return (prompt.keys, prompt.values) if prompt.bias is None else (prompt.keys, prompt.values, prompt.bias)
+
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+        flow = self._run(noisy, step, prompt_kv, slot, placement)
+        assert flow is not None
+        return flow
+
+    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+        self._run(clean, COMMIT, prompt_kv, slot, placement)
+
+    def prepare(self, slots: int | None = None) -> None:
+        """Capture graphs of what any slot has run: a session in a fresh slot then waits for none."""
+        self._warming_up = False
+        for call in self._calls.values():
+            for slot in range(self.cache.keys.shape[1] if slots is None else slots):
+                self.graphs.prepare(*self._graph(call, slot))
+        if slots is None:
+            self._calls = {}
+
+    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor | None:
+        call = Call(latents=latents, step=step, prompt_kv=prompt_kv, placement=placement)
+        graph = self._graph(call, slot)
+        if self._warming_up:
+            self._calls.setdefault(graph[0], call)
+        return self.graphs(*graph)
+
+    def _graph(self, call: Call, slot: int) -> tuple[Hashable, int, Function, list[Tensor], int]:
+        """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
+        latents, prompt_kv, placement = call.latents, call.prompt_kv, call.placement
+        rows, level = self.tables.tokens_per_chunk, self.modulations[call.step]
+        first, used = placement.first_place * rows, placement.places * rows
+        order = placement.query_slots if self.relative else placement.chunks
+        angles = [*self.tables.of_chunks(order)]
+        if self.relative:
+            angles += self.tables.of_chunks(placement.key_slots)
+        commit = call.step == COMMIT
+
+        def forward(inputs: Sequence[Tensor]) -> Tensor | None:
+            latents, blocks, head, *rest = inputs
+            angles, prompt = rest[: -len(prompt_kv)], rest[-len(prompt_kv) :]
+            cache = CacheRows(
+                keys=self.cache.keys[:, slot],
+                values=self.cache.values[:, slot],
+                first=first,
+                used=used,
+                query_angles=(angles[0], angles[1]),
+                key_angles=(angles[2], angles[3]) if self.relative else None,
+            )
+            rows = PromptRows(keys=prompt[0], values=prompt[1], bias=prompt[2] if len(prompt) > 2 else None)
+            return self.network.run(latents, Modulation(blocks=blocks, head=head), rows, cache, commit=commit)
+
+        key = (commit, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
+        return key, slot, forward, [latents, level.blocks, level.head, *angles, *prompt_kv], len(prompt_kv)
+
+
+def check(network: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
+    if any(isinstance(layer, Quantized) for layer in network.modules()):
+        raise ValueError("dit_engine: got fused with quantized weights, expected plain ones: set `fp8` instead")
+    if not fp8:
+        return
+    config = network.config
+    if config.dim % 16 or config.ffn_dim % 16:
+        raise ValueError(f"fp8: got dim {config.dim} and ffn_dim {config.ffn_dim}, expected multiples of 16")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9) or dtype != torch.bfloat16:
+            here = ".".join(map(str, capability))
+            raise ValueError(f"fp8: got {dtype}, compute capability {here}; expected bfloat16 on a GPU of 8.9 or more")

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VAE decoder by fused kernels and CUDA graphs, a whole chunk in one pass; the tiny one by CUDA graphs.
+
+Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from longlive_serve.backends.fused.cuda_graph_runner import CudaGraphs
+from longlive_serve.backends.fused.cudnn_convolution import CudnnConvolution
+from longlive_serve.backends.fused.cudnn_graphs import NoPlanError
+from longlive_serve.backends.start_up import CHOOSE, phase
+from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.kernels.tiles import check_kernels
+from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+from longlive_serve.models.vae.decoder import VAEDecoder, to_uint8
+from longlive_serve.models.vae.fused_decoder import FusedVAE
+from longlive_serve.models.vae.fused_tiny_decoder import FusedTiny
+from longlive_serve.models.vae.tiny_decoder import TinyDecoder
+
+PLANS = 32  # of cuDNN's for each convolution, to be tried: it has 28 to 37, and tries 10 unless it is told
+
+
+class StreamCache(list[Tensor]):
+    """The feature cache of one stream. It is out of date while the decoder works on that stream."""
+
+    __slots__ = ("__weakref__",)
+
+
+class FusedVAEDecoder:
+    """The streaming decoder of the Wan VAE, or the tiny one in its place.
+
+    Its graphs work on one cache that stays where it is; a stream's own is brought there when its turn comes, and goes
+    back when another's comes: a single session's never moves.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig, fp8: bool = False) -> None:
+        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
+        if any(isinstance(layer, Quantized) for layer in network.modules()):
+            raise ValueError("vae_decoder_engine: got fused with quantized weights, expected plain ones")
+        weight = next(network.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        check_kernels(self.device)
+        self.config = config
+        convolution = _fp8_convolution() if fp8 else None
+        self.network = FusedTiny(network) if isinstance(network, TinyDecoder) else FusedVAE(network, convolution)
+        self.graphs = CudaGraphs(self.device)
+        self._working = self._new_cache()
+        self._owner: weakref.ref[StreamCache] | None = None
+        if convolution is not None:
+            self._choose_kernels(convolution)
+
+    def initial_cache(self) -> list[Tensor]:
+        return StreamCache(self._new_cache())
+
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+        assert isinstance(cache, StreamCache)
+        self._bring(cache)
+        latents = latents.to(self.dtype)
+        parts = [latents[:, :1], latents[:, 1:]] if opening else [latents]
+        frames = [self._decode(part, opening and number == 0) for number, part in enumerate(parts) if part.shape[1]]
+        return torch.cat(frames, 1)[0], cache
+
+    def _decode(self, latents: Tensor, opening: bool) -> Tensor:
+        def run(inputs: Sequence[Tensor]) -> Tensor:
+            tf32 = torch.backends.cudnn.allow_tf32
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=PLANS, allow_tf32=tf32):
+                return to_uint8(self.network.decode(inputs[0], self._working, opening))
+
+        frames = self.graphs((opening, latents.shape), None, run, [latents])
+        assert frames is not None
+        return frames
+
+    @phase(CHOOSE)
+    def _choose_kernels(self, convolution: CudnnConvolution) -> None:
+        """For all sizes that are served. Those of the first size are kept for others: a whole chunk, and no opening."""
+        config, draw = self.config, torch.Generator(self.device).manual_seed(0)
+        size = (1, config.window.chunk, config.vae.z_dim, config.latent_height, config.latent_width)
+        latents = torch.randn(size, generator=draw, device=self.device, dtype=self.dtype)
+        chunk = config.window.chunk
+        try:
+            with convolution.noting():
+                for frames, opening in ((chunk, False), (1, True), (chunk - 1, False), (1, False)):
+                    if frames:
+                        self.network.decode(latents[:, :frames], self._working, opening)
+        except NoPlanError as error:
+            raise ValueError(f"fp8_decoder: got true on {self.device}: {error}") from None
+        self._working = self._new_cache()
+
+    def _bring(self, cache: StreamCache) -> None:
+        """Make `cache` the one that is worked on."""
+        owner = None if self._owner is None else self._owner()
+        if owner is cache:
+            return
+        if owner is not None:
+            _copy(self._working, owner)
+        _copy(cache, self._working)
+        self._owner = weakref.ref(cache)
+
+    def _new_cache(self) -> list[Tensor]:
+        size = (self.config.latent_height, self.config.latent_width)
+        return self.network.initial_cache(*size, self.device, self.dtype)
+
+
+def _fp8_convolution() -> CudnnConvolution:
+    try:
+        return CudnnConvolution()
+    except (ImportError, RuntimeError) as error:  # there is no package, or no library
+        raise ValueError(
+            f"fp8_decoder: got true without cuDNN or its frontend ({error}): pip install 'longlive-serve[cudnn]'"
+        ) from None
+
+
+def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    torch._foreach_copy_([*target], [*source])

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three networks run by PyTorch, on the CPU or on CUDA.
+
+Built by `build_engines`. The reference engine: the others are tested against it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from longlive_serve.backends.base import EncodedPrompt, PromptKV
+from longlive_serve.backends.device import to_device
+from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.models.dit.causal_dit import PATCH, CacheView, CausalDiT
+from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
+from longlive_serve.models.dit.kv_cache import KVCache, Placement
+from longlive_serve.models.dit.rope import RotaryTables
+from longlive_serve.models.text_encoder import TextEncoder, Tokenizer
+from longlive_serve.models.vae.decoder import VAEDecoder, to_uint8
+from longlive_serve.models.vae.tiny_decoder import TinyDecoder
+
+
+class TorchTextEncoder:
+    """umT5 and its tokenizer."""
+
+    def __init__(self, network: TextEncoder, tokenizer: Tokenizer) -> None:
+        self.network, self.tokenizer = network, tokenizer
+        self.known_words = tokenizer.known_words()
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        tokens = self.tokenizer(prompt)
+        device = next(self.network.parameters()).device
+        embeds = self.network(to_device(tokens.ids, device), to_device(tokens.mask, device))
+        return EncodedPrompt(
+            embeds=embeds,
+            tokens=tokens.length,
+            tokens_given=tokens.full_length,
+            unknown=tokens.unknown,
+            known=self.known_words,
+        )
+
+
+class TorchDiT:
+    """The causal DiT and the KV cache of all slots."""
+
+    def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str) -> None:
+        weight = network.patch_embedding.weight
+        self.network = network
+        self.dtype = self.cache_dtype = weight.dtype
+        self.relative = variant == "infinity"
+        self.cache = KVCache(config, slots, weight.device, weight.dtype)
+        self.tables = RotaryTables(
+            config.dit.head_dim,
+            config.latent_height // PATCH,
+            config.latent_width // PATCH,
+            config.window.chunk,
+            weight.device,
+        )
+        self.timesteps = NoiseSchedule(weight.device).timesteps
+        self.clean_timestep = torch.zeros((), device=weight.device)
+
+    def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
+        return self.network.embed_prompt(embeds.to(self.dtype))
+
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+        timesteps = self.timesteps[step].expand(noisy.shape[:2])
+        flow: Tensor = self.network(noisy, timesteps, prompt_kv, self._view(slot, placement))
+        return flow
+
+    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+        timesteps = self.clean_timestep.expand(clean.shape[:2])
+        self.network(clean, timesteps, prompt_kv, self._view(slot, placement), commit=True)
+
+    def with_network(self, network: CausalDiT) -> TorchDiT:
+        """As `Exchangeable.with_network`."""
+        other = copy.copy(self)
+        other.network = network
+        return other
+
+    def _view(self, slot: int, placement: Placement) -> CacheView:
+        return CacheView(*self.cache.slot(slot), self.tables, placement, self.relative)
+
+
+class TorchVAEDecoder:
+    """The streaming decoder of the Wan VAE, or the tiny one in its place."""
+
+    def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig) -> None:
+        self.network, self.config = network, config
+
+    def initial_cache(self) -> list[Tensor]:
+        weight = next(self.network.parameters())
+        size = (self.config.latent_height, self.config.latent_width)
+        return self.network.initial_cache(1, *size, weight.device, weight.dtype)
+
+    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+        frames, cache = self.network(latents.to(next(self.network.parameters()).dtype), cache, opening)
+        return to_uint8(frames)[0], cache

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of the server: serve.toml. Read by everyone. All of it is frozen: nothing changes after loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from longlive_serve.config.presets import DECODERS, NETWORKS, PRESETS, TINY, WAN, NetworkConfig
+from longlive_serve.config.toml_files import as_toml, check_path, read_toml, typed
+
+RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
+AUTO = "auto"
+TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what an engine runs on
+LORA_EXAMPLE = '[[lora]] path = "style.safetensors", scale = 0.8, alpha = 16, a line each'
+PATHS = ("weights", "graphs", "plans", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA file that is merged into the DiT: a `[[lora]]` of the settings. Raises ValueError for wrong numbers."""
+
+    path: Path
+    """In a settings file: relative to that file."""
+    scale: float = 1.0
+    alpha: float = 0.0
+    """As in training; files do not say it. 0: the rank, so that alpha / rank is 1."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale: got {self.scale}, expected a finite number")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(f"alpha: got {self.alpha}, expected 0 or more")
+
+    @classmethod
+    def from_table(cls, table: object) -> Adapter:
+        """`{path = "...", scale = 0.8, alpha = 16}`; scale and alpha may be left out. Raises ValueError."""
+        if not isinstance(table, dict):
+            raise ValueError(f"got {table!r}, expected a table: {LORA_EXAMPLE}")
+        if not (isinstance(table.get("path"), str) and table["path"]):
+            raise ValueError(f"path: got {table.get('path')!r}, expected the name of a file")
+        return cls(path=Path(check_path(table["path"])), **typed({"scale": float, "alpha": float}, table, ("path",)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The settings in serve.toml. Every key may be left out."""
+
+    ENGINES: ClassVar[tuple[str, ...]] = (AUTO, TORCH, FUSED, ONNXRUNTIME, TENSORRT)
+    VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
+    DTYPES: ClassVar[tuple[str, ...]] = (AUTO, "float32", "float16", "bfloat16")
+
+    preset: str = "tiny"
+    """Sizes of the networks: a name in PRESETS."""
+    weights: str = RANDOM_WEIGHTS
+    """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
+    lora: tuple[Adapter, ...] = ()
+    """What is merged into the DiT, in this order. Empty: the lora.pt that lies beside the folder's longlive_base.pt, if
+    one does; whoever names others names that one too, to keep it."""
+    use_ema: bool = False
+    """The averaged weights in longlive_base.pt (`generator_ema`) instead of the last ones."""
+    variant: str = "base"
+    """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
+    engine: str = AUTO
+    """`auto`: for every network a plan if `plans` has one, else a graph if `graphs` has one, else torch. `fused`:
+    torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
+    text_encoder_engine: str = ""
+    """Like `engine`, for this network alone; empty: as `engine` says."""
+    dit_engine: str = ""
+    vae_decoder_engine: str = ""
+    decoder: str = WAN
+    """What turns latents into pictures. `wan`: the Wan VAE, as the reference. `tiny`: TAEHV, many times faster, less
+    detail; neither graphs nor plans have it."""
+    graphs: str = ""
+    """A folder that `python -m export.to_onnx` made, for the engine onnxruntime. In a file: relative to that file."""
+    plans: str = ""
+    """A folder that `python -m export.to_tensorrt` made, for the engine tensorrt. In a file: relative to that file."""
+    fp8: bool = False
+    """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
+    fp8_attention: bool = False
+    """With `fp8`: the KV cache and attention to it are FP8 too, with a scale for each layer's queries, keys, values."""
+    fp8_decoder: bool = False
+    """The fused Wan VAE decoder convolves in FP8, by cuDNN on Hopper and later."""
+    device: str = "auto"
+    """`auto` (cuda when there is one, else cpu) or a torch device."""
+    dtype: str = "auto"
+    """`auto`: that of the graphs; with torch bfloat16 on cuda, as the reference ships it, and float32 on the CPU."""
+    slots: int = 8
+    """Sessions that hold a share of the KV cache; more wait for a slot, in order."""
+    lead: int = 1
+    """Chunks that are generated at most before their playback is due. More of them ride out longer disturbances; a
+    viewer sees a new prompt that much later."""
+    headroom: float = 0.75
+    """Share of all time that admitted playback clocks may count on: a new one is admitted only within it."""
+    max_waiting: int = 16
+    """Sessions that may wait for a slot; more are refused."""
+    max_wait_s: float = 30.0
+    """A session that has waited for a slot for this long is refused."""
+    idle_timeout_s: float = 60.0
+    """A session that has no chunks to make and sends no request for this long loses its slot."""
+    max_unread: int = 64
+    """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there. The
+    client library asks for 8 chunks at a time, so its sessions pause earlier."""
+    max_requests_per_s: int = 50
+    """Requests of one session in a second; more are refused."""
+    max_sessions_per_client: int = 0
+    """Sessions of one client, where a proxy says in the gRPC header `x-client-id` whose they are; 0: any number."""
+    require_token: bool = False
+    """Every session has to begin with a token, which its later requests repeat (some clients cannot)."""
+
+    adapters_dir: str = ""
+    """A folder: LoRA files in it may be merged into the DiT of sessions to come, while others are live; empty: never.
+    In a file: relative to that file."""
+    admin_token: str = ""
+    """What a request that does so has to say, 16 characters or more."""
+
+    trace_dir: str = ""
+    """A folder: what every session did when is written there, for trace viewers; empty: nowhere."""
+    log_format: str = "text"
+    """`text`, or `json`: one object per line."""
+
+    def __post_init__(self) -> None:
+        _check_choice("log_format", self.log_format, ("text", "json"))
+        _check_choice("preset", self.preset, tuple(PRESETS))
+        _check_choice("variant", self.variant, self.VARIANTS)
+        _check_choice("engine", self.engine, self.ENGINES)
+        _check_choice("decoder", self.decoder, DECODERS)
+        decoded_by = self.vae_decoder_engine or self.engine
+        if self.decoder == TINY and decoded_by in (ONNXRUNTIME, TENSORRT):
+            raise ValueError(
+                f"decoder: got {TINY!r} with the engine {decoded_by}, which has the Wan VAE alone; "
+                f'expected vae_decoder_engine = "{TORCH}" or decoder = "{WAN}"'
+            )
+        for network in NETWORKS:
+            _check_choice(f"{network}_engine", getattr(self, f"{network}_engine"), ("", *self.ENGINES))
+        asked = {self.engine, *(getattr(self, f"{network}_engine") for network in NETWORKS)}
+        for engine, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
+            if engine in asked and not getattr(self, key):
+                raise ValueError(f"{key}: got nothing, expected the folder of what the engine {engine} is to run")
+        self._check_fp8(FUSED in asked, decoded_by)
+        _check_choice("dtype", self.dtype, self.DTYPES)
+        least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
+        for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected {least} or more")
+        for key in ("idle_timeout_s", "max_wait_s"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected a number of seconds more than 0")
+        if self.adapters_dir and len(self.admin_token) < 16:
+            raise ValueError("admin_token: got less than 16 characters, expected 16 or more with an adapters_dir")
+        if not 0 < self.headroom <= 1:
+            raise ValueError(f"headroom: got {self.headroom}, expected more than 0 and at most 1")
+
+    def _check_fp8(self, has_fused: bool, decoded_by: str) -> None:
+        if self.fp8 and not has_fused:
+            raise ValueError(f"fp8: got true with engine {self.dit_engine or self.engine}, expected {FUSED}")
+        if self.fp8_attention and not self.fp8:
+            raise ValueError("fp8_attention: got true without fp8, expected fp8 = true beside it")
+        if self.fp8_decoder and (decoded_by, self.decoder) != (FUSED, WAN):
+            raise ValueError(
+                f"fp8_decoder: got true with engine {decoded_by} and decoder {self.decoder}, expected {FUSED} and {WAN}"
+            )
+
+    @property
+    def network(self) -> NetworkConfig:
+        return PRESETS[self.preset]
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> ServeConfig:
+        """Read a settings file. Raises ValueError that names the file and the key."""
+        values = read_toml(path)
+        try:
+            folder = Path(path).absolute().parent
+            return cls._from_values(values).with_paths(lambda named: folder / named)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> ServeConfig:
+        lora = values.pop("lora", [])
+        if not isinstance(lora, list):
+            raise ValueError(f"lora: got {lora!r}, expected one or more tables: {LORA_EXAMPLE}")
+        adapters = []
+        for number, table in enumerate(lora, 1):
+            try:
+                adapters.append(Adapter.from_table(table))
+            except ValueError as error:
+                raise ValueError(f"lora, table {number} of {len(lora)}: {error}") from None
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        found = typed(kinds, values)
+        for key in PATHS:
+            try:
+                check_path(found.get(key, ""))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        return cls(lora=tuple(adapters), **found)
+
+    def with_paths(self, change: Callable[[Path], Path]) -> ServeConfig:
+        """With every path of a file or folder that it names changed."""
+        paths = {key: getattr(self, key) for key in PATHS}
+        changed: dict[str, Any] = {
+            key: str(change(Path(path))) for key, path in paths.items() if path not in ("", RANDOM_WEIGHTS)
+        }
+        changed["lora"] = tuple(dataclasses.replace(adapter, path=change(adapter.path)) for adapter in self.lora)
+        return dataclasses.replace(self, **changed)
+
+    def to_toml(self) -> str:
+        """What `from_toml` reads back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "lora"}
+        tables = [{"path": str(one.path), "scale": one.scale, "alpha": one.alpha} for one in self.lora]
+        return as_toml(values, {"lora": tables})
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}: got {value!r}, expected one of {list(choices)}")

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session together with the client behind it: what was asked for, and where the answers go.
+
+Used by the service's worker alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hmac
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from longlive_serve.engine.session import MAX_PENDING, Session
+from longlive_serve.observability.tracing import Phase, Trace
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import FrameChunk, Request
+
+RATE_WINDOW_S = 1.0
+
+Encode = Callable[[FrameChunk], FrameChunk]
+
+
+class Sink(Protocol):
+    """Where the answers to one request go. `final` closes it: nothing is sent after that."""
+
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
+        """Send a chunk (or only the end, without one), encoded by `encode` first if that is given."""
+        ...
+
+    def fail(self, error: ServeError) -> None:
+        """Send an error and close."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """True when the client has gone."""
+        ...
+
+
+@dataclasses.dataclass
+class Order:
+    """Chunks that a client asked for with one request, and where they go."""
+
+    sink: Sink
+    chunks: int | None
+    """Still to send; None: until stopped."""
+
+
+@dataclasses.dataclass
+class Stream:
+    """A session and the client behind it."""
+
+    session: Session
+    orders: deque[Order]
+    ending: bool
+    """True once the client has said END: the session ends with its last order."""
+    came: float
+    """When its START came (monotonic seconds, as all times here)."""
+    max_wait_s: float
+    """How long it may wait for a slot."""
+    snapshot_every: int = 0
+    """Chunks from one snapshot to the next; 0: none are sent."""
+    early_frames: bool = False
+    """A chunk's frames go out as soon as each latent frame is decoded."""
+    encode: Encode | None = None
+    """Frames to the session's format; None: raw."""
+    trace: Trace | None = None
+    first_frame_due: bool = True
+    switches: dict[int, float] = dataclasses.field(default_factory=dict)
+    """When the prompts came that are meant for the next chunk, by index."""
+    heard: float = 0.0
+    """When the client last sent a request, or was last sent a chunk."""
+    place: int = 0
+    """The place in the queue that the client was last told; 0: none."""
+    unread: int = 0
+    """Chunks sent since the client's last request: for all that is known, it has not read them."""
+    asked: deque[float] = dataclasses.field(default_factory=deque)
+    """When its requests of the last second came."""
+
+    def __post_init__(self) -> None:
+        self.heard = self.came
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What a log record about this session carries."""
+        return {"session": self.session.id}
+
+    def note_chunk(self, chunk: FrameChunk, phases: Sequence[Phase]) -> None:
+        """Write a chunk into the session's trace, if it has one."""
+        if self.trace is not None:
+            facts = {"first_frame": chunk.first_frame, "prompt_index": chunk.prompt_index}
+            ended = phases[-1].began + phases[-1].seconds if phases else time.monotonic()
+            whole = Phase(name=f"chunk {self.session.chunk - 1}", began=ended - chunk.seconds, seconds=chunk.seconds)
+            self.trace.add(whole, "chunks", **facts)
+            for phase in phases:
+                self.trace.add(phase, "phases")
+
+    def check(self, request: Request, max_per_s: int) -> None:
+        """Raises ServeError when `request`, a later one of this session, must not be taken."""
+        own, given = self.session.token, request.options.token or ""
+        if own and not hmac.compare_digest(own.encode(), given.encode()):
+            text = f"OPTIONS.token: got {'another' if given else 'none'}, expected the one that START carried"
+            raise ServeError(ServeError.FORBIDDEN, f"session {self.session.id}: {text}")
+        now = time.monotonic()
+        while self.asked and now - self.asked[0] > RATE_WINDOW_S:
+            self.asked.popleft()
+        if len(self.asked) >= max_per_s:
+            text = f"got more than {max_per_s} requests in a second; wait {RATE_WINDOW_S:g} s"
+            raise ServeError(ServeError.RATE_LIMITED, f"session {self.session.id}: {text}")
+        self.asked.append(now)
+        for asked, pending, what in (
+            (request.prompt, self.session.pending, "PROMPT: got one while {} others wait for their time"),
+            (request.chunks, self.orders, "CHUNKS: got some while {} requests for chunks are open"),
+        ):
+            if asked is not None and len(pending) >= MAX_PENDING:
+                text = f"{what.format(len(pending))}, expected fewer than {MAX_PENDING}"
+                raise ServeError(ServeError.INVALID_REQUEST, text)
+
+    def note_request(self) -> None:
+        """The client has spoken, and so it has read what it was sent."""
+        self.heard, self.unread = time.monotonic(), 0
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """Whether the chunk just generated goes out with a snapshot."""
+        return bool(self.snapshot_every) and self.session.chunk % self.snapshot_every == 0
+
+    @property
+    def gone(self) -> bool:
+        """True when the client has left an answer unheard."""
+        return any(order.sink.is_cancelled() for order in self.orders)
+
+    def deliver(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
+        """Send a chunk (or an early part of it) within the oldest order, and close the order with its last one.
+
+        `snapshot` makes the one that goes with it, in the thread that sends.
+        """
+        order = self.orders[0]
+        if chunk.completes and order.chunks is not None:
+            order.chunks -= 1
+        self.unread += chunk.completes
+        encode = self.encode if snapshot is None else functools.partial(_with_snapshot, snapshot, self.encode)
+        order.sink.send(chunk, order.chunks == 0, encode)
+        self.heard = time.monotonic()
+        if order.chunks == 0:
+            self.orders.popleft()
+
+    def tell_place(self, place: int, waiting: int, size: tuple[int, int]) -> None:
+        """Tell the client its place in the queue, if that is news."""
+        if place != self.place and self.orders:
+            self.place = place
+            notice = f"waiting for a slot: place {place} of {waiting}" if place else "a slot is free: generating"
+            self.orders[0].sink.send(notice_chunk(size, notice=notice), final=False)
+
+
+def _with_snapshot(snapshot: Callable[[], bytes], encode: Encode | None, chunk: FrameChunk) -> FrameChunk:
+    chunk = dataclasses.replace(chunk, snapshot=snapshot())
+    return chunk if encode is None else encode(chunk)
+
+
+def notice_chunk(size: tuple[int, int], notice: str = "", **fields: Any) -> FrameChunk:
+    """A response without frames, for videos of `size` (height and width)."""
+    frames = np.empty((0, *size, 3), np.uint8)
+    return FrameChunk(frames=frames, notice=notice, **({"first_frame": 0, "prompt_index": 0} | fields))

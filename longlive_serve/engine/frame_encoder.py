@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames -> JPEG or H.264, for sessions that do not want them raw. Runs in the outbox's thread.
+
+PyAV (extra `encode`) is imported when the first such session comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from longlive_serve.engine.client_stream import Encode
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import FrameChunk
+from longlive_serve.protocol.session_options import H264, JPEG, RAW
+
+JPEG_QUANTIZER = 3  # 1 (best) to 31
+H264_CRF = "18"
+H264_ENCODERS = {  # the first that opens on this machine
+    "h264_nvenc": {"preset": "p4", "tune": "ull", "zerolatency": "1", "cq": H264_CRF},
+    "libx264": {"preset": "veryfast", "tune": "zerolatency", "crf": H264_CRF},
+}
+
+
+def make_encode(frame_format: str | None, size: tuple[int, int], fps: int) -> Encode | None:
+    """What turns a session's chunks into its format; None for raw ones. `size`: height and width of a frame.
+
+    Raises ServeError INVALID_REQUEST when this server cannot encode.
+    """
+    if frame_format in (None, RAW):
+        return None
+    try:
+        open_context = {JPEG: _open_jpeg, H264: _open_h264}[frame_format]
+        return Encoder(open_context(size, fps)).encode
+    except ImportError:
+        raise ServeError(
+            ServeError.INVALID_REQUEST,
+            f"OPTIONS.format: got {frame_format!r}, expected {RAW!r}: this server has no PyAV "
+            "(pip install 'longlive-serve[encode]' there)",
+        ) from None
+
+
+class Encoder:
+    """The frames of one session, in order: an H.264 stream remembers those before."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._frame = 0
+
+    def encode(self, chunk: FrameChunk) -> FrameChunk:
+        """`chunk` with its frames encoded, one packet each."""
+        packets = tuple(packet for picture in chunk.frames for packet in self._packets(picture))
+        return dataclasses.replace(chunk, frames=chunk.frames[:0], encoded=packets)
+
+    def _packets(self, picture: np.ndarray[Any, Any]) -> list[bytes]:
+        import av
+
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = frame.reformat(format=self._context.pix_fmt)
+        frame.pts, self._frame = self._frame, self._frame + 1
+        packets = [bytes(packet) for packet in self._context.encode(frame)]
+        assert len(packets) == 1, "a frame gives one packet at once"
+        return packets
+
+
+def _open_jpeg(size: tuple[int, int], fps: int) -> Any:
+    return _open("mjpeg", size, fps, "yuvj420p", {"qmin": str(JPEG_QUANTIZER), "qmax": str(JPEG_QUANTIZER)})
+
+
+def _open_h264(size: tuple[int, int], fps: int) -> Any:
+    name = _h264_encoder(size)
+    return _open(name, size, fps, "yuv420p", H264_ENCODERS[name])
+
+
+@functools.cache
+def _h264_encoder(size: tuple[int, int]) -> str:
+    import av
+
+    for name, options in H264_ENCODERS.items():
+        try:
+            _open(name, size, 16, "yuv420p", options)
+            return name
+        except (av.FFmpegError, ValueError):
+            continue
+    raise ServeError(ServeError.INVALID_REQUEST, "OPTIONS.format: got 'h264', expected another: no encoder for it here")
+
+
+def _open(codec: str, size: tuple[int, int], fps: int, pixels: str, options: dict[str, str]) -> Any:
+    import fractions
+
+    import av
+
+    context: Any = av.CodecContext.create(codec, "w")
+    context.height, context.width = size
+    context.pix_fmt, context.time_base, context.framerate = pixels, fractions.Fraction(1, fps), fps
+    context.options, context.thread_count, context.gop_size = options, 1, 4 * fps
+    context.open()
+    return context

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chunk that the device has been given and that nobody has seen yet.
+
+Made and finished by the pipeline; the service holds one while it launches the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from longlive_serve.backends.device import ToHost
+from longlive_serve.backends.device_timer import Clock, Mark
+from longlive_serve.observability.tracing import Phase
+
+
+class Phases:
+    """What takes how long in one chunk, the commit of the one before first; the device is not waited for until somebody
+    asks."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._marks: list[tuple[str, Mark, Mark]] = []
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """What is done within counts as `name`."""
+        begin = self._clock.mark()
+        yield
+        self._marks.append((name, begin, self._clock.mark()))
+
+    def until(self, now: float) -> list[Phase]:
+        """All of them, the last of which has just ended, at `now` (monotonic seconds)."""
+        seconds, (_, _, last) = self._clock.seconds, self._marks[-1]
+        return [
+            Phase(name=name, began=now - seconds(begin, last), seconds=seconds(begin, end))
+            for name, begin, end in self._marks
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkInFlight:
+    """A session's chunk on its way."""
+
+    frames: Iterator[ToHost]
+    """In parts."""
+    parts: int
+    first_frame: int
+    prompt_index: int
+    notice: str
+    began: float
+    """When the host began with it (monotonic seconds)."""
+    denoised: Mark
+    """Then only the decoding and the commit are left."""
+    phases: Phases

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes the LoRA adapters of sessions to come while others are live.
+
+Used by the service's worker. A thread of its own merges the weights; the worker takes the result between two chunks.
+A session keeps the DiT that it began with, which goes when its last session has gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hmac
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from longlive_serve.backends.base import Exchangeable
+from longlive_serve.config.presets import DIT
+from longlive_serve.config.serve_config import Adapter, ServeConfig
+from longlive_serve.engine.client_stream import Sink, notice_chunk
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.models.dit.causal_dit import CausalDiT
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.session_options import Options
+from longlive_serve.weights.loader import adapters_of, load_network
+
+log = logging.getLogger(__name__)
+
+
+class Adapters:
+    """The adapters of sessions to come: those of the settings, and on top those that were asked for last."""
+
+    def __init__(self, pipeline: Pipeline, config: ServeConfig, wake: Callable[[], None]) -> None:
+        """`wake` is called from another thread when there is something for `apply`."""
+        self._pipeline, self._config, self._wake = pipeline, config, wake
+        self._asked: Sink | None = None
+        """Waits for what is being loaded."""
+        self._loaded: CausalDiT | ServeError | None = None
+        self._said = ""
+
+    def change(self, options: Options, sink: Sink) -> None:
+        """Begin to load; the answer goes to `sink` when it is done. Raises ServeError for what cannot be done."""
+        config, wanted, dit = self._config, options.adapters or {}, self._pipeline.engines.dit
+        if not config.adapters_dir:
+            raise ServeError(ServeError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
+        if not hmac.compare_digest(config.admin_token.encode(), (options.token or "").encode()):
+            raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: expected the admin_token of the server's settings")
+        if not isinstance(dit, Exchangeable):
+            text = f"OPTIONS.adapters: got engine {self._pipeline.engines.name}, expected torch or fused for the DiT"
+            raise ServeError(ServeError.INVALID_REQUEST, text)
+        if self._asked is not None:
+            raise ServeError(ServeError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
+        adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in wanted.items()]
+        scales = [f"{name}={scale:g}" for name, scale in wanted.items()]
+        self._said = ", ".join(scales) or "none but those of the settings"
+        self._asked = sink
+        threading.Thread(target=self._load, args=(adapters, dit.dtype), name="longlive-adapters", daemon=True).start()
+
+    def apply(self) -> None:
+        """Take what has been loaded, if something has, and answer."""
+        sink, loaded = self._asked, self._loaded
+        if loaded is None or sink is None:
+            return
+        self._asked = self._loaded = None
+        if isinstance(loaded, ServeError):
+            sink.fail(loaded)
+            return
+        engines = self._pipeline.engines
+        assert isinstance(engines.dit, Exchangeable)
+        self._pipeline.engines = dataclasses.replace(engines, dit=engines.dit.with_network(loaded))
+        log.info("adapters of sessions to come: %s", self._said)
+        sink.send(notice_chunk(self._config.network.video_size, f"adapters: {self._said}"), final=True)
+
+    def abandon(self, error: ServeError) -> None:
+        """Answer whoever waits with `error`; what is loaded still is not taken."""
+        if self._asked is not None:
+            self._asked.fail(error)
+            self._asked = None
+
+    def _file(self, name: str) -> Path:
+        folder = Path(self._config.adapters_dir)
+        # By bytes: a Python that speaks ASCII, as Triton's, cannot have the name itself in a path.
+        files = {os.fsencode(path.name): path for path in folder.glob("*") if path.is_file()}
+        found = files.get(name.encode(errors="replace"))
+        if found is None:
+            there = sorted(file.decode(errors="replace") for file in files)
+            raise ServeError(ServeError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {there}")
+        return found
+
+    def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
+        """In the thread."""
+        config, device = self._config, self._pipeline.engines.device
+        what = (DIT, config.network, config.weights, device, dtype)
+        try:
+            together = [*adapters_of(config), *adapters]
+            self._loaded = load_network(*what, adapters=together, use_ema=config.use_ema)
+        except ValueError as error:
+            self._loaded = ServeError(ServeError.INVALID_REQUEST, str(error))
+        except Exception as error:  # the border of the thread
+            log.exception("adapters failed")
+            self._loaded = ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}")
+        self._wake()

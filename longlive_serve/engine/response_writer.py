@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one thread that speaks to Triton: every send and every statistic leave through it, in order.
+
+Used by the service's worker, so that the next chunk is generated while the last one is encoded and sent. One thread,
+because Triton's Python backend crashes when several send or count.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from longlive_serve.engine.client_stream import Encode, Sink
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import FrameChunk
+
+log = logging.getLogger(__name__)
+
+MOST_JOBS = 64  # waiting to be done
+
+
+class Outbox:
+    """Runs what it is given, one after the other."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        """Of frames, sent so far."""
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_JOBS)
+        self._thread = threading.Thread(target=self._run, name="longlive-outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Waits while too much is there: who generates faster than can be sent is slowed down."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Run what is there, then end."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:  # a job's border
+                log.exception("something could not be sent")
+
+
+class OutboxSink:
+    """A sink whose answers go out through an outbox."""
+
+    def __init__(self, sink: Sink, outbox: Outbox) -> None:
+        self._sink, self._outbox = sink, outbox
+        self._broken = False
+
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
+        self._outbox.put(lambda: self._send(chunk, final, encode))
+
+    def fail(self, error: ServeError) -> None:
+        self._outbox.put(lambda: self._fail(error))
+
+    def is_cancelled(self) -> bool:
+        return self._broken or self._sink.is_cancelled()
+
+    def _send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None) -> None:
+        if self._broken:
+            return
+        try:
+            if chunk is not None and encode is not None:
+                chunk = encode(chunk)
+            if chunk is not None:
+                self._outbox.bytes += chunk.frames.nbytes + sum(map(len, chunk.encoded))
+            self._sink.send(chunk, final)
+        except Exception as error:
+            log.exception("an answer could not be sent")
+            text = f"the answer could not be sent: {type(error).__name__}: {error}"
+            self._fail(ServeError(ServeError.INTERNAL, text))
+
+    def _fail(self, error: ServeError) -> None:
+        """The client is told once, if it can be; the worker then sees the sink as one whose client has left."""
+        if not self._broken:
+            self._broken = True
+            self._sink.fail(error)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session in a few megabytes: what another server with the same weights needs to go on with it.
+
+Written and read by the service; clients keep it without looking into it. The format is a SHA-256 sum and then a
+safetensors file, never pickle: a snapshot comes from outside and is not trusted. What is not in it is rebuilt by
+`Pipeline.restore`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import hmac
+import json
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from longlive_serve.backends.device import ToHost
+from longlive_serve.config.presets import NetworkConfig, WindowConfig
+from longlive_serve.engine.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import MAX_PROMPT_BYTES
+from longlive_serve.protocol.session_options import ON_SWITCH
+
+VERSION = 2
+SUM_BYTES = hashlib.sha256().digest_size
+_PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
+
+
+def read_tensors(session: Session) -> dict[str, ToHost]:
+    """What there is of tensors in `session` after the chunk that was launched last, on its way to the host. Its noise
+    must be a SeededNoise."""
+    assert isinstance(session.noise, SeededNoise)
+    assert session.recent, "there is nothing to go on from before the first chunk"
+    tensors = {"recent": torch.cat(list(session.recent)), "noise": session.noise.state}
+    if session.sink:
+        tensors["sink"] = torch.cat([one.latents for one in session.sink])
+    return {name: ToHost(tensor) for name, tensor in tensors.items()}
+
+
+def dump(session: Session, network: NetworkConfig) -> bytes:
+    """`session`, between two chunks, as bytes."""
+    return dump_later(session, network, read_tensors(session))()
+
+
+def dump_later(session: Session, network: NetworkConfig, tensors: Mapping[str, ToHost]) -> Callable[[], bytes]:
+    """What writes the bytes: in any thread, whatever happens to the session meanwhile."""
+    facts = {
+        "version": VERSION,
+        "network": network.name,
+        **{name: getattr(session, name) for name in _PLAIN},
+        "token": _hashed(session.token),
+        "prompt": dataclasses.asdict(session.prompt),
+        "pending": [dataclasses.asdict(prompt) for prompt in session.pending],
+        "sink": [{"chunk": one.chunk, "prompt": dataclasses.asdict(one.prompt)} for one in session.sink],
+    }
+    return functools.partial(_write, json.dumps(facts), tensors)
+
+
+def _write(facts: str, tensors: Mapping[str, ToHost]) -> bytes:
+    body = save({name: tensor.wait() for name, tensor in tensors.items()}, {"session": facts})
+    return hashlib.sha256(body).digest() + body
+
+
+def load_session(
+    data: bytes, session_id: str, token: str, network: NetworkConfig, device: str, dtype: torch.dtype
+) -> Session:
+    """The session that `dump` wrote, under a new id. Raises ServeError: FORBIDDEN unless `token` is that of the
+    session, INVALID_REQUEST for anything that `dump` did not write."""
+    body = data[SUM_BYTES:]
+    if hashlib.sha256(body).digest() != data[:SUM_BYTES]:
+        raise _invalid("its checksum is wrong: it is cut off or damaged, or not a snapshot")
+    try:
+        tensors, facts = load(body), _facts(body)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _invalid(f"it cannot be read ({error})") from None
+    if facts.get("version") != VERSION or facts.get("network") != network.name:
+        raise _invalid(
+            f"it is of version {facts.get('version')} and of the network {facts.get('network')!r}, "
+            f"expected version {VERSION} and {network.name!r}"
+        )
+    if not hmac.compare_digest(str(facts.get("token")).encode(), _hashed(token).encode()):
+        raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: got another than that of the SNAPSHOT's session")
+    try:
+        return _session(session_id, facts, tensors, network, device, dtype)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _invalid(f"it does not describe a session ({type(error).__name__}: {error})") from None
+
+
+def _facts(body: bytes) -> dict[str, Any]:
+    """The metadata of a safetensors file: the length of its header, then the header as JSON."""
+    header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+    facts = json.loads(header["__metadata__"]["session"])
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no JSON object")
+    return facts
+
+
+def _session(
+    session_id: str,
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    network: NetworkConfig,
+    device: str,
+    dtype: torch.dtype,
+) -> Session:
+    shape = (network.window.chunk, network.dit.channels, network.latent_height, network.latent_width)
+    window = network.window
+
+    def chunks(name: str, most: int) -> list[Tensor]:
+        tensor = tensors[name].to(device, dtype)
+        if tensor.shape[1:] != shape or not 1 <= len(tensor) <= most or not tensor.isfinite().all():
+            raise ValueError(f"{name}: got {list(tensor.shape)}, expected up to {most} chunks of {list(shape)}")
+        return list(tensor.split(1))
+
+    recent = chunks("recent", window.window // window.chunk)
+    sink = chunks("sink", window.sink // window.chunk) if facts["sink"] else []
+    noise = SeededNoise(0)
+    noise.state = tensors["noise"]
+    session = Session(
+        id=session_id,
+        prompt=_prompt(facts["prompt"]),
+        noise=noise,
+        sink=[
+            SinkChunk(chunk=_count(one["chunk"]), latents=latents, prompt=_prompt(one["prompt"]))
+            for one, latents in zip(facts["sink"], sink, strict=True)
+        ],
+        recent=deque(recent),
+        pending=[_prompt(prompt) for prompt in facts["pending"]],
+        on_switch=str(facts["on_switch"]),
+        global_sink=bool(facts["global_sink"]),
+        first_cached=_count(facts["first_cached"]),
+        chunk=_count(facts["chunk"]),
+        prompts=_count(facts["prompts"]),
+    )
+    _check(session, window)
+    return session
+
+
+def _check(session: Session, window: WindowConfig) -> None:
+    """Raises ValueError if the parts do not fit together: a restored cache must have no place left unwritten."""
+    capacity, kept = window.window // window.chunk, session.chunk - session.first_cached
+    if len(session.recent) != min(capacity, session.chunk) or kept < 0:
+        raise ValueError(f"got {len(session.recent)} recent chunks before chunk {session.chunk}")
+    if kept > capacity and len(session.sink) != window.sink // window.chunk:
+        raise ValueError(f"got {len(session.sink)} chunks of the sink")
+    if any(one.chunk >= session.chunk for one in session.sink):
+        raise ValueError("got a sink from the future")
+    if session.on_switch not in ON_SWITCH or len(session.pending) > MAX_PENDING:
+        raise ValueError(f"got on_switch {session.on_switch!r} and {len(session.pending)} prompts to come")
+
+
+def _prompt(fields: dict[str, Any]) -> Prompt:
+    text, frame = str(fields["text"]), fields["at_latent_frame"]
+    if not text.strip() or len(text.encode()) > MAX_PROMPT_BYTES:
+        raise ValueError(f"got a prompt of {len(text)} characters")
+    return Prompt(index=_count(fields["index"]), text=text, at_latent_frame=max(NOW, int(frame)))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"got {value!r}, expected a count")
+    return value
+
+
+def _hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _invalid(why: str) -> ServeError:
+    return ServeError(ServeError.INVALID_REQUEST, f"SNAPSHOT: {why}")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a noise level does to the causal DiT, as constants.
+
+Called where there are few noise levels and they are known: by the fused engine, and by what simulates its FP8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from longlive_serve.models.dit.causal_dit import CausalDiT, time_features
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modulation:
+    """What a noise level does to every block and to the head: constants, as all frames of a forward share it."""
+
+    blocks: Tensor
+    """[layers, 6, D]: shift, scale, gate of self-attention, then of the FFN."""
+    head: Tensor
+    """[2, D]: shift, scale."""
+
+
+def modulation(network: CausalDiT, timestep: Tensor) -> Modulation:
+    """What the network does at `timestep` (a 0-dim tensor)."""
+    features = time_features(timestep, network.config.freq_dim).to(network.patch_embedding.weight.dtype)
+    time = network.time_embedding(features)
+    shared = network.time_projection(time).unflatten(-1, (6, -1))
+    blocks = torch.cat([block.modulation for block in network.blocks]) + shared
+    return Modulation(blocks=blocks, head=network.head.modulation[0] + time)

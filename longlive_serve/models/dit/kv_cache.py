@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV cache: which chunk of the video lies in which rows (`Window`, integers only) and the tensors (`KVCache`).
+
+Called by the pipeline and the engines. It does not know what keys and values mean.
+
+A cache of `window` latent frames is a row of *places*, one chunk each. The first places hold the sink; behind them
+is a ring: a new chunk overwrites the oldest one in place, so nothing is ever moved and the rows in use are always
+`[0, rows)`. Attention does not care in which order keys lie; only relative RoPE needs to know the order in time,
+which `Placement.key_slots` gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from longlive_serve.config.presets import NetworkConfig, WindowConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one forward of whole chunks reads and writes the cache. Every number counts chunks.
+
+    The forward's chunks lie in the order of their places, not of time: `first_place` and the following ones.
+    """
+
+    chunks: tuple[int, ...]
+    """Number, from the start of the video, of every chunk in the forward."""
+    first_place: int
+    """The place that `chunks[0]` is written to; the others follow it without a gap."""
+    places: int
+    """The forward attends to places [0, places): all that are in use, its own included."""
+    query_slots: tuple[int, ...]
+    """For relative RoPE: place in time (0 = oldest kept) of every chunk in the forward."""
+    key_slots: tuple[int, ...]
+    """For relative RoPE: place in time of every place in [0, places)."""
+
+
+class Window:
+    """The arithmetic of window and sink. Source: docs/semantics.md, sections 3 and 6.1."""
+
+    def __init__(self, config: WindowConfig) -> None:
+        self.capacity = config.window // config.chunk
+        self.sink = config.sink // config.chunk
+
+    def place(self, chunk: int) -> int:
+        """The place of a chunk: its own number at first, then round the ring behind the sink."""
+        if chunk < self.capacity:
+            return chunk
+        return self.sink + (chunk - self.sink) % (self.capacity - self.sink)
+
+    def step(self, chunk: int, first: int = 0) -> Placement:
+        """Denoising steps and the commit of chunk number `chunk`; it takes the place of the oldest one.
+
+        `first` is the first chunk that the cache knows of: more than 0 once it has been cleared.
+        """
+        kept = chunk - first
+        places = min(kept + 1, self.capacity)
+        key_slots = self._slots_in_time(kept)
+        place = self.place(kept)
+        return Placement(
+            chunks=(chunk,),
+            first_place=place,
+            places=places,
+            query_slots=(key_slots[place],),
+            key_slots=key_slots,
+        )
+
+    def recache(self, done: int, keep_sink: bool, first: int = 0) -> Placement:
+        """The recache before chunk number `done`: every kept chunk again, under the new prompt.
+
+        With `keep_sink` the sink stays as it is, unless nothing has left the window yet: then the reference
+        renews the sink too. Without it, the sink's places take the oldest chunks of the last `window` frames.
+        `first` is the first chunk that the cache knows of, as in `step`.
+        """
+        assert done > first, "nothing to recache before the first chunk"
+        kept = done - first
+        places = min(kept, self.capacity)
+        begin = self.sink if keep_sink and kept > self.capacity else 0
+        chunks = [0] * places
+        for chunk in range(kept - places, kept):
+            chunks[self.place(chunk)] = first + chunk
+        if kept > self.capacity:
+            for place in range(self.sink):
+                chunks[place] = done - self.capacity + place
+        key_slots = self._slots_in_time(kept - 1)
+        return Placement(
+            chunks=tuple(chunks[begin:]),
+            first_place=begin,
+            places=places,
+            query_slots=key_slots[begin:],
+            key_slots=key_slots,
+        )
+
+    def calls(self) -> list[tuple[int, int]]:
+        """(chunks in the forward, chunks attended to) of every step, commit and recache that a session can come to.
+
+        While the window fills, a call attends to as many as there are: nothing is computed to be masked.
+        """
+        full = 2 * self.capacity
+        placements = [self.step(chunk) for chunk in range(full)]
+        placements += [self.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
+        return sorted({(len(placement.chunks), placement.places) for placement in placements})
+
+    def _slots_in_time(self, newest: int) -> tuple[int, ...]:
+        """For every place in use after chunk `newest` was placed: how many kept chunks are older than its own."""
+        if newest < self.capacity:
+            return tuple(range(newest + 1))
+        ring = {self.place(newest - age): self.capacity - 1 - age for age in range(self.capacity - self.sink)}
+        return tuple(range(self.sink)) + tuple(ring[place] for place in range(self.sink, self.capacity))
+
+
+class KVCache:
+    """Keys and values of every slot, allocated once: [layers, slots, heads, window tokens, head_dim] each.
+
+    Only clean keys and values stay in it: the noisy ones of the chunk in progress lie in that chunk's own place
+    and its commit overwrites them. A slot needs no clearing between sessions: only places in use are ever read.
+    """
+
+    def __init__(
+        self, config: NetworkConfig, slots: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        dit = config.dit
+        tokens = config.window.window * config.tokens_per_frame
+        shape = (dit.num_layers, slots, dit.num_heads, tokens, dit.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def slot(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Views of one slot's keys and values, [layers, 1, heads, window tokens, head_dim]."""
+        return self.keys[:, slot : slot + 1], self.values[:, slot : slot + 1]
+
+    @staticmethod
+    def bytes_of(config: NetworkConfig, slots: int, dtype: torch.dtype) -> int:
+        """The size of such a cache."""
+        tokens = config.window.window * config.tokens_per_frame
+        return 2 * config.dit.num_layers * slots * config.dit.dim * tokens * dtype.itemsize

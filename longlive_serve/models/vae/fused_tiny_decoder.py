@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny decoder with its pictures in channels-last memory, where convolutions on a GPU want them, a chunk at a time.
+
+Called by the fused engine, with B = 1. It takes the weights of a `TinyDecoder`, which says what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longlive_serve.config.presets import FRAMES_PER_LATENT
+from longlive_serve.models.vae.tiny_decoder import Grow, MemoryBlock, TinyDecoder
+
+LAST = torch.channels_last
+
+
+class FusedTiny:
+    """As `TinyDecoder`, for one video, with the cache changed in place."""
+
+    def __init__(self, network: TinyDecoder) -> None:
+        self.network = network.to(memory_format=LAST)  # type: ignore[call-overload]
+
+    def initial_cache(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """As `TinyDecoder.initial_cache`, in channels-last memory."""
+        tensors = self.network.initial_cache(1, height, width, device, dtype)
+        return [tensor.contiguous(memory_format=LAST) for tensor in tensors]
+
+    def decode(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> Tensor:
+        """Latents [1, F, 16, h, w] -> frames [1, T, 3, 8h, 8w], as `TinyDecoder.forward` gives them.
+
+        The cache becomes that for the next call. With `opening` F is 1.
+        """
+        assert not opening or latents.shape[1] == 1
+        x, histories = latents[0].contiguous(memory_format=LAST), iter(cache)  # [T, C, H, W] from here on
+        for layer in self.network.decoder:
+            if isinstance(layer, MemoryBlock):
+                x = _with_the_frame_before(layer, x, next(histories))
+            elif isinstance(layer, Grow):
+                x = _grow(layer, x)
+            else:
+                x = layer(x)
+        frames = x * 2 - 1  # TAEHV's are 0 to 1
+        return frames[None, FRAMES_PER_LATENT - 1 :] if opening else frames[None]
+
+
+def _with_the_frame_before(block: MemoryBlock, x: Tensor, past: Tensor) -> Tensor:
+    earlier = torch.cat([past, x[:-1]])
+    past.copy_(x[-1:])
+    out: Tensor = F.relu(x + block.conv(torch.cat([x, earlier], dim=1)))
+    return out
+
+
+def _grow(layer: Grow, x: Tensor) -> Tensor:
+    """The frames that a picture's channels stand for are parted before it is doubled, as there is less to move."""
+    y = layer.conv(x)
+    frames = y.shape[1] // x.shape[1]
+    apart = y.unflatten(1, (frames, -1)).flatten(0, 1).contiguous(memory_format=LAST)
+    return F.interpolate(apart, scale_factor=2)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wire: tensor names, requests and frame chunks, as the client and the Triton model both see them.
+
+Imported by the client, by `model.py` and by the service. NumPy only: it knows neither torch nor Triton.
+
+A session is one Triton sequence of the model `longlive`; its id is the sequence's correlation id (a string).
+
+* START carries PROMPT, or SNAPSHOT to go on with a session that broke off, on this server or another. It may carry
+  SEED, CHUNKS (0 or absent: until stopped) and OPTIONS.
+* Later requests may carry PROMPT (the new prompt), CHUNKS (that many more chunks, streamed as answers to this
+  request), both, or nothing (a heartbeat).
+* END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk border.
+* A request that asks for chunks (START does) is answered by one response per chunk. Ask for some at a time: Triton
+  keeps what it has sent until all of a request is answered.
+* Every other request is answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response
+  to any request is FINAL.
+* START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
+  says why a new session would have to wait. No session comes of it.
+* START and END together with OPTIONS.adapters and no other tensor change the LoRA adapters of sessions to come; the
+  answer's NOTICE says what they are now. Sessions that are live go on as they are.
+* With `early_frames`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 in all but the last.
+* With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
+  anew with each START.
+* A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue; with
+  OPTIONS.max_wait_s = 0 it does not wait: it is refused at once, so that the client can ask another server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from longlive_serve.protocol.errors import invalid
+from longlive_serve.protocol.session_options import Options
+
+MODEL_NAME = "longlive"
+CLIENT_HEADER = "x-client-id"  # of gRPC: who the client is, as a proxy that knows it says
+SESSION_HEADER = "x-session-id"  # of gRPC: for proxies that keep a session on one server
+READY = "ready"  # the NOTICE that answers a probe when a new session would start at once
+MAX_SNAPSHOT_BYTES = 64 * 1024 * 1024
+MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One tensor of the wire. `dtype` is KServe's name; -1 in `shape` is a size that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+PROMPT = TensorSpec(name="PROMPT", dtype="BYTES", shape=(1,))  # UTF-8
+SEED = TensorSpec(name="SEED", dtype="INT64", shape=(1,))
+CHUNKS = TensorSpec(name="CHUNKS", dtype="INT32", shape=(1,))
+OPTIONS = TensorSpec(name="OPTIONS", dtype="BYTES", shape=(1,))  # a JSON object; keys: `Options`
+SNAPSHOT = TensorSpec(name="SNAPSHOT", dtype="UINT8", shape=(-1,))  # a session to go on with; empty: none
+INPUTS = (PROMPT, SEED, CHUNKS, OPTIONS, SNAPSHOT)  # all optional on the wire; START needs PROMPT or SNAPSHOT
+
+FRAMES = TensorSpec(name="FRAMES", dtype="UINT8", shape=(-1, -1, -1, 3))  # [frames, height, width, RGB]
+FIRST_FRAME = TensorSpec(name="FIRST_FRAME", dtype="INT64", shape=(1,))  # video frame number of FRAMES[0]
+PROMPT_INDEX = TensorSpec(name="PROMPT_INDEX", dtype="INT32", shape=(1,))  # in force (ack: the one accepted)
+CHUNK_SECONDS = TensorSpec(name="CHUNK_SECONDS", dtype="FP32", shape=(1,))  # time the chunk took; 0: more of it comes
+ENCODED = TensorSpec(name="ENCODED", dtype="UINT8", shape=(-1,))  # the frames of a session that is not `raw`, in a row
+ENCODED_SIZES = TensorSpec(name="ENCODED_SIZES", dtype="INT32", shape=(-1,))  # bytes of each frame in it
+NOTICE = TensorSpec(name="NOTICE", dtype="BYTES", shape=(1,))  # UTF-8, empty when there is nothing to say
+OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE, SNAPSHOT, ENCODED, ENCODED_SIZES)
+
+_NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8, "FP32": np.float32}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request of a session, checked. `None` means that the tensor was absent."""
+
+    session_id: str
+    start: bool = False
+    end: bool = False
+    prompt: str | None = None
+    seed: int | None = None
+    chunks: int | None = None
+    options: Options = dataclasses.field(default_factory=Options)
+    snapshot: bytes | None = None
+    client: str = ""
+    """Who asks, if something between the client and the server says so (CLIENT_HEADER)."""
+
+    @classmethod
+    def from_tensors(
+        cls, session_id: str, start: bool, end: bool, tensors: Mapping[str, np.ndarray[Any, Any]], client: str = ""
+    ) -> Request:
+        """The request that `tensors` (by wire name) describe. Raises ServeError INVALID_REQUEST."""
+        prompt = _text(tensors, PROMPT, MAX_PROMPT_BYTES)
+        options = _text(tensors, OPTIONS, MAX_PROMPT_BYTES)
+        request = cls(
+            session_id=session_id,
+            start=start,
+            end=end,
+            prompt=prompt,
+            seed=_integer(tensors, SEED),
+            chunks=_integer(tensors, CHUNKS),
+            options=Options() if options is None else Options.from_json(options),
+            snapshot=_bytes(tensors, SNAPSHOT, MAX_SNAPSHOT_BYTES),
+            client=client,
+        )
+        request._check()
+        return request
+
+    def _check(self) -> None:
+        if not self.session_id:
+            raise invalid("session id: got none, expected a non-empty string as the sequence's correlation id")
+        if self.probes or self.sets_adapters:
+            return
+        if self.options.adapters is not None:
+            raise invalid("OPTIONS.adapters: got it with a session's request, expected START and END and nothing else")
+        if self.prompt is not None and not self.prompt.strip():
+            raise invalid("PROMPT: got an empty prompt, expected a description of the video")
+        if self.chunks is not None and self.chunks < 0:
+            raise invalid(f"CHUNKS: got {self.chunks}, expected 0 (until stopped) or more")
+        if self.start and self.prompt is None and self.snapshot is None:
+            raise invalid("START: got no PROMPT, expected one (or a SNAPSHOT)")
+        if self.snapshot is not None:
+            self._check_snapshot()
+        if self.start and self.end and not self.chunks:
+            raise invalid("START with END: got no CHUNKS, expected 1 or more (nothing could stop it)")
+        if self.start and self.options.at_latent_frame is not None:
+            raise invalid("OPTIONS.at_latent_frame: got it in START, expected it with the PROMPT of a later request")
+        if self.prompt is None and self.options.at_latent_frame is not None:
+            raise invalid("OPTIONS.at_latent_frame: got no PROMPT with it, expected one")
+        if not self.start:
+            self._check_after_start()
+
+    def _check_after_start(self) -> None:
+        if self.seed is not None:
+            raise invalid("SEED: got it after START, expected it in START only")
+        at_start = ("global_sink", "on_switch", "pace", "fps", "snapshot_every", "format", "early_frames", "max_wait_s")
+        for key in at_start:
+            if getattr(self.options, key) is not None:
+                raise invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
+
+    def _check_snapshot(self) -> None:
+        if not self.start:
+            raise invalid("SNAPSHOT: got it after START, expected it in START only")
+        kept = {"PROMPT": self.prompt, "SEED": self.seed}
+        kept |= {f"OPTIONS.{key}": getattr(self.options, key) for key in ("global_sink", "on_switch")}
+        for name, value in kept.items():
+            if value is not None:
+                raise invalid(f"{name}: got it with a SNAPSHOT, expected none: the snapshot has its own")
+
+    @property
+    def probes(self) -> bool:
+        """The request only asks whether the model answers."""
+        return self == Request(session_id=self.session_id, start=True, end=True, client=self.client)
+
+    @property
+    def sets_adapters(self) -> bool:
+        """The request changes the adapters of sessions to come."""
+        options = Options(adapters=self.options.adapters, token=self.options.token)
+        alone = Request(session_id=self.session_id, start=True, end=True, client=self.client, options=options)
+        return options.adapters is not None and self == alone
+
+    def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The tensors to send, by wire name; only those that are set."""
+        tensors: dict[str, np.ndarray[Any, Any]] = {}
+        if self.prompt is not None:
+            tensors[PROMPT.name] = _bytes_array(self.prompt)
+        if self.seed is not None:
+            tensors[SEED.name] = np.array([self.seed], np.int64)
+        if self.chunks is not None:
+            tensors[CHUNKS.name] = np.array([self.chunks], np.int32)
+        if self.options != Options():
+            tensors[OPTIONS.name] = _bytes_array(self.options.to_json())
+        if self.snapshot is not None:
+            tensors[SNAPSHOT.name] = np.frombuffer(self.snapshot, np.uint8)
+        return tensors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameChunk:
+    """The frames of one chunk (12 of them, 9 in the first chunk) or of a part of it; none in an acknowledgement."""
+
+    frames: np.ndarray[Any, Any]  # uint8 [frames, height, width, 3]
+    first_frame: int
+    prompt_index: int
+    seconds: float = 0.0
+    notice: str = ""
+    snapshot: bytes = b""
+    encoded: tuple[bytes, ...] = ()
+    """The frames in the session's format, one by one; `frames` is then empty."""
+
+    @property
+    def completes(self) -> bool:
+        """Whether these are the last frames of a chunk."""
+        return self.seconds > 0
+
+    def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        return {
+            FRAMES.name: self.frames,
+            FIRST_FRAME.name: np.array([self.first_frame], np.int64),
+            PROMPT_INDEX.name: np.array([self.prompt_index], np.int32),
+            CHUNK_SECONDS.name: np.array([self.seconds], np.float32),
+            NOTICE.name: _bytes_array(self.notice),
+            SNAPSHOT.name: np.frombuffer(self.snapshot, np.uint8),
+            ENCODED.name: np.frombuffer(b"".join(self.encoded), np.uint8),
+            ENCODED_SIZES.name: np.array([len(frame) for frame in self.encoded], np.int32),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray[Any, Any]]) -> FrameChunk:
+        ends = np.cumsum(tensors[ENCODED_SIZES.name])
+        return cls(
+            frames=tensors[FRAMES.name],
+            first_frame=int(tensors[FIRST_FRAME.name][0]),
+            prompt_index=int(tensors[PROMPT_INDEX.name][0]),
+            seconds=float(tensors[CHUNK_SECONDS.name][0]),
+            notice=tensors[NOTICE.name][0].decode(),
+            snapshot=tensors[SNAPSHOT.name].tobytes(),
+            encoded=tuple(part.tobytes() for part in np.split(tensors[ENCODED.name], ends[:-1])) if len(ends) else (),
+        )
+
+
+def _bytes_array(text: str) -> np.ndarray[Any, Any]:
+    return np.array([text.encode()], dtype=np.object_)
+
+
+def _single(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec) -> Any:
+    array = tensors.get(spec.name)
+    if array is None:
+        return None
+    if tuple(array.shape) != spec.shape:
+        raise invalid(f"{spec.name}: got shape {list(array.shape)}, expected {list(spec.shape)}")
+    expected = _NUMPY_DTYPES.get(spec.dtype, np.object_)
+    if array.dtype != expected:
+        raise invalid(f"{spec.name}: got dtype {array.dtype}, expected {spec.dtype}")
+    return array[0]
+
+
+def _integer(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec) -> int | None:
+    value = _single(tensors, spec)
+    return None if value is None else int(value)
+
+
+def _bytes(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit: int) -> bytes | None:
+    array = tensors.get(spec.name)
+    if array is None:
+        return None
+    if array.ndim != 1 or array.dtype != _NUMPY_DTYPES[spec.dtype] or array.size > limit:
+        got = f"{array.dtype} {list(array.shape)}"
+        raise invalid(f"{spec.name}: got {got}, expected {spec.dtype} {list(spec.shape)} of at most {limit} bytes")
+    return array.tobytes()
+
+
+def _text(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit: int) -> str | None:
+    value = _single(tensors, spec)
+    if value is None:
+        return None
+    if len(value) > limit:
+        raise invalid(f"{spec.name}: got {len(value)} bytes, expected at most {limit}")
+    try:
+        return str(value.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise invalid(f"{spec.name}: got bytes that are not UTF-8 ({error}), expected UTF-8 text") from None

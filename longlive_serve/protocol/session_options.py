@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OPTIONS of a request: what a session may choose. Part of the wire (`protocol`); no NumPy, no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+from longlive_serve.protocol.errors import invalid
+
+RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
+REALTIME, ASAP = PACES = ("realtime", "asap")
+RAW, JPEG, H264 = FORMATS = ("raw", "jpeg", "h264")
+MAX_FPS = 120
+MAX_SCALE = 100.0  # of an adapter
+TOKEN_LENGTHS = (16, 256)  # characters, at least and at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The keys of the OPTIONS object."""
+
+    global_sink: bool | None = None
+    """START only: a recache keeps the sink of the first prompt (the reference's default) or renews it."""
+    on_switch: str | None = None
+    """START only: what a prompt switch does to the KV cache. `recache` (the default) rebuilds it under the new prompt,
+    `keep` goes on with the old one, `clear` drops it: the three ways that the paper compares."""
+    pace: str | None = None
+    """START only: `realtime` (the default) keeps to a playback clock, a little ahead of it; `asap` generates as fast as
+    live sessions leave time for."""
+    fps: int | None = None
+    """START only: frames per second of the playback clock (default: 16)."""
+    snapshot_every: int | None = None
+    """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
+    format: str | None = None
+    """START only: how frames are sent: `raw` (the default), `jpeg` or `h264`."""
+    early_frames: bool | None = None
+    """START only: send a chunk's frames as soon as each latent frame is decoded (default: the chunk at once)."""
+    max_wait_s: float | None = None
+    """START only: how long to wait for a slot, at most; the server's own `max_wait_s` holds as well (the smaller).
+    0: be refused at once where there is none."""
+    token: str | None = None
+    """A secret of the client's. What START carried, every later request of the session must repeat, and so must a
+    START with its snapshot."""
+    at_latent_frame: int | None = None
+    """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
+    adapters: dict[str, float] | None = None
+    """Of the server, not of a session: adapter files by name, with their scales. `token` is then the server's."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
+        if not isinstance(values, dict):
+            raise invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
+        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("on_switch", "pace", "token", "format"), (str,))
+        kinds |= dict.fromkeys(("global_sink", "early_frames"), (bool,))
+        kinds |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
+        kinds |= {"max_wait_s": (int, float), "adapters": (dict,)}
+        for key, value in values.items():
+            if key not in kinds:
+                raise invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(kinds)}")
+            if type(value) not in kinds[key]:
+                raise invalid(f"OPTIONS.{key}: got {value!r}, expected {' or '.join(k.__name__ for k in kinds[key])}")
+        options = cls(**values)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        """Raises ServeError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
+        for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
+            if getattr(self, key) not in (None, *choices):
+                raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
+        for key, least, most in (("fps", 1, MAX_FPS), ("snapshot_every", 1, None), ("at_latent_frame", 0, None)):
+            number = getattr(self, key)
+            if number is not None and not least <= number <= (number if most is None else most):
+                expected_range = f"{least} or more" if most is None else f"{least} to {most}"
+                raise invalid(f"OPTIONS.{key}: got {number}, expected {expected_range}")
+        if self.max_wait_s is not None and not 0 <= self.max_wait_s < math.inf:
+            raise invalid(f"OPTIONS.max_wait_s: got {self.max_wait_s}, expected a finite number, 0 or more")
+        if self.token is not None and not TOKEN_LENGTHS[0] <= len(self.token) <= TOKEN_LENGTHS[1]:
+            expected_length = f"{TOKEN_LENGTHS[0]} to {TOKEN_LENGTHS[1]}"
+            raise invalid(f"OPTIONS.token: got {len(self.token)} characters, expected {expected_length}")
+        for name, scale in (self.adapters or {}).items():
+            if type(scale) not in (int, float) or not -MAX_SCALE <= scale <= MAX_SCALE:
+                raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, at most {MAX_SCALE:g}")
+
+    def to_json(self) -> str:
+        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v is not None})

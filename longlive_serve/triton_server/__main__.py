@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's command line: `python -m longlive_serve.triton_server` serves until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from longlive_serve.protocol.errors import ServerError
+from longlive_serve.triton_server.arguments import server_parser
+from longlive_serve.triton_server.launcher import TritonServer
+from longlive_serve.triton_server.standard_outputs import StandardOutputs, reserve_standard_descriptors
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    reserve_standard_descriptors()
+    parser = server_parser()
+    args = parser.parse_args(argv)
+    try:
+        server = TritonServer(**vars(args))
+    except ValueError as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)  # a shell that starts it in the background has it ignored
+    outputs = StandardOutputs()
+    outputs.tell(f"starting Triton with {server.config} ...")
+    try:
+        return _serve(server, args.drain_timeout_s, outputs)
+    except KeyboardInterrupt:
+        return 0
+    except (ServerError, ValueError, OSError) as error:  # a full disk, a trace_dir that cannot be made
+        outputs.tell(f"error: {error}")
+        return 1
+    finally:
+        outputs.close()
+
+
+def _serve(server: TritonServer, drain_timeout_s: float, outputs: StandardOutputs) -> int:
+    with server:
+        where = f"gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}/metrics"
+        outputs.say(f"ready: {where}{server.reach and f', on {server.reach} of this machine'} (Ctrl-C ends it)")
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            outputs.tell(f"stopping: clients have {drain_timeout_s:g} s to leave; Ctrl-C again ends it at once")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

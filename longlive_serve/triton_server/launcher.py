@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts Triton with the model repository and ends it cleanly: a command line, and `TritonServer` for tests and demos.
+
+It knows processes, ports and files; it knows nothing of videos, and Triton's models run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import NoReturn
+
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.observability.metrics import sessions_at
+from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.messages import CLIENT_HEADER, MODEL_NAME
+from longlive_serve.triton_server.addresses import Address, choose_ports, find_address
+from longlive_serve.triton_server.arguments import DEFAULT_REPOSITORY, check_seconds
+from longlive_serve.triton_server.find_triton import find_install
+from longlive_serve.triton_server.process_group import ProcessGroup
+from longlive_serve.triton_server.safe_paths import SafePaths, make_scratch
+from longlive_serve.triton_server.tls_files import TlsFiles
+
+ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
+POLL_S = 0.25
+PORT_TRIES, PORT_TAKEN = 5, "already in use"  # what Triton says of one
+LAST_WORDS_S = 0.5  # within which Triton asks how a process of its own has ended, and says what it knows
+EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
+
+
+class TritonServer:
+    """A Triton server for `with`: ready on entry, gone on exit with all that it left on disk and in shared memory.
+
+    `config` is the serve.toml that the model reads (default: the one in the repository). A port of 0 is chosen
+    freely. On exit, clients have `drain_timeout_s` to leave, and new sessions are refused; then connections break.
+    With `tls_cert` and `tls_key` (PEM files) gRPC speaks TLS alone, with `tls_client_ca` only to clients that this
+    authority has signed; Triton's HTTP knows no TLS and then answers for health alone.
+    Entering raises ServerError, or ValueError for a wrong serve.toml. The `*_url` are `host:port`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Path | None = None,
+        model_repository: Path = DEFAULT_REPOSITORY,
+        host: str = "127.0.0.1",
+        grpc_port: int = 0,
+        http_port: int = 0,
+        metrics_port: int = 0,
+        ready_timeout_s: float = 600.0,
+        drain_timeout_s: float = 10.0,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+        tls_client_ca: Path | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self._repository = Path(model_repository).absolute()
+        default_config = self._repository / MODEL_NAME / "1" / "serve.toml"
+        self.config = default_config if config is None else Path(config).absolute()
+        self._host = host
+        self._address: Address | None = None
+        self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self._ready_timeout_s = check_seconds("ready_timeout_s (--ready-timeout)", ready_timeout_s)
+        self._drain_timeout_s = check_seconds("drain_timeout_s (--drain-timeout)", drain_timeout_s)
+        self._tls = TlsFiles(cert=tls_cert, key=tls_key, client_ca=tls_client_ca)
+        self._verbose = verbose
+        self._group: ProcessGroup | None = None
+
+    def __enter__(self) -> TritonServer:
+        config = ServeConfig.from_toml(self.config)
+        self._tls.check()
+        if not (self._repository / MODEL_NAME / "config.pbtxt").is_file():
+            raise ServerError(
+                f"{self._repository}: got no {MODEL_NAME}/config.pbtxt in it, expected this project's model "
+                "repository; name it with --model-repository"
+            )
+        self._address = find_address(self._host)
+        wanted = dict(self._ports)
+        for tries_left in reversed(range(PORT_TRIES)):
+            self._ports = choose_ports(self._address, wanted)
+            self._group = self._start(config, self._address)
+            try:
+                self._wait_until_ready()
+                break
+            except BaseException as error:
+                self._group.close()
+                # Another program may take a port that was free when it was chosen.
+                if not (tries_left and 0 in wanted.values() and PORT_TAKEN in str(error)):
+                    raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def grpc_url(self) -> str:
+        return self._url("grpc")
+
+    @property
+    def http_url(self) -> str:
+        return self._url("http")
+
+    @property
+    def metrics_url(self) -> str:
+        return self._url("metrics")
+
+    @property
+    def pid(self) -> int:
+        """Triton's process. It leads a process group of its own, in which the model's process is too."""
+        assert self._group is not None, "the server is not running"
+        return self._group.process.pid
+
+    @property
+    def log_text(self) -> str:
+        """The last lines that Triton and the model wrote."""
+        return "" if self._group is None else self._group.log.text()
+
+    @property
+    def reach(self) -> str:
+        """Which other addresses it listens on; empty: those of the urls alone."""
+        return "" if self._address is None else self._address.reach
+
+    def wait(self) -> NoReturn:
+        """Stay until Triton or the model's process ends by itself, which is an error; meanwhile show their log."""
+        assert self._group is not None, "the server is not running"
+        self._group.log.echo = True
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._group.process.wait(POLL_S)
+            self._check_alive("by itself")
+
+    def stop(self) -> None:
+        """End Triton when its clients have left, or after `drain_timeout_s`; interrupted, it kills Triton at once.
+
+        SIGTERM goes to the model's process too: Triton tells the model nothing while a client is connected.
+        """
+        if self._group is None:
+            return
+        self._group.log.echo = self._verbose
+        try:
+            self._group.send_signal(signal.SIGTERM)
+            self._wait_until_gone()
+        finally:
+            self._group.close()
+
+    def _wait_until_gone(self) -> None:
+        """Triton 2.51 stays while a client's stream is open, or after it has refused one: for as long as it may."""
+        assert self._group is not None
+        deadline = time.monotonic() + self._drain_timeout_s + EXIT_SLACK_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._group.process.wait(POLL_S)
+                return
+            if sessions_at(f"http://{self.metrics_url}/metrics") == 0:
+                deadline = min(deadline, time.monotonic() + EXIT_SLACK_S)
+
+    def kill(self) -> None:
+        """End Triton at once, clients or not."""
+        if self._group is not None:
+            self._group.close()
+
+    def _url(self, name: str) -> str:
+        assert self._address is not None, "the server has not been started"
+        return self._address.url(self._ports[name])
+
+    def _start(self, config: ServeConfig, address: Address) -> ProcessGroup:
+        scratch = make_scratch()
+        shm_prefix = f"longlive_{os.getpid()}_{secrets.token_hex(4)}_"
+        try:
+            paths = SafePaths(scratch)
+            install = find_install(scratch)
+            command = [str(install.binary), *self._options(paths.safe(self._repository), address, shm_prefix)]
+            if install.backends is not None:
+                command.append(f"--backend-directory={install.backends}")
+            python, working_directory = paths.python()  # the embedded Python has the folder on sys.path
+            settings = {"LONGLIVE_CONFIG": str(_write_settings(config, paths, scratch))}
+            return ProcessGroup(
+                command,
+                install.environment(paths, python) | settings,
+                working_directory=working_directory,
+                scratch=scratch,
+                shm_prefix=Path("/dev/shm", shm_prefix),
+                echo=self._verbose,
+                rename=paths.rename,
+            )
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def _options(self, repository: Path, address: Address, shm_prefix: str) -> list[str]:
+        options = [
+            f"--model-repository={repository}",
+            "--model-control-mode=none",
+            "--disable-auto-complete-config",  # it would start the model's process, and import torch, twice
+            f"--exit-timeout-secs={round(self._drain_timeout_s)}",
+            "--grpc-infer-response-compression-level=none",  # frames are big, and clients are near or encode them
+            "--grpc-keepalive-time=10000",  # a client that froze or lost its network counts as cancelled after 20 s;
+            "--grpc-keepalive-timeout=10000",  # until then its unread frames pile up in Triton's memory
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--grpc-header-forward-pattern={CLIENT_HEADER}",
+        ]
+        for name, port in self._ports.items():
+            options += [address.option(name), f"--{name}-port={port}"]
+        if self._tls.cert is not None:
+            options += self._tls.options()
+            # By a header that nobody knows
+            options.append(f"--http-restricted-api={ALL_BUT_HEALTH}:{secrets.token_hex(16)}={secrets.token_hex(16)}")
+        if not Path("/dev/nvidiactl").exists():
+            options.append("--allow-gpu-metrics=false")
+        return options
+
+    def _wait_until_ready(self) -> None:
+        """Wait for the model, as Triton's own readiness does not say that one answers, and for the metrics."""
+        assert self._group is not None
+        waited_for = [f"http://{self.http_url}/v2/models/{MODEL_NAME}/ready", f"http://{self.metrics_url}/metrics"]
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        deadline = time.monotonic() + self._ready_timeout_s
+        while time.monotonic() < deadline:
+            self._check_alive("before the model was ready")
+            with contextlib.suppress(OSError), opener.open(waited_for[0], timeout=1):
+                del waited_for[0]
+                if not waited_for:
+                    return
+            time.sleep(0.05)
+        self._fail(f"the model was not ready after {self._ready_timeout_s:g} s (--ready-timeout)")
+
+    def _check_alive(self, when: str) -> None:
+        """Raises ServerError, with the last words of what has ended."""
+        assert self._group is not None
+        group, log = self._group, self._group.log
+        if group.lost_child():
+            time.sleep(LAST_WORDS_S)
+        lost = group.lost_child()
+        if lost and group.process.poll() is None:
+            group.close()
+            raise ServerError(f"the model's process {lost} {when}:\n{log.errors() or log.words_of_the_model()}")
+        if (status := group.process.poll()) is not None:
+            self._fail(f"Triton ended with exit status {status} {when}")
+
+    def _fail(self, what: str) -> NoReturn:
+        assert self._group is not None
+        self._group.close()
+        raise ServerError(f"{what}:\n{self._group.log.errors() or self._group.log.last_lines()}")
+
+
+def _write_settings(config: ServeConfig, paths: SafePaths, scratch: Path) -> Path:
+    """What the model's process reads: the settings with paths that its Python can take."""
+    if config.trace_dir:  # a link to what is not there yet could not be made a folder later
+        Path(config.trace_dir).mkdir(parents=True, exist_ok=True)
+    file = scratch / "serve.toml"
+    file.write_text(config.with_paths(paths.safe).to_toml(), encoding="utf-8")
+    return file

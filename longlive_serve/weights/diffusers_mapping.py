@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wan 2.1 as diffusers lays it out (a WanPipeline folder): its files, and its tensors under our networks' names.
+
+Called by `weights`. It renames and reads nothing; whether what it gives fits is for strict loading to say. Source:
+the state dicts of diffusers 0.42.1 and transformers 5.23.0, and diffusers' scripts/convert_wan_to_diffusers.py, whose
+renaming this undoes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER
+
+# The folder and glob of each network's file, or of its shards. They may hold the whole pipeline or some of it.
+FILES = {
+    TEXT_ENCODER: "text_encoder/model*.safetensors",
+    DIT: "transformer/diffusion_pytorch_model*.safetensors",
+    VAE_DECODER: "vae/diffusion_pytorch_model*.safetensors",
+}
+TOKENIZER_FOLDER = "tokenizer"
+
+# A pattern of whole module names (or parameter names without a module) -> our name of it.
+_RULES = {
+    TEXT_ENCODER: {  # transformers' own names on both sides; the embedding is stored under either of two
+        r"shared": "stack.embed_tokens",
+        r"encoder\.(embed_tokens|final_layer_norm|block\..+)": r"stack.\1",
+    },
+    DIT: {
+        r"patch_embedding": "patch_embedding",
+        r"condition_embedder\.(text|time)_embedder\.linear_1": r"\1_embedding.0",
+        r"condition_embedder\.(text|time)_embedder\.linear_2": r"\1_embedding.2",
+        r"condition_embedder\.time_proj": "time_projection.1",
+        r"(blocks\.\d+)\.scale_shift_table": r"\1.modulation",
+        r"(blocks\.\d+)\.attn1\.(?:to_([qkv])|(norm_[qk]))": r"\1.self_attn.\2\3",
+        r"(blocks\.\d+)\.attn1\.to_out\.0": r"\1.self_attn.o",
+        r"(blocks\.\d+)\.norm2": r"\1.norm3",  # numbered in execution order, where Wan's is 1, 3, 2
+        r"(blocks\.\d+)\.attn2\.(?:to_([qkv])|(norm_[qk]))": r"\1.cross_attn.\2\3",
+        r"(blocks\.\d+)\.attn2\.to_out\.0": r"\1.cross_attn.o",
+        r"(blocks\.\d+)\.ffn\.net\.0\.proj": r"\1.ffn.0",
+        r"(blocks\.\d+)\.ffn\.net\.2": r"\1.ffn.2",
+        r"scale_shift_table": "head.modulation",
+        r"proj_out": "head.head",
+    },
+    VAE_DECODER: {  # after `_numbered`
+        r"post_quant_conv": "conv2",
+        r"decoder\.conv_in": "decoder.conv1",
+        r"decoder\.norm_out": "decoder.head.0",
+        r"decoder\.conv_out": "decoder.head.2",
+        r"(decoder\.middle\.\d+)\.(norm|to_qkv|proj)": r"\1.\2",
+        r"(decoder\.upsamples\.\d+)\.(resample\.1|time_conv)": r"\1.\2",
+        r"(decoder\.(?:middle|upsamples)\.\d+)\.norm1": r"\1.residual.0",
+        r"(decoder\.(?:middle|upsamples)\.\d+)\.conv1": r"\1.residual.2",
+        r"(decoder\.(?:middle|upsamples)\.\d+)\.norm2": r"\1.residual.3",
+        r"(decoder\.(?:middle|upsamples)\.\d+)\.conv2": r"\1.residual.6",
+        r"(decoder\.upsamples\.\d+)\.conv_shortcut": r"\1.shortcut",
+    },
+}
+_VAE_ENCODER = ("encoder.", "quant_conv.")
+_PARAMETER = re.compile(r"(.+?)(\.weight|\.bias|\.gamma)?")
+_MIDDLE = re.compile(r"decoder\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+_UPSAMPLES = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)")
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether the folder is laid out like a WanPipeline: with the transformer, the VAE or umT5 in its own folder."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in FILES.values())
+
+
+def from_diffusers(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network of a WanPipeline under the names of our `network`, ready for strict loading.
+
+    The names of the whole network at once: with several files, merge them first. The VAE's encoder is left out. A
+    name that fits no rule stays as it is. The tensors are those given: no shape differs.
+    """
+    if network == VAE_DECODER:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(_VAE_ENCODER)}
+    numbered = _numbered(state) if network == VAE_DECODER else {}
+    return {_renamed(network, name, numbered.get(name, name)): tensor for name, tensor in state.items()}
+
+
+def _renamed(network: str, name: str, numbered: str) -> str:
+    """Our name of the tensor `name`, which the rules know as `numbered`."""
+    parts = _PARAMETER.fullmatch(numbered)
+    assert parts is not None, numbered
+    for pattern, ours in _RULES[network].items():
+        if match := re.fullmatch(pattern, parts[1]):
+            return match.expand(ours) + (parts[2] or "")
+    return name
+
+
+def _numbered(names: Iterable[str]) -> dict[str, str]:
+    """The names inside the VAE's middle and upsampling stages with each module's place in the one list that Wan has."""
+    stages = [match for name in names if (match := _UPSAMPLES.fullmatch(name))]
+    blocks = 1 + max((int(match[3]) for match in stages if match[2] == "resnets"), default=0)  # of each stage
+    numbered = {}
+    for name in names:
+        if match := _MIDDLE.fullmatch(name):  # a residual block, attention, a residual block
+            place = 1 if match[1] == "attentions" else 2 * int(match[2])
+            numbered[name] = f"decoder.middle.{place}.{match[3]}"
+    for match in stages:
+        place = int(match[1]) * (blocks + 1) + (int(match[3]) if match[2] == "resnets" else blocks)
+        numbered[match[0]] = f"decoder.upsamples.{place}.{match[4]}"
+    return numbered

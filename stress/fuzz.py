@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sends thousands of wrong requests to a server with live sessions: `python -m stress.fuzz --requests 10000`.
+
+Every request must be answered, every refusal must say what was wrong, and the frames of the live sessions must be the
+ones that they give alone, to the bit. Exit code 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from rich.progress import Progress
+from tritonclient.grpc import service_pb2_grpc
+
+from benchmarks.results import Measurement
+from benchmarks.serving.__main__ import server_metrics
+from benchmarks.serving.command import attempt
+from benchmarks.serving.record import write_record
+from longlive_client import wire
+from longlive_client.cli.health import probe
+from longlive_client.errors import UnavailableError
+from longlive_client.grpc_transport import channel
+from longlive_client.video_stream import VideoStream
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import INPUTS, MAX_PROMPT_BYTES
+from longlive_serve.triton_server.launcher import TritonServer
+
+LIVE = 2  # sessions that must not notice anything
+STREAMS = 8  # at a time
+PER_STREAM = 50  # requests on one gRPC stream
+TIMEOUT_S = 120.0
+SETTINGS = 'preset = "tiny"\nslots = 4\nmax_waiting = 8\nmax_wait_s = 5\nidle_timeout_s = 2\nmax_unread = 16\n'
+# What a refusal has to name: a tensor, a flag, the session, the queue, or an input in Triton's words.
+NAMED = re.compile(
+    "|".join(
+        (*(spec.name for spec in INPUTS), "START", "session", "waiting for a slot", "free in", "input", "request", "ID")
+    )
+)
+
+HOSTILE_TEXTS = (
+    b"",
+    b" \t\n",
+    b"\xff\xfe\x00",
+    b"x" * (MAX_PROMPT_BYTES + 1),
+    "\U0001f98a\u202e\x00".encode(),
+    b"[" * 9000,
+)
+HOSTILE_JSON = (
+    "[]", "null", '{"pace": 3}', '{"pace": "warp"}', '{"fps": 0}', '{"fps": 1e999}', '{"zoom": 1}', '{"token": "x"}',
+    '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}', '{"on_switch": true}', "[" * 9000,
+    '{"global_sink": null}', '{"fps": 99999999999999999999999999}', '{"pace": NaN}', '{"max_wait_s": 1e999}',
+    '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
+)  # fmt: skip
+HOSTILE_NUMBERS = (-1, -(2**31), 2**31 - 1, 7)
+DTYPES = (np.int8, np.int32, np.int64, np.uint8, np.float32, np.float64, np.bool_, np.object_)
+
+
+@dataclasses.dataclass
+class Letter:
+    """One request: what to send, and then what came back."""
+
+    session_id: str
+    tensors: dict[str, np.ndarray[Any, Any]]
+    flags: dict[str, bool]
+    damage: Callable[[Any], None] = lambda message: None
+    """Done to the message itself."""
+    answers: int = 0
+    error: str = ""
+
+
+class Mutator:
+    """Makes requests that are wrong in one to three ways, the same ones for the same seed."""
+
+    def __init__(self, seed: int, snapshot: bytes, live_ids: Sequence[str]) -> None:
+        self.random = random.Random(seed)
+        self.snapshot, self.live_ids = snapshot, live_ids
+
+    def letter(self) -> Letter:
+        chance = self.random
+        letter = chance.choice((self._start, self._start, self._resume, self._update, self._end))()
+        for _ in range(chance.randint(1, 3)):
+            spoil = (self._value, self._dtype, self._shape, self._name, self._flags, self._whose, self._wire)
+            chance.choice(spoil)(letter)
+        if letter.session_id in self.live_ids:  # Triton itself ends a sequence by an END, whoever says it
+            letter.flags.pop("end", None)
+        return letter
+
+    def _start(self) -> Letter:
+        options = {"pace": "asap", "token": "t" * 16}
+        tensors = {"PROMPT": _text("a fox"), "CHUNKS": np.array([1], np.int32), "OPTIONS": _text(json.dumps(options))}
+        return Letter(wire.new_session_id(), tensors, {"start": True, "end": self.random.random() < 0.8})
+
+    def _resume(self) -> Letter:
+        data = bytearray(self.snapshot)
+        for _ in range(self.random.randint(0, 3)):
+            data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
+        tensors: dict[str, Any] = {"SNAPSHOT": np.frombuffer(bytes(data), np.uint8), "CHUNKS": np.array([1], np.int32)}
+        return Letter(wire.new_session_id(), tensors, {"start": True, "end": True})
+
+    def _update(self) -> Letter:
+        return Letter(self.random.choice(self.live_ids), {"PROMPT": _text("a bird")}, {})
+
+    def _end(self) -> Letter:
+        return Letter(wire.new_session_id(), {}, {"end": True})
+
+    def _value(self, letter: Letter) -> None:
+        name = self.random.choice([spec.name for spec in INPUTS])
+        if name == "PROMPT":
+            letter.tensors[name] = np.array([self.random.choice(HOSTILE_TEXTS)], np.object_)
+        elif name == "OPTIONS":
+            letter.tensors[name] = _text(self.random.choice(HOSTILE_JSON))
+        elif name == "SNAPSHOT":
+            letter.tensors[name] = np.frombuffer(self.random.randbytes(self.random.randrange(300)), np.uint8)
+        else:
+            dtype = np.int32 if name == "CHUNKS" else np.int64
+            letter.tensors[name] = np.array([self.random.choice(HOSTILE_NUMBERS)], dtype)
+
+    def _dtype(self, letter: Letter) -> None:
+        name, dtype = self._one_of(letter), self.random.choice(DTYPES)
+        value = b"3" if dtype is np.object_ else 3
+        letter.tensors[name] = np.array([value], dtype)
+
+    def _shape(self, letter: Letter) -> None:
+        name = self._one_of(letter)
+        array = letter.tensors.get(name, np.array([1], np.int32))
+        letter.tensors[name] = self.random.choice(
+            (array[:0], array[None], np.concatenate([array, array]), array.reshape(-1, 1, 1))
+        )
+
+    def _name(self, letter: Letter) -> None:
+        letter.tensors[self.random.choice(("", "prompt", "FRAMES", "X" * 300, "\u00e9"))] = np.array([1], np.int32)
+
+    def _flags(self, letter: Letter) -> None:
+        letter.flags = {"start": self.random.random() < 0.5, "end": self.random.random() < 0.5}
+
+    def _whose(self, letter: Letter) -> None:
+        letter.session_id = self.random.choice((*self.live_ids, "", "x" * 5000, "\u00e9\u202e", "0"))
+
+    def _wire(self, letter: Letter) -> None:
+        cut = self.random.choice((_cut_off, _too_much, _other_shape, _negative_shape))
+        letter.damage = cut
+
+    def _one_of(self, letter: Letter) -> str:
+        return self.random.choice([*letter.tensors, "CHUNKS", "SEED"])
+
+
+def _text(value: str) -> np.ndarray[Any, Any]:
+    return np.array([value.encode()], np.object_)
+
+
+def _cut_off(message: Any) -> None:
+    if message.raw_input_contents:
+        message.raw_input_contents[-1] = message.raw_input_contents[-1][:-1]
+
+
+def _too_much(message: Any) -> None:
+    message.raw_input_contents.append(b"\xff" * 9)
+
+
+def _other_shape(message: Any) -> None:
+    if message.inputs:
+        message.inputs[0].shape[:] = [2**40]
+
+
+def _negative_shape(message: Any) -> None:
+    if message.inputs:
+        message.inputs[-1].shape[:] = [-5, 3]
+
+
+def send(url: str, letters: Sequence[Letter]) -> None:
+    """All letters over one stream, then wait for all answers."""
+    messages = []
+    for number, letter in enumerate(letters):
+        message = wire.infer_request(letter.session_id, str(number), letter.tensors, **letter.flags)
+        letter.damage(message)
+        messages.append(message)
+    with channel(url, None) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        for response in stub.ModelStreamInfer(iter(messages), timeout=TIMEOUT_S):
+            letter = letters[int(response.infer_response.id)]
+            letter.answers += 1
+            letter.error = letter.error or str(response.error_message)
+
+
+def faults(letters: Sequence[Letter]) -> Iterator[str]:
+    """What was not as it should be."""
+    for letter in letters:
+        what = f"{letter.flags} { ({name: (str(a.dtype), a.shape) for name, a in letter.tensors.items()}) }"
+        if not letter.answers:
+            yield f"no answer: {what}"
+        elif letter.error and (not NAMED.search(letter.error) or _blames_itself(letter.error)):
+            yield f"a refusal that names nothing: {letter.error!r}: {what}"
+
+
+def _blames_itself(text: str) -> bool:
+    return f"[{ServeError.INTERNAL}]" in text
+
+
+def video(url: str, seed: int, chunks: int, ids: list[str]) -> np.ndarray[Any, Any]:
+    """A whole video. Where the wrong requests have filled the queue, ask for a place again, for a minute at most."""
+    last_try = time.monotonic() + 60
+    while True:
+        try:
+            with VideoStream(  # one try: it keeps its id, which others attack
+                "a red fox runs", url=url, seed=seed, chunks=chunks, pace="asap", tries=1, resume_for=0
+            ) as stream:
+                ids.append(stream.session_id)
+                return np.concatenate([chunk.frames for chunk in stream.chunks()])
+        except UnavailableError:
+            if time.monotonic() > last_try:
+                raise
+            time.sleep(0.1)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml") as config:
+        print(SETTINGS, file=config, flush=True)
+        with TritonServer(config=Path(config.name)) as server:
+            return attack(server, args)
+
+
+def attack(server: TritonServer, args: argparse.Namespace) -> dict[str, Any]:
+    url = server.grpc_url
+    with VideoStream("a fox", url=url, chunks=5, pace="asap", token="t" * 16) as stream:
+        snapshot = list(stream.chunks())[-1].snapshot
+    expected = [video(url, seed, args.chunks, []) for seed in range(LIVE)]
+    found: collections.Counter[str] = collections.Counter()
+    disturbed, ids, over = 0, list[str](), threading.Event()
+
+    def live(seed: int) -> int:
+        runs = wrong = 0
+        while not over.is_set() or not runs:
+            runs += 1
+            wrong += not np.array_equal(video(url, seed, args.chunks, ids), expected[seed])
+        return wrong
+
+    def one_stream(first: int) -> list[Letter]:
+        mutator = Mutator(args.seed * args.requests + first, snapshot, list(ids[-LIVE:]))
+        letters = [mutator.letter() for _ in range(min(PER_STREAM, args.requests - first))]
+        send(url, letters)
+        return letters
+
+    with ThreadPoolExecutor(LIVE) as viewers, ThreadPoolExecutor(STREAMS) as senders, Progress() as progress:
+        watching = [viewers.submit(live, seed) for seed in range(LIVE)]
+        while len(ids) < LIVE:
+            time.sleep(0.01)
+        try:
+            firsts = range(0, args.requests, PER_STREAM)
+            for letters in progress.track(senders.map(one_stream, firsts), total=len(firsts), description="streams"):
+                found.update(faults(letters))
+                found["refused"] += sum(bool(letter.error) for letter in letters)
+        finally:
+            over.set()
+        disturbed = sum(task.result() for task in watching)
+    refused = found.pop("refused")
+    probe(url, 10.0)  # raises if the model is gone
+    return {
+        "requests": args.requests,
+        "refused": refused,
+        "crashes": int(server_metrics(server.metrics_url)["failed_sessions"]),
+        "disturbed_videos": disturbed,
+        "unexplained": dict(found.most_common(20)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stress.fuzz", description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--chunks", type=int, default=20, help="length of the live sessions (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other requests (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    args = parser.parse_args(argv)
+    made = Measurement.begin("stress.fuzz", argv)
+    figures = attempt(run, args, grpc.RpcError, ServeError)
+    print(json.dumps(figures, indent=2))
+    if args.json is not None:
+        on_top = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}
+        write_record(args.json, "trials.fuzz", "stress/fuzz.py", made, figures, on_top)
+    return 1 if figures["crashes"] or figures["disturbed_videos"] or figures["unexplained"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

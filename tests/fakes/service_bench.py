@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A service under test: a pipeline that only counts, and sinks that remember."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from longlive_serve.config.presets import PRESETS
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine.client_stream import Encode
+from longlive_serve.engine.core import VideoService
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import Session
+from longlive_serve.observability.metrics import Change
+from longlive_serve.observability.tracing import Phase
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.messages import FrameChunk, Request
+from longlive_serve.protocol.session_options import Options
+
+LIMIT_S = 60.0  # that something happens at all, on a machine however busy
+FAST = Options(pace="asap")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+class Clock:
+    """The service's time: it stands still unless a test lets some pass."""
+
+    def __init__(self) -> None:
+        self._now = 10**12
+
+    def monotonic_ns(self) -> int:
+        return self._now
+
+    def monotonic(self) -> float:
+        return self._now / 10**9
+
+    def go_on(self, seconds: float) -> None:
+        self._now += round(seconds * 10**9)
+
+
+class CountingPipeline:
+    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared; of a pipeline
+    that is asynchronous, it holds chunks in flight."""
+
+    config = PRESETS["tiny"]
+    engines = SimpleNamespace(
+        name="none", device="cpu", dtype="float32", dit=SimpleNamespace(cache_dtype=torch.float32)
+    )
+    phases: tuple[Phase, ...] = ()
+    asynchronous = False
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.held = threading.Event()
+        """Set when the worker has come to the closed gate."""
+        self.turns: list[str] = []
+        self.slots: dict[str, int] = {}
+
+    def first_frame(self, chunk: int) -> int:
+        return 12 * chunk - 3 if chunk else 0
+
+    def launch(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+        self.turns.append(session.id)
+        self.slots[session.id] = session.slot
+        if not self.asynchronous:
+            self._pass_gate()
+        if session.prompt.text == "explode":
+            raise RuntimeError("a network failed")
+        if session.pending:
+            session.prompt = session.pending.pop(0)
+        chunk = session.chunk
+        session.chunk += 1
+        session.recent.append(torch.zeros(1))
+        frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
+        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if early else [frames]
+        first, made = self.first_frame(chunk), []
+        for part in parts:
+            made.append(FrameChunk(frames=part, first_frame=first, prompt_index=session.prompt.index))
+            first += len(part)
+        made[-1] = dataclasses.replace(made[-1], seconds=1e-4)
+        return made
+
+    def wait_until_denoised(self, chunk: Sequence[FrameChunk]) -> None:
+        pass
+
+    def finish(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
+        if self.asynchronous:
+            self._pass_gate()
+        yield from chunk
+
+    def _pass_gate(self) -> None:
+        if not self.gate.is_set():
+            self.held.set()
+            assert self.gate.wait(LIMIT_S), "the gate stayed closed"
+
+
+class RecordingSink:
+    """Remembers what was sent and by which thread."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.chunks: list[FrameChunk] = []
+        self.errors: list[ServeError] = []
+        self.closed = 0
+        self.cancelled = False
+        self.broken = broken
+        self.threads: set[str] = set()
+
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.closed, "sent after the end"
+        if self.broken and chunk is not None:
+            raise ConnectionError("the wire is cut")
+        if chunk is not None:
+            self.chunks.append(chunk)
+        self.closed += final
+
+    def fail(self, error: ServeError) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.closed, "failed after the end"
+        self.errors.append(error)
+        self.closed += 1
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+@dataclasses.dataclass
+class Bench:
+    """A service under test."""
+
+    pipeline: CountingPipeline
+    service: VideoService
+    figures: dict[str, float]
+    """By name; those with labels under the last of them."""
+
+    def ask(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+        sink = sink or RecordingSink()
+        self.service.submit(Request(session_id=session_id, **request), sink)
+        return sink
+
+    def start(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+        return self.ask(session_id, sink, **{"start": True, "prompt": "a fox", "options": FAST} | request)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Who comes meanwhile is there for the worker all at once when it is over. `nobody` has a slot until then."""
+        self.pipeline.gate.clear()
+        nobody = self.start("nobody", chunks=1, end=True)
+        wait_until(self.pipeline.held.is_set)
+        yield
+        self.pipeline.turns = []
+        self.pipeline.gate.set()
+        wait_until(closed(nobody))
+        self.pipeline.held.clear()
+
+
+@contextmanager
+def bench(**settings: Any) -> Iterator[Bench]:
+    pipeline, figures = CountingPipeline(), collections.defaultdict[str, float](float)
+
+    def note(changes: Sequence[Change]) -> None:
+        figures.update({name: value for name, _, value in changes})
+
+    config = ServeConfig(**{"max_waiting": 1000, "max_unread": 10**9, "max_requests_per_s": 10**9} | settings)
+    service = VideoService(cast(Pipeline, pipeline), config, note)
+    try:
+        yield Bench(pipeline, service, figures)
+    finally:
+        pipeline.gate.set()
+        service.stop()
+    assert figures["live_sessions"] == figures["waiting_sessions"] == 0
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longlive-")]
+
+
+def closed(*sinks: RecordingSink) -> Callable[[], bool]:
+    return lambda: all(sink.closed for sink in sinks)
+
+
+def has_chunks(sink: RecordingSink, least: int) -> Callable[[], bool]:
+    return lambda: len(sink.chunks) >= least

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exchange of adapters, without a server: who is answered what, and what an engine shares with the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longlive_serve.backends.fused.dit import FusedDiT
+from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.torch_backend import TorchDiT
+from longlive_serve.config.presets import DIT, PRESETS
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine import lora_manager
+from longlive_serve.engine.lora_manager import Adapters
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session_manager import goodbye
+from longlive_serve.models.dit.kv_cache import Window
+from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.session_options import Options
+from longlive_serve.weights.loader import load_network
+from tests.fakes.service_bench import LIMIT_S, RecordingSink, wait_until
+from tests.longlive_serve.live.test_live_adapters import TOKEN, write_adapter
+
+TINY = PRESETS["tiny"]
+ASKED = Options(adapters={"style.pt": 1.0}, token=TOKEN)
+
+
+class At:
+    """Adapters of a pipeline, whose loading waits for `go`."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+        write_adapter(folder / "style.pt")
+        config = ServeConfig(preset="tiny", device="cpu", adapters_dir=str(folder), admin_token=TOKEN)
+        self.config = dataclasses.replace(config, **settings)
+        self.pipeline = Pipeline(build_engines(config), config.network)
+        self.go, self.woken = threading.Event(), threading.Event()
+        self.adapters = Adapters(self.pipeline, self.config, self.woken.set)
+
+        def load(*what: Any, **how: Any) -> Any:
+            assert self.go.wait(LIMIT_S)
+            return load_network(*what, **how)
+
+        monkeypatch.setattr(lora_manager, "load_network", load)
+
+
+def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, sink, before = At(tmp_path, monkeypatch), RecordingSink(), None
+    before = at.pipeline.engines.dit
+    at.adapters.change(ASKED, sink)
+    with pytest.raises(ServeError, match="others are being loaded"):
+        at.adapters.change(ASKED, RecordingSink())
+    at.adapters.apply()
+    assert at.pipeline.engines.dit is before
+    at.go.set()
+    wait_until(at.woken.is_set)
+    at.adapters.apply()
+    assert [chunk.notice for chunk in sink.chunks] == ["adapters: style.pt=1"]
+    assert at.pipeline.engines.dit is not before
+    at.adapters.change(ASKED, RecordingSink())  # the next one may come
+
+
+def test_who_waits_when_the_server_goes_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, sink = At(tmp_path, monkeypatch), RecordingSink()
+    before = at.pipeline.engines.dit
+    at.adapters.change(ASKED, sink)
+    at.adapters.abandon(goodbye())
+    at.adapters.abandon(goodbye())
+    at.go.set()
+    wait_until(at.woken.is_set)
+    at.adapters.apply()
+    assert [error.kind for error in sink.errors] == [ServeError.SHUTTING_DOWN]
+    assert at.pipeline.engines.dit is before
+
+
+def test_without_a_folder_none_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = At(tmp_path, monkeypatch, adapters_dir="", admin_token="")
+    with pytest.raises(ServeError, match="have no adapters_dir"):
+        at.adapters.change(ASKED, RecordingSink())
+    with pytest.raises(ValueError, match="admin_token: got less than 16 characters"):
+        ServeConfig(adapters_dir="files")
+
+
+@pytest.mark.parametrize("kind", [TorchDiT, FusedDiT])
+@torch.inference_mode()
+def test_engines_of_different_weights_share_the_cache(kind: Any) -> None:
+    settings = (TINY, 2, "base", False) if kind is FusedDiT else (TINY, 2, "base")
+    network = load_network(DIT, TINY, "random", "cpu", torch.float32)
+    other = load_network(DIT, TINY, "random", "cpu", torch.float32)
+    other.blocks[0].ffn[0].weight.mul_(1.5)
+    first = kind(network, *settings)
+    noisy = torch.randn(1, 3, TINY.dit.channels, TINY.latent_height, TINY.latent_width)
+    prompt = first.embed_prompt(torch.randn(1, TINY.dit.text_len, TINY.dit.text_dim), TINY.dit.text_len)
+    placement = Window(TINY.window).step(0)
+    before = first.denoise(noisy, 0, prompt, 0, placement)
+    second = first.with_network(other)
+    assert second.cache is first.cache
+    assert not torch.equal(second.denoise(noisy, 0, prompt, 1, placement), before)
+    assert torch.equal(first.denoise(noisy, 0, prompt, 0, placement), before)

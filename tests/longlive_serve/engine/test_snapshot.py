@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots: a session goes on from its bytes, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longlive_serve.config.presets import PRESETS
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.engine.snapshot import SUM_BYTES, dump, load_session
+from longlive_serve.protocol.errors import ServeError
+from training.quality.__main__ import SHIPPED
+from training.quality.workers import build_pipeline
+
+pytestmark = pytest.mark.numeric
+
+DEMO = PRESETS["demo"]
+RED = "A red circle drifts right over a plain black background."
+BLUE = "A single blue square slowly glides left across a plain black background."
+
+
+@functools.cache
+def pipeline() -> Pipeline:
+    return build_pipeline(SHIPPED)
+
+
+def played(chunks: int, switch_at: int | None = None) -> Session:
+    session = Session(id="s", prompt=Prompt(index=0, text=RED), noise=SeededNoise(7), slot=0)
+    for chunk in range(chunks):
+        if chunk == switch_at:
+            session.add_prompt(BLUE, NOW)
+        pipeline().advance(session)
+    return session
+
+
+def load_again(data: bytes) -> Session:
+    session = load_session(data, "t", "", DEMO, "cpu", torch.float32)
+    session.slot = 1
+    return session
+
+
+@functools.cache
+def snapshot() -> bytes:
+    return dump(played(6, switch_at=5), DEMO)
+
+
+@pytest.mark.parametrize(("chunks", "switch_at"), [(1, None), (3, None), (4, 2), (9, None), (9, 6), (9, 3)])
+def test_a_session_goes_on_from_its_snapshot(chunks: int, switch_at: int | None) -> None:
+    session = played(chunks, switch_at)
+    session.add_prompt("A green triangle moves up across an empty white scene.", 3 * (chunks + 2))
+    resumed = load_again(dump(session, DEMO))
+    assert (resumed.chunk, resumed.prompt, resumed.prompts, resumed.pending) == (
+        session.chunk,
+        session.prompt,
+        session.prompts,
+        session.pending,
+    )
+    pipeline().engines.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]  # nothing of before is needed
+    for _ in range(4):
+        expected, got = pipeline().advance(session), pipeline().advance(resumed)
+        assert (got.first_frame, got.prompt_index) == (expected.first_frame, expected.prompt_index)
+        difference = np.abs(got.frames.astype(int) - expected.frames.astype(int)).mean()
+        assert difference < 4, "of 255: the same picture, but for the history that has left the window"
+
+
+def test_the_sink_keeps_the_prompt_that_wrote_it() -> None:
+    late, early = played(8, switch_at=6), played(8, switch_at=3)
+    assert [(one.chunk, one.prompt.text) for one in late.sink] == [(0, RED)]
+    assert [(one.chunk, one.prompt.text) for one in early.sink] == [(0, BLUE)]
+    renewed = Session(id="s", prompt=Prompt(index=0, text=RED), noise=SeededNoise(7), slot=0, global_sink=False)
+    for chunk in range(7):
+        if chunk == 6:
+            renewed.add_prompt(BLUE, NOW)
+        pipeline().advance(renewed)
+    assert [(one.chunk, one.prompt.text) for one in renewed.sink] == [(2, BLUE)]
+    again = load_again(dump(renewed, DEMO))
+    assert [(one.chunk, one.prompt) for one in again.sink] == [(one.chunk, one.prompt) for one in renewed.sink]
+
+
+def test_a_cleared_cache_stays_cleared() -> None:
+    session = played(6)
+    session.on_switch = "clear"
+    session.add_prompt(BLUE, NOW)
+    pipeline().advance(session)
+    resumed = load_again(dump(session, DEMO))
+    assert (resumed.first_cached, resumed.chunk) == (6, 7)
+    pipeline().engines.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]
+    frames = [pipeline().advance(one).frames.astype(int) for one in (session, resumed)]
+    assert np.abs(frames[0] - frames[1]).mean() < 4
+
+
+def test_a_snapshot_is_small() -> None:
+    assert len(snapshot()) < 100_000
+
+
+@given(st.integers(0, 10**9), st.integers(1, 255))
+def test_a_damaged_snapshot_is_refused(place: int, flip: int) -> None:
+    data = bytearray(snapshot())
+    data[place % len(data)] ^= flip
+    with pytest.raises(ServeError, match="checksum is wrong") as raised:
+        load_again(bytes(data))
+    assert raised.value.kind == ServeError.INVALID_REQUEST
+
+
+@given(st.binary(max_size=300))
+def test_what_is_no_snapshot_is_refused(body: bytes) -> None:
+    with pytest.raises(ServeError, match="SNAPSHOT: it cannot be read"):
+        load_again(hashlib.sha256(body).digest() + body)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'\\"chunk\\": 6', b'\\"chunk\\": 2', "does not describe a session"),
+        (b'\\"chunk\\": 6', b'\\"chunk\\": x', "cannot be read"),
+        (b'\\"version\\": 2', b'\\"version\\": 9', "of version 9"),
+        (b'\\"network\\": \\"demo\\"', b'\\"network\\": \\"tiny\\"', "expected version 2 and 'demo'"),
+        (b'\\"on_switch\\": \\"recache\\"', b'\\"on_switch\\": \\"explode\\"', "does not describe a session"),
+        (b'\\"first_cached\\": 0', b'\\"first_cached\\": 9', "does not describe a session"),
+        (b'\\"prompts\\"', b'\\"prompty\\"', "does not describe a session"),
+    ],
+)
+def test_a_forged_snapshot_is_refused(old: bytes, new: bytes, message: str) -> None:
+    body = snapshot()[SUM_BYTES:]
+    assert body.count(old) >= 1
+    assert len(old) == len(new)
+    forged = body.replace(old, new)
+    with pytest.raises(ServeError, match=message):
+        load_again(hashlib.sha256(forged).digest() + forged)
+
+
+def test_a_snapshot_that_would_leave_a_place_unwritten_is_refused() -> None:
+    session = played(9)
+    session.sink.clear()  # its place would still hold another session's keys
+    with pytest.raises(ServeError, match="got 0 chunks of the sink"):
+        load_again(dump(session, DEMO))
+    session = played(9)
+    session.recent.popleft()
+    with pytest.raises(ServeError, match="got 3 recent chunks before chunk 9"):
+        load_again(dump(session, DEMO))
+
+
+def test_a_snapshot_may_not_carry_what_a_request_may_not() -> None:
+    session = played(1)
+    session.pending = [Prompt(index=n, text=RED, at_latent_frame=300) for n in range(65)]
+    with pytest.raises(ServeError, match="65 prompts to come"):
+        load_again(dump(session, DEMO))
+    session.pending = [Prompt(index=1, text="fox " * 20_000, at_latent_frame=300)]
+    with pytest.raises(ServeError, match="got a prompt of 80000 characters"):
+        load_again(dump(session, DEMO))

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the tests hold on other processors: `python -m tests.project.portability --json results/portability.json`.
+
+Runs the whole suite as it is and beside two busy loops, and what compares numbers (`-m numeric`) with the libraries
+told to compute as on lesser processors, or with other numbers of threads: every setting adds in another order. Exits 1
+when a test fails. Settings of an earlier run that are not run again stay in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.engines.record import versions
+from benchmarks.results import Measurement, cpu
+
+ROOT = Path(__file__).parents[2]
+SECTION = "tests.project.portability"
+CODE = (
+    "longlive_serve",
+    "client",
+    "deploy",
+    "export",
+    "quantization",
+    "training",
+    "trials",
+    "model_repository",
+    "tests",
+)
+WHOLE = "whole suite"
+BUSY_LOOPS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the tests are run."""
+
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    busy_loops: int = 0
+    numeric: bool = True
+    """Only what compares numbers."""
+
+
+def _variables(*settings: str) -> dict[str, Setting]:
+    return {setting: Setting(environment=dict([setting.split("=")])) for setting in settings}
+
+
+SETTINGS = {
+    WHOLE: Setting(numeric=False),
+    f"{WHOLE} beside {BUSY_LOOPS} busy loops": Setting(numeric=False, busy_loops=BUSY_LOOPS),
+    **_variables(
+        "ATEN_CPU_CAPABILITY=default",
+        "ATEN_CPU_CAPABILITY=avx2",
+        "ONEDNN_MAX_CPU_ISA=SSE41",
+        "ONEDNN_MAX_CPU_ISA=AVX2",
+        "MKL_ENABLE_INSTRUCTIONS=SSE4_2",
+        "OMP_NUM_THREADS=1",
+        "OMP_NUM_THREADS=2",
+    ),
+}
+
+
+@contextlib.contextmanager
+def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that take a core each, as long as this lasts and this process lives."""
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            running.append(subprocess.Popen([sys.executable, "-c", loop]))
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def run(setting: Setting, arguments: Sequence[str], log: Path) -> dict[str, Any]:
+    """The figures of one setting; what pytest prints goes to `log`. Raises RuntimeError when pytest ran no tests."""
+    began = time.monotonic()
+    report = log.with_suffix(".xml")
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "--numprocesses=auto", f"--junit-xml={report}", *arguments]
+    command += ["-m", "numeric"] if setting.numeric else []
+    with busy_loops(setting.busy_loops), log.open("w", encoding="utf-8") as out:
+        pytest = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **setting.environment}, stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            code = pytest.wait()
+        finally:
+            stop(pytest)
+    figures = counts(report) if report.exists() else {}
+    if code > 1 or not figures.get("passed", 0) + figures.get("failed", 0):
+        raise RuntimeError(f"pytest ended with {code} and ran no tests to the end; see {log}")
+    return {**figures, "minutes": round((time.monotonic() - began) / 60, 2)}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does, so that the tests end the servers that they started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def counts(report: Path) -> dict[str, int]:
+    """passed, failed and skipped, of a JUnit file. An error outside of a test is a failure."""
+    found = {"passed": 0, "failed": 0, "skipped": 0}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        found[outcome] += 1
+    return found
+
+
+def write_record(path: Path, made: Measurement, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the figures of these settings into the file, beside those of others that are there already."""
+    whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = {**whole.get(SECTION, {}).get("settings", {}), **settings}
+    ordered = {name: known[name] for name in SETTINGS if name in known}
+    whole["failed"] = sum(figures["failed"] for figures in ordered.values())
+    if WHOLE in ordered:
+        whole["make_test_minutes"] = ordered[WHOLE]["minutes"]
+    hardware = f"{cpu()}, {processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    whole[SECTION] = {**made.header(hardware=hardware, versions=versions(), code=CODE), "settings": ordered}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return whole
+
+
+def processor() -> str:
+    """As Linux calls it."""
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def chosen(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in SETTINGS:
+            raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {', '.join(SETTINGS)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {SECTION}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    text = f"only these settings, by comma (default: all): {'; '.join(SETTINGS)}"
+    parser.add_argument("--only", type=chosen, metavar="NAME,...", default=list(SETTINGS), help=text)
+    parser.add_argument("--json", type=Path, help="put the figures into this file, after every setting")
+    parser.add_argument("--logs", type=Path, help="a folder for what pytest prints (default: a new one)")
+    parser.add_argument("tests", nargs="*", help="files for pytest (default: all)")
+    arguments = parser.parse_args(argv)
+    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="portability-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    made = Measurement.begin(SECTION, argv)
+    table = Table("setting", "passed", "failed", "skipped", "minutes", title=f"pytest's own words: {logs}")
+    failed = 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            for number, name in enumerate(arguments.only, 1):
+                task = progress.add_task(f"{number} of {len(arguments.only)}: {name}", total=None)
+                figures = run(SETTINGS[name], arguments.tests, logs / f"{name.replace(' ', '-')}.log")
+                progress.remove_task(task)
+                failed += figures["failed"]
+                table.add_row(name, *(str(figures[key]) for key in ("passed", "failed", "skipped", "minutes")))
+                if arguments.json:
+                    write_record(arguments.json, made, {name: figures})
+    except RuntimeError as error:
+        print(f"portability: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("portability: stopped; what was finished is kept", file=sys.stderr)
+        return 130
+    finally:
+        if table.row_count:
+            Console().print(table)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo network shows, read off its frames: attributes, prompt switches, drift, the decoder's PSNR.
+
+Used by `quality`. The videos come out of the serving pipeline itself: streamed decode, KV cache, recache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longlive_serve.backends.torch_backend import TorchVAEDecoder
+from longlive_serve.config.presets import PRESETS, VAE_DECODER
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.protocol.session_options import CLEAR, KEEP, RECACHE
+from longlive_serve.weights.loader import load_network
+from training.latents import HELD_OUT, Encoder, random_attributes
+from training.quality.reader import read
+from training.quality.workers import Script, Workers, video
+from training.world import ALL, Attributes, Segment, caption, draw
+
+SWITCH_AT = 5  # chunks: the window is full, so the sink stays that of the old prompt
+CHUNKS_30S, CHUNKS_240S = 40, 321  # 477 and 3849 frames
+STEADY = 24  # frames before a switch that the seam is compared with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A video and what it should show."""
+
+    script: Script
+    attributes: Attributes
+    before: Attributes | None = None
+    """With a switch: what it shows up to chunk SWITCH_AT."""
+
+
+def held_out_captions(count: int, seed: int) -> list[Case]:
+    """New wordings and noise; the combinations that training never showed are among them."""
+    generator = random.Random(seed)
+    asked = generator.sample(sorted(HELD_OUT, key=str), min(count // 4, len(HELD_OUT)))
+    asked += generator.sample([look for look in ALL if look not in HELD_OUT], count - len(asked))
+    return [
+        Case(script=Script(prompts={0: caption(look, generator)}, seed=seed * 1000 + number), attributes=look)
+        for number, look in enumerate(asked)
+    ]
+
+
+def switches(count: int, seed: int, on_switch: str) -> list[Case]:
+    """Random pairs of combinations, the held-out ones among them."""
+    generator = random.Random(seed)
+    cases = []
+    for number in range(count):
+        before, after = generator.sample(ALL, 2)
+        prompts = {0: caption(before, generator), SWITCH_AT: caption(after, generator)}
+        script = Script(prompts=prompts, seed=seed * 1000 + number, on_switch=on_switch)
+        cases.append(Case(script=script, attributes=after, before=before))
+    return cases
+
+
+def early_and_late(pipeline: Pipeline, case: Case) -> dict[str, dict[str, bool]]:
+    chunks = video(pipeline, case.script, 10)
+    windows = {"chunks_1_2": chunks[1:3], "chunks_8_9": chunks[8:10]}
+    return {name: read(torch.cat(window)).agrees(case.attributes) for name, window in windows.items()}
+
+
+def after_30s(pipeline: Pipeline, case: Case) -> bool:
+    """Whether all attributes are right in the two chunks that end at 30 s."""
+    chunks = video(pipeline, case.script, CHUNKS_30S)
+    return all(read(torch.cat(chunks[-2:])).agrees(case.attributes).values())
+
+
+def through_240s(pipeline: Pipeline, case: Case) -> list[bool]:
+    """Whether all attributes are right, for every two chunks (1.5 s) of a session of 240 s."""
+    chunks = video(pipeline, case.script, CHUNKS_240S)
+    windows = [torch.cat(chunks[first : first + 2]) for first in range(1, CHUNKS_240S, 2)]
+    return [all(read(window).agrees(case.attributes).values()) for window in windows]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Switched:
+    """What a prompt switch did."""
+
+    at_once: list[bool]
+    """Attributes that the prompt changed: whether they are right in the first chunk under it."""
+    changed: list[bool]
+    """The same in the second chunk."""
+    kept: list[bool]
+    """Those that it did not change, in the second chunk."""
+    seam: float | None
+    """The largest mean difference of frames in the first 4 after the switch, of 255; None if the background changed."""
+    steady: float
+    """The median of those differences over the frames before the switch."""
+
+
+def after_switch(pipeline: Pipeline, case: Case) -> Switched:
+    before, after = case.before, case.attributes
+    assert before is not None
+    chunks = video(pipeline, case.script, SWITCH_AT + 2)
+    same = [name for name in vars(after) if getattr(before, name) == getattr(after, name)]
+    first, second = (read(chunk).agrees(after) for chunk in chunks[SWITCH_AT:])
+    last = torch.cat(chunks[:SWITCH_AT])[-STEADY - 1 :]
+    differences = torch.cat([last, chunks[SWITCH_AT][:4]]).float().diff(dim=0).abs().mean((1, 2, 3))
+    same_ground = before.background == after.background
+    return Switched(
+        at_once=[good for name, good in first.items() if name not in same],
+        changed=[good for name, good in second.items() if name not in same],
+        kept=[second[name] for name in same],
+        seam=differences[STEADY:].max().item() if same_ground else None,
+        steady=differences[:STEADY].median().item(),
+    )
+
+
+def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
+    """Share of captions whose attributes are right, one by one and all of them, early and late."""
+    right: dict[str, list[bool]] = {}
+    cases = held_out_captions(count, seed=0)
+    for case, windows in zip(cases, workers.map("captions", early_and_late, cases), strict=True):
+        for window, agrees in windows.items():
+            right.setdefault(window, []).append(all(agrees.values()))
+            if case.attributes in HELD_OUT:
+                right.setdefault(f"{window}_held_out_combinations", []).append(all(agrees.values()))
+            for name, good in agrees.items():
+                right.setdefault(f"{window}_{name}", []).append(good)
+    return {name: mean(values) for name, values in right.items()}
+
+
+def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float | None]:
+    """What one way to switch does, over random pairs of prompts; None where no pair has what it takes."""
+    results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
+    seams = [(result.seam, result.steady) for result in results if result.seam is not None]
+    return {
+        "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
+        "adoption": mean([good for result in results for good in result.changed]),
+        "kept": mean([good for result in results for good in result.kept]),
+        "flicker": mean([seam for seam, _ in seams]) / mean([steady for _, steady in seams]) if seams else None,
+    }
+
+
+def ablation(workers: Workers, count: int) -> dict[str, dict[str, float | None]]:
+    """The three ways to switch, on the same prompts and noise."""
+    return {on_switch: switching(workers, count, on_switch) for on_switch in (RECACHE, KEEP, CLEAR)}
+
+
+def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
+    """Share of readings with all attributes right after 30 s, and through sessions of 240 s; nothing of 0 sessions."""
+    found: dict[str, Any] = {}
+    if short:
+        found["drift_30s_accuracy"] = mean(workers.map("30 s", after_30s, held_out_captions(short, seed=2)))
+    if long:
+        readings = workers.map("240 s", through_240s, held_out_captions(long, seed=3))
+        by_window = [mean(window) for window in zip(*readings, strict=True)]
+        last = 20  # windows of 1.5 s: the last 30 s
+        found["drift_240s_accuracy"] = mean(by_window[-last:])
+        found["drift_by_30s"] = [mean(by_window[first : first + last]) for first in range(0, len(by_window), last)]
+    return found
+
+
+def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
+    """Mean PSNR of 33-frame clips that training did not see, decoded as a stream; half are held-out combinations."""
+    generator, encoder, network = random.Random(seed), Encoder.fit(), PRESETS["demo"]
+    decoder = TorchVAEDecoder(load_network(VAE_DECODER, network, str(folder), "cpu", torch.float32), network)
+    psnr: dict[str, list[float]] = {"vae_psnr_db": [], "vae_psnr_db_held_out_combinations": []}
+    for number in range(clips):
+        held_out = number % 2 == 1
+        look = generator.choice(sorted(HELD_OUT, key=str)) if held_out else random_attributes(generator)
+        frames = draw([Segment(attributes=look, frames=33)], (generator.randrange(64), generator.randrange(64)))
+        with torch.inference_mode():
+            decoded, _ = decoder.decode(encoder(frames)[None], decoder.initial_cache(), opening=True)
+        error = (decoded.float().div(255).permute(0, 3, 1, 2) - frames).square().mean()
+        psnr["vae_psnr_db"].append(-10 * error.log10().item())
+        if held_out:
+            psnr["vae_psnr_db_held_out_combinations"].append(psnr["vae_psnr_db"][-1])
+    return {name: mean(values) for name, values in psnr.items()}
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

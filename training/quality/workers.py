@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many videos out of the serving pipeline, one process per core: what the quality measure watches.
+
+A task is a function of a pipeline and a case; both travel between processes, so tasks are functions of a module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from longlive_serve.backends.registry import build_engines
+from longlive_serve.config.serve_config import ServeConfig
+from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
+from longlive_serve.protocol.session_options import RECACHE
+
+Case = TypeVar("Case")
+Result = TypeVar("Result")
+
+_own: list[Pipeline] = []  # a worker's pipeline, once its process has begun
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Script:
+    """A video to be made: which prompt takes over at which chunk."""
+
+    prompts: dict[int, str]
+    """The first at chunk 0."""
+    seed: int
+    on_switch: str = RECACHE
+
+
+def build_pipeline(folder: Path) -> Pipeline:
+    config = ServeConfig(preset="demo", weights=str(folder), device="cpu")
+    return Pipeline(build_engines(config), config.network, config.variant)
+
+
+def video(pipeline: Pipeline, script: Script, chunks: int) -> list[Tensor]:
+    """The frames of every chunk, uint8 [9 or 12, height, width, 3]."""
+    first = Prompt(index=0, text=script.prompts[0])
+    session = Session(id="quality", prompt=first, noise=SeededNoise(script.seed), slot=0, on_switch=script.on_switch)
+    made = []
+    for chunk in range(chunks):
+        if chunk and chunk in script.prompts:
+            session.add_prompt(script.prompts[chunk], NOW)
+        made.append(torch.from_numpy(pipeline.advance(session).frames))
+    return made
+
+
+class Workers:
+    """Processes for `with`, each with the networks in `folder` and one core.
+
+    `prepare`, a function of a module, may change each pipeline before its first video.
+    """
+
+    def __init__(self, folder: Path, prepare: Callable[[Pipeline], None] | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(os.cpu_count(), context, _begin, (folder, prepare))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, title: str, task: Callable[[Pipeline, Case], Result], cases: Sequence[Case]) -> list[Result]:
+        """The task's result for every case, in order, with a progress bar."""
+        futures = [self._pool.submit(_run, task, case) for case in cases]
+        with Progress() as progress:
+            for _ in progress.track(as_completed(futures), total=len(cases), description=title):
+                pass
+        return [future.result() for future in futures]
+
+
+def _begin(folder: Path, prepare: Callable[[Pipeline], None] | None) -> None:
+    torch.set_num_threads(1)
+    pipeline = build_pipeline(folder)
+    if prepare is not None:
+        prepare(pipeline)
+    _own.append(pipeline)
+
+
+def _run(task: Callable[[Pipeline, Any], Result], case: Any) -> Result:
+    return task(_own[0], case)

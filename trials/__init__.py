@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""What the service survives: real servers, real clients, real faults. Each trial is a command."""
