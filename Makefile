@@ -23,7 +23,7 @@ help:
 	@echo "make test-portability  the tests as other processors run them, into results/portability.json (hours)"
 	@echo "make check  set up, run the linter and the type checker"
 	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
-	@echo "make bench-engines  set up, measure the engines on this machine's GPU, write results/gpu.json and docs/gpu.png"
+	@echo "make bench-engines  set up, measure the backends on this machine's GPU, write results/gpu.json and docs/gpu.png"
 	@echo "make autoscaling  set up, simulate a fleet of GPUs, write results/autoscaling.json and docs/autoscaling.png"
 	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its figures with those of the benchmark"
 	@echo "make chaos, make fleet   kill servers; keep strangers out and let a server go; into results/serving.json"

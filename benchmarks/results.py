@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 UNKNOWN = "unknown"
 DIRTY = "-dirty"
 KEYS = ("command", "commit", "date", "hardware", "versions", "code")
-SERVER = ("longlive_serve", ":!longlive_serve/bench", ":!longlive_serve/doctor", "model_repository")
+SERVER = ("longlive_serve", ":!longlive_serve/doctor", "model_repository")
 """The code of a server, as git names paths."""
 
 

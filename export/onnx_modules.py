@@ -46,7 +46,7 @@ class PromptKVGraph(nn.Module):
 
 
 class DiTGraph(nn.Module):
-    """A denoising step, a commit or a recache."""
+    """A denoising step, a KV-cache update or a recache."""
 
     def __init__(self, network: CausalDiT, relative: bool) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 """Replays a known case through the real pipeline and compares the latents: `python -m longlive_serve.replay CASE.json`.
 
 A case is CASE.json (sizes, switches, variant) with CASE.safetensors beside it (weights, noise, prompt embeddings
-and the latents that a reference made of them). It checks an engine, a device or a dtype against a known answer.
+and the latents that a reference made of them). It checks an backend, a device or a dtype against a known answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_serve.backends.base import DiT, EncodedPrompt, Engines
+from longlive_serve.backends.base import Backends, DiT, EncodedPrompt
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.exported.modules import GraphDiT
 from longlive_serve.backends.float64 import Float64, error, may_be
@@ -27,7 +27,7 @@ from longlive_serve.backends.registry import open_graphs
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS, DiTConfig, NetworkConfig, WindowConfig
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, Session
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.weights.loader import load_strictly
@@ -130,7 +130,7 @@ def case_network(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:
 
 def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu") -> Tensor:
     """Run a case through the pipeline, on `dit`; returns its clean latents [1, 3n, C, h, w] in float32 on the CPU."""
-    engines = Engines(
+    backends = Backends(
         text_encoder=GivenEmbeddings(_with_prefix(tensors, "prompt_embeds."), device),
         dit=dit,
         vae_decoder=NoDecoder(),
@@ -147,11 +147,11 @@ def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu"
     )
     for index, frame in enumerate(case.switches):
         session.add_prompt(f"p{index + 1}", frame)
-    pipeline = Pipeline(engines, case.network, case.variant)
+    runner = ModelRunner(backends, case.network, case.variant)
     latents = []
     for _ in range(case.chunks):
-        pipeline.advance(session)
-        latents.append(session.recent[-1].float().cpu())
+        runner.advance(session)
+        latents.append(session.context_latents[-1].float().cpu())
     return torch.cat(latents, 1)
 
 
@@ -194,12 +194,12 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) -> DiT:
     if arguments.graphs is None:
         network = case_network(case, tensors).to(arguments.device, getattr(torch, arguments.dtype))
-        if arguments.engine == TORCH:
+        if arguments.backend == TORCH:
             return TorchDiT(network, case.network, 1, case.variant)
         try:
             from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
         except ImportError as error:
-            raise ValueError(f"--engine {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
+            raise ValueError(f"--backend {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
         fp8 = arguments.fp8 or arguments.fp8_attention
         return FusedDiT(network, case.network, 1, case.variant, fp8, arguments.fp8_attention)
     backend = Manifest.read(arguments.graphs).backend
@@ -219,16 +219,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
     text = "what runs it; fused on the CPU takes $TRITON_INTERPRET=1 (default: %(default)s)"
-    parser.add_argument("--engine", choices=[TORCH, FUSED], default=TORCH, help=text)
+    parser.add_argument("--backend", choices=[TORCH, FUSED], default=TORCH, help=text)
     parser.add_argument("--fp8", action="store_true", help="with fused: products in FP8; give a --tolerance")
     parser.add_argument("--fp8-attention", action="store_true", help="with fused: and attention in FP8")
     text = "run these graphs or plans of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args(argv)
-    if arguments.engine == FUSED and arguments.graphs is not None:
-        parser.error(f"--graphs: got --engine {FUSED} as well, expected one of them")
-    if (arguments.fp8 or arguments.fp8_attention) and arguments.engine != FUSED:
-        parser.error(f"--fp8: got --engine {arguments.engine}, expected {FUSED}")
+    if arguments.backend == FUSED and arguments.graphs is not None:
+        parser.error(f"--graphs: got --backend {FUSED} as well, expected one of them")
+    if (arguments.fp8 or arguments.fp8_attention) and arguments.backend != FUSED:
+        parser.error(f"--fp8: got --backend {arguments.backend}, expected {FUSED}")
     try:
         case = Case.load(arguments.case)
         tensors = read_tensors(case, arguments.case.with_suffix(".safetensors"))

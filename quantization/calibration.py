@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.models.vae.decoder import CausalConv3d
 from quantization.checkpoint import Observed, write
@@ -62,33 +62,33 @@ class Seen:
         write(self.path, self.amax, {**self.settings, "sessions": str(self.sessions)})
 
 
-def calibration_session(pipeline: Pipeline, prompts: list[str], number: int) -> None:
+def calibration_session(runner: ModelRunner, prompts: list[str], number: int) -> None:
     """One video: the cache fills, rolls, and is rebuilt for a new prompt both before and after it is full."""
-    capacity = pipeline.window.capacity
+    capacity = runner.window.capacity
     switches = {capacity // 2: 1, capacity + 2: 2}
     text = prompts[number % len(prompts)]
     session = Session(id="calibration", prompt=Prompt(index=0, text=text), noise=SeededNoise(number), slot=0)
-    for chunk in range(chunks_of_session(pipeline)):
+    for chunk in range(chunks_of_session(runner)):
         if chunk in switches:
             session.add_prompt(prompts[(number + switches[chunk]) % len(prompts)], NOW)
-        pipeline.advance(session)
+        runner.advance(session)
 
 
-def chunks_of_session(pipeline: Pipeline) -> int:
-    return 2 * pipeline.window.capacity + 1
+def chunks_of_session(runner: ModelRunner) -> int:
+    return 2 * runner.window.capacity + 1
 
 
 def calibrate(
     networks: Mapping[str, nn.Module],
     formats: Mapping[str, Mapping[str, Format]],
-    pipeline: Pipeline,
+    runner: ModelRunner,
     prompts: list[str],
     seen: Seen,
     on_session: Callable[[int], None],
 ) -> dict[str, dict[str, Observed]]:
-    """What the layers of `formats` (by network, by layer) are given while `pipeline` makes a video per prompt.
+    """What the layers of `formats` (by network, by layer) are given while `runner` makes a video per prompt.
 
-    `pipeline` runs `networks`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
+    `runner` runs `networks`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
     how many sessions are done after each, the first time with those of an earlier run.
     """
     mtq = _modelopt()
@@ -98,10 +98,10 @@ def calibrate(
     def watch(_: nn.Module) -> None:
         quantizers = _enabled_input_quantizers(together)
         for name, amax in seen.amax.items():
-            quantizers[name]._calibrator._calib_amax = amax.to(pipeline.engines.device)
+            quantizers[name]._calibrator._calib_amax = amax.to(runner.backends.device)
         on_session(seen.sessions)
         for number in range(seen.sessions, len(prompts)):
-            calibration_session(pipeline, prompts, number)
+            calibration_session(runner, prompts, number)
             seen.amax = {name: q._calibrator.compute_amax().float() for name, q in quantizers.items()}
             seen.sessions = number + 1
             seen.save()

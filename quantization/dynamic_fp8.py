@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused engine computes with `fp8` and `fp8_attention`, in plain PyTorch: its kernels are made for a GPU.
+"""What the fused backend computes with `fp8` and `fp8_attention`, in plain PyTorch: its kernels are made for a GPU.
 
-Used by `evaluate`. A test holds it equal to the engine's own kernels in Triton's interpreter.
+Used by `evaluate`. A test holds it equal to the backend's own kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longlive_serve.backends.torch_backend import TorchDiT, TorchVAEDecoder
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.adaln import modulation
 from longlive_serve.models.dit.causal_dit import Attention
 from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales, silu_scale
@@ -45,9 +45,9 @@ def rounded(x: Tensor, scale: Tensor) -> Tensor:
     return (to_8_bit(x, scale, FP8).float() * scale).to(x.dtype)
 
 
-def simulate(pipeline: Pipeline) -> None:
-    """`fp8`: such layers where the fused engine has FP8 products: in the blocks, but for keys and values of prompts."""
-    dit = pipeline.engines.dit
+def simulate(runner: ModelRunner) -> None:
+    """`fp8`: such layers where the fused backend has FP8 products: in the blocks, but not for prompts."""
+    dit = runner.backends.dit
     assert isinstance(dit, TorchDiT)
     for number, block in enumerate(dit.network.blocks):
         for name, layer in list(block.named_modules()):
@@ -55,14 +55,14 @@ def simulate(pipeline: Pipeline) -> None:
                 dit.network.set_submodule(f"blocks.{number}.{name}", DynamicFP8Linear(layer))
 
 
-def simulate_attention(pipeline: Pipeline) -> None:
+def simulate_attention(runner: ModelRunner) -> None:
     """`fp8` and `fp8_attention`, of the base variant."""
-    dit = pipeline.engines.dit
+    dit = runner.backends.dit
     assert isinstance(dit, TorchDiT)
     levels = [*dit.timesteps, dit.clean_timestep]
     with torch.no_grad():
         scales = attention_scales(dit.network, [modulation(dit.network, level) for level in levels])
-    simulate(pipeline)
+    simulate(runner)
     for block, of_layer in zip(dit.network.blocks, scales, strict=True):
         attention: Attention = block.self_attn
         attention.attend = functools.partial(_attend, attention, of_layer)  # type: ignore[method-assign]
@@ -80,9 +80,9 @@ def _attend(attention: Attention, scales: Tensor, q: Tensor, k: Tensor, v: Tenso
     return F.linear(out.transpose(1, 2).flatten(2), product.weight, product.bias)
 
 
-def simulate_decoder(pipeline: Pipeline) -> None:
+def simulate_decoder(runner: ModelRunner) -> None:
     """`fp8_decoder`: such convolutions in the residual blocks, which do nearly all of the Wan VAE's work."""
-    decoder = pipeline.engines.vae_decoder
+    decoder = runner.backends.vae_decoder
     assert isinstance(decoder, TorchVAEDecoder)
     for block in decoder.network.modules():
         if isinstance(block, ResidualBlock):

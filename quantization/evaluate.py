@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 from benchmarks.results import SERVER, Measurement, cpu, versions
 from longlive_serve.config.presets import DIT, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.protocol.session_options import RECACHE
 from quantization.dynamic_fp8 import simulate, simulate_attention, simulate_decoder
 from quantization.flow_errors import flow_errors
@@ -38,10 +38,12 @@ PACKAGES = ("torch", "nvidia-modelopt", "safetensors")
 CODE = (
     *SERVER,
     "quantization",
-    *(f"training/{name}.py" for name in ("measures", "workers", "reader", "world", "latents")),
+    "training/quality",
+    "training/world.py",
+    "training/latents.py",
 )
 SESSIONS_OF_FLOW = 4
-FUSED: dict[str, tuple[Callable[[Pipeline], None], dict[str, str]]] = {
+FUSED: dict[str, tuple[Callable[[ModelRunner], None], dict[str, str]]] = {
     "fused fp8": (simulate, {DIT: "FP8 (E4M3): a scale for every token, one for every output channel"}),
     "fused fp8 attention": (
         simulate_attention,
@@ -52,8 +54,8 @@ FUSED: dict[str, tuple[Callable[[Pipeline], None], dict[str, str]]] = {
         {VAE_DECODER: "FP8 (E4M3): a scale for every layer, one for every output channel"},
     ),
 }
-"""No recipes: the engine `fused` with `fp8`, with `fp8_attention` too, and with `fp8_decoder` alone. What does the same
-to a pipeline in PyTorch, and the formats."""
+"""No recipes: the backend `fused` with `fp8`, with `fp8_attention` too, and with `fp8_decoder` alone. What does the
+same to a model runner in PyTorch, and the formats."""
 COLUMNS = (*RECIPES, *FUSED)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
@@ -114,7 +116,7 @@ def of_recipe(config: ServeConfig, name: str, folder: str) -> dict[str, Any]:
 
 def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argparse.Namespace) -> Iterator[None]:
     """Fill `record`, and say after each part that there is more in it."""
-    config = ServeConfig(preset="demo", weights=str(weights), engine="torch", device="cpu", slots=1)
+    config = ServeConfig(preset="demo", weights=str(weights), backend="torch", device="cpu", slots=1)
     folders = quantize_all(config, [name for name in counts.columns if name in RECIPES], folder)
     record[UNQUANTIZED] = record.get(UNQUANTIZED, {}) | sizes(config.network, config.weights)
     recipes = record.setdefault("recipes", {})

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from longlive_serve.backends.base import PromptKV
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CausalDiT
-from longlive_serve.models.dit.kv_cache import Placement
+from longlive_serve.models.dit.kv_cache import KVCachePlan
 from quantization.calibration import calibration_session
 
 
@@ -28,53 +28,53 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 class Watched:
-    """A DiT engine that keeps what its blocks gave in the last forward."""
+    """A DiT backend that keeps what its blocks gave in the last forward."""
 
-    def __init__(self, engine: TorchDiT) -> None:
-        self.engine = engine
+    def __init__(self, backend: TorchDiT) -> None:
+        self.backend = backend
         self.outputs: list[Tensor] = []
         self.prompt_kv: PromptKV | None = None
-        for block in engine.network.blocks:
+        for block in backend.network.blocks:
             block.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
 
-    def denoise(self, noisy: Tensor, step: int, slot: int, placement: Placement) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, slot: int, placement: KVCachePlan) -> Tensor:
         assert self.prompt_kv is not None
         self.outputs.clear()
-        return self.engine.denoise(noisy, step, self.prompt_kv, slot, placement)
+        return self.backend.denoise(noisy, step, self.prompt_kv, slot, placement)
 
 
 class Onlookers:
-    """The DiT engine `leader` for a pipeline of one session, with `others` that do each denoising step as well.
+    """The DiT backend `leader` for a pipeline of one session, with `others` that do each denoising step as well.
 
     `flow[name][step]` collects the relative errors of their flows, `blocks[name][block]` those after each block.
     """
 
     def __init__(self, leader: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
         self.leader, self.dtype, self.cache_dtype = Watched(leader), leader.dtype, leader.cache_dtype
-        self.others = {name: Watched(engine) for name, engine in others.items()}
+        self.others = {name: Watched(backend) for name, backend in others.items()}
         layers = len(leader.network.blocks)
         self.flow = {name: [list[float]() for _ in leader.timesteps] for name in others}
         self.blocks = {name: [list[float]() for _ in range(layers)] for name in others}
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         for watched in (self.leader, *self.others.values()):
-            watched.prompt_kv = watched.engine.embed_prompt(embeds, tokens)
+            watched.prompt_kv = watched.backend.embed_prompt(embeds, tokens)
         assert self.leader.prompt_kv is not None
         return self.leader.prompt_kv
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
-        cache = self.leader.engine.cache
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
+        cache = self.leader.backend.cache
         flow = self.leader.denoise(noisy, step, slot, placement)
         for name, other in self.others.items():
-            other.engine.cache.keys.copy_(cache.keys)  # its own place it writes itself
-            other.engine.cache.values.copy_(cache.values)
+            other.backend.cache.keys.copy_(cache.keys)  # its own place it writes itself
+            other.backend.cache.values.copy_(cache.values)
             self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, placement), flow))
             for block, (got, expected) in enumerate(zip(other.outputs, self.leader.outputs, strict=True)):
                 self.blocks[name][block].append(relative_error(got, expected))
         return flow
 
-    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
-        self.leader.engine.commit(clean, prompt_kv, slot, placement)
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
+        self.leader.backend.update_kv_cache(clean, prompt_kv, slot, placement)
 
 
 def flow_errors(
@@ -85,18 +85,18 @@ def flow_errors(
     `flow_rel_error_by_step`: of the flow; `rel_error_after_block`: of what each block hands on; and
     `flow_rel_error_of_block_alone`: of the flow when only that block is quantized.
     """
-    engines = build_engines(config)
-    leader, others = _torch_dit(engines.dit), {}
+    backends = build_backends(config)
+    leader, others = _torch_dit(backends.dit), {}
     for name, folder in folders.items():
-        quantized = _torch_dit(build_engines(dataclasses.replace(config, weights=folder)).dit)
+        quantized = _torch_dit(build_backends(dataclasses.replace(config, weights=folder)).dit)
         for block in range(config.network.dit.num_layers):
             alone = TorchDiT(with_block(leader.network, quantized.network, block), config.network, 1, config.variant)
             others[f"{name} {block}"] = alone
         others[name] = quantized
     onlookers = Onlookers(leader, others)
-    pipeline = Pipeline(dataclasses.replace(engines, dit=onlookers), config.network, config.variant)
+    runner = ModelRunner(dataclasses.replace(backends, dit=onlookers), config.network, config.variant)
     for number in range(sessions):
-        calibration_session(pipeline, list(prompts), number)
+        calibration_session(runner, list(prompts), number)
     blocks = range(config.network.dit.num_layers)
     return {
         name: {
@@ -117,9 +117,9 @@ def with_block(network: CausalDiT, quantized: CausalDiT, block: int) -> CausalDi
     return mixed
 
 
-def _torch_dit(engine: object) -> TorchDiT:
-    assert isinstance(engine, TorchDiT)
-    return engine
+def _torch_dit(backend: object) -> TorchDiT:
+    assert isinstance(backend, TorchDiT)
+    return backend
 
 
 def mean(values: Sequence[float]) -> float:

@@ -23,11 +23,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, WAN
 from longlive_serve.config.serve_config import TORCH, ServeConfig
 from longlive_serve.config.text_files import read_text
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 from longlive_serve.weights.layouts import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
 from longlive_serve.weights.loader import fingerprint, load_state, recipe, sha256
@@ -40,8 +40,8 @@ from quantization.recipes import RECIPES, Format, combined, formats_of_layers, o
 RECORD = "quantization.json"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts.txt"
 PACKAGES = ("torch", "nvidia-modelopt", "safetensors", "longlive-serve")
-ALL_ON_TORCH: dict[str, Any] = {"engine": TORCH, "fp8": False, "decoder": WAN}
-ALL_ON_TORCH |= {f"{network}_engine": "" for network in NETWORKS}
+ALL_ON_TORCH: dict[str, Any] = {"backend": TORCH, "fp8": False, "decoder": WAN}
+ALL_ON_TORCH |= {f"{network}_backend": "" for network in NETWORKS}
 Formats = dict[str, dict[str, Format]]
 """By network, by layer."""
 
@@ -62,23 +62,23 @@ def quantize(
     formats = combined(recipes)
     _check(config, formats, prompts, out)
     sources = {network: fingerprint(network, config.weights) for network in NETWORKS}
-    engines = build_engines(dataclasses.replace(config, **ALL_ON_TORCH, slots=1))
-    parts: dict[str, Any] = {TEXT_ENCODER: engines.text_encoder, DIT: engines.dit, VAE_DECODER: engines.vae_decoder}
+    backends = build_backends(dataclasses.replace(config, **ALL_ON_TORCH, slots=1))
+    parts: dict[str, Any] = {TEXT_ENCODER: backends.text_encoder, DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
     networks = {name: parts[name].network for name in formats}
     layers: Formats = {}
     kept: dict[str, dict[str, str]] = {}
     for name, format in formats.items():
         layers[name], kept[name] = formats_of_layers(name, networks[name], format)
     seen = Seen.load(out / calibration.FILE, settings_of(layers, prompts, sources, config.variant))
-    pipeline = Pipeline(engines, config.network, config.variant)
-    observed = calibrate(networks, layers, pipeline, prompts, seen, on_session)
+    runner = ModelRunner(backends, config.network, config.variant)
+    observed = calibrate(networks, layers, runner, prompts, seen, on_session)
     record = {
         "command": command,
         "recipe": " ".join(recipes),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "sources": sources,
-        "calibration": {"prompts": prompts, "chunks_of_session": chunks_of_session(pipeline)},
+        "calibration": {"prompts": prompts, "chunks_of_session": chunks_of_session(runner)},
         "layers": {name: _facts(layers[name], observed[name]) for name in formats},
         "kept_in_16_bits": kept,
     }

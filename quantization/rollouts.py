@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from quantization.flow_errors import mean, relative_error
 from training.quality.measures import Case
@@ -34,14 +34,14 @@ class Rollout:
     """Per chunk, uint8 [9 or 12, height, width, 3]."""
 
 
-def roll_out(pipeline: Pipeline, case: Case) -> Rollout:
+def roll_out(runner: ModelRunner, case: Case) -> Rollout:
     """One video of 60 s."""
     first = Prompt(index=0, text=case.script.prompts[0])
     session = Session(id="rollout", prompt=first, noise=SeededNoise(case.script.seed), slot=0)
     latents, frames = [], []
     for _ in range(CHUNKS):
-        frames.append(torch.from_numpy(pipeline.advance(session).frames))
-        latents.append(session.recent[-1][0].clone())
+        frames.append(torch.from_numpy(runner.advance(session).frames))
+        latents.append(session.context_latents[-1][0].clone())
     return Rollout(latents=torch.stack(latents), frames=frames)
 
 

@@ -214,7 +214,7 @@ def litter() -> Counter[str]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {2 * (args.viewers + args.victims)}\n'
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml") as config:
-        print(settings, "headroom = 1.0\nmax_wait_s = 60", file=config, flush=True)
+        print(settings, "max_utilization = 1.0\nmax_wait_s = 60", file=config, flush=True)
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, Path(config.name)) as cluster:
             seen, kills = asyncio.run(chaos(cluster, args))

@@ -44,7 +44,7 @@ LIVE = 2  # sessions that must not notice anything
 STREAMS = 8  # at a time
 PER_STREAM = 50  # requests on one gRPC stream
 TIMEOUT_S = 120.0
-SETTINGS = 'preset = "tiny"\nslots = 4\nmax_waiting = 8\nmax_wait_s = 5\nidle_timeout_s = 2\nmax_unread = 16\n'
+SETTINGS = 'preset = "tiny"\nslots = 4\nmax_waiting = 8\nmax_wait_s = 5\nidle_timeout_s = 2\nmax_unacked = 16\n'
 # What a refusal has to name: a tensor, a flag, the session, the queue, or an input in Triton's words.
 NAMED = re.compile(
     "|".join(
@@ -217,7 +217,7 @@ def video(url: str, seed: int, chunks: int, ids: list[str]) -> np.ndarray[Any, A
     while True:
         try:
             with VideoStream(  # one try: it keeps its id, which others attack
-                "a red fox runs", url=url, seed=seed, chunks=chunks, pace="asap", tries=1, resume_for=0
+                "a red fox runs", url=url, seed=seed, chunks=chunks, pace="asap", max_attempts=1, resume_for=0
             ) as stream:
                 ids.append(stream.session_id)
                 return np.concatenate([chunk.frames for chunk in stream.chunks()])

@@ -182,7 +182,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config, keys = Path(folder, "serve.toml"), Keys(Path(folder, "keys"))
         slots = 2 * (args.viewers + args.late)
         config.write_text(
-            f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {slots}\nheadroom = 1.0\n', encoding="utf-8"
+            f'preset = "{args.preset}"\nweights = "{args.weights}"\nslots = {slots}\nmax_utilization = 1.0\n',
+            encoding="utf-8",
         )
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, config, keys) as cluster:

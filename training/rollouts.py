@@ -18,8 +18,8 @@ from torch import Tensor
 
 from longlive_serve.backends.base import PromptKV
 from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
-from longlive_serve.models.dit.kv_cache import Placement, Window
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
+from longlive_serve.models.dit.kv_cache import KVCachePlan, Window
 from longlive_serve.models.dit.rope import RotaryTables, rotate
 from training.latents import FRAMES, Encoder
 from training.pool import CHUNK
@@ -45,12 +45,12 @@ class LiveCache:
 class LiveView(CacheView):
     """A `LiveCache` as one forward of a batch of sessions sees it (absolute RoPE)."""
 
-    def __init__(self, cache: LiveCache, tables: RotaryTables, placement: Placement) -> None:
+    def __init__(self, cache: LiveCache, tables: RotaryTables, placement: KVCachePlan) -> None:
         self.cache, self.placement, self.rows = cache, placement, tables.tokens_per_chunk
         self.query_angles = tables.of_chunks(placement.chunks)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        own = slice(self.placement.first_place, self.placement.first_place + len(self.placement.chunks))
+        own = slice(self.placement.first_block, self.placement.first_block + len(self.placement.chunks))
         in_use = []
         for rows, new in ((self.cache.keys[layer], rotate(k, *self.query_angles)), (self.cache.values[layer], v)):
             rows[own] = new.split(self.rows, 2)
@@ -63,16 +63,16 @@ class Rollout:
 
     def __init__(self, network: CausalDiT, window: Window, tables: RotaryTables, encoder: Encoder) -> None:
         self.network, self.window, self.tables, self.encoder = network, window, tables, encoder
-        self.schedule = NoiseSchedule()
+        self.schedule = FlowMatchScheduler()
         self.cache = LiveCache(network.config.num_layers, window.capacity)
-        self.recent: deque[Tensor] = deque(maxlen=window.capacity)
+        self.context_latents: deque[Tensor] = deque(maxlen=window.capacity)
         self.attributes: list[Attributes] = []
         self.chunk = 0
 
     def begin(self, attributes: Sequence[Attributes]) -> None:
         """New videos, from their first chunk on."""
         self.attributes, self.chunk = list(attributes), 0
-        self.recent.clear()
+        self.context_latents.clear()
 
     @torch.no_grad()
     def join(self, attributes: Sequence[Attributes], prompt_kv: PromptKV, chunk: int, generator: random.Random) -> None:
@@ -81,16 +81,16 @@ class Rollout:
         `prompt_kv`: that of the first prompt, which the sink keeps.
         """
         self.begin(attributes)
-        self.recent.append(self._stack(self._opening(look) for look in attributes))
+        self.context_latents.append(self._stack(self._opening(look) for look in attributes))
         self._commit(prompt_kv, self.window.step(0))
         kept = min(chunk, self.window.capacity)
         if chunk > self.window.capacity:
             starts = [(generator.randrange(SIZE), generator.randrange(SIZE)) for _ in attributes]
             first = [self._continuation(*pair) for pair in zip(attributes, starts, strict=True)]
-            self.recent[0] = self._stack(first)
+            self.context_latents[0] = self._stack(first)
         self.chunk = 1
         while self.chunk < kept:
-            self.recent.append(self.targets(self.attributes))
+            self.context_latents.append(self.targets(self.attributes))
             self.chunk += 1
         self.chunk = chunk
 
@@ -109,10 +109,10 @@ class Rollout:
         for step in range(self.schedule.steps):
             flow = self.network(x, self.schedule.timesteps[step].expand(x.shape[:2]), prompt_kv, view)
             losses.append((flow - (x - targets) / self.schedule.sigmas[step]).square().mean())
-            clean = self.schedule.clean_latents(x, flow.detach(), step)
+            clean = self.schedule.convert_flow_pred_to_x0(x, flow.detach(), step)
             if step + 1 < self.schedule.steps:
                 x = self.schedule.add_noise(clean, torch.randn(x.shape), step + 1)
-        self.recent.append(clean)
+        self.context_latents.append(clean)
         self.attributes = list(attributes)
         self.chunk += 1
         return torch.stack(losses).mean()
@@ -122,7 +122,7 @@ class Rollout:
         """The chunk that should come next: [sessions, CHUNK, channels, h, w]."""
         if self.chunk == 0:
             return self._stack(self._opening(look) for look in attributes)
-        last = self.encoder.decode(self.recent[-1][:, -1])  # [B, FRAMES, 3, SIZE, SIZE]
+        last = self.encoder.decode(self.context_latents[-1][:, -1])  # [B, FRAMES, 3, SIZE, SIZE]
         starts = (whereabouts(frames, look) for frames, look in zip(last, self.attributes, strict=True))
         return self._stack(self._continuation(*pair) for pair in zip(attributes, starts, strict=True))
 
@@ -136,17 +136,17 @@ class Rollout:
     def _stack(self, latents: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(latents))
 
-    def _commit(self, prompt_kv: PromptKV, placement: Placement) -> None:
-        latents = self.recent[-1]
+    def _commit(self, prompt_kv: PromptKV, placement: KVCachePlan) -> None:
+        latents = self.context_latents[-1]
         view = LiveView(self.cache, self.tables, placement)
-        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, commit=True)
+        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
     def _recache(self, prompt_kv: PromptKV, keep_sink: bool) -> None:
         placement = self.window.recache(self.chunk, keep_sink)
-        oldest = self.chunk - len(self.recent)
-        latents = torch.cat([self.recent[chunk - oldest] for chunk in placement.chunks], 1)
+        oldest = self.chunk - len(self.context_latents)
+        latents = torch.cat([self.context_latents[chunk - oldest] for chunk in placement.chunks], 1)
         view = LiveView(self.cache, self.tables, placement)
-        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, commit=True)
+        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
 
 def whereabouts(frames: Tensor, look: Attributes) -> tuple[float, float]:

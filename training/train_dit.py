@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longlive_serve.config.presets import PRESETS, DiTConfig
 from longlive_serve.models.dit.causal_dit import PATCH, CausalDiT
-from longlive_serve.models.dit.flow_match_scheduler import SHIFT, NoiseSchedule
+from longlive_serve.models.dit.flow_match_scheduler import SHIFT, FlowMatchScheduler
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, wan_names
@@ -47,7 +47,7 @@ class DiTRun(Run):
         matrices = [p for block in self.dit.blocks for p in block.parameters() if p.ndim == 2]
         both = nn.ModuleDict({"dit": self.dit, "text_encoder": self.text_encoder})
         super().__init__(both, matrices, MUON_LR, steps, seed, device)
-        self.schedule = NoiseSchedule(device)
+        self.schedule = FlowMatchScheduler(device)
         self.window = Window(DEMO.window)
         grid = (DEMO.latent_height // PATCH, DEMO.latent_width // PATCH)
         self.tables = RotaryTables(DEMO.dit.head_dim, *grid, CHUNK, device)

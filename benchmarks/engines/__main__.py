@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what one device makes of LongLive: an eager baseline, then our engines, one after the other.
+"""Measures what one device makes of LongLive: an eager baseline, then our backends, one after the other.
 
 The networks have random weights and run in this process, through the server's own pipeline and service. Without
 --json and --plot nothing is written.
@@ -36,7 +36,7 @@ EPILOG = """
 What a row says: ms per chunk by phase (denoise: 4 steps; commit; decode: the VAE; host: all else), frames per second
 without and with the VAE, the time to the first frame and from a new prompt to its first frames, memory per session,
 and with how many live sessions at 16 fps no chunk comes late. Beside them, from the same run: how fast matrix products
-and copies are, what share of that each engine reaches, and all attention kernels.
+and copies are, what share of that each backend reaches, and all attention kernels.
 
 examples:
   python -m benchmarks.engines                                        # a toy on the CPU, or all of it on a GPU
@@ -105,7 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     text = "leave FlexAttention out of the table of attention kernels: it compiles for a minute"
     parser.add_argument("--no-flex", action="store_true", help=text)
-    text = "compare each row's latents and frames with the torch engine's first; a row that is wrong fails"
+    text = "compare each row's latents and frames with the torch backend's first; a row that is wrong fails"
     parser.add_argument("--check", action="store_true", help=text)
     text = "a row `onnxruntime` of these as well, made by `python -m export.to_onnx` of random weights in this preset"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)

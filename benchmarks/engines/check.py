@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a row computes what the torch engine computes: a short video at the size that is measured, twice.
+"""Whether a row computes what the torch backend computes: a short video at the size that is measured, twice.
 
 Called by the run, before it measures a row. Random networks magnify a difference from chunk to chunk, as real ones do:
-what is told is how far engines are apart, and refused is only what has little to do with each other.
+what is told is how far backends are apart, and refused is only what has little to do with each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.engines.prompts import PROMPTS
 from longlive_serve.backends.fused.cudnn_library import relative_error
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 
 CHUNKS = 6  # the window is full before the switch, two chunks before the end
@@ -34,7 +34,7 @@ class WrongResultError(RuntimeError):
     """A row does not compute what it should."""
 
 
-def make_video(pipeline: Pipeline, chunks: int = CHUNKS) -> Video:
+def make_video(runner: ModelRunner, chunks: int = CHUNKS) -> Video:
     """With one prompt switch, two chunks before its end; always the same."""
     prompt = Prompt(index=0, text=PROMPTS[0])
     session = Session(id="check", prompt=prompt, noise=SeededNoise(0), slot=0)
@@ -42,17 +42,17 @@ def make_video(pipeline: Pipeline, chunks: int = CHUNKS) -> Video:
     for chunk in range(chunks):
         if chunk == chunks - 2:
             session.add_prompt(PROMPTS[1], NOW)
-        frames.append(pipeline.advance(session).frames)
-        latents.append(session.recent[-1].float().cpu())
+        frames.append(runner.advance(session).frames)
+        latents.append(session.context_latents[-1].float().cpu())
     return Video(torch.cat(latents), np.concatenate(frames))
 
 
-def check(pipeline: Pipeline, expected: Video) -> dict[str, Any]:
-    """How far a row is from the torch engine, chunk by chunk. Raises WrongResultError."""
-    got, again = (make_video(pipeline, len(expected.latents)) for _ in range(2))
+def check(runner: ModelRunner, expected: Video) -> dict[str, Any]:
+    """How far a row is from the torch backend, chunk by chunk. Raises WrongResultError."""
+    got, again = (make_video(runner, len(expected.latents)) for _ in range(2))
     apart = [relative_error(one, other) for one, other in zip(got.latents, expected.latents, strict=True)]
     if not apart[0] < MOST:
-        raise WrongResultError(f"the first chunk's latents are {apart[0]:.3g} off the torch engine's, of their norm")
+        raise WrongResultError(f"the first chunk's latents are {apart[0]:.3g} off the torch backend's, of their norm")
     return {
         "latents_off": apart,
         "frames_off": float(np.abs(got.frames.astype(np.int16) - expected.frames).mean()),

@@ -16,14 +16,14 @@ from benchmarks.engines.prompts import PROMPTS
 from longlive_serve.config.presets import FPS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import Encode
-from longlive_serve.engine.core import VideoService
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.core import EngineCore
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.scheduler import CHUNK_FRAMES, SECOND, Scheduler
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import REALTIME, Options
 
-EVERYONE = 1e6  # as headroom: far more load than there can be
+EVERYONE = 1e6  # as max_utilization: far more load than there can be
 CHUNK_PLAYS_S = CHUNK_FRAMES / FPS
 
 
@@ -31,23 +31,23 @@ class OpenScheduler(Scheduler):
     """Admits whoever comes, as the question is how many can be kept, and remembers how late every chunk was."""
 
     def __init__(self, slots: int, cost: int) -> None:
-        super().__init__(slots, cost=cost, headroom=EVERYONE)
+        super().__init__(slots, cost=cost, max_utilization=EVERYONE)
         self.lateness: list[float] = []
         """Seconds after a chunk was due at which it came; less than 0: so long before. Of all chunks but the first,
         with which playback begins."""
 
     def done(self, session_id: str, now: int, frames: int, took: int) -> int:
-        seat = self._seat(session_id)
-        if seat.started is not None:
-            self.lateness.append((now - seat.due) / SECOND)
+        session = self._session(session_id)
+        if session.started is not None:
+            self.lateness.append((now - session.deadline) / SECOND)
         return super().done(session_id, now, frames, took)
 
 
-class Trial(VideoService):
+class Trial(EngineCore):
     """The service with such a scheduler."""
 
-    def __init__(self, pipeline: Pipeline, config: ServeConfig, chunk_s: float) -> None:
-        super().__init__(pipeline, config, chunk_s=chunk_s)
+    def __init__(self, runner: ModelRunner, config: ServeConfig, chunk_s: float) -> None:
+        super().__init__(runner, config, chunk_s=chunk_s)
         self.scheduler = OpenScheduler(config.slots, round(chunk_s * SECOND))
         self._sessions.scheduler = self.scheduler  # nobody has come yet
 
@@ -70,32 +70,34 @@ class DroppingSink:
 
 
 def measure_live(
-    pipeline: Pipeline, config: ServeConfig, chunk_s: float, seconds: float, most: int, tick: Callable[[str], None]
+    runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, most: int, tick: Callable[[str], None]
 ) -> dict[str, Any]:
     """One session, two, three, ... until chunks come late, twice, or `most` are there.
 
-    The first run with so many sessions is the first use of a slot, when an engine may have kernels and graphs to make.
+    The first run with so many sessions is the first use of a slot, when an backend may have kernels and graphs to make.
     `chunk_s`: as the warm-up found. `announced` is what a server with default settings would admit by it.
     """
-    config = dataclasses.replace(config, max_unread=10**9)
+    config = dataclasses.replace(config, max_unacked=10**9)
     runs: list[dict[str, Any]] = []
     for sessions in range(1, most + 1):
-        pipeline.prepare(sessions)  # a CUDA graph for each size and slot: only of slots that are used
+        runner.prepare(sessions)  # a CUDA graph for each size and slot: only of slots that are used
         for _ in range(2):
             tick(f"{sessions} live sessions")
-            runs.append(run_live(pipeline, config, chunk_s, seconds, sessions))
+            runs.append(run_live(runner, config, chunk_s, seconds, sessions))
             if not runs[-1]["misses"]:
                 break
         else:
             break
-    announced = Scheduler(config.slots, cost=round(chunk_s * SECOND), headroom=config.headroom).capacity(FPS)
+    announced = Scheduler(config.slots, cost=round(chunk_s * SECOND), max_utilization=config.max_utilization).capacity(
+        FPS
+    )
     kept = max((run["sessions"] for run in runs if not run["misses"]), default=0)
     return {"sessions": kept, "most_tried": runs[-1]["sessions"], "announced": announced, "runs": runs}
 
 
-def run_live(pipeline: Pipeline, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
+def run_live(runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
     """`sessions` viewers, who come evenly over the time that a chunk plays. Raises ServeError when one fails."""
-    service, sinks = Trial(pipeline, config, chunk_s), [DroppingSink() for _ in range(sessions)]
+    service, sinks = Trial(runner, config, chunk_s), [DroppingSink() for _ in range(sessions)]
     try:
         for number, sink in enumerate(sinks):
             options = Options(pace=REALTIME)

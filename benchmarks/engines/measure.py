@@ -17,13 +17,13 @@ import torch
 from benchmarks.engines.hardware.timing import WARM_UP, seconds_of, spread
 from benchmarks.engines.prompts import PROMPTS
 from longlive_serve.config.presets import FRAMES_PER_LATENT
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.models.dit.kv_cache import KVCache
 
-DENOISE, COMMIT, DECODE, SWITCH, HOST = "denoise", "commit", "decode", "switch", "host"
+DENOISE, KV_CACHE_UPDATE, DECODE, SWITCH, HOST = "denoise", "kv_cache_update", "decode", "switch", "host"
 SLOTS = 2  # for sessions that have the device to themselves
-PHASES = (DENOISE, COMMIT, DECODE, HOST)  # of a chunk without a switch
+PHASES = (DENOISE, KV_CACHE_UPDATE, DECODE, HOST)  # of a chunk without a switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Plan:
 class Alone:
     """Measures sessions that have the device to themselves, on a warm pipeline of two slots or more."""
 
-    def __init__(self, pipeline: Pipeline, plan: Plan, tick: Callable[[str], None]) -> None:
+    def __init__(self, runner: ModelRunner, plan: Plan, tick: Callable[[str], None]) -> None:
         """`tick`: told what was measured, each time something was."""
-        self.pipeline, self.plan, self.tick = pipeline, plan, tick
+        self.runner, self.plan, self.tick = runner, plan, tick
         self.numbers = itertools.count()
         self.session = self.new_session(slot=0)
         """A long video. What is measured beside it has slot 1."""
@@ -64,11 +64,11 @@ class Alone:
     def measure(self) -> dict[str, Any]:
         """Seconds and bytes, by what they are of."""
         chunks = self.chunks()
-        made = self.pipeline.config.window.chunk * FRAMES_PER_LATENT
+        made = self.runner.config.window.chunk * FRAMES_PER_LATENT
         figures: dict[str, Any] = {
             "chunk_s": spread([sum(chunk.values()) for chunk in chunks]),
             "phases_s": {phase: spread([chunk[phase] for chunk in chunks]) for phase in PHASES},
-            "dit_s": spread([chunk[DENOISE] + chunk[COMMIT] for chunk in chunks]),
+            "dit_s": spread([chunk[DENOISE] + chunk[KV_CACHE_UPDATE] for chunk in chunks]),
             "first_frame_s": self.first_frames(),
             **self.switches(),
             "session_bytes": self.session_bytes(),
@@ -80,10 +80,10 @@ class Alone:
     def chunks(self) -> list[dict[str, float]]:
         """The phases of chunks in the middle of a video; together they are the time of the whole chunk."""
         chunks = []
-        for _ in range(max(self.plan.warmup, self.pipeline.window.capacity + 1)):  # until the window is full, and rolls
+        for _ in range(max(self.plan.warmup, self.runner.window.capacity + 1)):  # until the window is full, and rolls
             self.advance(self.session, "warm-up")
         for _ in range(self.plan.chunks):
-            seconds = self.pipeline.advance(self.session).seconds  # with the commit of the chunk before
+            seconds = self.runner.advance(self.session).seconds  # with the KV-cache update of the chunk before
             self.tick("chunks")
             phases = {phase: self.phase_seconds(phase) for phase in PHASES}
             chunks.append(phases | {HOST: seconds - sum(phases.values())})
@@ -92,7 +92,7 @@ class Alone:
     def first_frames(self) -> dict[str, float]:
         """From nothing to the frames of a session's first chunk."""
         for _ in range(WARM_UP):
-            self.pipeline.advance(self.new_session())
+            self.runner.advance(self.new_session())
         return spread([self.advance(self.new_session(), "first frames") for _ in range(self.plan.events)])
 
     def switches(self) -> dict[str, Any]:
@@ -109,27 +109,27 @@ class Alone:
     @torch.inference_mode()
     def encode_seconds(self) -> dict[str, float]:
         """What a switch does before its recache: the text encoder, and the DiT's keys and values of the prompt."""
-        engines = self.pipeline.engines
+        backends = self.runner.backends
         self.tick("text encoder")
 
         def embed() -> None:
-            encoded = engines.text_encoder.encode(PROMPTS[0])
-            engines.dit.embed_prompt(encoded.embeds, encoded.tokens)
+            encoded = backends.text_encoder.encode(PROMPTS[0])
+            backends.dit.embed_prompt(encoded.embeds, encoded.tokens)
 
-        return seconds_of(embed, engines.device, self.plan.events)
+        return seconds_of(embed, backends.device, self.plan.events)
 
     def session_bytes(self) -> dict[str, int]:
         """What one more session takes: its share of the KV cache, and what it holds once its window is full."""
-        engines, before = self.pipeline.engines, 0
-        if on_cuda := engines.device.startswith("cuda"):
+        backends, before = self.runner.backends, 0
+        if on_cuda := backends.device.startswith("cuda"):
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
         session = self.new_session()
-        for _ in range(self.pipeline.window.capacity + 1):
-            self.pipeline.advance(session)
+        for _ in range(self.runner.window.capacity + 1):
+            self.runner.advance(session)
         self.tick("memory")
         held = torch.cuda.memory_allocated() - before if on_cuda else _held(session)
-        slot = KVCache.bytes_of(self.pipeline.config, 1, engines.dit.cache_dtype)
+        slot = KVCache.bytes_of(self.runner.config, 1, backends.dit.cache_dtype)
         return {"slot": slot, "held": held, "total": slot + held}
 
     def new_session(self, slot: int = 1) -> Session:
@@ -139,22 +139,27 @@ class Alone:
 
     def advance(self, session: Session, what: str) -> float:
         """Seconds until the frames of the next chunk are there, on a device that has nothing else to do."""
-        if self.pipeline.engines.device.startswith("cuda"):
-            torch.cuda.synchronize()  # the commit of the chunk before
+        if self.runner.backends.device.startswith("cuda"):
+            torch.cuda.synchronize()  # the KV-cache update of the chunk before
         began = time.perf_counter()
-        for _ in self.pipeline.finish(self.pipeline.launch(session)):
+        for _ in self.runner.collect_output(self.runner.execute_model_async(session)):
             seconds = time.perf_counter() - began
         self.tick(what)
         return seconds
 
     def phase_seconds(self, name: str) -> float:
         """Of the last chunk."""
-        return sum(phase.seconds for phase in self.pipeline.phases if phase.name == name)
+        return sum(phase.seconds for phase in self.runner.phases if phase.name == name)
 
 
 def _held(session: Session) -> int:
     """Bytes of a session's tensors, each counted once."""
     assert session.decoder_cache is not None
     assert session.prompt_kv is not None
-    tensors = [*session.decoder_cache, *session.prompt_kv, *session.recent, *(one.latents for one in session.sink)]
+    tensors = [
+        *session.decoder_cache,
+        *session.prompt_kv,
+        *session.context_latents,
+        *(one.latents for one in session.sink),
+    ]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

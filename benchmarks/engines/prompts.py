@@ -31,10 +31,10 @@ PROMPTS = (
 
 
 class WordEncoder:
-    """The torch engine's network behind a tokenizer that knows all words there are and no checkpoints."""
+    """The torch backend's network behind a tokenizer that knows all words there are and no checkpoints."""
 
-    def __init__(self, engine: TorchTextEncoder, config: NetworkConfig) -> None:
-        self.network = engine.network
+    def __init__(self, backend: TorchTextEncoder, config: NetworkConfig) -> None:
+        self.network = backend.network
         self.text_len, self.vocabulary = config.dit.text_len, config.text_encoder.vocab_size
 
     def encode(self, prompt: str) -> EncodedPrompt:

@@ -16,14 +16,14 @@ import torch
 from benchmarks.results import Measurement, cpu
 from longlive_serve.config.presets import TINY, WAN
 
-SECTION = "longlive_serve.bench"
-CODE = ("longlive_serve", ":!longlive_serve/doctor")
+SECTION = "benchmarks.engines"
+CODE = ("longlive_serve", ":!longlive_serve/doctor", "benchmarks/engines")
 
 
 def top_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """What a run comes down to. None: no row tells, or none of that precision.
 
-    Frames per second and sessions are those of our fastest engine with each decoder, the VAE included. The first
+    Frames per second and sessions are those of our fastest backend with each decoder, the VAE included. The first
     frame and a prompt switch are those of the one with the Wan VAE. The speed-up is that of the fastest which rounds as
     the baseline does, and apart from it that of the fastest in FP8; both with the Wan VAE.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: a row of the tables is the server's settings under a name, and the engines built from them."""
+"""What is measured: a row of the tables is the server's settings under a name, and the backends built from them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.engines.baseline.dit import EagerDiT
 from benchmarks.engines.baseline.vae import as_reference
 from benchmarks.engines.networks import random_network
 from benchmarks.engines.prompts import WordEncoder
-from longlive_serve.backends.base import Engines
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.base import Backends
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT, TorchTextEncoder, TorchVAEDecoder
 from longlive_serve.config.presets import TINY
 from longlive_serve.config.serve_config import FUSED, ONNXRUNTIME, TENSORRT, TORCH, ServeConfig
@@ -34,21 +34,21 @@ class Row:
 
 
 ROWS = (
-    Row(name=BASELINE, settings={"engine": TORCH}),
-    Row(name="torch", settings={"engine": TORCH}),
-    Row(name="fused", settings={"engine": FUSED}),
-    Row(name="fused fp8", settings={"engine": FUSED, "fp8": True}),
-    Row(name="fused fp8 attention", settings={"engine": FUSED, "fp8": True, "fp8_attention": True}),
+    Row(name=BASELINE, settings={"backend": TORCH}),
+    Row(name="torch", settings={"backend": TORCH}),
+    Row(name="fused", settings={"backend": FUSED}),
+    Row(name="fused fp8", settings={"backend": FUSED, "fp8": True}),
+    Row(name="fused fp8 attention", settings={"backend": FUSED, "fp8": True, "fp8_attention": True}),
     Row(
         name="fused all fp8",
-        settings={"engine": FUSED, "fp8": True, "fp8_attention": True, "fp8_decoder": True},
+        settings={"backend": FUSED, "fp8": True, "fp8_attention": True, "fp8_decoder": True},
     ),
-    Row(name="torch tiny", settings={"engine": TORCH, "decoder": TINY}),
-    Row(name="fused tiny", settings={"engine": FUSED, "decoder": TINY}),
-    Row(name="fused fp8 tiny", settings={"engine": FUSED, "fp8": True, "decoder": TINY}),
+    Row(name="torch tiny", settings={"backend": TORCH, "decoder": TINY}),
+    Row(name="fused tiny", settings={"backend": FUSED, "decoder": TINY}),
+    Row(name="fused fp8 tiny", settings={"backend": FUSED, "fp8": True, "decoder": TINY}),
     Row(
         name="fused fp8 attention tiny",
-        settings={"engine": FUSED, "fp8": True, "fp8_attention": True, "decoder": TINY},
+        settings={"backend": FUSED, "fp8": True, "fp8_attention": True, "decoder": TINY},
     ),
 )
 """In the order of measuring; `attention` stands for that in FP8, `tiny` for the decoder: without it the Wan VAE's."""
@@ -58,37 +58,37 @@ def exported(graphs: Path | None, plans: Path | None) -> list[Row]:
     """Rows of what was exported: its DiT and its VAE decoder, beside the same text encoder as the others have."""
     folders = ((ONNXRUNTIME, "graphs", graphs), (TENSORRT, "plans", plans))
     return [
-        Row(name=engine, settings={"engine": engine, "text_encoder_engine": TORCH, key: str(folder)})
-        for engine, key, folder in folders
+        Row(name=backend, settings={"backend": backend, "text_encoder_backend": TORCH, key: str(folder)})
+        for backend, key, folder in folders
         if folder is not None
     ]
 
 
-def build(row: Row, config: ServeConfig) -> Engines:
-    """The engines of a row with random weights. Raises ValueError and ImportError for what this machine cannot run."""
-    if config.engine == FUSED and not config.device.startswith("cuda"):
-        raise ValueError(f"engine {FUSED} on {config.device}: its kernels need a GPU")
+def build(row: Row, config: ServeConfig) -> Backends:
+    """The backends of a row with random weights. Raises ValueError and ImportError for what this machine cannot run."""
+    if config.backend == FUSED and not config.device.startswith("cuda"):
+        raise ValueError(f"backend {FUSED} on {config.device}: its kernels need a GPU")
     if row.is_baseline:
         return _build_baseline(config)
-    return with_words(build_engines(config, load=random_network), config)
+    return with_words(build_backends(config, load=random_network), config)
 
 
-def _build_baseline(config: ServeConfig) -> Engines:
-    """The torch engine's networks, run as the reference runs them."""
-    engines = with_words(build_engines(dataclasses.replace(config, slots=1), load=random_network), config)
-    dit, decoder = engines.dit, engines.vae_decoder
+def _build_baseline(config: ServeConfig) -> Backends:
+    """The torch backend's networks, run as the reference runs them."""
+    backends = with_words(build_backends(dataclasses.replace(config, slots=1), load=random_network), config)
+    dit, decoder = backends.dit, backends.vae_decoder
     assert isinstance(dit, TorchDiT)
     assert isinstance(decoder, TorchVAEDecoder)
     assert isinstance(decoder.network, VAEDecoder)
     return dataclasses.replace(
-        engines,
+        backends,
         dit=EagerDiT(dit.network, config.network, config.slots),
         vae_decoder=TorchVAEDecoder(as_reference(decoder.network), config.network),
         name="eager",
     )
 
 
-def with_words(engines: Engines, config: ServeConfig) -> Engines:
+def with_words(backends: Backends, config: ServeConfig) -> Backends:
     """With a text encoder that takes words as tokens: there is no tokenizer."""
-    assert isinstance(engines.text_encoder, TorchTextEncoder)
-    return dataclasses.replace(engines, text_encoder=WordEncoder(engines.text_encoder, config.network))
+    assert isinstance(backends.text_encoder, TorchTextEncoder)
+    return dataclasses.replace(backends, text_encoder=WordEncoder(backends.text_encoder, config.network))

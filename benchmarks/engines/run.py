@@ -22,7 +22,7 @@ from benchmarks.engines.rows import Row, build
 from longlive_serve.backends.device import use_device
 from longlive_serve.backends.start_up import measure_start
 from longlive_serve.config.serve_config import TORCH, ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Run:
         check: bool = False,
     ) -> None:
         """`flex`: FlexAttention has its place in the table of attention kernels. `check`: each row's videos are
-        compared with the torch engine's."""
+        compared with the torch backend's."""
         self.preset, self.device, self.rows, self.plan, self.tell = preset, device, rows, plan, tell
         self.flex, self.check = flex, check
         self._expected: dict[str, Video] = {}
@@ -97,27 +97,27 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         self.tell(row.name, "networks")
         with measure_start() as start_s:
-            engines = build(row, config)
-            pipeline = Pipeline(engines, config.network, config.variant)
+            backends = build(row, config)
+            runner = ModelRunner(backends, config.network, config.variant)
             self.tell(row.name, "warm-up")
-            chunk_s = pipeline.warm_up(SLOTS)
+            chunk_s = runner.warm_up(SLOTS)
         if expected is not None:
             self.tell(row.name, "check")
-        checked = {} if expected is None else {"check": check(pipeline, expected)}
+        checked = {} if expected is None else {"check": check(runner, expected)}
         gc.collect()
         gc.freeze()  # as the server does
 
         def tick(what: str) -> None:
             self.tell(row.name, what)
 
-        figures = Alone(pipeline, self.plan, tick).measure()
-        live = measure_live(pipeline, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, tick)
+        figures = Alone(runner, self.plan, tick).measure()
+        live = measure_live(runner, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, tick)
         reached = achieved(figures, config.network, config.decoder, row.is_baseline)
         return {
             "name": row.name,
-            "engine": engines.name,
+            "backend": backends.name,
             "decoder": config.decoder,
-            "dtype": engines.dtype,
+            "dtype": backends.dtype,
             "fp8": config.fp8,
             "fp8_attention": config.fp8_attention,
             "fp8_decoder": config.fp8_decoder,
@@ -128,7 +128,7 @@ class Run:
             "ready_s": sum(start_s.values()),
             "start_s": start_s,
             "flops": reached,
-            "of_roofline": shares(reached, self.record["roofline"], engines.dtype),
+            "of_roofline": shares(reached, self.record["roofline"], backends.dtype),
             "of_fp8_roofline": shares(reached, self.record["roofline"], FP8) if config.fp8 else {},
             "peak_bytes": torch.cuda.max_memory_allocated() if self.on_cuda else None,
         }
@@ -136,10 +136,10 @@ class Run:
     def _video_of_torch(self, decoder: str) -> Video:
         if decoder not in self._expected:
             self.tell("torch", "the video that others are compared with")
-            config = self._config({"engine": TORCH, "decoder": decoder})
-            engines = build(Row(name="expected", settings={}), config)
-            self._expected[decoder] = make_video(Pipeline(engines, config.network, config.variant))
-            del engines
+            config = self._config({"backend": TORCH, "decoder": decoder})
+            backends = build(Row(name="expected", settings={}), config)
+            self._expected[decoder] = make_video(ModelRunner(backends, config.network, config.variant))
+            del backends
             self._free()
         return self._expected[decoder]
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamedChunk(FrameChunk):
-    """A chunk (with `early_frames`, a part of one) as the client got it. One without frames carries only a notice."""
+    """A chunk (with `stream_partial_chunks`, a part of one) as the client got it. One without frames carries only a
+    notice."""
 
     arrived: float  # time.monotonic() when it came off the wire
 

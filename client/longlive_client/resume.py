@@ -20,8 +20,8 @@ from longlive_client.connection import AHEAD, Connection, Settings
 from longlive_client.errors import InvalidRequestError, SessionCancelledError, VideoStreamError
 from longlive_client.grpc_transport import DEFAULT_URL, Tls
 from longlive_client.request_tracker import StreamedChunk
-from longlive_client.resume_state import Continuation, SentPrompt
-from longlive_client.retry_policy import RESUMABLE, TRIES, Attempts
+from longlive_client.resume_state import ResumeState, SentPrompt
+from longlive_client.retry_policy import MAX_ATTEMPTS, RESUMABLE, RetryPolicy
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import Request
 from longlive_serve.protocol.session_options import Options
@@ -45,10 +45,10 @@ class ResumableStream:
         pace: str | None = None,
         fps: int | None = None,
         frame_format: str | None = None,
-        early_frames: bool | None = None,
+        stream_partial_chunks: bool | None = None,
         snapshot_every: int | None = None,
         snapshot: bytes | None = None,
-        tries: int = TRIES,
+        max_attempts: int = MAX_ATTEMPTS,
         resume_for: float = 60.0,
         stall_timeout: float | None = 30.0,
         heartbeat_s: float = 300.0,
@@ -67,9 +67,10 @@ class ResumableStream:
             per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
         frame_format: how frames travel: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;
             needs PyAV on both sides). What comes out of here are pictures in any case.
-        early_frames: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the first frame
-            and the first one under a new prompt come earlier.
-        tries: so many servers are asked for a free slot before the session waits in the queue of the last one, each
+        stream_partial_chunks: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the
+            first frame and the first one under a new prompt come earlier.
+        max_attempts: so many servers are asked for a free slot before the session waits in the queue of the last one,
+        each
             under a new session id, because that is what a load balancer goes by; 1: wait at the first. A session
             that goes on elsewhere asks as many.
         resume_for: when the connection breaks, stalls, or its server shuts down or fails, try for this many seconds
@@ -87,7 +88,7 @@ class ResumableStream:
         """
         _check_count("chunks", chunks)
         _check_count("ahead", ahead)
-        _check_count("tries", tries)
+        _check_count("max_attempts", max_attempts)
         self.session_id = wire.new_session_id() if session_id is None else session_id
         """The one in force: every connection has another."""
         self.token = wire.new_session_id() if token is None else token
@@ -109,14 +110,14 @@ class ResumableStream:
             fps=fps,
             snapshot_every=1 if snapshot_every is None and resume_for else snapshot_every,
             format=frame_format,
-            early_frames=early_frames,
+            stream_partial_chunks=stream_partial_chunks,
             token=self.token,
         )
         start = Request(
             session_id=self.session_id, start=True, prompt=prompt, seed=seed, options=options, snapshot=snapshot
         )
-        self._video = Continuation(start, math.inf if chunks is None else chunks)
-        self._attempts = Attempts(self._video, tries=tries, resume_for=resume_for)
+        self._video = ResumeState(start, math.inf if chunks is None else chunks)
+        self._retry_policy = RetryPolicy(self._video, max_attempts=max_attempts, resume_for=resume_for)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # that watch a connection begin, or end a refused one
@@ -170,7 +171,7 @@ class ResumableStream:
 
     def _take(self, chunk: StreamedChunk) -> None:
         if self._video.take(chunk):
-            self.resumed += self._attempts.went_on()
+            self.resumed += self._retry_policy.went_on()
 
     async def _switch_prompt(self, text: str, at_latent_frame: int | None) -> int:
         prompt = SentPrompt(text=text, at_latent_frame=at_latent_frame)
@@ -209,12 +210,12 @@ class ResumableStream:
                 return
             for chunk in broken.received:
                 self._take(chunk)
-            if self._ended or not self._attempts.make_sense(error):
+            if self._ended or not self._retry_policy.make_sense(error):
                 raise error
-            if self._attempts.refused(error):  # no pause: it asks few servers, and probably each of them once
+            if self._retry_policy.refused(error):  # no pause: it asks few servers, and probably each of them once
                 self._run_beside(broken.close())  # Triton would keep a place for a session that is but cancelled
             else:
-                await self._pause(self._attempts.next_round(), error)
+                await self._pause(self._retry_policy.next_round(), error)
                 await broken.close(politely=False)
             if self._ended:
                 return
@@ -227,7 +228,7 @@ class ResumableStream:
                     await self._send(self._connection, prompt)
 
     def _next_connection(self) -> Connection:
-        return Connection(self._attempts.next_start(self.session_id), self._settings, self._video.owed)
+        return Connection(self._retry_policy.next_start(self.session_id), self._settings, self._video.owed)
 
     async def _begin(self, connection: Connection) -> None:
         await connection.open()
@@ -237,7 +238,7 @@ class ResumableStream:
         """If the server has no slot, ask the next one now: it may be long until somebody wants a chunk."""
         with contextlib.suppress(*RESUMABLE):
             error = await connection.refusal()
-            if error is not None and self._attempts.refused(error):
+            if error is not None and self._retry_policy.refused(error):
                 await self._resume(connection, error)
 
     def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:

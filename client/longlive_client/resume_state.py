@@ -24,7 +24,7 @@ class SentPrompt:
     """When the server's word came (monotonic): a snapshot that came later has the prompt in it."""
 
 
-class Continuation:
+class ResumeState:
     """What has come of a session, and what has not."""
 
     def __init__(self, start: Request, chunks: float) -> None:

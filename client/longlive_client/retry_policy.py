@@ -19,7 +19,7 @@ from longlive_client.errors import (
     UnknownSessionError,
     VideoStreamError,
 )
-from longlive_client.resume_state import Continuation
+from longlive_client.resume_state import ResumeState
 from longlive_serve.protocol.messages import Request
 
 RESUMABLE = (
@@ -31,16 +31,16 @@ RESUMABLE = (
     UnavailableError,
     UnknownSessionError,
 )
-TRIES = 16  # in a round, unless told otherwise; docs/capacity.md says why so many
+MAX_ATTEMPTS = 16  # in a round, unless told otherwise; docs/capacity.md says why so many
 BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 5.0  # before the second round, and at most; doubled each time
 
 
-class Attempts:
+class RetryPolicy:
     """The tries of one session to get a slot: a round of them when it begins, and whenever it breaks off."""
 
-    def __init__(self, video: Continuation, *, tries: int, resume_for: float) -> None:
+    def __init__(self, video: ResumeState, *, max_attempts: int, resume_for: float) -> None:
         self._video = video
-        self._tries, self._resume_for = tries, resume_for
+        self._max_attempts, self._resume_for = max_attempts, resume_for
         self._asked = 0  # servers, in this round
         self._rounds = 0  # since the session broke off
         self._broke: float | None = None  # when that was; None while it goes on
@@ -48,12 +48,12 @@ class Attempts:
     def next_start(self, session_id: str) -> Request:
         """The START of the next try. Only the last one of a round waits for a slot."""
         self._asked += 1
-        return self._video.start(session_id, max_wait_s=0 if self._asked < self._tries else None)
+        return self._video.start(session_id, max_wait_s=0 if self._asked < self._max_attempts else None)
 
     def refused(self, error: VideoStreamError) -> bool:
         """Whether a server took no session, being full or about to go, and others are still to be asked."""
         goes = isinstance(error, ServerShutdownError) and not self._video.begun
-        return (goes or isinstance(error, UnavailableError)) and self._asked < self._tries
+        return (goes or isinstance(error, UnavailableError)) and self._asked < self._max_attempts
 
     def make_sense(self, error: VideoStreamError) -> bool:
         """Whether to try again after a connection has ended with `error`, which is taken note of."""

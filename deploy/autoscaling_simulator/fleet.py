@@ -95,9 +95,9 @@ class Fleet:
         broken = [waiting.broken for waiting in pod.queue if waiting.broken is not None]
         self.tally.refused += len(pod.queue) - len(broken)
         self.waiting -= len(pod.queue)
-        lead = self._service.lead + (self._world.goodbye_chunks if cause == SCALE_DOWN else 0)
+        max_chunks_ahead = self._service.max_chunks_ahead + (self._world.goodbye_chunks if cause == SCALE_DOWN else 0)
         for end in pod.sessions.values():
-            slack = self._world.slack(lead, count, self._random)
+            slack = self._world.slack(max_chunks_ahead, count, self._random)
             one = Broken(cause=cause, since=now, noticed=noticed, remaining=max(0.0, end - now), slack=slack)
             broken.append(one)
         self.live -= count
@@ -157,15 +157,15 @@ class Fleet:
         proxy's limit of 125 % of the mean only makes that better, by what it knows: all, if every session comes through
         one proxy; the more proxies there are, the less each has seen, and the hash alone is what is left.
         """
-        open_, full, tries = self._open, self._full, self._service.tries
+        open_, full, max_attempts = self._open, self._full, self._service.max_attempts
         ready = len(open_) + len(full)
         if not ready:
-            return None, tries
-        for tried in range(1, tries + 1):
+            return None, max_attempts
+        for tried in range(1, max_attempts + 1):
             number = int(self._random.random() * ready)
             if number < len(open_):
                 return open_[number], tried
-        return full[number - len(open_)], tries
+        return full[number - len(open_)], max_attempts
 
     def _seat(self, pod: Pod, now: float, length: float) -> None:
         end = now + length

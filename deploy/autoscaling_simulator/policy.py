@@ -44,15 +44,15 @@ class Drain:
 class Service:
     """How pods and clients settle who gets a slot."""
 
-    lead: int
+    max_chunks_ahead: int
     max_wait_s: float
     max_waiting: int
-    tries: int
+    max_attempts: int
     """The client's; the others stand in every pod's serve.toml."""
 
     def __post_init__(self) -> None:
-        if self.tries < 1:
-            raise ValueError(f"tries: got {self.tries}, expected 1 or more")
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts: got {self.max_attempts}, expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ WINDOWS = (0, 60, 120, 300)
 GRACES = (0, 300, 600, 1200)
 GOODBYES = (0, 1, 2)
 DAY_PEAK = 1000
-TRIES = (1, 2, 4, 8, 16, 32)
+ATTEMPTS = (1, 2, 4, 8, 16, 32)
 CAPACITIES = (1, 2, 3)
-TABLES = ("headroom", "refused", "drain", "tries")
+TABLES = ("headroom", "refused", "drain", "max_attempts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ def cases(policy: Policy) -> Iterator[Case]:
             world: dict[str, Any] = {"goodbye_chunks": chunks}
             varied = world | {"grace_period_s": grace}
             yield Case(table="drain", trace="diurnal", peak=DAY_PEAK, policy=changed, varied=varied, world=world)
-    for tries in TRIES:
-        changed = dataclasses.replace(policy, service=dataclasses.replace(policy.service, tries=tries))
+    for max_attempts in ATTEMPTS:
+        changed = dataclasses.replace(policy, service=dataclasses.replace(policy.service, max_attempts=max_attempts))
         for trace, peak in (("diurnal", DAY_PEAK), ("burst", PEAKS[-1])):
             for room in CAPACITIES:
                 world = {"capacity": room}
-                varied = world | {"tries": tries, "trace": trace}
-                yield Case(table="tries", trace=trace, peak=peak, policy=changed, varied=varied, world=world)
+                varied = world | {"max_attempts": max_attempts, "trace": trace}
+                yield Case(table="max_attempts", trace=trace, peak=peak, policy=changed, varied=varied, world=world)
 
 
 def run(

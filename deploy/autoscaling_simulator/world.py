@@ -57,14 +57,14 @@ class World:
     @property
     def chunk_s(self) -> float:
         """Time of a chunk, at most: with it, a server still admits `capacity` sessions."""
-        return ServeConfig().headroom * CHUNK_PLAYS_S / self.capacity
+        return ServeConfig().max_utilization * CHUNK_PLAYS_S / self.capacity
 
-    def slack(self, lead: int, sessions: int, random: Random) -> float:
+    def slack(self, max_chunks_ahead: int, sessions: int, random: Random) -> float:
         """Seconds for which a viewer still has something to look at when a pod with so many sessions is gone."""
         # A chunk comes when it may be made and those of other sessions have been; where in that cycle it broke off is
         # chance.
         delay = self.chunk_s * random.uniform(1, sessions)
-        return lead * CHUNK_PLAYS_S - delay + CHUNK_PLAYS_S * random.random()
+        return max_chunks_ahead * CHUNK_PLAYS_S - delay + CHUNK_PLAYS_S * random.random()
 
     def first_chunk_s(self, others: int, random: Random) -> float:
         """What a session that goes on beside others waits for its first chunk, once it has a slot."""

@@ -41,7 +41,7 @@ class Row:
     keeps: int
     """Sessions with which no chunk comes late."""
     admits: int
-    """Sessions that a server admits, with the default headroom."""
+    """Sessions that a server admits, with the default `max_utilization`."""
     source: str
 
 
@@ -51,7 +51,7 @@ def projected(gpu: str, precision: str, decoder: str) -> Row:
         FULL, dtype="bfloat16", decoder=decoder, fused_dit=True, fused_decoder=True, fp8=precision == FP8
     )
     fit, keeps = memory.sessions_in(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
-    admits = max(int(ServeConfig().headroom * CHUNK_PLAYS_S / seconds), min(1, keeps))  # the first always
+    admits = max(int(ServeConfig().max_utilization * CHUNK_PLAYS_S / seconds), min(1, keeps))  # the first always
     return Row(
         gpu=gpu,
         precision=precision,
@@ -65,7 +65,7 @@ def projected(gpu: str, precision: str, decoder: str) -> Row:
 
 
 def measured(path: Path = MEASURED) -> Iterator[Row]:
-    """The fastest of our engines for every precision and decoder. None, where nothing of full size was measured."""
+    """The fastest of our backends for every precision and decoder. None, where nothing of full size was measured."""
     run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get(SECTION, {}) if path.exists() else {}
     if run.get("preset") != FULL.name:
         return

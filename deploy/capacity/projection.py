@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a chunk of LongLive 1.3B at 480x832 would take on a GPU, by operations, bytes and launches; nothing here is
-measured with our engines. Read by capacity.py.
+measured with our backends. Read by capacity.py.
 """
 
 from __future__ import annotations

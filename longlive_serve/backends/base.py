@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pipeline needs of an engine, whichever backend runs it.
+"""What the pipeline needs of an backend, whichever backend runs it.
 
-Implemented by the modules beside it; called by the pipeline, which never asks which implementation it has. An engine
+Implemented by the modules beside it; called by the pipeline, which never asks which implementation it has. An backend
 belongs to one thread. B is 1 everywhere: sessions take turns at chunk borders.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from longlive_serve.models.dit.causal_dit import CausalDiT
-from longlive_serve.models.dit.kv_cache import Placement
+from longlive_serve.models.dit.kv_cache import KVCachePlan
 
 PromptKV = tuple[Tensor, ...]
-"""Cross-attention keys and values of every layer, each [layers, 1, heads, rows, head_dim], and what else an engine's
+"""Cross-attention keys and values of every layer, each [layers, 1, heads, rows, head_dim], and what else an backend's
 own calls want of a prompt. A step never changes them."""
 
 
@@ -56,24 +56,24 @@ class DiT(Protocol):
         takes."""
         ...
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         """The flow of one chunk [1, frames, channels, h, w] at denoising step `step`.
 
-        Overwrites the chunk's own place in the slot's cache, which is not clean until `commit`.
+        Overwrites the chunk's own place in the slot's cache, which is not clean until `update_kv_cache`.
         """
         ...
 
-    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
         """Write the clean keys and values of `clean` [1, frames, channels, h, w] to the slot's cache.
 
-        With one chunk this is a chunk's commit, with the chunks of `Window.recache` it is a recache.
+        With one chunk this is a chunk's KV-cache update, with the chunks of `Window.recache` it is a recache.
         """
         ...
 
 
 @runtime_checkable
 class Preparable(Protocol):
-    """An engine that can do at the start what it would else do when a slot is used for the first time."""
+    """An backend that can do at the start what it would else do when a slot is used for the first time."""
 
     def prepare(self, slots: int | None = None) -> None:
         """For the first so many slots (default: all), what calls before the first `prepare` have done for theirs."""
@@ -85,7 +85,7 @@ class Exchangeable(DiT, Protocol):
     """A DiT whose weights can be others for sessions to come."""
 
     def with_network(self, network: CausalDiT) -> Exchangeable:
-        """The same engine, on the same cache, with other weights; this one goes on beside it."""
+        """The same backend, on the same cache, with other weights; this one goes on beside it."""
         ...
 
 
@@ -105,7 +105,7 @@ class VAEDecoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Engines:
+class Backends:
     """The three networks of one LongLive, ready to run, and what they were built as."""
 
     text_encoder: TextEncoder

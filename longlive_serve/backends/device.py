@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which device a thread uses; tensors to it, and frames back through pinned memory: it copies while the host goes on.
 
-Used by the pipeline, the engines and snapshots. On the CPU nothing is copied.
+Used by the pipeline, the backends and snapshots. On the CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class ToHost:
+class AsyncD2HCopy:
     """A tensor on its way to the host, where it comes as soon as the work queued for it so far is done."""
 
     def __init__(self, tensor: Tensor) -> None:

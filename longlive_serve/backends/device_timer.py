@@ -10,16 +10,16 @@ import time
 
 import torch
 
-Mark = float | torch.cuda.Event
+Event = float | torch.cuda.Event
 
 
-class Clock:
+class DeviceTimer:
     """Marks points in the work of one device, and tells later how far apart they were."""
 
     def __init__(self, device: str) -> None:
         self._on_cuda = device.startswith("cuda")
 
-    def mark(self) -> Mark:
+    def record(self) -> Event:
         """The point where all work that has been queued so far is done."""
         if not self._on_cuda:
             return time.monotonic()
@@ -27,12 +27,12 @@ class Clock:
         event.record()
         return event
 
-    def wait(self, mark: Mark) -> None:
+    def wait(self, record: Event) -> None:
         """Until that point."""
-        if isinstance(mark, torch.cuda.Event):
-            mark.synchronize()
+        if isinstance(record, torch.cuda.Event):
+            record.synchronize()
 
-    def seconds(self, begin: Mark, end: Mark) -> float:
+    def seconds(self, begin: Event, end: Event) -> float:
         """From one mark to a later one; waits for it."""
         if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()

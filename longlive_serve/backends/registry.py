@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines: networks ready to run. `build_engines` is the only place where a backend is chosen."""
+"""Backends: networks ready to run. `build_backends` is the only place where a backend is chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longlive_serve.config.presets import DIT, NETWORKS, TEXT_ENCODER, TINY, TIN
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH
 
 if TYPE_CHECKING:
-    from longlive_serve.backends.base import DiT, Engines, TextEncoder, VAEDecoder
+    from longlive_serve.backends.base import Backends, DiT, TextEncoder, VAEDecoder
     from longlive_serve.backends.exported.modules import Graph
     from longlive_serve.config.presets import NetworkConfig
     from longlive_serve.config.serve_config import ServeConfig
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 
 @phase(LOAD)
-def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -> Engines:
-    """The engines that `config` asks for; what `auto` came to, and why, is logged once.
+def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) -> Backends:
+    """The backends that `config` asks for; what `auto` came to, and why, is logged once.
 
     `load` gives the PyTorch networks, as `weights.load_network` does, which is the default.
     Raises ValueError for weights, graphs or plans that do not fit what is served, or the machine.
     """
     import torch
 
-    from longlive_serve.backends.base import Engines
+    from longlive_serve.backends.base import Backends
     from longlive_serve.backends.device import use_device
     from longlive_serve.weights.loader import adapters_of, fingerprint, load_network, load_tokenizer
 
@@ -46,8 +46,8 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
         device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
     folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
-    backends = {network: choose(network, config) for network in NETWORKS}
-    if FUSED in backends.values():
+    chosen = {network: choose(network, config) for network in NETWORKS}
+    if FUSED in chosen.values():
         _check_triton()
         note_compilations()
 
@@ -57,25 +57,25 @@ def build_engines(config: ServeConfig, load: Callable[..., Any] | None = None) -
         return load(*where) if load else load_network(*where, adapters=adapters, use_ema=config.use_ema)
 
     def graphs(name: str) -> dict[str, Graph]:
-        folder = Path(folders[backends[name]])
+        folder = Path(folders[chosen[name]])
         # None is fine: what has been exported needs no checkpoints.
         weights = fingerprint(name, config.weights, adapters, config.use_ema)
-        return open_graphs(name, backends[name], folder, sizes, config.variant, device, config.dtype, weights)
+        return open_graphs(name, chosen[name], folder, sizes, config.variant, device, config.dtype, weights)
 
     adapters = adapters_of(config)
     tokenizer = load_tokenizer(sizes, config.weights)
-    text_encoder = _text_encoder(backends[TEXT_ENCODER], tokenizer, network, graphs)
-    dit = _dit(backends[DIT], config, network, graphs)
-    engines = Engines(
+    text_encoder = _text_encoder(chosen[TEXT_ENCODER], tokenizer, network, graphs)
+    dit = _dit(chosen[DIT], config, network, graphs)
+    backends = Backends(
         text_encoder=text_encoder,
         dit=dit,
-        vae_decoder=_vae_decoder(backends[VAE_DECODER], config, network, graphs),
-        name="+".join(sorted(set(backends.values()))),
+        vae_decoder=_vae_decoder(chosen[VAE_DECODER], config, network, graphs),
+        name="+".join(sorted(set(chosen.values()))),
         device=device,
         dtype=str(dit.dtype).removeprefix("torch."),
     )
-    log.info("on %s, %s, preset %s, weights %s", device, engines.dtype, sizes.name, config.weights)
-    return engines
+    log.info("on %s, %s, preset %s, weights %s", device, backends.dtype, sizes.name, config.weights)
+    return backends
 
 
 def _text_encoder(backend: str, tokenizer: Tokenizer, network: Networks, graphs: Graphs) -> TextEncoder:
@@ -118,14 +118,14 @@ def _vae_decoder(backend: str, config: ServeConfig, network: Networks, graphs: G
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            f"engine: got {FUSED} without the compiler Triton, which PyTorch for CUDA brings: "
-            f'pip install triton, or engine = "{TORCH}"'
+            f"backend: got {FUSED} without the compiler Triton, which PyTorch for CUDA brings: "
+            f'pip install triton, or backend = "{TORCH}"'
         )
 
 
 def choose(network: str, config: ServeConfig) -> str:
     """The backend of a network: the one asked for, or with `auto` what there is of it: a plan, a graph, else torch."""
-    asked: str = getattr(config, f"{network}_engine") or config.engine
+    asked: str = getattr(config, f"{network}_backend") or config.backend
     why = "as asked for"
     if asked == AUTO:
         asked, why = TORCH, "as neither `plans` nor `graphs` has it"
@@ -136,7 +136,7 @@ def choose(network: str, config: ServeConfig) -> str:
         asked, why = TORCH, "as there is no fused one"
     if network == VAE_DECODER and config.decoder == TINY and asked != FUSED:
         asked, why = TORCH, "as neither graphs nor plans have the tiny decoder"
-    log.info("%s: engine %s, %s", network, asked, why)
+    log.info("%s: backend %s, %s", network, asked, why)
     return asked
 
 

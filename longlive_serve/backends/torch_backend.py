@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three networks run by PyTorch, on the CPU or on CUDA.
 
-Built by `build_engines`. The reference engine: the others are tested against it.
+Built by `build_backends`. The reference backend: the others are tested against it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from longlive_serve.backends.base import EncodedPrompt, PromptKV
 from longlive_serve.backends.device import to_device
 from longlive_serve.config.presets import NetworkConfig
 from longlive_serve.models.dit.causal_dit import PATCH, CacheView, CausalDiT
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
-from longlive_serve.models.dit.kv_cache import KVCache, Placement
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
+from longlive_serve.models.dit.kv_cache import KVCache, KVCachePlan
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.text_encoder import TextEncoder, Tokenizer
 from longlive_serve.models.vae.decoder import VAEDecoder, to_uint8
@@ -59,20 +59,20 @@ class TorchDiT:
             config.window.chunk,
             weight.device,
         )
-        self.timesteps = NoiseSchedule(weight.device).timesteps
+        self.timesteps = FlowMatchScheduler(weight.device).timesteps
         self.clean_timestep = torch.zeros((), device=weight.device)
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         return self.network.embed_prompt(embeds.to(self.dtype))
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         timesteps = self.timesteps[step].expand(noisy.shape[:2])
         flow: Tensor = self.network(noisy, timesteps, prompt_kv, self._view(slot, placement))
         return flow
 
-    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
         timesteps = self.clean_timestep.expand(clean.shape[:2])
-        self.network(clean, timesteps, prompt_kv, self._view(slot, placement), commit=True)
+        self.network(clean, timesteps, prompt_kv, self._view(slot, placement), update_kv_cache=True)
 
     def with_network(self, network: CausalDiT) -> TorchDiT:
         """As `Exchangeable.with_network`."""
@@ -80,7 +80,7 @@ class TorchDiT:
         other.network = network
         return other
 
-    def _view(self, slot: int, placement: Placement) -> CacheView:
+    def _view(self, slot: int, placement: KVCachePlan) -> CacheView:
         return CacheView(*self.cache.slot(slot), self.tables, placement, self.relative)
 
 

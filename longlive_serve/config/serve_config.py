@@ -14,7 +14,7 @@ from longlive_serve.config.toml_files import as_toml, check_path, read_toml, typ
 
 RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
 AUTO = "auto"
-TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what an engine runs on
+TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what an backend runs on
 LORA_EXAMPLE = '[[lora]] path = "style.safetensors", scale = 0.8, alpha = 16, a line each'
 PATHS = ("weights", "graphs", "plans", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
 
@@ -49,7 +49,7 @@ class Adapter:
 class ServeConfig:
     """The settings in serve.toml. Every key may be left out."""
 
-    ENGINES: ClassVar[tuple[str, ...]] = (AUTO, TORCH, FUSED, ONNXRUNTIME, TENSORRT)
+    BACKENDS: ClassVar[tuple[str, ...]] = (AUTO, TORCH, FUSED, ONNXRUNTIME, TENSORRT)
     VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
     DTYPES: ClassVar[tuple[str, ...]] = (AUTO, "float32", "float16", "bfloat16")
 
@@ -64,20 +64,20 @@ class ServeConfig:
     """The averaged weights in longlive_base.pt (`generator_ema`) instead of the last ones."""
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
-    engine: str = AUTO
+    backend: str = AUTO
     """`auto`: for every network a plan if `plans` has one, else a graph if `graphs` has one, else torch. `fused`:
     torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
-    text_encoder_engine: str = ""
-    """Like `engine`, for this network alone; empty: as `engine` says."""
-    dit_engine: str = ""
-    vae_decoder_engine: str = ""
+    text_encoder_backend: str = ""
+    """Like `backend`, for this network alone; empty: as `backend` says."""
+    dit_backend: str = ""
+    vae_decoder_backend: str = ""
     decoder: str = WAN
     """What turns latents into pictures. `wan`: the Wan VAE, as the reference. `tiny`: TAEHV, many times faster, less
     detail; neither graphs nor plans have it."""
     graphs: str = ""
-    """A folder that `python -m export.to_onnx` made, for the engine onnxruntime. In a file: relative to that file."""
+    """A folder that `python -m export.to_onnx` made, for the backend onnxruntime. In a file: relative to that file."""
     plans: str = ""
-    """A folder that `python -m export.to_tensorrt` made, for the engine tensorrt. In a file: relative to that file."""
+    """A folder that `python -m export.to_tensorrt` made, for the backend tensorrt. In a file: relative to that file."""
     fp8: bool = False
     """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
     fp8_attention: bool = False
@@ -90,10 +90,10 @@ class ServeConfig:
     """`auto`: that of the graphs; with torch bfloat16 on cuda, as the reference ships it, and float32 on the CPU."""
     slots: int = 8
     """Sessions that hold a share of the KV cache; more wait for a slot, in order."""
-    lead: int = 1
+    max_chunks_ahead: int = 1
     """Chunks that are generated at most before their playback is due. More of them ride out longer disturbances; a
     viewer sees a new prompt that much later."""
-    headroom: float = 0.75
+    max_utilization: float = 0.75
     """Share of all time that admitted playback clocks may count on: a new one is admitted only within it."""
     max_waiting: int = 16
     """Sessions that may wait for a slot; more are refused."""
@@ -101,7 +101,7 @@ class ServeConfig:
     """A session that has waited for a slot for this long is refused."""
     idle_timeout_s: float = 60.0
     """A session that has no chunks to make and sends no request for this long loses its slot."""
-    max_unread: int = 64
+    max_unacked: int = 64
     """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there. The
     client library asks for 8 chunks at a time, so its sessions pause earlier."""
     max_requests_per_s: int = 50
@@ -126,23 +126,23 @@ class ServeConfig:
         _check_choice("log_format", self.log_format, ("text", "json"))
         _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("variant", self.variant, self.VARIANTS)
-        _check_choice("engine", self.engine, self.ENGINES)
+        _check_choice("backend", self.backend, self.BACKENDS)
         _check_choice("decoder", self.decoder, DECODERS)
-        decoded_by = self.vae_decoder_engine or self.engine
+        decoded_by = self.vae_decoder_backend or self.backend
         if self.decoder == TINY and decoded_by in (ONNXRUNTIME, TENSORRT):
             raise ValueError(
-                f"decoder: got {TINY!r} with the engine {decoded_by}, which has the Wan VAE alone; "
-                f'expected vae_decoder_engine = "{TORCH}" or decoder = "{WAN}"'
+                f"decoder: got {TINY!r} with the backend {decoded_by}, which has the Wan VAE alone; "
+                f'expected vae_decoder_backend = "{TORCH}" or decoder = "{WAN}"'
             )
         for network in NETWORKS:
-            _check_choice(f"{network}_engine", getattr(self, f"{network}_engine"), ("", *self.ENGINES))
-        asked = {self.engine, *(getattr(self, f"{network}_engine") for network in NETWORKS)}
-        for engine, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
-            if engine in asked and not getattr(self, key):
-                raise ValueError(f"{key}: got nothing, expected the folder of what the engine {engine} is to run")
+            _check_choice(f"{network}_backend", getattr(self, f"{network}_backend"), ("", *self.BACKENDS))
+        asked = {self.backend, *(getattr(self, f"{network}_backend") for network in NETWORKS)}
+        for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
+            if backend in asked and not getattr(self, key):
+                raise ValueError(f"{key}: got nothing, expected the folder of what the backend {backend} is to run")
         self._check_fp8(FUSED in asked, decoded_by)
         _check_choice("dtype", self.dtype, self.DTYPES)
-        least_of = {"slots": 1, "lead": 1, "max_waiting": 0, "max_unread": 1}
+        least_of = {"slots": 1, "max_chunks_ahead": 1, "max_waiting": 0, "max_unacked": 1}
         for key, least in (least_of | {"max_requests_per_s": 1, "max_sessions_per_client": 0}).items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected {least} or more")
@@ -151,17 +151,18 @@ class ServeConfig:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected a number of seconds more than 0")
         if self.adapters_dir and len(self.admin_token) < 16:
             raise ValueError("admin_token: got less than 16 characters, expected 16 or more with an adapters_dir")
-        if not 0 < self.headroom <= 1:
-            raise ValueError(f"headroom: got {self.headroom}, expected more than 0 and at most 1")
+        if not 0 < self.max_utilization <= 1:
+            raise ValueError(f"max_utilization: got {self.max_utilization}, expected more than 0 and at most 1")
 
     def _check_fp8(self, has_fused: bool, decoded_by: str) -> None:
         if self.fp8 and not has_fused:
-            raise ValueError(f"fp8: got true with engine {self.dit_engine or self.engine}, expected {FUSED}")
+            raise ValueError(f"fp8: got true with backend {self.dit_backend or self.backend}, expected {FUSED}")
         if self.fp8_attention and not self.fp8:
             raise ValueError("fp8_attention: got true without fp8, expected fp8 = true beside it")
         if self.fp8_decoder and (decoded_by, self.decoder) != (FUSED, WAN):
             raise ValueError(
-                f"fp8_decoder: got true with engine {decoded_by} and decoder {self.decoder}, expected {FUSED} and {WAN}"
+                f"fp8_decoder: got true with backend {decoded_by} and decoder {self.decoder}, "
+                f"expected {FUSED} and {WAN}"
             )
 
     @property

@@ -55,18 +55,18 @@ def examine(path: Path, host: str, wanted: Mapping[str, int], files: TlsFiles) -
     sections = [
         Section("Software", software.software()),
         Section("Triton Inference Server", software.triton_server()),
-        Section("GPU", gpu.gpu_findings(gpus, used, asked)),
-        Section("Engines", backends.engine_findings(here, device)),
-        Section("Machine", [*machine.findings(config), *ports(host, wanted), *tls(files)]),
+        Section("GPU", gpu.gpu_results(gpus, used, asked)),
+        Section("Backends", backends.backend_results(here, device)),
+        Section("Machine", [*machine.results(config), *ports(host, wanted), *tls(files)]),
     ]
     title, choice, needs = f"Settings: {path}", {}, None
     if config is None:
         sections.append(Section(title, [read]))
     else:
         choice = backends.chosen(config)
-        findings = [read, *backends.chosen_findings(config, choice, here, device, used)]
-        sections.append(Section(title, findings + settings.files(config, choice, used)))
-        found = memory.memory_findings(config, choice, planned, used, machine.usable_memory())
+        results = [read, *backends.chosen_results(config, choice, here, device, used)]
+        sections.append(Section(title, results + settings.files(config, choice, used)))
+        found = memory.memory_results(config, choice, planned, used, machine.usable_memory())
         sections.append(Section("Memory", found))
         needs = dataclasses.asdict(memory.needed(config, choice, planned))
     can_serve, summary = _summary(sections, config, choice, device)
@@ -83,7 +83,7 @@ def with_start(report: Report, path: Path) -> Report:
         failure = start.failure(error)
         section, summary = Section("Start", [failure]), f"cannot serve here: {failure.subject}: {failure.found}"
         return dataclasses.replace(report, sections=[*report.sections, section], can_serve=False, summary=summary)
-    section = Section("Start", start.findings(seconds))
+    section = Section("Start", start.results(seconds))
     return dataclasses.replace(report, sections=[*report.sections, section], start=seconds)
 
 
@@ -91,13 +91,13 @@ def _summary(
     sections: Sequence[Section], config: ServeConfig | None, choice: Mapping[str, str], device: str
 ) -> tuple[bool, str]:
     """Whether it can serve, and with what, or why not."""
-    findings = [finding for section in sections for finding in section.findings]
-    problems = [finding for finding in findings if finding.level == PROBLEM]
+    results = [result for section in sections for result in section.results]
+    problems = [result for result in results if result.level == PROBLEM]
     if problems or config is None:
         return False, "cannot serve here: " + "; ".join(
             f"{one.subject}: {textwrap.shorten(one.found, 60, placeholder='...')}" for one in problems
         )
-    others = [(sum(one.level == level for one in findings), level) for level in (WARNING, NOTE)]
+    others = [(sum(one.level == level for one in results), level) for level in (WARNING, NOTE)]
     counts = ", ".join(f"{count} {level}{'s' * (count > 1)}" for count, level in others if count)
     what = f"preset {config.preset} with {' and '.join(dict.fromkeys(choice.values()))}"
     return True, f"can serve here: {what} on the {'CPU' if device == 'cpu' else 'GPU'}" + (counts and f" ({counts})")

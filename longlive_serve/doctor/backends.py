@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines this machine can run, and which the settings come to. Nothing is loaded.
+"""Which backends this machine can run, and which the settings come to. Nothing is loaded.
 
 Called by the command line.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from longlive_serve.backends.registry import choose
 from longlive_serve.config.presets import NETWORKS
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH, ServeConfig
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult
 from longlive_serve.doctor.gpu import Gpu
 from longlive_serve.doctor.memory_model import dit_parameters
 from longlive_serve.doctor.software import pip_install, torch_cuda, version_of
@@ -25,19 +25,19 @@ LARGE = 100_000_000  # parameters of a DiT that no CPU runs in real time
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why an engine cannot run here, and what to do."""
+    """Why an backend cannot run here, and what to do."""
 
     why: str
     action: str
 
 
-ELSEWHERE = "another engine here, or this one on a machine with a GPU"
-TORCHLESS = Reason("PyTorch is not installed, and every engine needs it", pip_install("torch"))
+ELSEWHERE = "another backend here, or this one on a machine with a GPU"
+TORCHLESS = Reason("PyTorch is not installed, and every backend needs it", pip_install("torch"))
 CUDALESS = Reason("PyTorch is built without CUDA", "install it for CUDA: https://pytorch.org/get-started/locally")
 
 
 def here(device: str, gpu: Gpu | None) -> dict[str, Reason | str]:
-    """Every engine with the version of what runs it, or with the reason why it cannot. `device`: cpu or cuda."""
+    """Every backend with the version of what runs it, or with the reason why it cannot. `device`: cpu or cuda."""
     if not has_torch():
         return dict.fromkeys((TORCH, FUSED, ONNXRUNTIME, TENSORRT), TORCHLESS)
     return {
@@ -89,20 +89,20 @@ def _tensorrt(gpu: Gpu | None) -> Reason | str:
     return found[0] if torch_cuda() else CUDALESS
 
 
-def engine_findings(engines: Mapping[str, Reason | str], device: str) -> list[Finding]:
+def backend_results(backends: Mapping[str, Reason | str], device: str) -> list[CheckResult]:
     if not has_torch():
-        return [Finding(NOTE, "engines", f"none can run: {TORCHLESS.why}", TORCHLESS.action)]
+        return [CheckResult(NOTE, "backends", f"none can run: {TORCHLESS.why}", TORCHLESS.action)]
     where = "the CPU" if device == "cpu" else "the GPU"
     return [
-        Finding(NOTE, engine, f"cannot run: {found.why}", found.action)
+        CheckResult(NOTE, backend, f"cannot run: {found.why}", found.action)
         if isinstance(found, Reason)
-        else Finding(OK, engine, f"can run on {where}: {found}")
-        for engine, found in engines.items()
+        else CheckResult(OK, backend, f"can run on {where}: {found}")
+        for backend, found in backends.items()
     ]
 
 
 def chosen(config: ServeConfig) -> dict[str, str]:
-    """The engine of every network; empty where that cannot be told, without PyTorch or for a folder that is none of
+    """The backend of every network; empty where that cannot be told, without PyTorch or for a folder that is none of
     graphs or plans."""
     try:
         return {network: choose(network, config) for network in NETWORKS}
@@ -110,43 +110,43 @@ def chosen(config: ServeConfig) -> dict[str, str]:
         return {}
 
 
-def chosen_findings(
-    config: ServeConfig, choice: Mapping[str, str], engines: Mapping[str, Reason | str], device: str, gpu: Gpu | None
-) -> list[Finding]:
+def chosen_results(
+    config: ServeConfig, choice: Mapping[str, str], backends: Mapping[str, Reason | str], device: str, gpu: Gpu | None
+) -> list[CheckResult]:
     """What the settings come to for every network, and whether that can run."""
     if not choice and has_torch():
         return []  # what is wrong with the folder is told where files are looked for
     if not choice:
         text = "`auto` cannot be told without PyTorch where graphs or plans are named"
-        return [Finding(WARNING, "engines", text, pip_install("torch"))]
-    names = [f"{network} {engine}" for network, engine in choice.items()]
+        return [CheckResult(WARNING, "backends", text, pip_install("torch"))]
+    names = [f"{network} {backend}" for network, backend in choice.items()]
     where = "the CPU" if device == "cpu" else "the GPU"
-    asked = {getattr(config, f"{network}_engine") or config.engine for network in NETWORKS}
-    findings = [Finding(OK, "engines", f"{', '.join(names)}{' (auto)' if asked == {AUTO} else ''}, on {where}")]
-    for engine in dict.fromkeys(choice.values()):
-        reason = engines[engine]
+    asked = {getattr(config, f"{network}_backend") or config.backend for network in NETWORKS}
+    results = [CheckResult(OK, "backends", f"{', '.join(names)}{' (auto)' if asked == {AUTO} else ''}, on {where}")]
+    for backend in dict.fromkeys(choice.values()):
+        reason = backends[backend]
         if isinstance(reason, Reason) and reason is not TORCHLESS:  # which is said under Software
             text = f"is asked for, but cannot run: {reason.why}"
-            findings.append(Finding(PROBLEM, f"engine {engine}", text, reason.action))
+            results.append(CheckResult(PROBLEM, f"backend {backend}", text, reason.action))
     if config.fp8 and gpu is not None and not gpu.has_fp8:
-        findings.append(Finding(PROBLEM, "fp8", f"is asked for, but {gpu.name} has none", "fp8 = false"))
+        results.append(CheckResult(PROBLEM, "fp8", f"is asked for, but {gpu.name} has none", "fp8 = false"))
     if (config.fp8_decoder or config.fp8_attention) and importlib.util.find_spec("cudnn") is None:
         needed = config.fp8_decoder
         text = "missing, and fp8_decoder takes it" if needed else "missing: attention in FP8 is by our own kernel"
-        findings.append(Finding(PROBLEM if needed else NOTE, "cuDNN frontend", text, pip_install("cudnn")))
+        results.append(CheckResult(PROBLEM if needed else NOTE, "cuDNN frontend", text, pip_install("cudnn")))
     if config.fp8 and config.dtype not in (AUTO, "bfloat16"):
         text = f"is asked for, with dtype {config.dtype}, but it takes bfloat16"
-        findings.append(Finding(PROBLEM, "fp8", text, 'dtype = "auto"'))
-    return [*findings, *_speed(config, choice, engines, device)]
+        results.append(CheckResult(PROBLEM, "fp8", text, 'dtype = "auto"'))
+    return [*results, *_speed(config, choice, backends, device)]
 
 
 def _speed(
-    config: ServeConfig, choice: Mapping[str, str], engines: Mapping[str, Reason | str], device: str
-) -> list[Finding]:
+    config: ServeConfig, choice: Mapping[str, str], backends: Mapping[str, Reason | str], device: str
+) -> list[CheckResult]:
     if device == "cpu" and dit_parameters(config.network.dit) > LARGE:
         text = f"preset {config.preset} on the CPU takes minutes for every chunk, which plays 0.75 s"
-        return [Finding(WARNING, "speed", text, 'serve it on a GPU; preset = "demo" is in real time on a CPU')]
-    if not isinstance(engines[FUSED], Reason) and not {FUSED, TENSORRT} & set(choice.values()):
-        text = f"the engine {FUSED} can run here and is not asked for"
-        return [Finding(NOTE, "speed", text, f'engine = "{FUSED}" in the settings')]
+        return [CheckResult(WARNING, "speed", text, 'serve it on a GPU; preset = "demo" is in real time on a CPU')]
+    if not isinstance(backends[FUSED], Reason) and not {FUSED, TENSORRT} & set(choice.values()):
+        text = f"the backend {FUSED} can run here and is not asked for"
+        return [CheckResult(NOTE, "speed", text, f'backend = "{FUSED}" in the settings')]
     return []

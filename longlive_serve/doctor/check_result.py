@@ -16,7 +16,7 @@ _COLOURS = {OK: "32", NOTE: "36", WARNING: "33", PROBLEM: "1;31"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at."""
 
     level: str
@@ -31,21 +31,21 @@ class Section:
     """Findings that belong together."""
 
     title: str
-    findings: Sequence[Finding]
+    results: Sequence[CheckResult]
 
 
 def lines_of(sections: Sequence[Section], width: int, colours: bool) -> Iterator[str]:
     """The sections as aligned text of at most `width` columns."""
-    margin = max(len(finding.subject) for section in sections for finding in section.findings) + 13
+    margin = max(len(result.subject) for section in sections for result in section.results) + 13
     for section in sections:
         yield f"\033[1m{section.title}\033[0m" if colours else section.title
-        for finding in section.findings:
-            begin = f"  {finding.level:<9}{finding.subject}".ljust(margin)
-            first, *others = wrap(begin + finding.found, width, margin)
-            yield first.replace(finding.level, paint(finding.level), 1) if colours else first
+        for result in section.results:
+            begin = f"  {result.level:<9}{result.subject}".ljust(margin)
+            first, *others = wrap(begin + result.found, width, margin)
+            yield first.replace(result.level, paint(result.level), 1) if colours else first
             yield from others
-            if finding.action:
-                yield from wrap(f"{' ' * margin}-> {finding.action}", width, margin + 3)
+            if result.action:
+                yield from wrap(f"{' ' * margin}-> {result.action}", width, margin + 3)
         yield ""
 
 

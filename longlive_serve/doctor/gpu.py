@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which NVIDIA GPU there is, asked of whoever can tell: nvidia-smi, NVML's Python package, PyTorch.
 
-Called by the command line; the checks of engines and memory are told which GPU would be used.
+Called by the command line; the checks of backends and memory are told which GPU would be used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, size
 from longlive_serve.doctor.software import torch_cuda
 
 FIELDS = "name,memory.total,memory.free,driver_version,compute_cap,uuid"
@@ -113,48 +113,52 @@ def _with_uuid(gpus: list[Gpu], uuid: str) -> Gpu | None:
     return next((gpu for gpu in gpus if uuid and gpu.uuid.startswith(uuid)), None)
 
 
-def gpu_findings(gpus: list[Gpu], used: Gpu | None, device: str) -> list[Finding]:
+def gpu_results(gpus: list[Gpu], used: Gpu | None, device: str) -> list[CheckResult]:
     """`device`: as the settings have it."""
     if not gpus:
         return [_no_gpu(device)]
     if used is None and device == "cpu":
-        return [Finding(NOTE, "GPU", f"{gpus[0].name}, not used", 'the settings have device = "cpu"; "auto" uses it')]
+        return [
+            CheckResult(NOTE, "GPU", f"{gpus[0].name}, not used", 'the settings have device = "cpu"; "auto" uses it')
+        ]
     if used is None:
         variable = os.environ.get("CUDA_VISIBLE_DEVICES")
         text = f"device {device} is none of those here (CUDA_VISIBLE_DEVICES={variable})"
-        return [Finding(PROBLEM if device != "auto" else WARNING, "GPU", text, "unset it, or name another device")]
+        return [CheckResult(PROBLEM if device != "auto" else WARNING, "GPU", text, "unset it, or name another device")]
     capability = "{}.{}".format(*used.capability)
     text = f"{used.name}, {size(used.memory)}, compute capability {capability}, driver {used.driver}"
-    findings = [Finding(OK, "GPU", text)]
+    results = [CheckResult(OK, "GPU", text)]
     if len(gpus) > 1:
         number = gpus.index(used)
         action = 'one server uses one; CUDA_VISIBLE_DEVICES or device = "cuda:1" chooses another'
         if len({gpu.name for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != BY_BUS:
             action += f"; with CUDA_DEVICE_ORDER={BY_BUS} they are numbered as here"
-        findings.append(
-            Finding(NOTE, "GPUs", f"{len(gpus)} here; number {number} would be used (the first is 0)", action)
+        results.append(
+            CheckResult(NOTE, "GPUs", f"{len(gpus)} here; number {number} would be used (the first is 0)", action)
         )
     if used.memory - used.free > IN_USE:
         text = f"{size(used.memory - used.free)} of it are taken: {size(used.free)} are free"
-        findings.append(Finding(WARNING, "GPU memory", text, "nvidia-smi shows by whom; end it, or serve elsewhere"))
+        results.append(CheckResult(WARNING, "GPU memory", text, "nvidia-smi shows by whom; end it, or serve elsewhere"))
     if used.has_fp8:
-        text = "possible: engine fused with fp8 = true, and fp8_attention = true, or FP8 plans"
-        findings.append(Finding(OK, "FP8", text))
+        text = "possible: backend fused with fp8 = true, and fp8_attention = true, or FP8 plans"
+        results.append(CheckResult(OK, "FP8", text))
     else:
         action = "serve in bfloat16; FP8 is for Ada, Hopper and later"
-        findings.append(
-            Finding(NOTE, "FP8", f"not possible: it takes compute capability 8.9, not {capability}", action)
+        results.append(
+            CheckResult(NOTE, "FP8", f"not possible: it takes compute capability 8.9, not {capability}", action)
         )
-    return findings + _fit_of_torch(used, device)
+    return results + _fit_of_torch(used, device)
 
 
-def _no_gpu(device: str) -> Finding:
+def _no_gpu(device: str) -> CheckResult:
     level = PROBLEM if device.startswith("cuda") else NOTE
     if _on_the_bus():
         text = "an NVIDIA device is on the bus, but no driver answers"
-        return Finding(WARNING if level == NOTE else level, "GPU", text, "install its driver; in Docker: --gpus all")
+        return CheckResult(
+            WARNING if level == NOTE else level, "GPU", text, "install its driver; in Docker: --gpus all"
+        )
     action = "the CPU serves the demo network in real time; the full size takes an NVIDIA GPU"
-    return Finding(level, "GPU", "none (asked nvidia-smi, NVML and PyTorch)", action)
+    return CheckResult(level, "GPU", "none (asked nvidia-smi, NVML and PyTorch)", action)
 
 
 def _on_the_bus() -> bool:
@@ -169,16 +173,16 @@ def _on_the_bus() -> bool:
     return False
 
 
-def _fit_of_torch(gpu: Gpu, device: str) -> list[Finding]:
+def _fit_of_torch(gpu: Gpu, device: str) -> list[CheckResult]:
     """Whether the installed PyTorch can use the GPU."""
     built_for = torch_cuda()
     if not built_for:
         level = PROBLEM if device.startswith("cuda") else WARNING
         text = "PyTorch is not installed, or built without CUDA: the GPU would not be used"
-        return [Finding(level, "CUDA", text, "install PyTorch for CUDA: https://pytorch.org/get-started/locally")]
+        return [CheckResult(level, "CUDA", text, "install PyTorch for CUDA: https://pytorch.org/get-started/locally")]
     least, driver = DRIVER_FOR.get(int(built_for.split(".")[0]), 0), gpu.driver.split(".")[0]
     if driver.isdecimal() and int(driver) < least:
         text = f"PyTorch is built for CUDA {built_for}, which takes driver {least} or later, not {gpu.driver}"
         action = "a newer driver, or PyTorch for an older CUDA: https://pytorch.org/get-started/locally"
-        return [Finding(PROBLEM, "CUDA", text, action)]
-    return [Finding(OK, "CUDA", f"PyTorch is built for CUDA {built_for}")]
+        return [CheckResult(PROBLEM, "CUDA", text, action)]
+    return [CheckResult(OK, "CUDA", f"PyTorch is built for CUDA {built_for}")]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from longlive_serve.config.presets import NetworkConfig
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.doctor.check_result import OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.check_result import OK, PROBLEM, WARNING, CheckResult, size
 from longlive_serve.doctor.memory_model import session_memory
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -26,7 +26,7 @@ TRITON_REGION = 2**20  # of a model's shared memory: its size at first, and what
 TRITON_FILES = 128  # that Triton opens without any client, rounded up; every connection is one more
 
 
-def findings(config: ServeConfig | None) -> list[Finding]:
+def results(config: ServeConfig | None) -> list[CheckResult]:
     """`config`: None where the settings cannot be read."""
     return [cores(), main_memory(), shared_memory(config), *leftovers(), open_files(config)]
 
@@ -36,7 +36,7 @@ def usable_memory() -> float:
     return min(memory_total(), cgroup_memory())
 
 
-def cores() -> Finding:
+def cores() -> CheckResult:
     """The cores that this process may use, by affinity and by quota."""
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
     usable = min(float(allowed), quota)
@@ -45,15 +45,15 @@ def cores() -> Finding:
         by = "the cgroup's quota" if quota < allowed else "the affinity of this process"
         text += f" of {os.cpu_count()}, by {by}"
     if usable < 2:
-        return Finding(WARNING, "CPU cores", text, "give it two or more: one generates, one encodes and sends")
-    return Finding(OK, "CPU cores", text)
+        return CheckResult(WARNING, "CPU cores", text, "give it two or more: one generates, one encodes and sends")
+    return CheckResult(OK, "CPU cores", text)
 
 
-def main_memory() -> Finding:
+def main_memory() -> CheckResult:
     total, limit = memory_total(), cgroup_memory()
     if limit < total:
-        return Finding(OK, "main memory", f"{size(limit)} by the cgroup's limit, of {size(total)}")
-    return Finding(OK, "main memory", size(total))
+        return CheckResult(OK, "main memory", f"{size(limit)} by the cgroup's limit, of {size(total)}")
+    return CheckResult(OK, "main memory", size(total))
 
 
 def memory_total() -> int:
@@ -98,21 +98,21 @@ def _first_number(file: Path, place: int = 0) -> float:
     return float(words[place]) if place < len(words) and words[place].lstrip("-").isdecimal() else math.inf
 
 
-def shared_memory(config: ServeConfig | None) -> Finding:
+def shared_memory(config: ServeConfig | None) -> CheckResult:
     """Triton and the model's process share one region, which grows to the largest message and never shrinks."""
     if not SHARED_MEMORY.is_dir():
-        return Finding(PROBLEM, "/dev/shm", "is not there", "mount a tmpfs of 64 MB or more on it")
+        return CheckResult(PROBLEM, "/dev/shm", "is not there", "mount a tmpfs of 64 MB or more on it")
     usage = shutil.disk_usage(SHARED_MEMORY)
     need = region_bytes(config.network) if config else TRITON_REGION
     text = f"{size(usage.free)} free of {size(usage.total)}; Triton's region takes {size(need)} or less"
     if usage.free < need:
         action = "make it larger: --shm-size=256m in Docker, an emptyDir with medium: Memory in Kubernetes"
-        return Finding(PROBLEM, "/dev/shm", text, action)
+        return CheckResult(PROBLEM, "/dev/shm", text, action)
     kinds = {line.split()[1]: line.split()[2] for line in MOUNTS.read_text(encoding="utf-8").splitlines()}
     if kinds.get("/dev/shm", "tmpfs") != "tmpfs":
         text += f"; it is {kinds['/dev/shm']}, no RAM disk"
-        return Finding(WARNING, "/dev/shm", text, "mount a tmpfs on it: frames pass through it")
-    return Finding(OK, "/dev/shm", text)
+        return CheckResult(WARNING, "/dev/shm", text, "mount a tmpfs on it: frames pass through it")
+    return CheckResult(OK, "/dev/shm", text)
 
 
 def region_bytes(config: NetworkConfig) -> int:
@@ -123,7 +123,7 @@ def region_bytes(config: NetworkConfig) -> int:
     return (math.ceil((frames + snapshot) / TRITON_REGION) + 1) * TRITON_REGION
 
 
-def leftovers() -> list[Finding]:
+def leftovers() -> list[CheckResult]:
     """Regions of servers that were killed with all that watched over them. The launcher's process is in the name."""
     dead: dict[str, int] = {}
     for region in SHARED_MEMORY.glob("longlive_*_*"):
@@ -134,10 +134,10 @@ def leftovers() -> list[Finding]:
         return []
     text = f"{size(sum(dead.values()))} left in /dev/shm by {len(dead)} server{'s' * (len(dead) > 1)} that are no more"
     files = " ".join(f"{SHARED_MEMORY}/longlive_{number}_*" for number in sorted(dead))
-    return [Finding(WARNING, "leftovers", text, f"rm {files}")]
+    return [CheckResult(WARNING, "leftovers", text, f"rm {files}")]
 
 
-def open_files(config: ServeConfig | None) -> Finding:
+def open_files(config: ServeConfig | None) -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     config = config or ServeConfig()
     slots, waiting = config.slots, config.max_waiting
@@ -145,7 +145,7 @@ def open_files(config: ServeConfig | None) -> Finding:
     text = f"up to {'any number' if soft == resource.RLIM_INFINITY else soft}; "
     text += f"{slots} sessions and {waiting} that wait take about {need}"
     if soft == resource.RLIM_INFINITY or soft >= need:
-        return Finding(OK, "open files", text)
+        return CheckResult(OK, "open files", text)
     within = hard == resource.RLIM_INFINITY or hard >= need
     action = f"ulimit -n {need}" if within else f"raise the hard limit of {hard} (Docker: --ulimit nofile={need})"
-    return Finding(WARNING, "open files", text, action)
+    return CheckResult(WARNING, "open files", text, action)

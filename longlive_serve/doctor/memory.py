@@ -23,13 +23,13 @@ from longlive_serve.config.presets import (
     VAE_DECODER,
 )
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, RANDOM_WEIGHTS, TENSORRT, TORCH, ServeConfig
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, size
 from longlive_serve.doctor.gpu import MIB, Gpu
 from longlive_serve.doctor.memory_model import ServerMemory, parameters, server_memory
 from longlive_serve.triton_server.find_triton import PACKAGE_PARENT
 
 MEASURED = PACKAGE_PARENT / "results" / "gpu.json"
-SECTION = "longlive_serve.bench"
+SECTION = "benchmarks.engines"
 COMMON_GPUS = {  # what their drivers say that they have
     "H200": 143771 * MIB,
     "H100 80 GB": 81559 * MIB,
@@ -43,7 +43,7 @@ SHORT = {TEXT_ENCODER: "text encoder", DIT: "DiT", VAE_DECODER: "VAE decoder", T
 
 
 def precision(config: ServeConfig, choice: Mapping[str, str], device: str) -> str:
-    """What the DiT and its cache are held in, as `build_engines` decides it."""
+    """What the DiT and its cache are held in, as `build_backends` decides it."""
     if config.dtype != AUTO:
         return config.dtype
     default = "float32" if device == "cpu" else "bfloat16"
@@ -67,9 +67,9 @@ def needed(config: ServeConfig, choice: Mapping[str, str], device: str) -> Serve
     )
 
 
-def memory_findings(
+def memory_results(
     config: ServeConfig, choice: Mapping[str, str], device: str, gpu: Gpu | None, main: float
-) -> list[Finding]:
+) -> list[CheckResult]:
     """`gpu`: the one that would be used; `main`: bytes of main memory that may be."""
     memory = needed(config, choice, device)
     kind = "FP8 and " * config.fp8 + precision(config, choice, device)
@@ -79,22 +79,22 @@ def memory_findings(
         f"KV cache {size(session.kv_slot)}, prompt {size(session.prompt_kv)}, "
         f"decoder's cache {size(session.decoder_cache)}, latents {size(session.latents)}"
     )
-    findings = [
-        Finding(OK, "networks", f"{size(sum(memory.networks.values()))} in {kind}: {parts}"),
-        Finding(OK, "a session", f"{size(session.total)}: {held}"),
+    results = [
+        CheckResult(OK, "networks", f"{size(sum(memory.networks.values()))} in {kind}: {parts}"),
+        CheckResult(OK, "a session", f"{size(session.total)}: {held}"),
     ]
     if gpu is not None:
-        findings.append(_slots(config, memory, gpu.memory, gpu.name))
-        findings += _loading(config, choice, main)
-        findings.append(_by_compute(config, gpu))
+        results.append(_slots(config, memory, gpu.memory, gpu.name))
+        results += _loading(config, choice, main)
+        results.append(_by_compute(config, gpu))
     elif device == "cpu":
-        findings.append(_slots(config, memory, int(main), "main memory"))
+        results.append(_slots(config, memory, int(main), "main memory"))
         text = "fewer than fit: the server measures when it starts how many it keeps up with, and admits no more"
-        findings.append(Finding(NOTE, "by compute", text, "make bench shows what viewers notice"))
-    return findings if gpu is not None else [*findings, _on_gpus()]
+        results.append(CheckResult(NOTE, "by compute", text, "make bench shows what viewers notice"))
+    return results if gpu is not None else [*results, _on_gpus()]
 
 
-def _slots(config: ServeConfig, memory: ServerMemory, there: int, where: str) -> Finding:
+def _slots(config: ServeConfig, memory: ServerMemory, there: int, where: str) -> CheckResult:
     need, fit = memory.total(config.slots), memory.sessions_in(there)
     text = (
         f"{config.slots} slots take {size(need)}, {size(memory.working)} of it to work in, of {size(there)} ({where})"
@@ -103,31 +103,31 @@ def _slots(config: ServeConfig, memory: ServerMemory, there: int, where: str) ->
         ways = [f"slots = {fit}"] if fit else ["more memory"]
         if config.decoder != TINY:
             ways.append('decoder = "tiny"')
-        return Finding(PROBLEM, "by memory", f"{text}: {fit or 'no'} sessions fit", " or ".join(ways))
-    return Finding(OK, "by memory", f"{text}: {fit if fit < MANY else f'more than {MANY}'} sessions fit")
+        return CheckResult(PROBLEM, "by memory", f"{text}: {fit or 'no'} sessions fit", " or ".join(ways))
+    return CheckResult(OK, "by memory", f"{text}: {fit if fit < MANY else f'more than {MANY}'} sessions fit")
 
 
-def _loading(config: ServeConfig, choice: Mapping[str, str], main: float) -> list[Finding]:
+def _loading(config: ServeConfig, choice: Mapping[str, str], main: float) -> list[CheckResult]:
     """Random weights are made in main memory, in float32; checkpoints are read piece by piece."""
     made = [name for name in NETWORKS if choice.get(name, TORCH) in (TORCH, FUSED)]
     need = max((4 * parameters(config.network, name) for name in made), default=0)
     if config.weights != RANDOM_WEIGHTS or need < main:
         return []
     text = f"random weights take {size(need)} of main memory for a while, there are {size(main)}"
-    return [Finding(WARNING, "loading", text, "more memory or swap, or checkpoints")]
+    return [CheckResult(WARNING, "loading", text, "more memory or swap, or checkpoints")]
 
 
-def _on_gpus() -> Finding:
+def _on_gpus() -> CheckResult:
     """Sessions of the full size, as no small one fills a GPU."""
     wan, tiny = (server_memory(FULL, dtype="bfloat16", decoder=decoder) for decoder in DECODERS)
     fits = ", ".join(
         f"{name} {wan.sessions_in(there)} ({tiny.sessions_in(there)})" for name, there in COMMON_GPUS.items()
     )
     text = f"sessions of {FULL.name} that fit by memory (with the tiny decoder): {fits}"
-    return Finding(NOTE, "on a GPU", text, MEASURE)
+    return CheckResult(NOTE, "on a GPU", text, MEASURE)
 
 
-def _by_compute(config: ServeConfig, gpu: Gpu) -> Finding:
+def _by_compute(config: ServeConfig, gpu: Gpu) -> CheckResult:
     try:
         record = json.loads(MEASURED.read_text(encoding="utf-8"))
         run, kind = record[SECTION], "tiny_vae" if config.decoder == TINY else "full_vae"
@@ -137,7 +137,7 @@ def _by_compute(config: ServeConfig, gpu: Gpu) -> Finding:
         text = f"{sessions} live sessions at 16 fps with {row}, measured on {run['hardware']}"
     except (OSError, ValueError, KeyError, TypeError):
         text = f"not measured for preset {config.preset}; it may be fewer sessions than fit"
-        return Finding(NOTE, "by compute", text, MEASURE)
+        return CheckResult(NOTE, "by compute", text, MEASURE)
     if not str(run["hardware"]).startswith(gpu.name):
-        return Finding(NOTE, "by compute", f"{text}; here is {gpu.name}", MEASURE)
-    return Finding(OK, "by compute", text)
+        return CheckResult(NOTE, "by compute", f"{text}; here is {gpu.name}", MEASURE)
+    return CheckResult(OK, "by compute", text)

@@ -79,7 +79,7 @@ class SessionMemory:
     kv_slot: int
     """Its share of the KV cache. The shares of all slots are allocated when the server starts."""
     prompt_kv: int
-    """Keys and values of its prompt; the fused engine may hold fewer."""
+    """Keys and values of its prompt; the fused backend may hold fewer."""
     decoder_cache: int
     latents: int
     """Clean ones, of window and sink."""

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longlive_serve.doctor.check_result import OK, PROBLEM, Finding, split
+from longlive_serve.doctor.check_result import OK, PROBLEM, CheckResult, split
 from longlive_serve.protocol.errors import ServerError
 from longlive_serve.triton_server.addresses import PORT_NAMES, Address, choose_ports, find_address
 from longlive_serve.triton_server.tls_files import TlsFiles
@@ -16,21 +16,23 @@ PROC = Path("/proc")
 LISTENING = "0A"  # in the tables of connections
 
 
-def ports(host: str, wanted: Mapping[str, int]) -> list[Finding]:
+def ports(host: str, wanted: Mapping[str, int]) -> list[CheckResult]:
     """`wanted`: by the names of `PORT_NAMES`; 0 is a free one."""
     try:
         address = find_address(host)
     except ServerError as error:
-        return [Finding(PROBLEM, "host", str(error).removeprefix("host: "), "name another with --host")]
+        return [CheckResult(PROBLEM, "host", str(error).removeprefix("host: "), "name another with --host")]
     try:
         choose_ports(address, wanted)
     except ServerError as error:
         taken = [(name, port, message) for name, port in wanted.items() if (message := _refusal(address, name, port))]
         if not taken:
-            return [Finding(PROBLEM, "ports", str(error), "name others with --grpc-port, --http-port, --metrics-port")]
+            return [
+                CheckResult(PROBLEM, "ports", str(error), "name others with --grpc-port, --http-port, --metrics-port")
+            ]
         return [_taken(*one) for one in taken]
     free = ", ".join(f"{port or 'any'} ({PORT_NAMES[name]})" for name, port in wanted.items())
-    return [Finding(OK, "ports", f"free on {address.ip}: {free}")]
+    return [CheckResult(OK, "ports", f"free on {address.ip}: {free}")]
 
 
 def _refusal(address: Address, name: str, port: int) -> str:
@@ -42,22 +44,22 @@ def _refusal(address: Address, name: str, port: int) -> str:
     return ""
 
 
-def _taken(name: str, port: int, message: str) -> Finding:
+def _taken(name: str, port: int, message: str) -> CheckResult:
     found, action = split(message)
     found, who = found.removeprefix(f"port {port} ({PORT_NAMES[name]}): "), listener(port)
-    return Finding(PROBLEM, f"port {port}", f"{PORT_NAMES[name]}: {found}{who and ' by '}{who}", action)
+    return CheckResult(PROBLEM, f"port {port}", f"{PORT_NAMES[name]}: {found}{who and ' by '}{who}", action)
 
 
-def tls(files: TlsFiles) -> list[Finding]:
+def tls(files: TlsFiles) -> list[CheckResult]:
     """Nothing without TLS."""
     if files.cert is None:
         return []
     try:
         files.check()
     except ValueError as error:
-        return [Finding(PROBLEM, "TLS", *split(str(error)))]
+        return [CheckResult(PROBLEM, "TLS", *split(str(error)))]
     who = "clients that the authority has signed" if files.client_ca else "any client"
-    return [Finding(OK, "TLS", f"{files.cert} and its key, for {who}")]
+    return [CheckResult(OK, "TLS", f"{files.cert} and its key, for {who}")]
 
 
 def listener(port: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest
 from longlive_serve.config.presets import DIT, NETWORKS, TINY, TINY_DECODER, VAE_DECODER
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, RANDOM_WEIGHTS, TENSORRT, TORCH, ServeConfig
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, Finding, size
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, CheckResult, size
 from longlive_serve.doctor.gpu import Gpu
 from longlive_serve.doctor.memory_model import parameters
 from longlive_serve.doctor.software import pip_install
@@ -26,79 +26,79 @@ MAKE = {
 }
 
 
-def read(path: Path) -> tuple[ServeConfig | None, Finding]:
+def read(path: Path) -> tuple[ServeConfig | None, CheckResult]:
     try:
         config = ServeConfig.from_toml(path)
     except ValueError as error:
         text = str(error).removeprefix(f"{path}: ")
         explained, example = "longlive_serve/config/serve_config.py", "model_repository/longlive/1/serve.toml"
         action = f"{explained} explains every key; {example} is an example"
-        return None, Finding(PROBLEM, "settings", text, action)
+        return None, CheckResult(PROBLEM, "settings", text, action)
     text = f"preset {config.preset}, variant {config.variant}, decoder {config.decoder}, {config.slots} slots"
-    return config, Finding(OK, "settings", text)
+    return config, CheckResult(OK, "settings", text)
 
 
-def files(config: ServeConfig, choice: Mapping[str, str], gpu: Gpu | None) -> list[Finding]:
-    """`choice`: the engine of every network; empty where that cannot be told: then all checkpoints are looked for."""
-    findings = [*_weights(config, {name: choice.get(name, TORCH) for name in NETWORKS})]
+def files(config: ServeConfig, choice: Mapping[str, str], gpu: Gpu | None) -> list[CheckResult]:
+    """`choice`: the backend of every network; empty where that cannot be told: then all checkpoints are looked for."""
+    results = [*_weights(config, {name: choice.get(name, TORCH) for name in NETWORKS})]
     for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
         if folder := getattr(config, key):
-            networks = [network for network, engine in choice.items() if engine == backend]
+            networks = [network for network, used in choice.items() if used == backend]
             wrong = _wrong_graphs(config, backend, Path(folder), networks, gpu)
             text = f"{folder}: {wrong or size(_bytes_in(Path(folder)))}"
             level = PROBLEM if networks or not choice else NOTE  # a folder that no network runs from is not opened
-            findings.append(Finding(level, key, text, MAKE[key]) if wrong else Finding(OK, key, text))
-    return findings
+            results.append(CheckResult(level, key, text, MAKE[key]) if wrong else CheckResult(OK, key, text))
+    return results
 
 
-def _weights(config: ServeConfig, choice: Mapping[str, str]) -> Iterator[Finding]:
+def _weights(config: ServeConfig, choice: Mapping[str, str]) -> Iterator[CheckResult]:
     folder = Path(config.weights)
     if config.weights == RANDOM_WEIGHTS:
         yield from _random_weights(config)
     elif not folder.is_dir():
         action = 'name the folder of the checkpoints, relative to the settings file; "random" for noise'
-        yield Finding(PROBLEM, "weights", f"{folder} is not there", action)
+        yield CheckResult(PROBLEM, "weights", f"{folder} is not there", action)
     else:
         try:
             yield from _checkpoints(config, choice, folder)
         except ImportError as error:  # of PyTorch or Safetensors, before anything was found
             text = f"{folder}, {size(_bytes_in(folder))}, not looked into ({error})"
-            yield Finding(NOTE, "weights", text, pip_install("torch"))
+            yield CheckResult(NOTE, "weights", text, pip_install("torch"))
 
 
-def _random_weights(config: ServeConfig) -> Iterator[Finding]:
+def _random_weights(config: ServeConfig) -> Iterator[CheckResult]:
     if config.network.text_encoder.vocab_size < 256:  # not even the bytes of a text
         text = f"random, but the words of preset {config.preset} need a tokenizer's files"
-        yield Finding(PROBLEM, "weights", text, 'weights = "demo", the folder beside the shipped settings')
+        yield CheckResult(PROBLEM, "weights", text, 'weights = "demo", the folder beside the shipped settings')
     else:
-        yield Finding(NOTE, "weights", "random: the videos are noise", "weights = a folder of checkpoints")
+        yield CheckResult(NOTE, "weights", "random: the videos are noise", "weights = a folder of checkpoints")
 
 
-def _checkpoints(config: ServeConfig, choice: Mapping[str, str], folder: Path) -> Iterator[Finding]:
+def _checkpoints(config: ServeConfig, choice: Mapping[str, str], folder: Path) -> Iterator[CheckResult]:
     """Of the networks that run from checkpoints; and the tokenizer, which all need."""
     from longlive_serve.weights.layouts import QUANTIZED, find, tokenizer_folder
     from longlive_serve.weights.loader import adapters_of
 
     whole = []
-    for network in (network for network, engine in choice.items() if engine in (TORCH, FUSED)):
+    for network in (network for network, backend in choice.items() if backend in (TORCH, FUSED)):
         name = TINY_DECODER if network == VAE_DECODER and config.decoder == TINY else network
         try:
             file = find(name, config.weights)
             assert file is not None, "the weights are not random"
             total = _checked_bytes(file.path, parameters(config.network, name))
             if choice[network] == FUSED and file.kind == QUANTIZED:
-                text = f"{file.path} is quantized, which the engine {FUSED} does not take"
-                action = f'{network}_engine = "{TORCH}", or plain weights and fp8 = true'
-                yield Finding(PROBLEM, name, text, action)
+                text = f"{file.path} is quantized, which the backend {FUSED} does not take"
+                action = f'{network}_backend = "{TORCH}", or plain weights and fp8 = true'
+                yield CheckResult(PROBLEM, name, text, action)
             whole.append(f"{file.path.relative_to(folder)} {size(total)}")
             if network == DIT:
                 whole += [f"adapter {adapter.path.name}" for adapter in adapters_of(config)]
         except ValueError as error:
-            yield Finding(PROBLEM, name, str(error), FETCH_TINY if name == TINY_DECODER else FETCH)
+            yield CheckResult(PROBLEM, name, str(error), FETCH_TINY if name == TINY_DECODER else FETCH)
     if whole:
-        yield Finding(OK, "weights", f"{folder}: {', '.join(whole)}")
+        yield CheckResult(OK, "weights", f"{folder}: {', '.join(whole)}")
     if not tokenizer_folder(folder).is_dir():
-        yield Finding(PROBLEM, "tokenizer", f"{tokenizer_folder(folder)} is not there", FETCH)
+        yield CheckResult(PROBLEM, "tokenizer", f"{tokenizer_folder(folder)} is not there", FETCH)
 
 
 def _checked_bytes(path: Path, count: int) -> int:

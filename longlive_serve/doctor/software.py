@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which packages are installed, for which use, and which Triton server. Nothing of them is imported.
 
-Called by the command line and by the checks of the engines.
+Called by the command line and by the checks of the backends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, split
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, split
 from longlive_serve.protocol.errors import ServerError
 from longlive_serve.triton_server.find_triton import PACKAGE_PARENT, WHEEL, TritonInstall, find_install
 
@@ -40,7 +40,7 @@ USES = (
     Use("torch", "serving", "to serve", needed=True),
     Use("client", "client", "for python -m longlive_client.cli.generate"),
     Use("encode", "encoding", "to send H.264 or JPEG in the place of raw frames"),
-    Use("onnxruntime", "ONNX Runtime", "for engine onnxruntime"),
+    Use("onnxruntime", "ONNX Runtime", "for backend onnxruntime"),
     Use("export", "export", "for python -m export.to_onnx"),
     Use("quantization", "quantization", "for python -m quantization.quantize"),
     Use("bench", "plots", "for --plot of the benchmarks"),
@@ -75,15 +75,15 @@ def pip_install(extra: str) -> str:
     return f"pip install --editable '.[{extra}]'" if PYPROJECT.is_file() else f"pip install '{PROJECT}[{extra}]'"
 
 
-def software() -> list[Finding]:
+def software() -> list[CheckResult]:
     here = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
     own = f"{version_of(PROJECT) or 'not installed, run'} from {PACKAGE_PARENT}"
-    findings = [Finding(OK, "Python", here), Finding(OK, PROJECT, own)]
+    results = [CheckResult(OK, "Python", here), CheckResult(OK, PROJECT, own)]
     extras = pinned()
-    return findings + [_use(use, extras[use.extra]) for use in USES if use.extra in extras]
+    return results + [_use(use, extras[use.extra]) for use in USES if use.extra in extras]
 
 
-def _use(use: Use, versions: dict[str, str]) -> Finding:
+def _use(use: Use, versions: dict[str, str]) -> CheckResult:
     have = {package: version_of(package) for package in versions}
     missing = [package for package, version in have.items() if not version]
     others = [
@@ -92,15 +92,15 @@ def _use(use: Use, versions: dict[str, str]) -> Finding:
         if version and version.partition("+")[0] != versions[package]
     ]
     if missing:
-        return Finding(
+        return CheckResult(
             PROBLEM if use.needed else NOTE,
             use.subject,
             f"missing: {', '.join(missing)}",
             f"{use.purpose}: {pip_install(use.extra)}",
         )
     if others:
-        return Finding(NOTE, use.subject, ", ".join(others), f"if something fails: {pip_install(use.extra)}")
-    return Finding(OK, use.subject, ", ".join(f"{package} {version}" for package, version in have.items()))
+        return CheckResult(NOTE, use.subject, ", ".join(others), f"if something fails: {pip_install(use.extra)}")
+    return CheckResult(OK, use.subject, ", ".join(f"{package} {version}" for package, version in have.items()))
 
 
 def torch_cuda() -> str:
@@ -115,7 +115,7 @@ def torch_cuda() -> str:
     return found[1] if found else ""
 
 
-def triton_server() -> list[Finding]:
+def triton_server() -> list[CheckResult]:
     """The server that the launcher would start, and the Python that its backend embeds."""
     with tempfile.TemporaryDirectory(prefix="longlive-doctor-") as scratch:
         try:
@@ -123,18 +123,18 @@ def triton_server() -> list[Finding]:
         except (ServerError, OSError, ImportError) as error:
             found, action = split(str(error))
             action = pip_install("triton") if "pip install" in action else action
-            return [Finding(PROBLEM, "server", found, action or pip_install("triton"))]
+            return [CheckResult(PROBLEM, "server", found, action or pip_install("triton"))]
         return [_server(install), _backend(install)]
 
 
-def _server(install: TritonInstall) -> Finding:
+def _server(install: TritonInstall) -> CheckResult:
     if install.backends is None:
-        return Finding(OK, "server", f"{install.binary}, version {_system_version(install)}")
+        return CheckResult(OK, "server", f"{install.binary}, version {_system_version(install)}")
     have, tested = version_of(WHEEL), pinned().get("triton", {}).get(WHEEL)
     if have != tested:
         text = f"from {WHEEL} {have}, tested with {tested}"
-        return Finding(NOTE, "server", text, f"if something fails: {pip_install('triton')}")
-    return Finding(OK, "server", f"tritonserver of {WHEEL} {have}, in this environment")
+        return CheckResult(NOTE, "server", text, f"if something fails: {pip_install('triton')}")
+    return CheckResult(OK, "server", f"tritonserver of {WHEEL} {have}, in this environment")
 
 
 def _system_version(install: TritonInstall) -> str:
@@ -144,20 +144,20 @@ def _system_version(install: TritonInstall) -> str:
     return os.environ.get("TRITON_SERVER_VERSION") or "unknown"
 
 
-def _backend(install: TritonInstall) -> Finding:
+def _backend(install: TritonInstall) -> CheckResult:
     """Whether the model would be run by this version of Python, which has the packages."""
     backends = install.backends or install.binary.parents[1] / "backends"
     stub = backends / "python" / STUB
     if not stub.is_file():
         action = "take a server with the Python backend: NVIDIA's container nvcr.io/nvidia/tritonserver:YY.MM-py3"
-        return Finding(PROBLEM, "Python backend", f"{stub} is not there", action)
+        return CheckResult(PROBLEM, "Python backend", f"{stub} is not there", action)
     own = f"3.{sys.version_info.minor}"
     linked = re.search(rb"libpython(3\.\d+)", stub.read_bytes())
     if linked is None:
         action = f"see to it that the model runs in Python {own}, where the packages are"
-        return Finding(WARNING, "Python backend", f"{stub} does not say which Python it runs", action)
+        return CheckResult(WARNING, "Python backend", f"{stub} does not say which Python it runs", action)
     version = linked[1].decode()
     if version != own:
         text = f"it runs Python {version}, but the packages looked for here are those of Python {own}"
-        return Finding(PROBLEM, "Python backend", text, f"install them for python{version}, and run this with it")
-    return Finding(OK, "Python backend", f"runs the model in Python {version}, like this one")
+        return CheckResult(PROBLEM, "Python backend", text, f"install them for python{version}, and run this with it")
+    return CheckResult(OK, "Python backend", f"runs the model in Python {version}, like this one")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from longlive_serve.backends.start_up import PHASES, describe
-from longlive_serve.doctor.check_result import OK, PROBLEM, Finding
+from longlive_serve.doctor.check_result import OK, PROBLEM, CheckResult
 from longlive_serve.protocol.errors import ServerError
 from longlive_serve.triton_server.launcher import TritonServer
 
@@ -32,17 +32,17 @@ def measure(config: Path) -> dict[str, dict[str, float]]:
         return {name: _start(config) for name in (COLD, CACHED)}
 
 
-def findings(starts: Mapping[str, Mapping[str, float]]) -> list[Finding]:
+def results(starts: Mapping[str, Mapping[str, float]]) -> list[CheckResult]:
     texts = {COLD: "with empty caches", CACHED: "with its caches"}
     found = []
     for name, text in texts.items():
         phases = {key: took for key, took in starts[name].items() if key != READY}
-        found.append(Finding(OK, text, f"ready after {starts[name][READY]:.1f} s: {describe(phases)}"))
+        found.append(CheckResult(OK, text, f"ready after {starts[name][READY]:.1f} s: {describe(phases)}"))
     return found
 
 
-def failure(error: ServerError) -> Finding:
-    return Finding(PROBLEM, "start", str(error), "what its log says there")
+def failure(error: ServerError) -> CheckResult:
+    return CheckResult(PROBLEM, "start", str(error), "what its log says there")
 
 
 def _start(config: Path) -> dict[str, float]:

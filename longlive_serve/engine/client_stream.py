@@ -26,7 +26,7 @@ RATE_WINDOW_S = 1.0
 Encode = Callable[[FrameChunk], FrameChunk]
 
 
-class Sink(Protocol):
+class ResponseSender(Protocol):
     """Where the answers to one request go. `final` closes it: nothing is sent after that."""
 
     def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
@@ -43,47 +43,47 @@ class Sink(Protocol):
 
 
 @dataclasses.dataclass
-class Order:
+class ChunkRequest:
     """Chunks that a client asked for with one request, and where they go."""
 
-    sink: Sink
+    sender: ResponseSender
     chunks: int | None
     """Still to send; None: until stopped."""
 
 
 @dataclasses.dataclass
-class Stream:
+class ClientStream:
     """A session and the client behind it."""
 
     session: Session
-    orders: deque[Order]
+    chunk_requests: deque[ChunkRequest]
     ending: bool
     """True once the client has said END: the session ends with its last order."""
-    came: float
+    arrival_time: float
     """When its START came (monotonic seconds, as all times here)."""
     max_wait_s: float
     """How long it may wait for a slot."""
     snapshot_every: int = 0
     """Chunks from one snapshot to the next; 0: none are sent."""
-    early_frames: bool = False
+    stream_partial_chunks: bool = False
     """A chunk's frames go out as soon as each latent frame is decoded."""
     encode: Encode | None = None
     """Frames to the session's format; None: raw."""
     trace: Trace | None = None
     first_frame_due: bool = True
-    switches: dict[int, float] = dataclasses.field(default_factory=dict)
+    switch_arrivals: dict[int, float] = dataclasses.field(default_factory=dict)
     """When the prompts came that are meant for the next chunk, by index."""
-    heard: float = 0.0
+    last_activity: float = 0.0
     """When the client last sent a request, or was last sent a chunk."""
-    place: int = 0
+    queue_position: int = 0
     """The place in the queue that the client was last told; 0: none."""
-    unread: int = 0
+    unacked: int = 0
     """Chunks sent since the client's last request: for all that is known, it has not read them."""
-    asked: deque[float] = dataclasses.field(default_factory=deque)
+    request_times: deque[float] = dataclasses.field(default_factory=deque)
     """When its requests of the last second came."""
 
     def __post_init__(self) -> None:
-        self.heard = self.came
+        self.last_activity = self.arrival_time
 
     @property
     def named(self) -> dict[str, str]:
@@ -102,28 +102,28 @@ class Stream:
 
     def check(self, request: Request, max_per_s: int) -> None:
         """Raises ServeError when `request`, a later one of this session, must not be taken."""
-        own, given = self.session.token, request.options.token or ""
-        if own and not hmac.compare_digest(own.encode(), given.encode()):
-            text = f"OPTIONS.token: got {'another' if given else 'none'}, expected the one that START carried"
+        own, token = self.session.token, request.options.token or ""
+        if own and not hmac.compare_digest(own.encode(), token.encode()):
+            text = f"OPTIONS.token: got {'another' if token else 'none'}, expected the one that START carried"
             raise ServeError(ServeError.FORBIDDEN, f"session {self.session.id}: {text}")
         now = time.monotonic()
-        while self.asked and now - self.asked[0] > RATE_WINDOW_S:
-            self.asked.popleft()
-        if len(self.asked) >= max_per_s:
+        while self.request_times and now - self.request_times[0] > RATE_WINDOW_S:
+            self.request_times.popleft()
+        if len(self.request_times) >= max_per_s:
             text = f"got more than {max_per_s} requests in a second; wait {RATE_WINDOW_S:g} s"
             raise ServeError(ServeError.RATE_LIMITED, f"session {self.session.id}: {text}")
-        self.asked.append(now)
-        for asked, pending, what in (
+        self.request_times.append(now)
+        for given, pending, what in (
             (request.prompt, self.session.pending, "PROMPT: got one while {} others wait for their time"),
-            (request.chunks, self.orders, "CHUNKS: got some while {} requests for chunks are open"),
+            (request.chunks, self.chunk_requests, "CHUNKS: got some while {} requests for chunks are open"),
         ):
-            if asked is not None and len(pending) >= MAX_PENDING:
+            if given is not None and len(pending) >= MAX_PENDING:
                 text = f"{what.format(len(pending))}, expected fewer than {MAX_PENDING}"
                 raise ServeError(ServeError.INVALID_REQUEST, text)
 
     def note_request(self) -> None:
         """The client has spoken, and so it has read what it was sent."""
-        self.heard, self.unread = time.monotonic(), 0
+        self.last_activity, self.unacked = time.monotonic(), 0
 
     @property
     def wants_snapshot(self) -> bool:
@@ -131,31 +131,35 @@ class Stream:
         return bool(self.snapshot_every) and self.session.chunk % self.snapshot_every == 0
 
     @property
-    def gone(self) -> bool:
+    def disconnected(self) -> bool:
         """True when the client has left an answer unheard."""
-        return any(order.sink.is_cancelled() for order in self.orders)
+        return any(chunk_request.sender.is_cancelled() for chunk_request in self.chunk_requests)
 
     def deliver(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
         """Send a chunk (or an early part of it) within the oldest order, and close the order with its last one.
 
         `snapshot` makes the one that goes with it, in the thread that sends.
         """
-        order = self.orders[0]
-        if chunk.completes and order.chunks is not None:
-            order.chunks -= 1
-        self.unread += chunk.completes
+        chunk_request = self.chunk_requests[0]
+        if chunk.completes and chunk_request.chunks is not None:
+            chunk_request.chunks -= 1
+        self.unacked += chunk.completes
         encode = self.encode if snapshot is None else functools.partial(_with_snapshot, snapshot, self.encode)
-        order.sink.send(chunk, order.chunks == 0, encode)
-        self.heard = time.monotonic()
-        if order.chunks == 0:
-            self.orders.popleft()
+        chunk_request.sender.send(chunk, chunk_request.chunks == 0, encode)
+        self.last_activity = time.monotonic()
+        if chunk_request.chunks == 0:
+            self.chunk_requests.popleft()
 
-    def tell_place(self, place: int, waiting: int, size: tuple[int, int]) -> None:
+    def notify_queue_position(self, queue_position: int, waiting: int, size: tuple[int, int]) -> None:
         """Tell the client its place in the queue, if that is news."""
-        if place != self.place and self.orders:
-            self.place = place
-            notice = f"waiting for a slot: place {place} of {waiting}" if place else "a slot is free: generating"
-            self.orders[0].sink.send(notice_chunk(size, notice=notice), final=False)
+        if queue_position != self.queue_position and self.chunk_requests:
+            self.queue_position = queue_position
+            notice = (
+                f"waiting for a slot: place {queue_position} of {waiting}"
+                if queue_position
+                else "a slot is free: generating"
+            )
+            self.chunk_requests[0].sender.send(notice_chunk(size, notice=notice), final=False)
 
 
 def _with_snapshot(snapshot: Callable[[], bytes], encode: Encode | None, chunk: FrameChunk) -> FrameChunk:

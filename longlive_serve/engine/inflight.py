@@ -10,40 +10,40 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-from longlive_serve.backends.device import ToHost
-from longlive_serve.backends.device_timer import Clock, Mark
+from longlive_serve.backends.device import AsyncD2HCopy
+from longlive_serve.backends.device_timer import DeviceTimer, Event
 from longlive_serve.observability.tracing import Phase
 
 
 class Phases:
-    """What takes how long in one chunk, the commit of the one before first; the device is not waited for until somebody
-    asks."""
+    """What takes how long in one chunk, the KV-cache update of the one before first; the device is not waited for
+    until somebody asks."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._marks: list[tuple[str, Mark, Mark]] = []
+    def __init__(self, timer: DeviceTimer) -> None:
+        self._timer = timer
+        self._events: list[tuple[str, Event, Event]] = []
 
     @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
         """What is done within counts as `name`."""
-        begin = self._clock.mark()
+        begin = self._timer.record()
         yield
-        self._marks.append((name, begin, self._clock.mark()))
+        self._events.append((name, begin, self._timer.record()))
 
     def until(self, now: float) -> list[Phase]:
         """All of them, the last of which has just ended, at `now` (monotonic seconds)."""
-        seconds, (_, _, last) = self._clock.seconds, self._marks[-1]
+        seconds, (_, _, last) = self._timer.seconds, self._events[-1]
         return [
             Phase(name=name, began=now - seconds(begin, last), seconds=seconds(begin, end))
-            for name, begin, end in self._marks
+            for name, begin, end in self._events
         ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkInFlight:
+class InflightChunk:
     """A session's chunk on its way."""
 
-    frames: Iterator[ToHost]
+    frames: Iterator[AsyncD2HCopy]
     """In parts."""
     parts: int
     first_frame: int
@@ -51,6 +51,6 @@ class ChunkInFlight:
     notice: str
     began: float
     """When the host began with it (monotonic seconds)."""
-    denoised: Mark
-    """Then only the decoding and the commit are left."""
+    denoised: Event
+    """Then only the decoding and the KV-cache update are left."""
     phases: Phases

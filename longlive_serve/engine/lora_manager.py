@@ -20,8 +20,8 @@ import torch
 from longlive_serve.backends.base import Exchangeable
 from longlive_serve.config.presets import DIT
 from longlive_serve.config.serve_config import Adapter, ServeConfig
-from longlive_serve.engine.client_stream import Sink, notice_chunk
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.client_stream import ResponseSender, notice_chunk
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.session_options import Options
@@ -33,46 +33,46 @@ log = logging.getLogger(__name__)
 class Adapters:
     """The adapters of sessions to come: those of the settings, and on top those that were asked for last."""
 
-    def __init__(self, pipeline: Pipeline, config: ServeConfig, wake: Callable[[], None]) -> None:
+    def __init__(self, runner: ModelRunner, config: ServeConfig, wake: Callable[[], None]) -> None:
         """`wake` is called from another thread when there is something for `apply`."""
-        self._pipeline, self._config, self._wake = pipeline, config, wake
-        self._asked: Sink | None = None
+        self._runner, self._config, self._wake = runner, config, wake
+        self._asked: ResponseSender | None = None
         """Waits for what is being loaded."""
         self._loaded: CausalDiT | ServeError | None = None
         self._said = ""
 
-    def change(self, options: Options, sink: Sink) -> None:
-        """Begin to load; the answer goes to `sink` when it is done. Raises ServeError for what cannot be done."""
-        config, wanted, dit = self._config, options.adapters or {}, self._pipeline.engines.dit
+    def change(self, options: Options, sender: ResponseSender) -> None:
+        """Begin to load; the answer goes to `sender` when it is done. Raises ServeError for what cannot be done."""
+        config, wanted, dit = self._config, options.adapters or {}, self._runner.backends.dit
         if not config.adapters_dir:
             raise ServeError(ServeError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
         if not hmac.compare_digest(config.admin_token.encode(), (options.token or "").encode()):
             raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: expected the admin_token of the server's settings")
         if not isinstance(dit, Exchangeable):
-            text = f"OPTIONS.adapters: got engine {self._pipeline.engines.name}, expected torch or fused for the DiT"
+            text = f"OPTIONS.adapters: got backend {self._runner.backends.name}, expected torch or fused for the DiT"
             raise ServeError(ServeError.INVALID_REQUEST, text)
         if self._asked is not None:
             raise ServeError(ServeError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
         adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in wanted.items()]
         scales = [f"{name}={scale:g}" for name, scale in wanted.items()]
         self._said = ", ".join(scales) or "none but those of the settings"
-        self._asked = sink
+        self._asked = sender
         threading.Thread(target=self._load, args=(adapters, dit.dtype), name="longlive-adapters", daemon=True).start()
 
     def apply(self) -> None:
         """Take what has been loaded, if something has, and answer."""
-        sink, loaded = self._asked, self._loaded
-        if loaded is None or sink is None:
+        sender, loaded = self._asked, self._loaded
+        if loaded is None or sender is None:
             return
         self._asked = self._loaded = None
         if isinstance(loaded, ServeError):
-            sink.fail(loaded)
+            sender.fail(loaded)
             return
-        engines = self._pipeline.engines
-        assert isinstance(engines.dit, Exchangeable)
-        self._pipeline.engines = dataclasses.replace(engines, dit=engines.dit.with_network(loaded))
+        backends = self._runner.backends
+        assert isinstance(backends.dit, Exchangeable)
+        self._runner.backends = dataclasses.replace(backends, dit=backends.dit.with_network(loaded))
         log.info("adapters of sessions to come: %s", self._said)
-        sink.send(notice_chunk(self._config.network.video_size, f"adapters: {self._said}"), final=True)
+        sender.send(notice_chunk(self._config.network.video_size, f"adapters: {self._said}"), final=True)
 
     def abandon(self, error: ServeError) -> None:
         """Answer whoever waits with `error`; what is loaded still is not taken."""
@@ -92,7 +92,7 @@ class Adapters:
 
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         """In the thread."""
-        config, device = self._config, self._pipeline.engines.device
+        config, device = self._config, self._runner.backends.device
         what = (DIT, config.network, config.weights, device, dtype)
         try:
             together = [*adapters_of(config), *adapters]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generates a session's next chunk: prompt switch and recache, four denoising steps, decode, commit.
+"""Generates a session's next chunk: prompt switch and recache, four denoising steps, decode, KV-cache update.
 
 Called by the service's worker and by replay. It knows docs/semantics.md, sections 5 and 6, not who runs
 the networks and not who watches the video.
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longlive_serve.backends.base import DiT, EncodedPrompt, Engines, Preparable, PromptKV
-from longlive_serve.backends.device import ToHost, to_device
-from longlive_serve.backends.device_timer import Clock
+from longlive_serve.backends.base import Backends, DiT, EncodedPrompt, Preparable, PromptKV
+from longlive_serve.backends.device import AsyncD2HCopy, to_device
+from longlive_serve.backends.device_timer import DeviceTimer
 from longlive_serve.backends.start_up import WARM_UP, phase
 from longlive_serve.config.presets import FRAMES_PER_LATENT, NetworkConfig
-from longlive_serve.engine.inflight import ChunkInFlight, Phases
+from longlive_serve.engine.inflight import InflightChunk, Phases
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session, SinkChunk
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
-from longlive_serve.models.dit.kv_cache import Placement, Window
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
+from longlive_serve.models.dit.kv_cache import KVCachePlan, Window
 from longlive_serve.models.dit.rope import MAX_FRAMES
 from longlive_serve.observability.tracing import Phase
 from longlive_serve.protocol.errors import ServeError
@@ -33,51 +33,51 @@ from longlive_serve.protocol.session_options import CLEAR, RECACHE
 WARM_UP_SWITCH = 4  # chunks
 
 
-class Pipeline:
+class ModelRunner:
     """Advances sessions of one LongLive, one chunk at a time. Belongs to one thread."""
 
-    def __init__(self, engines: Engines, config: NetworkConfig, variant: str = "base") -> None:
-        self.engines = engines
+    def __init__(self, backends: Backends, config: NetworkConfig, variant: str = "base") -> None:
+        self.backends = backends
         self.config = config
         self.window = Window(config.window)
-        self.schedule = NoiseSchedule(engines.device)
-        self.dtype: torch.dtype = getattr(torch, engines.dtype)
-        self.asynchronous = engines.device.startswith("cuda")
+        self.schedule = FlowMatchScheduler(backends.device)
+        self.dtype: torch.dtype = getattr(torch, backends.dtype)
+        self.asynchronous = backends.device.startswith("cuda")
         """Whether the device works while the host goes on: else a chunk's frames are there when they are asked for."""
         self.phases: list[Phase] = []
         """Of the last chunk that was finished."""
         self._finished = 0.0
         """When that was."""
-        self._committing = 0.0
-        """Seconds of commits since then, where the host waits for them."""
-        self._clock = Clock(engines.device)
+        self._updating = 0.0
+        """Seconds of KV-cache updates since then, where the host waits for them."""
+        self._timer = DeviceTimer(backends.device)
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
 
     def advance(self, session: Session) -> FrameChunk:
-        """Generate the next chunk: `launch` and `finish`."""
-        *_, chunk = self.finish(self.launch(session))
+        """Generate the next chunk: `execute_model_async` and `collect_output`."""
+        *_, chunk = self.collect_output(self.execute_model_async(session))
         return chunk
 
     @torch.inference_mode()
-    def launch(self, session: Session, early: bool = False) -> ChunkInFlight:
+    def execute_model_async(self, session: Session, early: bool = False) -> InflightChunk:
         """Give the device the work of the session's next chunk, without waiting for it. Other sessions' chunks may be
         launched before this one is finished, the session's own not. On an error its state is undefined: end it.
 
         `early`: frames come in parts, one for every latent frame.
         Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
-        began, number, phases = time.monotonic(), session.chunk, session.phases or Phases(self._clock)
+        began, number, phases = time.monotonic(), session.chunk, session.phases or Phases(self._timer)
         self._check_limit(number)
         with phases.of("switch"):
-            if session.recent and session.prompt_kv is None:  # it comes from a snapshot
+            if session.context_latents and session.prompt_kv is None:  # it comes from a snapshot
                 self.restore(session)
             notice = self._apply_prompts(session)
         placement = self.window.step(number, session.first_cached)
         latents = self._denoise(session, placement, phases)
-        denoised = self._clock.mark()
+        denoised = self._timer.record()
         parts = latents.split(1, dim=1) if early else (latents,)
         frames = self._complete(session, latents, placement, self._decode(session, parts, number == 0, phases))
-        return ChunkInFlight(
+        return InflightChunk(
             frames=iter([*frames]) if self.asynchronous else frames,
             parts=len(parts),
             first_frame=self.first_frame(number),
@@ -88,16 +88,17 @@ class Pipeline:
             phases=phases,
         )
 
-    def wait_until_denoised(self, chunk: ChunkInFlight) -> None:
-        """Until all of a launched chunk is done but its decoding and its commit."""
-        self._clock.wait(chunk.denoised)
+    def wait_until_denoised(self, chunk: InflightChunk) -> None:
+        """Until all of a launched chunk is done but its decoding and its KV-cache update."""
+        self._timer.wait(chunk.denoised)
 
     @torch.inference_mode()
-    def finish(self, chunk: ChunkInFlight) -> Iterator[FrameChunk]:
+    def collect_output(self, chunk: InflightChunk) -> Iterator[FrameChunk]:
         """The chunk's frames as they come, in its parts. What took how long is left in `self.phases`.
 
-        The commit follows the last part: where the host waits for it, only when the caller asks for more. A chunk's
-        `seconds` begin when the one before it was finished, if it was launched before that; commits since then count.
+        The KV-cache update follows the last part: where the host waits for it, only when the caller asks for more. A
+        chunk's `seconds` begin when the one before it was finished, if it was launched before that; KV-cache updates
+        since then count.
         """
         first_frame, notice = chunk.first_frame, chunk.notice
         for number, frames in enumerate(chunk.frames, 1):
@@ -106,31 +107,33 @@ class Pipeline:
             )
             if number == chunk.parts:
                 began, self._finished = max(chunk.began, self._finished), time.monotonic()
-                part = dataclasses.replace(part, seconds=self._finished - began + self._committing)
-                self.phases, self._committing = chunk.phases.until(self._finished), 0.0
+                part = dataclasses.replace(part, seconds=self._finished - began + self._updating)
+                self.phases, self._updating = chunk.phases.until(self._finished), 0.0
             yield part
             first_frame, notice = first_frame + len(part.frames), ""
 
     def _complete(
-        self, session: Session, latents: Tensor, placement: Placement, frames: Iterator[ToHost]
-    ) -> Iterator[ToHost]:
-        """The frames, and then the commit, for which nobody needs to wait: it is for the next chunk."""
+        self, session: Session, latents: Tensor, placement: KVCachePlan, frames: Iterator[AsyncD2HCopy]
+    ) -> Iterator[AsyncD2HCopy]:
+        """The frames, and then the KV-cache update, for which nobody needs to wait: it is for the next chunk."""
         yield from frames
         assert session.prompt_kv is not None
-        began, session.phases = time.monotonic(), Phases(self._clock)
-        with session.phases.of("commit"):
-            self._dit(session).commit(latents, session.prompt_kv, session.slot, placement)
+        began, session.phases = time.monotonic(), Phases(self._timer)
+        with session.phases.of("kv_cache_update"):
+            self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, placement)
         if not self.asynchronous:
-            self._committing += time.monotonic() - began
+            self._updating += time.monotonic() - began
 
-    def _decode(self, session: Session, parts: Sequence[Tensor], opening: bool, phases: Phases) -> Iterator[ToHost]:
-        decoder = self.engines.vae_decoder
+    def _decode(
+        self, session: Session, parts: Sequence[Tensor], opening: bool, phases: Phases
+    ) -> Iterator[AsyncD2HCopy]:
+        decoder = self.backends.vae_decoder
         cache = decoder.initial_cache() if session.decoder_cache is None else session.decoder_cache
         for place, part in enumerate(parts):
             with phases.of("decode"):
                 frames, cache = decoder.decode(part, cache, opening and place == 0)
                 session.decoder_cache = cache
-                there = ToHost(frames)
+                there = AsyncD2HCopy(frames)
             yield there
 
     @phase(WARM_UP)
@@ -140,7 +143,7 @@ class Pipeline:
         It switches prompts as often as an eager viewer, so that what is promised by that time can be kept. `slots`: as
         `prepare` has it.
         """
-        if isinstance(self.engines.dit, Preparable):
+        if isinstance(self.backends.dit, Preparable):
             self._rehearse()
         session, seconds = _nobodys("a warm-up"), []
         for number in range(4 * self.window.capacity):
@@ -153,11 +156,11 @@ class Pipeline:
     @torch.inference_mode()
     def prepare(self, slots: int | None = None) -> None:
         """So that the first session in any of the first `slots` (default: all) waits for nothing that is made once."""
-        if isinstance(self.engines.dit, Preparable):
-            self.engines.dit.prepare(slots)
+        if isinstance(self.backends.dit, Preparable):
+            self.backends.dit.prepare(slots)
 
     def _rehearse(self) -> None:
-        """Whatever a session can ask for, twice: such engines compile when they meet a size, and then capture it.
+        """Whatever a session can ask for, twice: such backends compile when they meet a size, and then capture it.
 
         Prompts of any length, switches with any number of chunks to recache, openings and chunks, whole ones and in
         early frames.
@@ -167,7 +170,7 @@ class Pipeline:
             for number in range(self.window.capacity + 2):
                 if number:
                     session.add_prompt(text, NOW)
-                list(self.finish(self.launch(session, early=number % 2 == 1)))
+                list(self.collect_output(self.execute_model_async(session, early=number % 2 == 1)))
 
     def first_frame(self, chunk: int) -> int:
         """The number of a chunk's first video frame: the video's first latent frame gives 1 frame, the others 4."""
@@ -197,11 +200,11 @@ class Pipeline:
         return prompt_notice(session.prompt.index, encoded)
 
     def _embed(self, session: Session, prompt: Prompt) -> tuple[EncodedPrompt, PromptKV]:
-        encoded = self.engines.text_encoder.encode(prompt.text)
+        encoded = self.backends.text_encoder.encode(prompt.text)
         return encoded, self._dit(session).embed_prompt(encoded.embeds, encoded.tokens)
 
     def _dit(self, session: Session) -> DiT:
-        return session.dit or self.engines.dit
+        return session.dit or self.backends.dit
 
     def _switch_cache(self, session: Session) -> None:
         """Do to the cache what the session's `on_switch` says."""
@@ -213,16 +216,16 @@ class Pipeline:
     def _recache(self, session: Session, keep_sink: bool) -> None:
         """Rebuild the cache from recent clean latents under the prompt in force (docs/semantics.md, section 6.1)."""
         placement = self.window.recache(session.chunk, keep_sink, session.first_cached)
-        oldest = session.chunk - len(session.recent)
-        latents = torch.cat([session.recent[chunk - oldest] for chunk in placement.chunks], dim=1)
+        oldest = session.chunk - len(session.context_latents)
+        latents = torch.cat([session.context_latents[chunk - oldest] for chunk in placement.chunks], dim=1)
         assert session.prompt_kv is not None
-        self._dit(session).commit(latents, session.prompt_kv, session.slot, placement)
+        self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, placement)
         self._note_sink(session, latents, placement)
 
-    def _note_sink(self, session: Session, latents: Tensor, placement: Placement) -> None:
+    def _note_sink(self, session: Session, latents: Tensor, placement: KVCachePlan) -> None:
         """Remember what the sink's places are given."""
         parts = latents.split(self.config.window.chunk, 1)
-        for place, (chunk, part) in enumerate(zip(placement.chunks, parts, strict=True), placement.first_place):
+        for place, (chunk, part) in enumerate(zip(placement.chunks, parts, strict=True), placement.first_block):
             if place < self.window.sink:
                 session.sink[place:] = [SinkChunk(chunk=chunk, latents=part, prompt=session.prompt)]
 
@@ -237,38 +240,38 @@ class Pipeline:
             for place, one in enumerate(session.sink):
                 placement = dataclasses.replace(self.window.step(place), chunks=(one.chunk,))
                 prompt_kv = self._embed(session, one.prompt)[1]
-                self._dit(session).commit(one.latents, prompt_kv, session.slot, placement)
+                self._dit(session).update_kv_cache(one.latents, prompt_kv, session.slot, placement)
         _, session.prompt_kv = self._embed(session, session.prompt)
         if kept:
             self._recache(session, keep_sink=True)
-        oldest = session.chunk - len(session.recent)
-        session.decoder_cache = self.engines.vae_decoder.initial_cache()
-        for number, latents in enumerate(session.recent, oldest):
-            _, session.decoder_cache = self.engines.vae_decoder.decode(latents, session.decoder_cache, number == 0)
+        oldest = session.chunk - len(session.context_latents)
+        session.decoder_cache = self.backends.vae_decoder.initial_cache()
+        for number, latents in enumerate(session.context_latents, oldest):
+            _, session.decoder_cache = self.backends.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
-    def _denoise(self, session: Session, placement: Placement, phases: Phases) -> Tensor:
-        """Four steps: the chunk's clean latents [1, frames, channels, h, w]. All but its commit is noted."""
+    def _denoise(self, session: Session, placement: KVCachePlan, phases: Phases) -> Tensor:
+        """Four steps: the chunk's clean latents [1, frames, channels, h, w]. All but its KV-cache update is noted."""
         assert session.prompt_kv is not None
         dit, schedule = self._dit(session), self.schedule
         with phases.of("denoise"):
             x, *noises = self._draw(session)
             for step in range(schedule.steps):
                 flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
-                clean = schedule.clean_latents(x, flow, step)
+                clean = schedule.convert_flow_pred_to_x0(x, flow, step)
                 if step + 1 < schedule.steps:
                     x = schedule.add_noise(clean, noises[step], step + 1)
         self._note_sink(session, clean, placement)
-        session.noise.prepare(self._noise_shape, schedule.steps, self.engines.device.startswith("cuda"))
-        session.recent.append(clean)
-        if len(session.recent) > self.window.capacity:
-            session.recent.popleft()
+        session.noise.prepare(self._noise_shape, schedule.steps, self.backends.device.startswith("cuda"))
+        session.context_latents.append(clean)
+        if len(session.context_latents) > self.window.capacity:
+            session.context_latents.popleft()
         session.chunk += 1
         return clean
 
     def _draw(self, session: Session) -> Sequence[Tensor]:
         """The chunk's noise in the order of use, brought to the device at once and without waiting for it."""
         draws = session.noise.draw(self._noise_shape, self.schedule.steps)
-        return to_device(draws, self.engines.device).to(self.dtype).unbind()
+        return to_device(draws, self.backends.device).to(self.dtype).unbind()
 
     @property
     def _noise_shape(self) -> tuple[int, ...]:

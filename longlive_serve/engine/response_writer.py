@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from longlive_serve.engine.client_stream import Encode, Sink
+from longlive_serve.engine.client_stream import Encode, ResponseSender
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import FrameChunk
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 MOST_JOBS = 64  # waiting to be done
 
 
-class Outbox:
+class ResponseWriter:
     """Runs what it is given, one after the other."""
 
     def __init__(self) -> None:
@@ -48,21 +48,21 @@ class Outbox:
                 log.exception("something could not be sent")
 
 
-class OutboxSink:
+class QueuedResponseSender:
     """A sink whose answers go out through an outbox."""
 
-    def __init__(self, sink: Sink, outbox: Outbox) -> None:
-        self._sink, self._outbox = sink, outbox
+    def __init__(self, sender: ResponseSender, writer: ResponseWriter) -> None:
+        self._sender, self._writer = sender, writer
         self._broken = False
 
     def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
-        self._outbox.put(lambda: self._send(chunk, final, encode))
+        self._writer.put(lambda: self._send(chunk, final, encode))
 
     def fail(self, error: ServeError) -> None:
-        self._outbox.put(lambda: self._fail(error))
+        self._writer.put(lambda: self._fail(error))
 
     def is_cancelled(self) -> bool:
-        return self._broken or self._sink.is_cancelled()
+        return self._broken or self._sender.is_cancelled()
 
     def _send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None) -> None:
         if self._broken:
@@ -71,8 +71,8 @@ class OutboxSink:
             if chunk is not None and encode is not None:
                 chunk = encode(chunk)
             if chunk is not None:
-                self._outbox.bytes += chunk.frames.nbytes + sum(map(len, chunk.encoded))
-            self._sink.send(chunk, final)
+                self._writer.bytes += chunk.frames.nbytes + sum(map(len, chunk.encoded))
+            self._sender.send(chunk, final)
         except Exception as error:
             log.exception("an answer could not be sent")
             text = f"the answer could not be sent: {type(error).__name__}: {error}"
@@ -82,4 +82,4 @@ class OutboxSink:
         """The client is told once, if it can be; the worker then sees the sink as one whose client has left."""
         if not self._broken:
             self._broken = True
-            self._sink.fail(error)
+            self._sender.fail(error)

@@ -5,9 +5,9 @@ Called by the service's worker, which tells it the time. Times are integer nanos
 
 A session at pace `realtime` has a playback clock. It starts so that the second chunk is *due* when a whole chunk would
 have played since the first (which has 9 frames: a viewer buffers 3), and every later chunk when the one before it has.
-Chunks are generated at most `lead` chunks before that. The chunk that is due first goes first; a first chunk or a
-prompt switch goes before it, as long as nobody's chunk comes late for that. Sessions at pace `asap` have no clock and
-get the time that is left.
+Chunks are generated at most `max_chunks_ahead` chunks before that. The order is EDF (earliest deadline first). A first
+chunk or a prompt switch goes before it when a schedulability test shows that no other chunk misses its deadline for
+that. Sessions at pace `asap` have no clock and get the time that is left.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PROOF = 50  # chunks after which a measured cost is not doubted any more
 
 
 @dataclasses.dataclass(eq=False)
-class Seat:
+class ScheduledSession:
     """A session as the scheduler sees it."""
 
     session_id: str
     fps: int | None
     """Frames per second of its playback clock; None: pace `asap`."""
-    lead: int
+    max_chunks_ahead: int
     """Chunks that may be ready before they are due."""
     since: int
     """When it came, or last got something to do."""
@@ -37,13 +37,13 @@ class Seat:
     slot: int = -1
     ready: bool = True
     """There are chunks to generate."""
-    hurried: bool = False
+    prioritized: bool = False
     """A prompt switch takes effect with the next chunk."""
     frame: int = 0
     """First frame of the next chunk."""
     started: int | None = None
     """When frame 0 is shown on the playback clock; None until the first chunk is there."""
-    there_at: int | None = None
+    expected_at: int | None = None
     """When the chunk that is being generated should be there; None: none is."""
 
     @property
@@ -53,7 +53,7 @@ class Seat:
         return CHUNK_FRAMES * SECOND // self.fps
 
     @property
-    def due(self) -> int:
+    def deadline(self) -> int:
         """When the first chunk that is not there has to be. For the very first, a viewer is granted as long as a chunk
         plays."""
         assert self.fps is not None
@@ -62,34 +62,34 @@ class Seat:
     @property
     def is_new(self) -> bool:
         """Its clock has no start yet, and no chunk is generated that will start it."""
-        return self.started is None and self.there_at is None
+        return self.started is None and self.expected_at is None
 
     @property
-    def next_due(self) -> int:
+    def next_deadline(self) -> int:
         """When the chunk has to be there that is generated next, after one that is being generated."""
-        if self.there_at is None:
-            return self.due
-        return (self.there_at if self.started is None else self.due) + self.period
+        if self.expected_at is None:
+            return self.deadline
+        return (self.expected_at if self.started is None else self.deadline) + self.period
 
     @property
-    def released(self) -> int:
+    def earliest_start(self) -> int:
         """From when on the next chunk may be generated; the first chunk of a new prompt one chunk earlier."""
         if self.is_new:
             return self.since
-        return self.next_due - (self.lead + self.hurried) * self.period
+        return self.next_deadline - (self.max_chunks_ahead + self.prioritized) * self.period
 
 
 class Scheduler:
     """Admits sessions to slots in the order of arrival and says whose chunk is next."""
 
-    def __init__(self, slots: int, *, cost: int = 0, headroom: float = 0.8, doubt: float = 0.0) -> None:
-        """`cost`: time of a chunk, as measured so far. `headroom`: share of all time that clocks may count on.
-        `doubt`: what a cost that was measured without load may be too low by, as a share of it."""
+    def __init__(self, slots: int, *, cost: int = 0, max_utilization: float = 0.8, cost_margin: float = 0.0) -> None:
+        """`cost`: time of a chunk, as measured so far. `max_utilization`: share of all time that clocks may count on.
+        `cost_margin`: what a cost that was measured without load may be too low by, as a share of it."""
         self._slots = slots
         self._free = list(range(slots))[::-1]
-        self._queue: list[Seat] = []
-        self._seats: dict[str, Seat] = {}  # those with a slot, in the order of their last turns
-        self._headroom, self._doubt = headroom, doubt
+        self._waiting: list[ScheduledSession] = []
+        self._running: dict[str, ScheduledSession] = {}  # those with a slot, in the order of their last turns
+        self._max_utilization, self._cost_margin = max_utilization, cost_margin
         self.cost = cost
         """Time of a chunk that is seldom exceeded."""
         self.deadline_misses = 0
@@ -97,152 +97,160 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._waiting)
 
     @property
     def live(self) -> int:
-        return len(self._seats)
+        return len(self._running)
 
     def capacity(self, fps: int) -> int:
         """How many sessions with such a clock are held at once, all chunks in time."""
         load = self._load(fps)
-        return self._slots if not load else min(self._slots, int(self._headroom / load))
+        return self._slots if not load else min(self._slots, int(self._max_utilization / load))
 
     def has_room(self, fps: int) -> bool:
         """Whether a session with such a clock that comes now is admitted at once."""
-        return bool(self._free) and not self._queue and self._fits_beside(fps)
+        return bool(self._free) and not self._waiting and self._fits_beside(fps)
 
-    def shortest_lead(self, now: int) -> int:
+    def shortest_slack(self, now: int) -> int:
         """Time until the first chunk is due, of all that play; 0: none does."""
-        return min((seat.due - now for seat in self._seats.values() if seat.started is not None), default=0)
+        return min(
+            (session.deadline - now for session in self._running.values() if session.started is not None), default=0
+        )
 
-    def add(self, session_id: str, now: int, *, fps: int | None, lead: int, resumed: bool = False) -> None:
+    def add(self, session_id: str, now: int, *, fps: int | None, max_chunks_ahead: int, resumed: bool = False) -> None:
         """Queue a session; one that is `resumed` before those that nobody has seen anything of yet."""
-        seat = Seat(session_id=session_id, fps=fps, lead=lead, since=now, resumed=resumed)
-        place = sum(other.resumed for other in self._queue) if resumed else len(self._queue)
-        self._queue.insert(place, seat)
+        session = ScheduledSession(
+            session_id=session_id, fps=fps, max_chunks_ahead=max_chunks_ahead, since=now, resumed=resumed
+        )
+        queue_position = sum(other.resumed for other in self._waiting) if resumed else len(self._waiting)
+        self._waiting.insert(queue_position, session)
 
-    def place(self, session_id: str) -> int:
+    def queue_position(self, session_id: str) -> int:
         """Its place in the queue, from 1; 0 when it has a slot."""
-        return next((i for i, seat in enumerate(self._queue, 1) if seat.session_id == session_id), 0)
+        return next((i for i, session in enumerate(self._waiting, 1) if session.session_id == session_id), 0)
 
     def admit(self, now: int) -> list[tuple[str, int]]:
         """Give free slots to those who wait longest and whose clock can be kept; returns who got which."""
         admitted = []
-        for seat in list(self._queue):
+        for session in list(self._waiting):
             if not self._free:
                 break
-            if seat.fps is not None and not self._fits_beside(seat.fps):
+            if session.fps is not None and not self._fits_beside(session.fps):
                 continue  # those at pace asap behind it take nobody's time
-            self._queue.remove(seat)
-            seat.slot, seat.since = self._free.pop(), now
-            self._seats[seat.session_id] = seat
-            admitted.append((seat.session_id, seat.slot))
+            self._waiting.remove(session)
+            session.slot, session.since = self._free.pop(), now
+            self._running[session.session_id] = session
+            admitted.append((session.session_id, session.slot))
         return admitted
 
     def ready(self, session_id: str, now: int) -> None:
         """The session has chunks to generate again. Time that it let pass is not held against the server."""
-        seat = self._seat(session_id)
-        if seat.ready:
+        session = self._session(session_id)
+        if session.ready:
             return
-        seat.ready, seat.since = True, now
-        if seat.started is not None:
-            seat.started += max(0, now + seat.period - seat.due)
+        session.ready, session.since = True, now
+        if session.started is not None:
+            session.started += max(0, now + session.period - session.deadline)
 
     def rest(self, session_id: str) -> None:
         """The session has nothing to generate for now."""
-        self._seat(session_id).ready = False
+        self._session(session_id).ready = False
 
-    def hurry(self, session_id: str) -> None:
+    def prioritize(self, session_id: str) -> None:
         """The session's next chunk is the first of a new prompt: somebody waits for it."""
-        self._seat(session_id).hurried = True
+        self._session(session_id).prioritized = True
 
     def next(self, now: int) -> tuple[str | None, int | None]:
         """Whose chunk to generate now; if nobody's, the time from when on to ask again (None: after any change).
 
         Nobody's whose chunk is being generated: it is the turn of the others.
         """
-        ready = [seat for seat in self._seats.values() if seat.ready]
-        clocked = sorted((seat for seat in ready if seat.fps is not None), key=lambda seat: seat.next_due)
-        free = [seat for seat in clocked if seat.there_at is None]
-        may = [seat for seat in free if seat.released <= now]
-        eager = [seat for seat in may if seat.is_new or seat.hurried]
+        ready = [session for session in self._running.values() if session.ready]
+        clocked = sorted(
+            (session for session in ready if session.fps is not None), key=lambda session: session.next_deadline
+        )
+        free = [session for session in clocked if session.expected_at is None]
+        may = [session for session in free if session.earliest_start <= now]
+        eager = [session for session in may if session.is_new or session.prioritized]
         begin = self._free_at(now)
-        for seat in eager:
-            if self._harmless(seat, clocked, begin):
-                return seat.session_id, None
+        for session in eager:
+            if self._schedulable(session, clocked, begin):
+                return session.session_id, None
         if may:
             return may[0].session_id, None
-        for seat in ready:
-            if seat.fps is None and seat.there_at is None and self._harmless(seat, clocked, begin):
-                return seat.session_id, None
-        return None, min((seat.released for seat in free), default=None)
+        for session in ready:
+            if session.fps is None and session.expected_at is None and self._schedulable(session, clocked, begin):
+                return session.session_id, None
+        return None, min((session.earliest_start for session in free), default=None)
 
     def begin(self, session_id: str, now: int) -> None:
         """The session's next chunk is generated from now on, or after those that have been begun before."""
-        seat = self._seats[session_id]
-        seat.there_at = self._free_at(now) + self.cost
-        seat.hurried = False
+        session = self._running[session_id]
+        session.expected_at = self._free_at(now) + self.cost
+        session.prioritized = False
 
     def done(self, session_id: str, now: int, frames: int, took: int) -> int:
         """The session's chunk of `frames` is there and `took` this long. Returns by how much it came too late."""
         smoothing = RISE if took > self.cost else FALL
         self.cost = round(self.cost + smoothing * (took - self.cost)) if self.cost else took
         self._measured += 1
-        seat = self._seats.pop(session_id)
-        self._seats[session_id] = seat
-        seat.there_at = None
+        session = self._running.pop(session_id)
+        self._running[session_id] = session
+        session.expected_at = None
         late = 0
-        if seat.fps is not None:
-            if seat.started is None:
-                seat.started = now + (CHUNK_FRAMES - frames - seat.frame) * SECOND // seat.fps
-            late = max(0, now - seat.due)
-            seat.started += late  # playback stood still for so long
+        if session.fps is not None:
+            if session.started is None:
+                session.started = now + (CHUNK_FRAMES - frames - session.frame) * SECOND // session.fps
+            late = max(0, now - session.deadline)
+            session.started += late  # playback stood still for so long
             self.deadline_misses += late > 0
-        seat.frame += frames
+        session.frame += frames
         return late
 
-    def work_ahead(self, chunks: int) -> None:
+    def extend_prefetch(self, chunks: int) -> None:
         """From now on so many chunks more may be ready before they are due."""
-        for seat in self._seats.values():
-            seat.lead += chunks
+        for session in self._running.values():
+            session.max_chunks_ahead += chunks
 
     def is_behind(self, now: int) -> bool:
         """Whether a chunk that plays later may be generated now."""
-        playing = (seat for seat in self._seats.values() if seat.ready and seat.started is not None)
-        return any(seat.fps is not None and seat.released <= now for seat in playing)
+        playing = (session for session in self._running.values() if session.ready and session.started is not None)
+        return any(session.fps is not None and session.earliest_start <= now for session in playing)
 
     def remove(self, session_id: str) -> None:
         """Forget a session, wherever it stands, and free its slot."""
-        seat = self._seats.pop(session_id, None)
-        if seat is not None:
-            self._free.append(seat.slot)
-        self._queue = [other for other in self._queue if other.session_id != session_id]
+        session = self._running.pop(session_id, None)
+        if session is not None:
+            self._free.append(session.slot)
+        self._waiting = [other for other in self._waiting if other.session_id != session_id]
 
-    def _seat(self, session_id: str) -> Seat:
-        seat = self._seats.get(session_id)
-        return seat or next(seat for seat in self._queue if seat.session_id == session_id)
+    def _session(self, session_id: str) -> ScheduledSession:
+        session = self._running.get(session_id)
+        return session or next(session for session in self._waiting if session.session_id == session_id)
 
     def _load(self, fps: int) -> float:
         """Share of all time that a session with such a clock takes."""
-        doubt = self._doubt * max(0.0, 1 - self._measured / PROOF)
-        return (1 + doubt) * self.cost * fps / (CHUNK_FRAMES * SECOND)
+        cost_margin = self._cost_margin * max(0.0, 1 - self._measured / PROOF)
+        return (1 + cost_margin) * self.cost * fps / (CHUNK_FRAMES * SECOND)
 
     def _fits_beside(self, fps: int) -> bool:
-        clocks = [seat.fps for seat in self._seats.values() if seat.fps is not None]
-        return not clocks or self._load(fps) + sum(map(self._load, clocks)) <= self._headroom
+        clocks = [session.fps for session in self._running.values() if session.fps is not None]
+        return not clocks or self._load(fps) + sum(map(self._load, clocks)) <= self._max_utilization
 
     def _free_at(self, now: int) -> int:
         """When all that has been begun should be there."""
-        return max([now, *(seat.there_at for seat in self._seats.values() if seat.there_at is not None)])
+        return max(
+            [now, *(session.expected_at for session in self._running.values() if session.expected_at is not None)]
+        )
 
-    def _harmless(self, first: Seat, clocked: Iterable[Seat], begin: int) -> bool:
+    def _schedulable(self, first: ScheduledSession, clocked: Iterable[ScheduledSession], begin: int) -> bool:
         """Whether every chunk that has a time is in time if `first` begins at `begin` and the others follow by due."""
         end = begin + self.cost
-        for seat in clocked:
-            if seat is first or seat.is_new:
+        for session in clocked:
+            if session is first or session.is_new:
                 continue
-            end = max(end, seat.released) + self.cost
-            if end > seat.next_due:
+            end = max(end, session.earliest_start) + self.cost
+            if end > session.next_deadline:
                 return False
         return True

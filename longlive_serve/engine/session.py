@@ -124,11 +124,11 @@ class Session:
     prompt_kv: PromptKV | None = None
     sink: list[SinkChunk] = dataclasses.field(default_factory=list)
     """What lies in the sink's places."""
-    recent: deque[Tensor] = dataclasses.field(default_factory=deque)
+    context_latents: deque[Tensor] = dataclasses.field(default_factory=deque)
     """Clean latents of the last chunks, as many as the window holds: what a recache needs."""
     decoder_cache: list[Tensor] | None = None
     phases: Phases | None = None
-    """Of its next chunk: so far the commit of the last one, which nobody has waited for."""
+    """Of its next chunk: so far the KV-cache update of the last one, which nobody has waited for."""
     dit: DiT | None = None
     """The one that it began with, where that may be exchanged for later sessions; None: the pipeline's."""
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from longlive_serve.config.presets import FPS, NetworkConfig
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.client_stream import Order, Sink, Stream, notice_chunk
+from longlive_serve.engine.client_stream import ChunkRequest, ClientStream, ResponseSender, notice_chunk
 from longlive_serve.engine.frame_encoder import make_encode
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.scheduler import SECOND, Scheduler
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import dump, load_session
@@ -31,56 +31,58 @@ log = logging.getLogger(__name__)
 
 NO_FAILURE = (ServeError.CANCELLED, ServeError.SHUTTING_DOWN, ServeError.UNAVAILABLE)  # ends that are nobody's fault
 
-GOODBYE_CHUNKS, GOODBYE_S = 2, 5.0  # every viewer is sent so much more before the server goes, if it takes no longer
-DOUBT = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
+DRAIN_CHUNKS, DRAIN_S = 2, 5.0  # every viewer is sent so much more before the server goes, if it takes no longer
+COST_MARGIN = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
 
 
-class Sessions:
+class SessionManager:
     """Streams by session id, and their places in the scheduler."""
 
-    def __init__(self, pipeline: Pipeline, config: ServeConfig, chunk_s: float) -> None:
+    def __init__(self, runner: ModelRunner, config: ServeConfig, chunk_s: float) -> None:
         cost = round(chunk_s * SECOND)
-        self.scheduler = Scheduler(config.slots, cost=cost, headroom=config.headroom, doubt=DOUBT)
+        self.scheduler = Scheduler(
+            config.slots, cost=cost, max_utilization=config.max_utilization, cost_margin=COST_MARGIN
+        )
         self.statistics = Statistics()
         self.statistics.set("slots", config.slots)
-        engines = pipeline.engines
-        cache = KVCache.bytes_of(pipeline.config, config.slots, engines.dit.cache_dtype)
+        backends = runner.backends
+        cache = KVCache.bytes_of(runner.config, config.slots, backends.dit.cache_dtype)
         self.statistics.set("kv_cache_bytes", cache)
-        what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "engine": engines.name}
-        self.statistics.set("info", 1, **what, device=engines.device, dtype=engines.dtype)
-        self._pipeline = pipeline
+        what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "backend": backends.name}
+        self.statistics.set("info", 1, **what, device=backends.device, dtype=backends.dtype)
+        self._runner = runner
         self._config = config
-        self._streams: dict[str, Stream] = {}
-        self._goes_at: float | None = None
+        self._streams: dict[str, ClientStream] = {}
+        self._drain_deadline: float | None = None
         """When the goodbyes are said at last, once the server is to go."""
 
-    def __getitem__(self, session_id: str) -> Stream:
+    def __getitem__(self, session_id: str) -> ClientStream:
         return self._streams[session_id]
 
-    def __contains__(self, stream: Stream) -> bool:
+    def __contains__(self, stream: ClientStream) -> bool:
         return self._streams.get(stream.session.id) is stream
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    def handle(self, request: Request, sink: Sink, draining: bool) -> None:
+    def handle(self, request: Request, sender: ResponseSender, draining: bool) -> None:
         """Take a request. Raises ServeError when it cannot be taken; its session, if any, goes on."""
         if draining and request.start:
-            raise goodbye()
+            raise shutting_down()
         if request.probes:
-            self._answer_probe(sink)
+            self._answer_probe(sender)
             return
         stream = self._streams.get(request.session_id)
         if request.start:
             if stream is not None:
                 text = f"session {request.session_id} is live; START with a new id"
                 raise ServeError(ServeError.SESSION_EXISTS, text)
-            self._start(request, sink)
+            self._start(request, sender)
         elif stream is None:
             text = "is not live here: it has ended, failed or never started; send a START"
             raise ServeError(ServeError.UNKNOWN_SESSION, f"session {request.session_id} {text}")
         else:
-            self._update(stream, request, sink)
+            self._update(stream, request, sender)
 
     def admit(self) -> None:
         for session_id, slot in self.scheduler.admit(time.monotonic_ns()):
@@ -88,64 +90,66 @@ class Sessions:
             session.slot = slot
             self.statistics.add("resumed_sessions", int(session.chunk > 0))  # a snapshot has at least one
 
-    def drop_the_gone(self) -> None:
+    def drop_disconnected(self) -> None:
         """End sessions whose client went away or reads nothing, and those that hold on to a slot without using it."""
         now = time.monotonic()
         for stream in list(self._streams.values()):
-            silent = now - stream.heard > self._config.idle_timeout_s
-            if stream.gone:
+            silent = now - stream.last_activity > self._config.idle_timeout_s
+            if stream.disconnected:
                 self.end(stream, ServeError(ServeError.CANCELLED, "the client cancelled the request"))
-            elif not stream.orders and silent:
+            elif not stream.chunk_requests and silent:
                 log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.named)
                 self.end(stream)
-            elif stream.unread >= self._config.max_unread and silent:
-                text = f"{stream.unread} chunks were sent and no request came since: expected one, if only an empty one"
+            elif stream.unacked >= self._config.max_unacked and silent:
+                text = (
+                    f"{stream.unacked} chunks were sent and no request came since: expected one, if only an empty one"
+                )
                 self.end(stream, ServeError(ServeError.CANCELLED, f"the client does not read: {text}"))
 
-    def tell_the_waiting(self) -> None:
+    def notify_waiting(self) -> None:
         """Refuse those who wait no longer, and those for whom the queue is too long; tell the others their place."""
         now, most = time.monotonic(), self._config.max_waiting
         for stream in list(self._streams.values()):  # first: who does not wait takes nobody's place
-            if now - stream.came >= stream.max_wait_s and self.scheduler.place(stream.session.id):
+            if now - stream.arrival_time >= stream.max_wait_s and self.scheduler.queue_position(stream.session.id):
                 waited = stream.max_wait_s
                 self._refuse(stream, f"no slot became free in {waited:g} s" if waited else "no slot is free")
         for stream in list(self._streams.values()):
-            place = self.scheduler.place(stream.session.id)
-            if place > most:
+            queue_position = self.scheduler.queue_position(stream.session.id)
+            if queue_position > most:
                 self._refuse(stream, f"{most} sessions are waiting for a slot already")
             else:
-                stream.tell_place(place, self.scheduler.waiting, self._network.video_size)
+                stream.notify_queue_position(queue_position, self.scheduler.waiting, self._network.video_size)
 
-    def delivered(self, stream: Stream, chunk: FrameChunk) -> None:
+    def delivered(self, stream: ClientStream, chunk: FrameChunk) -> None:
         """A chunk (or an early part of it) was sent: count it, and see whether the session goes on."""
         now = time.monotonic()
         self.statistics.add("frames", len(chunk.frames))
         if stream.first_frame_due:
             stream.first_frame_due = False
-            self.statistics.observe("first_frame_seconds", now - stream.came)
-        for index in [index for index in stream.switches if index <= chunk.prompt_index]:
-            self.statistics.observe("switch_seconds", now - stream.switches.pop(index))
+            self.statistics.observe("first_frame_seconds", now - stream.arrival_time)
+        for index in [index for index in stream.switch_arrivals if index <= chunk.prompt_index]:
+            self.statistics.observe("switch_seconds", now - stream.switch_arrivals.pop(index))
         if not chunk.completes:
             return
         self.statistics.add("chunks")
         self.statistics.observe("chunk_seconds", chunk.seconds)
-        for phase in self._pipeline.phases:
+        for phase in self._runner.phases:
             self.statistics.add("phase_seconds", phase.seconds, phase=phase.name)
-        stream.note_chunk(chunk, self._pipeline.phases)
-        if not stream.orders and stream.ending:
+        stream.note_chunk(chunk, self._runner.phases)
+        if not stream.chunk_requests and stream.ending:
             self.end(stream)
-        elif not stream.orders or stream.unread >= self._config.max_unread:
+        elif not stream.chunk_requests or stream.unacked >= self._config.max_unacked:
             self.scheduler.rest(stream.session.id)
 
-    def end(self, stream: Stream, error: ServeError | None = None) -> None:
+    def end(self, stream: ClientStream, error: ServeError | None = None) -> None:
         """Free the session's slot and close what is still open of it, with the error if there is one."""
         del self._streams[stream.session.id]
         self.scheduler.remove(stream.session.id)
-        for order in stream.orders:
+        for chunk_request in stream.chunk_requests:
             if error is None:
-                order.sink.send(None, final=True)
+                chunk_request.sender.send(None, final=True)
             else:
-                order.sink.fail(error)
+                chunk_request.sender.fail(error)
         if error is not None and error.kind not in NO_FAILURE:
             self.statistics.add("failed_sessions")
         log.info("ended after %d chunks (%s)", stream.session.chunk, error or "complete", extra=stream.named)
@@ -156,64 +160,68 @@ class Sessions:
         for stream in list(self._streams.values()):
             self.end(stream, error)
 
-    def say_goodbye(self, at_once: bool) -> None:
+    def drain(self, at_once: bool) -> None:
         """End every session because the server goes; those that take snapshots get a last one to go on with.
 
         Unless it is to be done `at_once`, the first call ends those that wait, and what is generated from then on is
         generated ahead, so that viewers have something to watch while they move; a later call ends the rest.
         """
         now = time.monotonic()
-        if self._goes_at is None:
-            self._goes_at = now + GOODBYE_S
-            self.scheduler.work_ahead(GOODBYE_CHUNKS)
+        if self._drain_deadline is None:
+            self._drain_deadline = now + DRAIN_S
+            self.scheduler.extend_prefetch(DRAIN_CHUNKS)
             for stream in list(self._streams.values()):
-                if self.scheduler.place(stream.session.id):
-                    self.end(stream, goodbye())
-        if not at_once and now < self._goes_at and self.scheduler.is_behind(time.monotonic_ns()):
+                if self.scheduler.queue_position(stream.session.id):
+                    self.end(stream, shutting_down())
+        if not at_once and now < self._drain_deadline and self.scheduler.is_behind(time.monotonic_ns()):
             return
         for stream in list(self._streams.values()):
             session = stream.session
-            if stream.snapshot_every and session.recent and stream.orders:
+            if stream.snapshot_every and session.context_latents and stream.chunk_requests:
                 last = self._notice(session, "the server is shutting down", snapshot=dump(session, self._network))
-                stream.orders[0].sink.send(last, final=False)
-            self.end(stream, goodbye())
+                stream.chunk_requests[0].sender.send(last, final=False)
+            self.end(stream, shutting_down())
 
-    def take_stock(self) -> Sequence[Change]:
+    def collect_metrics(self) -> Sequence[Change]:
         """The figures that have changed since the last call."""
         statistics, scheduler = self.statistics, self.scheduler
         statistics.set("live_sessions", scheduler.live)
         statistics.set("waiting_sessions", scheduler.waiting)
         statistics.set("deadline_misses", scheduler.deadline_misses)
         statistics.set("capacity_sessions", scheduler.capacity(FPS))
-        statistics.set("playback_lead_seconds", scheduler.shortest_lead(time.monotonic_ns()) / SECOND)
+        statistics.set("playback_lead_seconds", scheduler.shortest_slack(time.monotonic_ns()) / SECOND)
         return statistics.take_changes()
 
-    def _answer_probe(self, sink: Sink) -> None:
+    def _answer_probe(self, sender: ResponseSender) -> None:
         scheduler = self.scheduler
         full = f"full: {scheduler.live} sessions are live, {scheduler.waiting} wait"
         notice = READY if scheduler.has_room(FPS) else full
-        sink.send(notice_chunk(self._pipeline.config.video_size, notice), final=True)
+        sender.send(notice_chunk(self._runner.config.video_size, notice), final=True)
 
-    def _start(self, request: Request, sink: Sink) -> None:
+    def _start(self, request: Request, sender: ResponseSender) -> None:
         options = request.options
         if self._config.require_token and options.token is None:
             text = "OPTIONS.token: got none, expected a secret that later requests of the session repeat"
             raise ServeError(ServeError.FORBIDDEN, text)
         self._check_client(request.client)
         session = self._from_snapshot(request) if request.snapshot is not None else _new_session(request)
-        session.dit = self._pipeline.engines.dit
+        session.dit = self._runner.backends.dit
         session.client, session.token = request.client, options.token or ""
-        orders = deque([Order(sink, request.chunks or None)])
+        chunk_requests = deque([ChunkRequest(sender, request.chunks or None)])
         own, most = options.max_wait_s, self._config.max_wait_s
-        stream = Stream(session, orders, request.end, time.monotonic(), most if own is None else min(own, most))
+        stream = ClientStream(
+            session, chunk_requests, request.end, time.monotonic(), most if own is None else min(own, most)
+        )
         stream.snapshot_every = options.snapshot_every or 0
-        stream.early_frames = bool(options.early_frames)
+        stream.stream_partial_chunks = bool(options.stream_partial_chunks)
         stream.encode = make_encode(options.format, self._network.video_size, options.fps or FPS)
         stream.trace = Trace(session.id) if self._config.trace_dir else None
         self._streams[session.id] = stream
         fps = None if options.pace == ASAP else options.fps or FPS
         resumed = request.snapshot is not None
-        self.scheduler.add(session.id, time.monotonic_ns(), fps=fps, lead=self._config.lead, resumed=resumed)
+        self.scheduler.add(
+            session.id, time.monotonic_ns(), fps=fps, max_chunks_ahead=self._config.max_chunks_ahead, resumed=resumed
+        )
         pace = "asap" if fps is None else f"{fps} fps"
         log.info("started at chunk %d, chunks %s, %s", session.chunk, request.chunks, pace, extra=stream.named)
 
@@ -227,11 +235,11 @@ class Sessions:
 
     def _from_snapshot(self, request: Request) -> Session:
         assert request.snapshot is not None
-        engines, token = self._pipeline.engines, request.options.token or ""
-        device, dtype = engines.device, self._pipeline.dtype
+        backends, token = self._runner.backends, request.options.token or ""
+        device, dtype = backends.device, self._runner.dtype
         return load_session(request.snapshot, request.session_id, token, self._network, device, dtype)
 
-    def _refuse(self, stream: Stream, why: str) -> None:
+    def _refuse(self, stream: ClientStream, why: str) -> None:
         """End a session that waits. One that would not wait its turn is no demand: its viewer asks here and there."""
         if stream.max_wait_s < self._config.max_wait_s:
             self.statistics.add("redirected_sessions")
@@ -241,7 +249,7 @@ class Sessions:
             hint = f"try again in {self._config.max_wait_s:g} s"
         self.end(stream, ServeError(ServeError.UNAVAILABLE, f"{why}; {hint}"))
 
-    def _update(self, stream: Stream, request: Request, sink: Sink) -> None:
+    def _update(self, stream: ClientStream, request: Request, sender: ResponseSender) -> None:
         session = stream.session
         stream.check(request, self._config.max_requests_per_s)
         stream.note_request()
@@ -250,13 +258,13 @@ class Sessions:
             frame = request.options.at_latent_frame
             index = session.add_prompt(request.prompt, NOW if frame is None else frame).index
             if frame is None:
-                self.scheduler.hurry(session.id)
-                stream.switches[index] = time.monotonic()
+                self.scheduler.prioritize(session.id)
+                stream.switch_arrivals[index] = time.monotonic()
         if request.chunks is not None:
-            stream.orders.append(Order(sink, request.chunks or None))
+            stream.chunk_requests.append(ChunkRequest(sender, request.chunks or None))
         else:
-            sink.send(self._notice(session, prompt_index=index), final=True)
-        if stream.orders:
+            sender.send(self._notice(session, prompt_index=index), final=True)
+        if stream.chunk_requests:
             self.scheduler.ready(session.id, time.monotonic_ns())
         if request.end:
             stream.ending = True
@@ -265,15 +273,15 @@ class Sessions:
 
     def _notice(self, session: Session, text: str = "", **fields: object) -> FrameChunk:
         """A response without frames that says where the session stands."""
-        stand = {"first_frame": self._pipeline.first_frame(session.chunk), "prompt_index": session.prompt.index}
+        stand = {"first_frame": self._runner.first_frame(session.chunk), "prompt_index": session.prompt.index}
         return notice_chunk(self._network.video_size, text, **(stand | fields))
 
     @property
     def _network(self) -> NetworkConfig:
-        return self._pipeline.config
+        return self._runner.config
 
 
-def goodbye() -> ServeError:
+def shutting_down() -> ServeError:
     return ServeError(ServeError.SHUTTING_DOWN, "the server is shutting down; connect again later")
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from longlive_serve.backends.device import ToHost
+from longlive_serve.backends.device import AsyncD2HCopy
 from longlive_serve.config.presets import NetworkConfig, WindowConfig
 from longlive_serve.engine.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
 from longlive_serve.protocol.errors import ServeError
@@ -34,15 +34,15 @@ SUM_BYTES = hashlib.sha256().digest_size
 _PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
 
 
-def read_tensors(session: Session) -> dict[str, ToHost]:
+def read_tensors(session: Session) -> dict[str, AsyncD2HCopy]:
     """What there is of tensors in `session` after the chunk that was launched last, on its way to the host. Its noise
     must be a SeededNoise."""
     assert isinstance(session.noise, SeededNoise)
-    assert session.recent, "there is nothing to go on from before the first chunk"
-    tensors = {"recent": torch.cat(list(session.recent)), "noise": session.noise.state}
+    assert session.context_latents, "there is nothing to go on from before the first chunk"
+    tensors = {"recent": torch.cat(list(session.context_latents)), "noise": session.noise.state}
     if session.sink:
         tensors["sink"] = torch.cat([one.latents for one in session.sink])
-    return {name: ToHost(tensor) for name, tensor in tensors.items()}
+    return {name: AsyncD2HCopy(tensor) for name, tensor in tensors.items()}
 
 
 def dump(session: Session, network: NetworkConfig) -> bytes:
@@ -50,7 +50,7 @@ def dump(session: Session, network: NetworkConfig) -> bytes:
     return dump_later(session, network, read_tensors(session))()
 
 
-def dump_later(session: Session, network: NetworkConfig, tensors: Mapping[str, ToHost]) -> Callable[[], bytes]:
+def dump_later(session: Session, network: NetworkConfig, tensors: Mapping[str, AsyncD2HCopy]) -> Callable[[], bytes]:
     """What writes the bytes: in any thread, whatever happens to the session meanwhile."""
     facts = {
         "version": VERSION,
@@ -64,7 +64,7 @@ def dump_later(session: Session, network: NetworkConfig, tensors: Mapping[str, T
     return functools.partial(_write, json.dumps(facts), tensors)
 
 
-def _write(facts: str, tensors: Mapping[str, ToHost]) -> bytes:
+def _write(facts: str, tensors: Mapping[str, AsyncD2HCopy]) -> bytes:
     body = save({name: tensor.wait() for name, tensor in tensors.items()}, {"session": facts})
     return hashlib.sha256(body).digest() + body
 
@@ -120,7 +120,7 @@ def _session(
             raise ValueError(f"{name}: got {list(tensor.shape)}, expected up to {most} chunks of {list(shape)}")
         return list(tensor.split(1))
 
-    recent = chunks("recent", window.window // window.chunk)
+    context_latents = chunks("recent", window.window // window.chunk)
     sink = chunks("sink", window.sink // window.chunk) if facts["sink"] else []
     noise = SeededNoise(0)
     noise.state = tensors["noise"]
@@ -132,7 +132,7 @@ def _session(
             SinkChunk(chunk=_count(one["chunk"]), latents=latents, prompt=_prompt(one["prompt"]))
             for one, latents in zip(facts["sink"], sink, strict=True)
         ],
-        recent=deque(recent),
+        context_latents=deque(context_latents),
         pending=[_prompt(prompt) for prompt in facts["pending"]],
         on_switch=str(facts["on_switch"]),
         global_sink=bool(facts["global_sink"]),
@@ -147,8 +147,8 @@ def _session(
 def _check(session: Session, window: WindowConfig) -> None:
     """Raises ValueError if the parts do not fit together: a restored cache must have no place left unwritten."""
     capacity, kept = window.window // window.chunk, session.chunk - session.first_cached
-    if len(session.recent) != min(capacity, session.chunk) or kept < 0:
-        raise ValueError(f"got {len(session.recent)} recent chunks before chunk {session.chunk}")
+    if len(session.context_latents) != min(capacity, session.chunk) or kept < 0:
+        raise ValueError(f"got {len(session.context_latents)} recent chunks before chunk {session.chunk}")
     if kept > capacity and len(session.sink) != window.sink // window.chunk:
         raise ValueError(f"got {len(session.sink)} chunks of the sink")
     if any(one.chunk >= session.chunk for one in session.sink):

@@ -93,19 +93,19 @@ def _suited(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -
 
 @triton.jit
 def _over_keys(
-    total, weight, highest, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_place, first, last, scale,
+    acc, l_i, m_i, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_col, first, last, scale,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from first to last to the weighted values [M, D] and the weights [M], which are relative to the
-    highest logits so far [M]. Without TAIL there are only whole blocks of keys."""
-    places = tl.arange(0, BLOCK_D)[None, :]
+    """Add the keys from first to last to the accumulator acc [M, D] and the sum of weights l_i [M], which are relative
+    to the highest logits so far, m_i [M]. Without TAIL there are only whole blocks of keys."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
     keys = first + tl.arange(0, BLOCK_N)
-    k_ptr += keys.to(tl.int64)[:, None] * k_row + places
-    v_ptr += keys.to(tl.int64)[:, None] * v_row + places * v_place
+    k_ptr += keys.to(tl.int64)[:, None] * k_row + offs_d
+    v_ptr += keys.to(tl.int64)[:, None] * v_row + offs_d * v_col
     for start in range(first, last, BLOCK_N):
         inside = start + tl.arange(0, BLOCK_N) < last
         if TAIL or SIZE < BLOCK_D:
-            present = inside[:, None] & (places < SIZE)
+            present = inside[:, None] & (offs_d < SIZE)
             k = tl.load(k_ptr, mask=present, other=0.0)
             v = tl.load(v_ptr, mask=present, other=0.0)
         else:
@@ -117,50 +117,48 @@ def _over_keys(
             logits += (bias * (LOG2_E / scale))[None, :]
         if TAIL:
             logits = tl.where(inside[None, :], logits, float("-inf"))
-        new = tl.maximum(highest, tl.max(logits, axis=1) * scale)
-        weights = tl.exp2(logits * scale - (new - SHIFT)[:, None])
-        fading = tl.exp2(highest - new)
-        weight = weight * fading + tl.sum(weights, axis=1)
-        total = tl.dot(
-            weights.to(v.dtype), v, total * fading[:, None], input_precision="ieee", max_num_imprecise_acc=BLOCK_N
-        )
-        highest = new
+        m_new = tl.maximum(m_i, tl.max(logits, axis=1) * scale)
+        p = tl.exp2(logits * scale - (m_new - SHIFT)[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee", max_num_imprecise_acc=BLOCK_N)
+        m_i = m_new
         k_ptr += BLOCK_N * k_row
         v_ptr += BLOCK_N * v_row
-    return total, weight, highest
+    return acc, l_i, m_i
 
 
 @triton.autotune(_configs(), key=["SIZE"], prune_configs_by={"early_config_prune": _suited})
 @triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, scales_ptr, out_ptr, length, keys, q_head, q_row, k_head, k_row,
-    v_head, v_row, v_place, scale,
+    v_head, v_row, v_col, scale,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     heads = tl.num_programs(1)
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    places = tl.arange(0, BLOCK_D)[None, :]
-    inside = (rows < length) & (places < SIZE)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (rows < length) & (offs_d < SIZE)
     q_ptr += head.to(tl.int64) * q_head
-    q = tl.load(q_ptr + rows.to(tl.int64) * q_row + places, mask=inside, other=0.0)
+    q = tl.load(q_ptr + rows.to(tl.int64) * q_row + offs_d, mask=inside, other=0.0)
     if scales_ptr is not None:
         scale *= tl.load(scales_ptr) * tl.load(scales_ptr + 1)
     k_ptr += head.to(tl.int64) * k_head
     v_ptr += head.to(tl.int64) * v_head
-    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     whole = keys // BLOCK_N * BLOCK_N
-    total, weight, highest = _over_keys(
-        total, weight, highest, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_place, 0, whole, scale,
+    acc, l_i, m_i = _over_keys(
+        acc, l_i, m_i, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_col, 0, whole, scale,
         SIZE, BLOCK_N, BLOCK_D, SHIFT, False,
     )  # fmt: skip
-    total, weight, highest = _over_keys(
-        total, weight, highest, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_place, whole, keys, scale,
+    acc, l_i, m_i = _over_keys(
+        acc, l_i, m_i, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_col, whole, keys, scale,
         SIZE, BLOCK_N, BLOCK_D, SHIFT, True,
     )  # fmt: skip
-    out = total / weight[:, None]
+    out = acc / l_i[:, None]
     if scales_ptr is not None:
         out = tl.clamp(out, -LARGEST, LARGEST)  # weights are rounded, their sum is not
-    tl.store(out_ptr + (rows.to(tl.int64) * heads + head) * SIZE + places, out, mask=inside)
+    tl.store(out_ptr + (rows.to(tl.int64) * heads + head) * SIZE + offs_d, out, mask=inside)

@@ -25,7 +25,7 @@ def interpreted() -> bool:
 def check_kernels(device: torch.device) -> None:
     """Raises ValueError where the kernels cannot run."""
     if device.type != "cuda" and not interpreted():
-        raise ValueError(f"engine: got fused on {device.type}, expected a GPU: its kernels are compiled for one")
+        raise ValueError(f"backend: got fused on {device.type}, expected a GPU: its kernels are compiled for one")
 
 
 def tile_of(width: int, rows: int) -> Tile:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to embeddings: text cleaning, the tokenizer and the umT5 encoder.
 
-Called by the engines and by the service, which tells the user of a truncated prompt. It knows nothing of video.
+Called by the backends and by the service, which tells the user of a truncated prompt. It knows nothing of video.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
   says why a new session would have to wait. No session comes of it.
 * START and END together with OPTIONS.adapters and no other tensor change the LoRA adapters of sessions to come; the
   answer's NOTICE says what they are now. Sessions that are live go on as they are.
-* With `early_frames`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 in all but the last.
+* With `stream_partial_chunks`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 but in the last.
 * With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
   anew with each START.
 * A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue; with
@@ -135,7 +135,16 @@ class Request:
     def _check_after_start(self) -> None:
         if self.seed is not None:
             raise invalid("SEED: got it after START, expected it in START only")
-        at_start = ("global_sink", "on_switch", "pace", "fps", "snapshot_every", "format", "early_frames", "max_wait_s")
+        at_start = (
+            "global_sink",
+            "on_switch",
+            "pace",
+            "fps",
+            "snapshot_every",
+            "format",
+            "stream_partial_chunks",
+            "max_wait_s",
+        )
         for key in at_start:
             if getattr(self.options, key) is not None:
                 raise invalid(f"OPTIONS.{key}: got it after START, expected it in START only")

@@ -35,7 +35,7 @@ class Options:
     """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
     format: str | None = None
     """START only: how frames are sent: `raw` (the default), `jpeg` or `h264`."""
-    early_frames: bool | None = None
+    stream_partial_chunks: bool | None = None
     """START only: send a chunk's frames as soon as each latent frame is decoded (default: the chunk at once)."""
     max_wait_s: float | None = None
     """START only: how long to wait for a slot, at most; the server's own `max_wait_s` holds as well (the smaller).
@@ -57,7 +57,7 @@ class Options:
         if not isinstance(values, dict):
             raise invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
         kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("on_switch", "pace", "token", "format"), (str,))
-        kinds |= dict.fromkeys(("global_sink", "early_frames"), (bool,))
+        kinds |= dict.fromkeys(("global_sink", "stream_partial_chunks"), (bool,))
         kinds |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
         kinds |= {"max_wait_s": (int, float), "adapters": (dict,)}
         for key, value in values.items():

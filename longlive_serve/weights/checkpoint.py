@@ -69,7 +69,7 @@ class Checkpoint:
             for key, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, key, buffer.to(dtype))  # constants, which no file holds
         self._install_quantized(network)
-        fill(network, self.tensors(network), device, dtype)
+        materialize(network, self.tensors(network), device, dtype)
         return network.eval()
 
     def tensors(self, network: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +95,9 @@ class Checkpoint:
         if self.use_ema and self.name == DIT and kind not in (LONGLIVE, CONVERTED):
             raise ValueError(f"{path}: got {kind} layout with use_ema, expected a torch file with {EMA_KEYS[0]}")
         if kind == LONGLIVE:
-            return unwrapped(read_tensors(path, EMA_KEYS if self.use_ema else GENERATOR_KEYS, required=self.use_ema))
+            return strip_wrapper_prefixes(
+                read_tensors(path, EMA_KEYS if self.use_ema else GENERATOR_KEYS, required=self.use_ema)
+            )
         state = read_tensors(path)
         if kind == DIFFUSERS:
             return from_diffusers(self.name, state)
@@ -104,7 +106,7 @@ class Checkpoint:
         if kind == WAN and self.name == TEXT_ENCODER:
             names = wan_names(self.config.text_encoder.num_layers)
             return {names.get(key, key): tensor for key, tensor in state.items()}
-        return unwrapped(state) if kind == WAN else state
+        return strip_wrapper_prefixes(state) if kind == WAN else state
 
     def origin(self) -> dict[str, Any]:
         """Of a converted file: what it was made of; else an empty dict. Raises ValueError."""
@@ -124,7 +126,7 @@ class Checkpoint:
         shown = {}
         if self.file.kind == WAN and self.name == TEXT_ENCODER:  # the file's own names
             shown = {ours: wan for wan, ours in wan_names(self.config.text_encoder.num_layers).items()}
-        if problems := misfits(state, network.state_dict(), shown):
+        if problems := state_dict_mismatches(state, network.state_dict(), shown):
             raise ValueError(
                 _misfit_text(self.file.path, problems)
                 + f"\nExpected the {self.name} of preset {self.config.name}: give another file or another preset"
@@ -149,7 +151,7 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def fill(
+def materialize(
     network: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str, dtype: torch.dtype
 ) -> None:
     """Give a network on the meta device its weights: copies, one by one. Buffers keep their dtypes."""
@@ -166,7 +168,7 @@ def fill(
     assert not own, f"no weights for {sorted(own)}"
 
 
-def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of LongLive's generator under the names of the DiT: without `model.` and what training left there."""
     names: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -178,7 +180,9 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return names
 
 
-def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], shown: Mapping[str, str]) -> list[str]:
+def state_dict_mismatches(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], shown: Mapping[str, str]
+) -> list[str]:
     """What of `state` does not fit a network that has `own`, under the names `shown` where there are any; the first of
     very many of each kind."""
     missing = [f"missing {shown.get(name, name)}" for name in sorted(own.keys() - state.keys())]
@@ -195,7 +199,7 @@ def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], shown: Mappi
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
     """Copy `state` into `network`. Raises ValueError that lists what does not fit."""
-    if problems := misfits(state, network.state_dict(), {}):
+    if problems := state_dict_mismatches(state, network.state_dict(), {}):
         raise ValueError(_misfit_text(source, problems))
     network.load_state_dict(state)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of weights -> networks with weights in them, adapters merged; or random weights from a fixed seed.
 
-Called by `build_engines`, the export and `quantization/`. Where the files lie is for `weights_folder` to say, what is
+Called by `build_backends`, the export and `quantization/`. Where the files lie is for `weights_folder` to say, what is
 in them for `checkpoint`.
 """
 

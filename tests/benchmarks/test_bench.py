@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the engines, at toy size for real: what it says, writes and refuses."""
+"""The benchmark of the backends, at toy size for real: what it says, writes and refuses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_run_says_what_it_measured_and_where(whole: dict[str, Any], record: di
     assert record.keys() >= {"command", "date", "hardware", "versions", "preset", "roofline", "attention", "figures_of"}
     assert record["complete"]
     assert [row["name"] for row in record["rows"]] == ["torch", BASELINE, "torch tiny"], "in the order asked for"
-    assert record["skipped"] == {"fused": "engine fused on cpu: its kernels need a GPU"}
+    assert record["skipped"] == {"fused": "backend fused on cpu: its kernels need a GPU"}
     assert not record["failed"]
     assert all(math.isfinite(number) for number in numbers(record))
     assert "new prompt" in whole["printed"]
@@ -107,7 +107,7 @@ def test_a_row_that_computes_something_else_fails(
     size = (check.CHUNKS, TOY.window.chunk, 16, TOY.latent_height, TOY.latent_width)
     latents = torch.full(size, math.nan) if broken == "nan" else torch.randn(size)
     expected = check.make_video
-    monkeypatch.setattr(run, "make_video", lambda pipeline: expected(pipeline)._replace(latents=latents))
+    monkeypatch.setattr(run, "make_video", lambda runner: expected(runner)._replace(latents=latents))
     monkeypatch.setattr(run, "measure_roofline", lambda *_: {})
     monkeypatch.setattr(run, "measure_attention", lambda *_: {})
     assert command.main([*QUICK, "--check", "--rows", "torch", "--max-sessions", "1"]) == 1
@@ -117,7 +117,7 @@ def test_a_row_that_computes_something_else_fails(
 
 def test_the_figures_of_a_row_agree_with_each_other(record: dict[str, Any]) -> None:
     for row in record["rows"]:
-        phases = [row["phases_s"][phase] for phase in ("denoise", "commit", "decode", "host")]
+        phases = [row["phases_s"][phase] for phase in ("denoise", "kv_cache_update", "decode", "host")]
         assert sum(phase["p10"] for phase in phases) < row["chunk_s"]["p90"]
         assert row["chunk_s"]["p10"] < sum(phase["p90"] for phase in phases)
         assert row["fps"] == pytest.approx(12 / row["chunk_s"]["median"])
@@ -181,7 +181,7 @@ def test_what_was_exported_is_measured_beside_torch(
     folders = ["--graphs", graphs, "--plans", graphs]
     assert command.main([*QUICK, "--max-sessions", "1", "--rows", "torch", *folders, "--json", str(path)]) == 0
     record = json.loads(path.read_text(encoding="utf-8"))["benchmarks.engines"]
-    assert [(row["name"], row["engine"]) for row in record["rows"]] == [
+    assert [(row["name"], row["backend"]) for row in record["rows"]] == [
         ("torch", "torch"),
         ("onnxruntime", "onnxruntime+torch"),
     ]
@@ -262,7 +262,7 @@ def test_a_row_that_fails_leaves_the_others(
 def test_everyone_is_admitted_and_lateness_has_a_sign() -> None:
     scheduler = live.OpenScheduler(slots=3, cost=SECOND)  # each chunk takes longer than it plays
     for name in "abc":
-        scheduler.add(name, 0, fps=16, lead=1)
+        scheduler.add(name, 0, fps=16, max_chunks_ahead=1)
     assert len(scheduler.admit(0)) == 3
     assert scheduler.done("a", SECOND, 9, SECOND) == 0  # playback begins; the next one is due 0.75 s later
     assert scheduler.done("a", 3 * SECOND // 2, 12, SECOND // 2) == 0
@@ -274,15 +274,15 @@ def test_everyone_is_admitted_and_lateness_has_a_sign() -> None:
 def test_sessions_are_added_until_chunks_come_late_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     misses = iter([0, 1, 0, 2, 1])
 
-    def run_live(pipeline: Any, config: Any, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
+    def run_live(runner: Any, config: Any, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
         return {"sessions": sessions, "misses": next(misses)}
 
     monkeypatch.setattr(live, "run_live", run_live)
     told: list[str] = []
     config = ServeConfig(slots=8)
     prepared: list[int] = []
-    pipeline: Any = SimpleNamespace(prepare=prepared.append)
-    figures = live.measure_live(pipeline, config, 0.25, 1.0, 8, told.append)
+    runner: Any = SimpleNamespace(prepare=prepared.append)
+    figures = live.measure_live(runner, config, 0.25, 1.0, 8, told.append)
     assert prepared == [1, 2, 3], "slots that nobody uses cost nothing"
     assert [run["sessions"] for run in figures["runs"]] == [1, 2, 2, 3, 3]
     assert (figures["sessions"], figures["most_tried"], figures["announced"]) == (2, 3, 2)

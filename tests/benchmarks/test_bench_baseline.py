@@ -15,7 +15,7 @@ from benchmarks.engines.networks import KINDS, random_network
 from benchmarks.engines.rows import ROWS, build
 from longlive_serve.config.presets import PRESETS, TINY, VAE_DECODER, WAN, VAEConfig
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.models.vae.decoder import CausalConv3d, VAEDecoder
 from longlive_serve.replay import Case, case_network, exact_latents, read_tensors, replay
@@ -34,7 +34,7 @@ FULL, TOY = PRESETS["longlive-1.3b"], PRESETS["tiny"]
     [
         (flops.dit_pass(FULL, 3, 12), 28.29),
         (flops.dit_pass(FULL, 3, 3), 16.2),
-        (flops.dit_chunk(FULL, whole_commit=True), 141.5),
+        (flops.dit_chunk(FULL, whole_update=True), 141.5),
         (flops.recache(FULL, whole=True), 113.0),
         (flops.dit_pass(FULL, 9, 12), 85.0),
         (flops.recache(FULL, whole=False), 85.0 * 29 / 30),
@@ -60,14 +60,14 @@ def test_the_baseline_meets_the_reference(tmp_path: Path, name: str) -> None:
 
 def test_a_slot_of_the_baseline_forgets_the_video_before() -> None:
     config = ServeConfig(preset="tiny", device="cpu", slots=2)
-    pipeline = Pipeline(build(ROWS[0], config), config.network)
+    runner = ModelRunner(build(ROWS[0], config), config.network)
     videos = []
     for slot in (0, 0, 1):
         session = Session(id="s", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(3), slot=slot)
         for chunk in range(6):
             if chunk == 5:
                 session.add_prompt("another")
-            frames = pipeline.advance(session).frames
+            frames = runner.advance(session).frames
         videos.append(torch.from_numpy(frames))
     assert torch.equal(videos[0], videos[1])
     assert torch.equal(videos[0], videos[2])

@@ -111,4 +111,4 @@ def test_the_quality_of_the_demo_network_hangs_on_its_measure_world_and_pipeline
     code = json.loads((stale.RESULTS / "quality.json").read_text(encoding="utf-8"))["code"]
     files = git(ROOT, "ls-files", "--", *code).splitlines()
     assert {"training/quality/__main__.py", "training/world.py", "longlive_serve/engine/model_runner.py"} <= {*files}
-    assert not [file for file in files if file.startswith(("longlive_serve/bench/", "training/train_"))]
+    assert not [file for file in files if file.startswith(("longlive_serve/doctor/", "training/train_"))]

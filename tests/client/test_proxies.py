@@ -87,9 +87,7 @@ def test_a_server_starts_and_is_measured(tmp_path: Path, proxy: Proxy) -> None:
 @pytest.mark.parametrize("wanted", [False, True])
 def test_onnx_runtime_reports_nothing_to_its_makers_unless_asked_to(tmp_path: Path, wanted: bool) -> None:
     """It writes who it is to the user's folder when it is loaded, and sends some seconds later."""
-    code = (
-        "from longlive_serve.backends.registry import onnxruntime_engine as engine; engine.onnxruntime.SessionOptions()"
-    )
+    code = "from longlive_serve.backends.exported import onnxruntime_session as used; used.onnxruntime.SessionOptions()"
     # Nothing else of this machine's: in some surroundings, such as CI, it reports nothing of itself.
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     environment |= {"ORT_DISABLE_TELEMETRY": "0"} if wanted else {}

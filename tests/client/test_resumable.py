@@ -141,7 +141,7 @@ def test_a_session_that_waited_for_its_first_frame_begins_again() -> None:
 
 def test_a_full_server_is_asked_again_while_it_goes_on() -> None:
     script = Sequel(breaks_after(0), full, full, ends_after(1))
-    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2, tries=1) as video:
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2, max_attempts=1) as video:
         assert numbers(video) == [0, 1]
     assert {start.options.max_wait_s for start in script.starts} == {None}
 

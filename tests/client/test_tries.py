@@ -77,7 +77,7 @@ def test_only_the_last_try_waits(stream: Open) -> None:
         yield from ends_after(0)(conversation, start)
 
     script = Sequel(full, full, lets_it_wait)
-    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=1, tries=3) as video:
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, chunks=1, max_attempts=3) as video:
         chunks = list(video.chunks())
     assert [(item.notice, len(item.frames)) for item in chunks] == [("waiting for a slot: place 1 of 1", 0), ("", 9)]
     assert waits(script) == [0, 0, None]
@@ -90,7 +90,7 @@ def test_where_every_server_is_full_the_last_word_is_raised(stream: Open) -> Non
 
     script = Sequel(full, full_queue)
     with ScriptedTriton(script) as server:
-        video = stream("a fox", url=server.url, chunks=1, tries=2)
+        video = stream("a fox", url=server.url, chunks=1, max_attempts=2)
         with pytest.raises(errors.UnavailableError, match="waiting for a slot already; try again in 30 s"), video:
             indices(video)
     assert waits(script) == [0, None]
@@ -99,12 +99,12 @@ def test_where_every_server_is_full_the_last_word_is_raised(stream: Open) -> Non
 def test_with_one_try_it_waits_at_the_first(stream: Open) -> None:
     script = Sequel(full)
     with ScriptedTriton(script) as server:
-        video = stream("a fox", url=server.url, chunks=1, tries=1)
+        video = stream("a fox", url=server.url, chunks=1, max_attempts=1)
         with pytest.raises(errors.UnavailableError), video:
             indices(video)
     assert waits(script) == [None]
-    with pytest.raises(errors.InvalidRequestError, match="tries: got 0, expected 1 to"):
-        stream("a fox", tries=0)
+    with pytest.raises(errors.InvalidRequestError, match="max_attempts: got 0, expected 1 to"):
+        stream("a fox", max_attempts=0)
 
 
 GOING = (
@@ -124,7 +124,7 @@ def test_a_server_that_is_about_to_go_is_left_for_another(stream: Open, words: s
         assert indices(video) == [0]
     assert waits(script) == [0, 0, 0]
     with ScriptedTriton(Sequel(goes, goes)) as server:
-        video = stream("a fox", url=server.url, chunks=1, tries=2)
+        video = stream("a fox", url=server.url, chunks=1, max_attempts=2)
         with pytest.raises(errors.ServerShutdownError), video:
             indices(video)
 
@@ -166,7 +166,7 @@ def test_a_prompt_for_a_session_that_is_refused_goes_to_the_next(stream: Open) -
 
 def test_a_session_that_breaks_off_asks_as_many_again() -> None:
     script = Sequel(full, breaks_after(0), full, full, ends_after(1))
-    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2, tries=3) as video:
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=2, max_attempts=3) as video:
         assert indices(video) == [0, 1]
     assert video.resumed == 1
     assert waits(script) == [0, 0, 0, 0, None]
@@ -176,7 +176,7 @@ def test_a_session_that_breaks_off_asks_as_many_again() -> None:
 
 def test_one_broken_server_among_full_ones_is_no_reason_to_give_up() -> None:
     script = Sequel(full, breaks_after(), full, ends_after(0))
-    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=1, tries=3) as video:
+    with ScriptedTriton(script) as server, VideoStream("a fox", url=server.url, chunks=1, max_attempts=3) as video:
         assert indices(video) == [0]
 
 
@@ -186,7 +186,7 @@ def test_tries_last_no_longer_than_resume_for(monkeypatch: pytest.MonkeyPatch) -
     script = Sequel(breaks_after(0), *[full] * 100)
     with (
         ScriptedTriton(script) as server,
-        VideoStream("a fox", url=server.url, chunks=2, tries=100, resume_for=55.0) as video,
+        VideoStream("a fox", url=server.url, chunks=2, max_attempts=100, resume_for=55.0) as video,
     ):
         chunks = video.chunks()
         assert len(next(chunks).frames)
@@ -201,7 +201,7 @@ def test_cancel_ends_the_tries(stream: Open) -> None:
         yield from full(conversation, start)
 
     script = Sequel(*[full] * 20, full_and_cancelled, *[full] * 1000)
-    with ScriptedTriton(script) as server, stream("a fox", url=server.url, tries=1021) as video:
+    with ScriptedTriton(script) as server, stream("a fox", url=server.url, max_attempts=1021) as video:
         assert list(video.chunks()) == []
     assert 21 <= len(script.starts) <= 22
 

@@ -41,9 +41,9 @@ def test_a_dockerfile_that_breaks_the_rules_is_told_so(tmp_path: Path) -> None:
 
 
 def modules_in(dockerfile: Path) -> set[str]:
-    """The folders that `python3 -m` finds in an image: those copied, and the package in the wheel."""
+    """The folders that `python3 -m` finds in an image: those copied, and the packages in the wheel."""
     copied = {source.partition("/")[0] for copy in stages(dockerfile)[-1].copies for source in copy.sources}
-    return copied | {"longlive_serve"}
+    return copied | {"longlive_serve", "longlive_client"}
 
 
 def check_command(command: list[str], dockerfile: Path) -> None:
@@ -58,7 +58,8 @@ def check_command(command: list[str], dockerfile: Path) -> None:
     assert command[:2] == ["python3", "-m"], command
     module = command[2]
     assert module.partition(".")[0] in modules_in(dockerfile), module
-    source = ROOT / f"{module.replace('.', '/')}.py"
+    folder = ROOT / "client" if module.startswith("longlive_client") else ROOT
+    source = folder / f"{module.replace('.', '/')}.py"
     if module == "longlive_serve.triton_server":
         server_parser().parse_args(command[3:])
         return

@@ -93,7 +93,7 @@ def test_only_what_clients_call_is_let_through(rendered: list[Document]) -> None
     assert {one["service"] for one in let_through} == {service.full_name}
     called = {
         method.name
-        for path in (ROOT / "client").glob("*.py")
+        for path in (ROOT / "client").rglob("*.py")
         for method in service.methods
         if f"stub.{method.name}(" in path.read_text(encoding="utf-8")
     }

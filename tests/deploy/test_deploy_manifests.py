@@ -143,7 +143,7 @@ def test_shared_memory_is_enough_for_the_full_size(pod: dict[str, Any]) -> None:
 def test_the_settings_are_those_of_the_policy(policy: dict[str, Any]) -> None:
     settings = ServeConfig.from_toml(GPU_SETTINGS)
     for name, value in policy["service"].items():
-        assert name == "tries" or getattr(settings, name) == value  # which is the client's
+        assert name == "max_attempts" or getattr(settings, name) == value  # which is the client's
     script = (DEPLOY / "prepare.sh").read_text(encoding="utf-8")
     assert settings.preset in script
     assert settings.weights == "/cache/weights/longlive"

@@ -160,8 +160,10 @@ def test_a_trace_reaches_the_peak_that_was_asked_for(trace: str) -> None:
 
 def test_viewers_notice_a_move_where_little_is_sent_ahead() -> None:
     shares = []
-    for lead, goodbye in ((1, 0), (2, 0), (2, 2)):
-        policy = dataclasses.replace(SHIPPED_POLICY, service=dataclasses.replace(SHIPPED_POLICY.service, lead=lead))
+    for max_chunks_ahead, goodbye in ((1, 0), (2, 0), (2, 2)):
+        policy = dataclasses.replace(
+            SHIPPED_POLICY, service=dataclasses.replace(SHIPPED_POLICY.service, max_chunks_ahead=max_chunks_ahead)
+        )
         figures = run("burst", 1000, policy, dataclasses.replace(IMMORTAL, goodbye_chunks=goodbye)).figures
         moved = figures["moved_by_cause"]["scale_down"]
         assert moved > 50
@@ -216,7 +218,7 @@ def test_a_wrong_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("target_busy_share = 0.7", "target_busy_share = 7", "target_busy_share: got 7"),
         ('"Pods"', '"Pots"', "got 'Pots'"),
         ("grace_period_s", "grace", "grace"),
-        ("tries = ", "tries = -", "tries: got -"),
+        ("max_attempts = ", "max_attempts = -", "max_attempts: got -"),
     ):
         path = tmp_path / "policy.toml"
         path.write_text(SHIPPED.read_text(encoding="utf-8").replace(old, new))

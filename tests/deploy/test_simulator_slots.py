@@ -72,20 +72,20 @@ def steady(
 
 
 def test_with_many_tries_and_no_queue_a_fleet_refuses_as_one_big_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = steady(monkeypatch, 100, 30, tries=300, max_waiting=0)
+    figures = steady(monkeypatch, 100, 30, max_attempts=300, max_waiting=0)
     assert figures["refused_share"] == pytest.approx(erlang_b(90, 100), abs=0.01)
     assert figures["arrived"] == pytest.approx(100 / World().mean_session_s * 40 * 3600, rel=0.02)
     assert figures["perfect_gpu_hours"] == pytest.approx(100 / 3 * 40, rel=0.02)
 
 
 def test_with_one_try_and_no_queue_every_pod_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = steady(monkeypatch, 100, 30, tries=1, max_waiting=0)
+    figures = steady(monkeypatch, 100, 30, max_attempts=1, max_waiting=0)
     assert figures["refused_share"] == pytest.approx(erlang_b(3, 100 / 30), abs=0.01)
 
 
 def test_with_some_tries_those_are_refused_who_draw_nothing_but_full_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a large fleet pods are independent: each gets what the tries at full ones leave over."""
-    figures = steady(monkeypatch, 840, 400, hours=10, tries=4, max_waiting=0)
+    figures = steady(monkeypatch, 840, 400, hours=10, max_attempts=4, max_waiting=0)
     offered = low = 2.1
     high = 10.0
     while high - low > 1e-6:  # what a pod with a free slot is offered: 2.1 / (1 - share of full ones) at most
@@ -170,7 +170,7 @@ def test_a_session_that_broke_off_finds_a_pod_that_has_come_in_between() -> None
 
 
 def test_every_try_takes_time_to_connect() -> None:
-    fleet, pods = fleet_of(20, *[(0, 500)] * 19, tries=300)
+    fleet, pods = fleet_of(20, *[(0, 500)] * 19, max_attempts=300)
     fleet.advance(1)
     gone = next(pod for pod in pods if pod.sessions)
     fleet.withdraw(gone)
@@ -219,11 +219,11 @@ def test_simulated_clients_behave_as_the_client_does() -> None:
 def test_the_policy_tries_as_often_as_the_client() -> None:
     resumable = pytest.importorskip("longlive_client.resume", reason="needs the extra `client`", exc_type=ImportError)
     defaults = inspect.signature(resumable.ResumableStream.__init__).parameters
-    assert defaults["tries"].default == SHIPPED_POLICY.service.tries
+    assert defaults["max_attempts"].default == SHIPPED_POLICY.service.max_attempts
 
 
 def test_the_world_says_goodbye_as_servers_do() -> None:
     sessions = pytest.importorskip(
         "longlive_serve.engine.session_manager", reason="needs the extra `torch`", exc_type=ImportError
     )
-    assert World().goodbye_chunks == sessions.GOODBYE_CHUNKS
+    assert World().goodbye_chunks == sessions.DRAIN_CHUNKS

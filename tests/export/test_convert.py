@@ -18,7 +18,7 @@ from torch import Tensor
 from export import convert as command
 from export.convert import convert, parts_of, work
 from export.output_folder import RECORD
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, NETWORKS, TINY_DECODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.weights.checkpoint import Checkpoint, build
@@ -63,8 +63,8 @@ def test_an_engine_makes_the_same_of_both(source: Path, tmp_path: Path) -> None:
     converted(source, tmp_path / "out", torch.float32)
     embeds = []
     for folder in (source, tmp_path / "out"):
-        engines = build_engines(ServeConfig(preset="tiny", weights=str(folder), engine="torch", device="cpu"))
-        embeds.append(engines.text_encoder.encode("a red fox").embeds)
+        backends = build_backends(ServeConfig(preset="tiny", weights=str(folder), backend="torch", device="cpu"))
+        embeds.append(backends.text_encoder.encode("a red fox").embeds)
     assert torch.equal(*embeds)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported graphs: they compute what PyTorch computes, and the engine that runs them meets the golden rollouts."""
+"""Exported graphs: they compute what PyTorch computes, and the backend that runs them meets the golden rollouts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from export.optimization_profiles import dit_calls, profiles_of
 from export.to_onnx import export, main, source_of_config
 from longlive_serve.backends.exported.io_spec import GRAPHS_OF, PROMPT_KV, graph_io
 from longlive_serve.backends.exported.manifest import Manifest
-from longlive_serve.backends.registry import build_engines, open_graphs
+from longlive_serve.backends.registry import build_backends, open_graphs
 from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, WindowConfig
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from tests.conftest import ExportedGraphs
 from tests.longlive_serve.test_replay import run_replay
@@ -70,17 +70,17 @@ def test_a_whole_session_is_that_of_torch(exported: ExportedGraphs, variant: str
     """All that is exported as graphs, with a switch, against torch: frames within one step of 255."""
     folder = exported("tiny", variant)
     videos = []
-    for engine in ("torch", "auto"):
-        config = ServeConfig(variant=variant, engine=engine, graphs=str(folder), slots=2)
-        engines = build_engines(config)
+    for backend in ("torch", "auto"):
+        config = ServeConfig(variant=variant, backend=backend, graphs=str(folder), slots=2)
+        backends = build_backends(config)
         session = Session(id="s", prompt=Prompt(index=0, text="a red fox runs"), noise=SeededNoise(1), slot=1)
-        pipeline, frames = Pipeline(engines, config.network, variant), []
+        runner, frames = ModelRunner(backends, config.network, variant), []
         for chunk in range(8):
             if chunk == 5:
                 session.add_prompt("a blue bird sleeps", NOW)
-            frames.append(pipeline.advance(session).frames)
+            frames.append(runner.advance(session).frames)
         videos.append(np.concatenate(frames).astype(int))
-    assert engines.name == ("onnxruntime" if variant == "base" else "onnxruntime+torch")
+    assert backends.name == ("onnxruntime" if variant == "base" else "onnxruntime+torch")
     assert np.abs(videos[0] - videos[1]).max() <= 1
     assert videos[0].std() > 1
 
@@ -123,13 +123,13 @@ def test_no_call_of_a_session_attends_to_frames_that_are_not_there() -> None:
 def test_graphs_of_another_variant_or_dtype_are_refused(exported: ExportedGraphs) -> None:
     folder = str(exported("tiny", "base"))
     with pytest.raises(ValueError, match="variant 'base' instead of 'infinity'"):
-        build_engines(ServeConfig(engine="onnxruntime", graphs=folder, variant="infinity"))
+        build_backends(ServeConfig(backend="onnxruntime", graphs=folder, variant="infinity"))
     with pytest.raises(ValueError, match="expected it in dtype 'float16'"):
-        build_engines(ServeConfig(engine="onnxruntime", graphs=folder, dtype="float16"))
+        build_backends(ServeConfig(backend="onnxruntime", graphs=folder, dtype="float16"))
     with pytest.raises(ValueError, match="backend 'onnxruntime' instead of 'tensorrt'"):
-        build_engines(ServeConfig(engine="tensorrt", plans=folder))
+        build_backends(ServeConfig(backend="tensorrt", plans=folder))
     with pytest.raises(ValueError, match="not a manifest"):
-        build_engines(ServeConfig(engine="onnxruntime", graphs="/nowhere"))
+        build_backends(ServeConfig(backend="onnxruntime", graphs="/nowhere"))
 
 
 def test_graphs_of_other_weights_are_refused(exported: ExportedGraphs, tmp_path: Path) -> None:
@@ -137,20 +137,20 @@ def test_graphs_of_other_weights_are_refused(exported: ExportedGraphs, tmp_path:
     others = {name: dataclasses.replace(graph, weights="0" * 64) for name, graph in manifest.graphs.items()}
     dataclasses.replace(manifest, graphs=others).write(tmp_path)
     with pytest.raises(ValueError, match="other weights than those served"):
-        build_engines(ServeConfig(engine="onnxruntime", graphs=str(tmp_path)))
+        build_backends(ServeConfig(backend="onnxruntime", graphs=str(tmp_path)))
 
 
 def test_an_engine_without_its_folder_is_an_error() -> None:
     with pytest.raises(ValueError, match="graphs: got nothing"):
-        ServeConfig(engine="onnxruntime")
+        ServeConfig(backend="onnxruntime")
     with pytest.raises(ValueError, match="plans: got nothing"):
-        ServeConfig(dit_engine="tensorrt")
+        ServeConfig(dit_backend="tensorrt")
 
 
 def test_each_network_may_have_its_own_engine(exported: ExportedGraphs) -> None:
     folder = str(exported("tiny", "base"))
-    engines = build_engines(ServeConfig(engine="torch", vae_decoder_engine="onnxruntime", graphs=folder))
-    assert engines.name == "onnxruntime+torch"
+    backends = build_backends(ServeConfig(backend="torch", vae_decoder_backend="onnxruntime", graphs=folder))
+    assert backends.name == "onnxruntime+torch"
 
 
 def test_the_manifest_grows_network_by_network(tmp_path: Path) -> None:

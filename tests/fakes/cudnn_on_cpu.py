@@ -28,7 +28,7 @@ from tests.fakes.graphs_on_cpu import Stream
 PROPERTIES = '{"deviceName": "a CPU"}'
 BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
 KERNELS = {17: 8e-3, 23: 3e-3, 31: 0.0, 46: 9e-3, 47: 0.0}
-"""Those of the engine that comes first, with the seconds that they take; 31 does not compile, 47 gives zeros."""
+"""Those of the backend that comes first, with the seconds that they take; 31 does not compile, 47 gives zeros."""
 
 
 class Declared:
@@ -108,10 +108,10 @@ class Graph:
     def check_support(self) -> None:
         pass
 
-    def create_execution_plan(self, engine: int, knobs: dict[str, int]) -> None:
+    def create_execution_plan(self, backend: int, knobs: dict[str, int]) -> None:
         if knobs["k24"] not in KERNELS:
             raise NotSupportedError("no such kernel")
-        self.plans.append(f"eng{engine}_k24={knobs['k24']}")
+        self.plans.append(f"eng{backend}_k24={knobs['k24']}")
 
     def get_execution_plan_count(self) -> int:
         return len(self.plans)

@@ -18,8 +18,8 @@ import torch
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import Encode
-from longlive_serve.engine.core import VideoService
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.core import EngineCore
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Session
 from longlive_serve.observability.metrics import Change
 from longlive_serve.observability.tracing import Phase
@@ -54,12 +54,12 @@ class Clock:
         self._now += round(seconds * 10**9)
 
 
-class CountingPipeline:
+class CountingModelRunner:
     """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared; of a pipeline
     that is asynchronous, it holds chunks in flight."""
 
     config = PRESETS["tiny"]
-    engines = SimpleNamespace(
+    backends = SimpleNamespace(
         name="none", device="cpu", dtype="float32", dit=SimpleNamespace(cache_dtype=torch.float32)
     )
     phases: tuple[Phase, ...] = ()
@@ -77,7 +77,7 @@ class CountingPipeline:
     def first_frame(self, chunk: int) -> int:
         return 12 * chunk - 3 if chunk else 0
 
-    def launch(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+    def execute_model_async(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
         self.turns.append(session.id)
         self.slots[session.id] = session.slot
         if not self.asynchronous:
@@ -88,7 +88,7 @@ class CountingPipeline:
             session.prompt = session.pending.pop(0)
         chunk = session.chunk
         session.chunk += 1
-        session.recent.append(torch.zeros(1))
+        session.context_latents.append(torch.zeros(1))
         frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
         parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if early else [frames]
         first, made = self.first_frame(chunk), []
@@ -101,7 +101,7 @@ class CountingPipeline:
     def wait_until_denoised(self, chunk: Sequence[FrameChunk]) -> None:
         pass
 
-    def finish(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
+    def collect_output(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
         if self.asynchronous:
             self._pass_gate()
         yield from chunk
@@ -112,7 +112,7 @@ class CountingPipeline:
             assert self.gate.wait(LIMIT_S), "the gate stayed closed"
 
 
-class RecordingSink:
+class RecordingResponseSender:
     """Remembers what was sent and by which thread."""
 
     def __init__(self, *, broken: bool = False) -> None:
@@ -146,53 +146,57 @@ class RecordingSink:
 class Bench:
     """A service under test."""
 
-    pipeline: CountingPipeline
-    service: VideoService
+    runner: CountingModelRunner
+    service: EngineCore
     figures: dict[str, float]
     """By name; those with labels under the last of them."""
 
-    def ask(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
-        sink = sink or RecordingSink()
+    def ask(
+        self, session_id: str, sink: RecordingResponseSender | None = None, **request: Any
+    ) -> RecordingResponseSender:
+        sink = sink or RecordingResponseSender()
         self.service.submit(Request(session_id=session_id, **request), sink)
         return sink
 
-    def start(self, session_id: str, sink: RecordingSink | None = None, **request: Any) -> RecordingSink:
+    def start(
+        self, session_id: str, sink: RecordingResponseSender | None = None, **request: Any
+    ) -> RecordingResponseSender:
         return self.ask(session_id, sink, **{"start": True, "prompt": "a fox", "options": FAST} | request)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Who comes meanwhile is there for the worker all at once when it is over. `nobody` has a slot until then."""
-        self.pipeline.gate.clear()
+        self.runner.gate.clear()
         nobody = self.start("nobody", chunks=1, end=True)
-        wait_until(self.pipeline.held.is_set)
+        wait_until(self.runner.held.is_set)
         yield
-        self.pipeline.turns = []
-        self.pipeline.gate.set()
+        self.runner.turns = []
+        self.runner.gate.set()
         wait_until(closed(nobody))
-        self.pipeline.held.clear()
+        self.runner.held.clear()
 
 
 @contextmanager
 def bench(**settings: Any) -> Iterator[Bench]:
-    pipeline, figures = CountingPipeline(), collections.defaultdict[str, float](float)
+    runner, figures = CountingModelRunner(), collections.defaultdict[str, float](float)
 
     def note(changes: Sequence[Change]) -> None:
         figures.update({name: value for name, _, value in changes})
 
-    config = ServeConfig(**{"max_waiting": 1000, "max_unread": 10**9, "max_requests_per_s": 10**9} | settings)
-    service = VideoService(cast(Pipeline, pipeline), config, note)
+    config = ServeConfig(**{"max_waiting": 1000, "max_unacked": 10**9, "max_requests_per_s": 10**9} | settings)
+    service = EngineCore(cast(ModelRunner, runner), config, note)
     try:
-        yield Bench(pipeline, service, figures)
+        yield Bench(runner, service, figures)
     finally:
-        pipeline.gate.set()
+        runner.gate.set()
         service.stop()
     assert figures["live_sessions"] == figures["waiting_sessions"] == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longlive-")]
 
 
-def closed(*sinks: RecordingSink) -> Callable[[], bool]:
+def closed(*sinks: RecordingResponseSender) -> Callable[[], bool]:
     return lambda: all(sink.closed for sink in sinks)
 
 
-def has_chunks(sink: RecordingSink, least: int) -> Callable[[], bool]:
+def has_chunks(sink: RecordingResponseSender, least: int) -> Callable[[], bool]:
     return lambda: len(sink.chunks) >= least

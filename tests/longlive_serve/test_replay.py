@@ -102,9 +102,9 @@ def test_a_case_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--engine", "fused", "--graphs", "."], "--graphs: got --engine fused as well, expected one of them"),
-        (["--fp8"], "--fp8: got --engine torch, expected fused"),
-        (["--engine", "turbo"], "invalid choice: 'turbo'"),
+        (["--backend", "fused", "--graphs", "."], "--graphs: got --backend fused as well, expected one of them"),
+        (["--fp8"], "--fp8: got --backend torch, expected fused"),
+        (["--backend", "turbo"], "invalid choice: 'turbo'"),
     ],
 )
 def test_options_that_exclude_each_other_are_named(
@@ -119,5 +119,5 @@ def test_without_triton_the_fused_engine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "longlive_serve.backends.fused.dit", None)
-    assert main([str(write_case(tmp_path, "dit_tiny_rollout")), "--engine", "fused"]) == 2
-    assert "--engine fused" in capsys.readouterr().err
+    assert main([str(write_case(tmp_path, "dit_tiny_rollout")), "--backend", "fused"]) == 2
+    assert "--backend fused" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether cuDNN has plans for our FP8 on a GPU that is not here: `python -m tests.project.cudnn_plans`.
 
-cuDNN plans for a device whose properties it is told. It is asked with the graphs that the fused engine makes, at the
+cuDNN plans for a device whose properties it is told. It is asked with the graphs that the fused backend makes, at the
 sizes that are served; of some it compiles the kernel too, whose matrix instructions are then looked at. What stands
 where the driver and the CUDA runtime would be is made with gcc: nothing runs. The wheels are NVIDIA's and lie in the
 user's cache folder.
@@ -167,7 +167,7 @@ def _run(*command: str, env: dict[str, str] | None = None) -> str:
 
 
 def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
-    """All that the fused engine asks for in full size, with the names that are printed."""
+    """All that the fused backend asks for in full size, with the names that are printed."""
     config, fp8 = PRESETS["longlive-1.3b"], torch.float8_e4m3fn
     heads, size, rows = config.dit.num_heads, config.dit.head_dim, config.tokens_per_frame
     for queries, keys in ((3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)):  # steps and recaches

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the fused engine on a GPU, and measures the parts of a chunk, within a few minutes:
+"""Checks the fused backend on a GPU, and measures the parts of a chunk, within a few minutes:
 `python3 -m tests.project.gpu_check --json gpu_check.json`.
 
 Nothing but torch, Triton, transformers, safetensors, NumPy and rich is needed, and nothing installed. The file is
@@ -35,11 +35,11 @@ from benchmarks.results import Measurement
 from longlive_serve.backends.device import use_device
 from longlive_serve.backends.fused.cudnn_library import relative_error
 from longlive_serve.backends.fused.dit import FusedDiT
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.start_up import measure_start
 from longlive_serve.config.presets import PRESETS, TINY, WAN
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.replay import Case, case_network, read_tensors, replay
 from tests.support.cases import ROLLOUTS, shorten, write_case
@@ -85,7 +85,7 @@ class Checks:
         yield "a chunk's kernels", self.profile
 
     def rollouts(self) -> dict[str, float | str]:
-        """The reference's latents by the fused engine, through CUDA graphs where there are any: how far they are off,
+        """The reference's latents by the fused backend, through CUDA graphs where there are any: how far they are off,
         or why there are none."""
         found: dict[str, float | str] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -113,32 +113,32 @@ class Checks:
         dit = FusedDiT(network, case.network, 1, case.variant, *fp8)
         return relative_error(replay(case, tensors, dit, self.device), tensors["latents"])
 
-    def pipeline(self, **settings: Any) -> Pipeline:
+    def runner(self, **settings: Any) -> ModelRunner:
         config = ServeConfig(preset=self.machine.config.name, device=self.device, slots=2, **settings)
-        engines = with_words(build_engines(config, load=random_network), config)
-        return Pipeline(engines, config.network, config.variant)
+        backends = with_words(build_backends(config, load=random_network), config)
+        return ModelRunner(backends, config.network, config.variant)
 
     def full_size(self, row: str) -> dict[str, Any]:
-        """A video with a switch, against the torch engine; and what building the engine took, by phase."""
+        """A video with a switch, against the torch backend; and what building the backend took, by phase."""
         settings = dict(next(one.settings for one in ROWS if one.name == row))
         if self.toy:
             settings.pop("fp8_decoder", None)  # it takes cuDNN
         expected = make_video(
-            self.pipeline(engine=TORCH, decoder=settings.get("decoder", WAN)), 3 if self.toy else CHUNKS
+            self.runner(backend=TORCH, decoder=settings.get("decoder", WAN)), 3 if self.toy else CHUNKS
         )
         torch.cuda.empty_cache()
         with measure_start() as start_s:
-            pipeline = self.pipeline(**settings)
-        return {"start_s": start_s, **check(pipeline, expected)}
+            runner = self.runner(**settings)
+        return {"start_s": start_s, **check(runner, expected)}
 
     def profile(self) -> dict[str, Any]:
         """Chunks in the middle of a video."""
-        pipeline = self.pipeline(engine=FUSED, decoder=TINY)
+        runner = self.runner(backend=FUSED, decoder=TINY)
         prompt = Prompt(index=0, text="a red fox")
         session = Session(id="profile", prompt=prompt, noise=SeededNoise(0), slot=0)
         for _ in range(2 if self.toy else 6):
-            pipeline.advance(session)
-        return chunk_parts.profile(lambda: pipeline.advance(session), self.device)
+            runner.advance(session)
+        return chunk_parts.profile(lambda: runner.advance(session), self.device)
 
 
 class Report:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused engine gives a Hopper GPU, against the eager baseline, without one:
+"""What the fused backend gives a Hopper GPU, against the eager baseline, without one:
 `python -m tests.project.machine_code --json results/machine_code.json`.
 
 Two tables: of a chunk, the kernels that are launched and the bytes that they move, before and after; of
@@ -42,7 +42,7 @@ DTYPE = torch.bfloat16
 NAMES = {DIT: "the DiT", VAE_DECODER: "the VAE decoder"}
 CODE = (
     *SERVER,
-    "longlive_serve/bench/baseline*.py",
+    "benchmarks/engines/baseline",
     "tests/project/machine_code.py",
     "tests/fakes/launches.py",
     "tests/fakes/hopper_on_cpu.py",
@@ -88,7 +88,7 @@ class Chunk:
         def run() -> None:
             for step in range(STEPS):
                 dit.denoise(self.latents, step, prompt, 0, placement)
-            dit.commit(self.latents, prompt, 0, placement)
+            dit.update_kv_cache(self.latents, prompt, 0, placement)
 
         dit.denoise(self.latents, 0, prompt, 0, before)  # the prompt's keys and values, once
         return run
@@ -114,7 +114,7 @@ class Chunk:
 
         def run() -> None:
             for step in range(STEPS + 1):
-                network.run(self.latents, constants, prompt, rows, commit=step == STEPS)
+                network.run(self.latents, constants, prompt, rows, update_kv_cache=step == STEPS)
 
         return run
 

@@ -38,11 +38,12 @@ SECTION = "tests.project.portability"
 CODE = (
     "longlive_serve",
     "client",
+    "benchmarks",
     "deploy",
     "export",
     "quantization",
     "training",
-    "trials",
+    "stress",
     "model_repository",
     "tests",
 )

@@ -98,7 +98,7 @@ def test_a_terminated_run_leaves_no_process(cases: Path) -> None:
         "import pathlib, time\ndef test_one():\n    pathlib.Path('up').touch()\n    time.sleep(60)"
     )
     code = (
-        f"import pathlib; from tests import portability as p; p.ROOT = pathlib.Path({str(cases)!r}); "
+        f"import pathlib; from tests.project import portability as p; p.ROOT = pathlib.Path({str(cases)!r}); "
         f"p.SETTINGS[{NAME!r}] = p.Setting(busy_loops=1, numeric=False); raise SystemExit(p.main(['--only', {NAME!r}]))"
     )
     running = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)

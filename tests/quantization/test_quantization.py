@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export.to_onnx import export, source_of_config
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.quantization.int8_fp8_layers import install, quantized_layers
@@ -43,8 +43,8 @@ from training.quality.__main__ import SHIPPED
 
 pytestmark = pytest.mark.numeric
 
-DEMO = ServeConfig(preset="demo", weights=str(SHIPPED), engine="torch", device="cpu", slots=1)
-TINY = ServeConfig(preset="tiny", engine="torch", device="cpu", slots=1)
+DEMO = ServeConfig(preset="demo", weights=str(SHIPPED), backend="torch", device="cpu", slots=1)
+TINY = ServeConfig(preset="tiny", backend="torch", device="cpu", slots=1)
 PROMPTS = [
     "A red circle drifts right over a black background.",
     "A single blue cross slowly moves up on a gray background.",
@@ -72,10 +72,10 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_chunks(weights: Path, dtype: str = "float32") -> tuple[Tensor, Tensor]:
     """Latents and frames of a session's first two chunks."""
     config = dataclasses.replace(DEMO, weights=str(weights), dtype=dtype)
-    pipeline = Pipeline(build_engines(config), config.network)
+    runner = ModelRunner(build_backends(config), config.network)
     session = Session(id="test", prompt=Prompt(index=0, text=PROMPTS[0]), noise=SeededNoise(7), slot=0)
-    frames = [torch.from_numpy(pipeline.advance(session).frames) for _ in range(2)]
-    return torch.cat(list(session.recent), 1).float(), torch.cat(frames).float()
+    frames = [torch.from_numpy(runner.advance(session).frames) for _ in range(2)]
+    return torch.cat(list(session.context_latents), 1).float(), torch.cat(frames).float()
 
 
 # Recipes
@@ -196,8 +196,8 @@ def test_graphs_of_the_int8_network_round_as_pytorch_does(int8: Path, tmp_path: 
 def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) -> None:
     watched = {DIT: ("blocks.0.self_attn.q", "blocks.4.ffn.2"), VAE_DECODER: ("decoder.upsamples.0.residual.2",)}
     record = json.loads((fp8 / command.RECORD).read_text(encoding="utf-8"))["layers"]
-    engines = build_engines(DEMO)
-    networks: dict[str, Any] = {DIT: engines.dit, VAE_DECODER: engines.vae_decoder}
+    backends = build_backends(DEMO)
+    networks: dict[str, Any] = {DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
     largest: dict[str, float] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -209,7 +209,7 @@ def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) 
     for network, layers in watched.items():
         for layer in layers:
             networks[network].network.get_submodule(layer).register_forward_pre_hook(hook(layer))
-    calibration_session(Pipeline(engines, DEMO.network), PROMPTS[:1], 0)
+    calibration_session(ModelRunner(backends, DEMO.network), PROMPTS[:1], 0)
     for network, layers in watched.items():
         for layer in layers:
             assert record[network][layer]["input_amax"] == pytest.approx(largest[layer], rel=1e-4)
@@ -282,8 +282,8 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_flow_errors_name_the_block_that_errs() -> None:
-    engines = build_engines(TINY)
-    leader = engines.dit
+    backends = build_backends(TINY)
+    leader = backends.dit
     assert isinstance(leader, TorchDiT)
     layers, _ = formats_of_layers(DIT, leader.network, dataclasses.replace(INT8, inputs=False))
     quantized = load_network(DIT, TINY.network, TINY.weights, "cpu", torch.float32)
@@ -292,7 +292,7 @@ def test_flow_errors_name_the_block_that_errs() -> None:
     last = with_block(leader.network, quantized, 1)
     others = {name: TorchDiT(network, TINY.network, 1, "base") for name, network in (("same", same), ("last", last))}
     onlookers = Onlookers(leader, others)
-    calibration_session(Pipeline(dataclasses.replace(engines, dit=onlookers), TINY.network), PROMPTS, 0)
+    calibration_session(ModelRunner(dataclasses.replace(backends, dit=onlookers), TINY.network), PROMPTS, 0)
     assert max(max(errors) for errors in onlookers.flow["same"]) == 0
     assert all(min(errors) > 1e-4 for errors in onlookers.flow["last"])
     assert max(onlookers.blocks["last"][0]) == 0

@@ -49,6 +49,7 @@ class Skipped:
 
 
 SMOKES = (
+    Smoke(command="benchmarks.start_up --config {tiny} --json {out}/startup.json"),
     Smoke(command="longlive_client.cli.set_lora --url {url} --token {token} style.pt=0.8"),
     Smoke(command="benchmarks.serving --url {url} --metrics-url {metrics} --viewers 1,2 --seconds 1"),
     Smoke(command=f"longlive_client.cli.generate --url {{url}} --prompt {PROMPT} --seconds 1"),
@@ -77,7 +78,7 @@ SMOKES = (
         command="benchmarks.engines --device cpu --preset tiny --rows torch --chunks 4 --warmup 0 --live-seconds 0.2 "
         "--max-sessions 1 --json {out}/gpu.json --plot {out}/gpu.png"
     ),
-    Smoke(command="longlive_serve.doctor --config {tiny} --grpc-port 0 --http-port 0 --metrics-port 0 --start"),
+    Smoke(command="longlive_serve.doctor --config {tiny} --grpc-port 0 --http-port 0 --metrics-port 0"),
     Smoke(command="longlive_serve.replay {case} --device cpu --dtype float32 --tolerance 2e-2"),
     Smoke(command="longlive_serve.replay {case} --graphs {case_graphs}"),
     Smoke(
@@ -98,6 +99,7 @@ SMOKES = (
     Smoke(command="training.train_rollouts --out {trained} --steps 1"),
     Smoke(command="tests.project.machine_code --table {root}/results/machine_code.json"),
     Smoke(command="benchmarks.stale"),
+    Smoke(command="tests.support.rooms --json {out}/house.json"),
     Smoke(command="benchmarks.tables"),
 )
 ELSEWHERE = (
@@ -123,7 +125,7 @@ ELSEWHERE = (
     ),
     Elsewhere(
         module="longlive_serve.replay",
-        options="--engine --fp8 --fp8-attention",
+        options="--backend --fp8 --fp8-attention",
         test="test_fused_dit.test_replay_runs_it_in_fp8",
     ),
     Elsewhere(
@@ -172,6 +174,7 @@ ELSEWHERE = (
     ),
 )
 SKIPPED = (
+    Skipped(module="longlive_serve.doctor", options="--start", reason="benchmarks.start_up starts the same servers"),
     Skipped(
         module="longlive_client.cli.generate",
         options="--tls-ca",

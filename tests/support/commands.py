@@ -144,7 +144,7 @@ def modules() -> list[str]:
     """All that `python -m` runs."""
     found = []
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("client.")
         if name.endswith(".__main__"):
             found.append(name.removesuffix(".__main__"))
         elif re.search(r"^if __name__ == \"__main__\":$", path.read_text(encoding="utf-8"), re.MULTILINE):

@@ -115,7 +115,8 @@ def circles() -> list[str]:
         after.setdefault(one, set()).add(other)
 
     def reached(room: str) -> set[str]:
-        found, open_ = set(), [room]
+        found: set[str] = set()
+        open_ = [room]
         while open_:
             new = after.get(open_.pop(), set()) - found
             found |= new
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         kept = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
         header = made.header(hardware=cpu(), versions=versions(), code=[*{room.split(".")[0] for room in FLOORS}])
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({**kept, **header, **found}, indent=2) + "\n", encoding="utf-8")
     return 0
 

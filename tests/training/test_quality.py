@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Session
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import CLEAR, RECACHE
@@ -56,8 +56,8 @@ class Exact:
         return FrameChunk(frames=np.ascontiguousarray(pictures), first_frame=0, prompt_index=0, seconds=0.0)
 
 
-def exact(case: Case, **how: Any) -> Pipeline:
-    return cast(Pipeline, Exact(case, **how))
+def exact(case: Case, **how: Any) -> ModelRunner:
+    return cast(ModelRunner, Exact(case, **how))
 
 
 def test_what_is_drawn_exactly_is_read_as_right() -> None:
@@ -99,7 +99,7 @@ def test_a_switch_is_judged_by_what_it_changes(number: int) -> None:
     stays = Case(script=case.script, attributes=case.attributes, before=case.before)
     unmoved = Exact(stays)
     unmoved.looks[1] = case.before  # the prompt is ignored
-    ignored = after_switch(cast(Pipeline, unmoved), stays)
+    ignored = after_switch(cast(ModelRunner, unmoved), stays)
     assert not any(ignored.changed)
     assert all(ignored.kept)
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from longlive_serve.backends.base import PromptKV
 from longlive_serve.backends.torch_backend import TorchDiT, TorchTextEncoder, TorchVAEDecoder
 from longlive_serve.config.presets import PRESETS, VAE_DECODER
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, Session
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.weights.loader import load_network
 from tests.support.tolerance import Float64, error
 from training.latents import Encoder
 from training.quality.__main__ import SHIPPED
-from training.quality.workers import build_pipeline
+from training.quality.workers import build_model_runner
 from training.rollouts import MIDDLE, Rollout, whereabouts
 from training.train_dit import DEMO
 from training.world import ALL, MOTIONS, Segment, draw, paths
@@ -47,34 +47,34 @@ def encoder() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return build_pipeline(SHIPPED)
+def runner() -> ModelRunner:
+    return build_model_runner(SHIPPED)
 
 
-def in_float64(pipeline: Pipeline) -> Pipeline:
+def in_float64(runner: ModelRunner) -> ModelRunner:
     """The same with another DiT, for `Float64`."""
-    assert isinstance(pipeline.engines.dit, TorchDiT)
-    dit = TorchDiT(copy.deepcopy(pipeline.engines.dit.network).double(), DEMO, 1, "base")
+    assert isinstance(runner.backends.dit, TorchDiT)
+    dit = TorchDiT(copy.deepcopy(runner.backends.dit.network).double(), DEMO, 1, "base")
     few = load_network(VAE_DECODER, PRESETS["tiny"], "random", "cpu", torch.float32)  # nobody looks at the frames
-    engines = dataclasses.replace(pipeline.engines, dit=dit, vae_decoder=TorchVAEDecoder(few, DEMO), dtype="float64")
-    return Pipeline(engines, DEMO, "base")
+    backends = dataclasses.replace(runner.backends, dit=dit, vae_decoder=TorchVAEDecoder(few, DEMO), dtype="float64")
+    return ModelRunner(backends, DEMO, "base")
 
 
-def rollout_of(pipeline: Pipeline, encoder: Encoder) -> Rollout:
-    assert isinstance(pipeline.engines.dit, TorchDiT)
-    return Rollout(pipeline.engines.dit.network, Window(DEMO.window), pipeline.engines.dit.tables, encoder)
+def rollout_of(runner: ModelRunner, encoder: Encoder) -> Rollout:
+    assert isinstance(runner.backends.dit, TorchDiT)
+    return Rollout(runner.backends.dit.network, Window(DEMO.window), runner.backends.dit.tables, encoder)
 
 
-def embedded(pipeline: Pipeline, text: str) -> PromptKV:
-    assert isinstance(pipeline.engines.text_encoder, TorchTextEncoder)
-    encoded = pipeline.engines.text_encoder.encode(text)
-    return pipeline.engines.dit.embed_prompt(encoded.embeds, encoded.tokens)
+def embedded(runner: ModelRunner, text: str) -> PromptKV:
+    assert isinstance(runner.backends.text_encoder, TorchTextEncoder)
+    encoded = runner.backends.text_encoder.encode(text)
+    return runner.backends.dit.embed_prompt(encoded.embeds, encoded.tokens)
 
 
 @pytest.mark.parametrize("keep_sink", [True, False])
-def test_a_rollout_generates_what_the_pipeline_does(pipeline: Pipeline, encoder: Encoder, keep_sink: bool) -> None:
+def test_a_rollout_generates_what_the_pipeline_does(runner: ModelRunner, encoder: Encoder, keep_sink: bool) -> None:
     """In float64, where another order of sums makes no difference."""
-    pipeline = in_float64(pipeline)
+    runner = in_float64(runner)
     session = Session(
         id="s", prompt=Prompt(index=0, text=PROMPTS[0]), noise=GlobalNoise(), slot=0, global_sink=keep_sink
     )
@@ -84,36 +84,36 @@ def test_a_rollout_generates_what_the_pipeline_does(pipeline: Pipeline, encoder:
         for chunk in range(9):
             if chunk and chunk in PROMPTS:
                 session.add_prompt(PROMPTS[chunk], NOW)
-            pipeline.advance(session)
-            served.append(session.recent[-1])
+            runner.advance(session)
+            served.append(session.context_latents[-1])
 
-    rollout = rollout_of(pipeline, encoder)
+    rollout = rollout_of(runner, encoder)
     rollout.begin(ALL[:1])
     torch.manual_seed(3)
     with torch.no_grad(), Float64():
         for chunk in range(9):
             if chunk in PROMPTS:
-                prompt_kv = embedded(pipeline, PROMPTS[chunk])
+                prompt_kv = embedded(runner, PROMPTS[chunk])
             rollout.advance(ALL[:1], prompt_kv, switch=chunk > 0 and chunk in PROMPTS, keep_sink=keep_sink)
-            assert served[chunk].dtype == rollout.recent[-1].dtype == torch.float64
-            assert error(rollout.recent[-1], served[chunk]) < 1e-9, chunk
+            assert served[chunk].dtype == rollout.context_latents[-1].dtype == torch.float64
+            assert error(rollout.context_latents[-1], served[chunk]) < 1e-9, chunk
 
 
-def test_a_session_may_join_late(pipeline: Pipeline, encoder: Encoder) -> None:
-    rollout = rollout_of(pipeline, encoder)
+def test_a_session_may_join_late(runner: ModelRunner, encoder: Encoder) -> None:
+    rollout = rollout_of(runner, encoder)
     looks = [ALL[10], ALL[200]]
-    prompt_kv = embedded(pipeline, PROMPTS[0])
+    prompt_kv = embedded(runner, PROMPTS[0])
     for chunk in (1, 3, 4, 5, 100):
         rollout.join(looks, prompt_kv, chunk, random.Random(chunk))
-        assert len(rollout.recent) == min(chunk, 4)
+        assert len(rollout.context_latents) == min(chunk, 4)
         loss = rollout.advance(looks, prompt_kv, switch=True, keep_sink=True)
         assert loss.isfinite()
         assert rollout.chunk == chunk + 1
 
 
-def test_the_loss_teaches_the_recache(pipeline: Pipeline, encoder: Encoder) -> None:
-    rollout = rollout_of(pipeline, encoder)
-    prompt_kv = embedded(pipeline, PROMPTS[0])
+def test_the_loss_teaches_the_recache(runner: ModelRunner, encoder: Encoder) -> None:
+    rollout = rollout_of(runner, encoder)
+    prompt_kv = embedded(runner, PROMPTS[0])
     rollout.join(ALL[:1], prompt_kv, 7, random.Random(0))
     loss = rollout.advance(ALL[:1], prompt_kv, switch=True, keep_sink=True)
     assert loss.requires_grad
@@ -135,15 +135,15 @@ def test_a_shape_is_found_where_it_was_drawn(encoder: Encoder, number: int) -> N
     assert all(abs((f - d + 32) % 64 - 32) <= 1 for f, d in zip(found, drawn, strict=True)), (found, drawn)
 
 
-def test_the_target_goes_on_from_the_networks_own_frames(pipeline: Pipeline, encoder: Encoder) -> None:
-    rollout = rollout_of(pipeline, encoder)
+def test_the_target_goes_on_from_the_networks_own_frames(runner: ModelRunner, encoder: Encoder) -> None:
+    rollout = rollout_of(runner, encoder)
     before, after = ALL[0], ALL[-1]
     assert (before.motion, after.motion) == ("right", "still")
     rollout.begin([before])
     opening = rollout.targets([before])
     assert torch.equal(opening[0], encoder(draw([Segment(attributes=before, frames=9)])))
     shown = encoder(draw([Segment(attributes=before, frames=9)], (7, 40)))  # not where it should be
-    rollout.recent.append(shown[None])
+    rollout.context_latents.append(shown[None])
     rollout.chunk = 1
     end = (7 + 8 * MOTIONS["right"][0], 40)
     segments = [Segment(attributes=after, frames=13)]

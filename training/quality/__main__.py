@@ -25,7 +25,7 @@ from training.quality.workers import Workers
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "model_repository/longlive/1/demo"
-CODE = (*SERVER, "client", "examples/story.jsonl", "training", ":!training/train_*.py")
+CODE = (*SERVER, "client", "benchmarks", "examples/story.jsonl", "training", ":!training/train_*.py")
 COUNTS = {  # default and least
     "captions": (200, 4),  # a quarter are combinations never trained on
     "switches": (100, 1),  # without a pair on one background there is no flicker

@@ -16,7 +16,7 @@ import torch
 
 from longlive_serve.backends.torch_backend import TorchVAEDecoder
 from longlive_serve.config.presets import PRESETS, VAE_DECODER
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.protocol.session_options import CLEAR, KEEP, RECACHE
 from longlive_serve.weights.loader import load_network
 from training.latents import HELD_OUT, Encoder, random_attributes
@@ -62,21 +62,21 @@ def switches(count: int, seed: int, on_switch: str) -> list[Case]:
     return cases
 
 
-def early_and_late(pipeline: Pipeline, case: Case) -> dict[str, dict[str, bool]]:
-    chunks = video(pipeline, case.script, 10)
+def early_and_late(runner: ModelRunner, case: Case) -> dict[str, dict[str, bool]]:
+    chunks = video(runner, case.script, 10)
     windows = {"chunks_1_2": chunks[1:3], "chunks_8_9": chunks[8:10]}
     return {name: read(torch.cat(window)).agrees(case.attributes) for name, window in windows.items()}
 
 
-def after_30s(pipeline: Pipeline, case: Case) -> bool:
+def after_30s(runner: ModelRunner, case: Case) -> bool:
     """Whether all attributes are right in the two chunks that end at 30 s."""
-    chunks = video(pipeline, case.script, CHUNKS_30S)
+    chunks = video(runner, case.script, CHUNKS_30S)
     return all(read(torch.cat(chunks[-2:])).agrees(case.attributes).values())
 
 
-def through_240s(pipeline: Pipeline, case: Case) -> list[bool]:
+def through_240s(runner: ModelRunner, case: Case) -> list[bool]:
     """Whether all attributes are right, for every two chunks (1.5 s) of a session of 240 s."""
-    chunks = video(pipeline, case.script, CHUNKS_240S)
+    chunks = video(runner, case.script, CHUNKS_240S)
     windows = [torch.cat(chunks[first : first + 2]) for first in range(1, CHUNKS_240S, 2)]
     return [all(read(window).agrees(case.attributes).values()) for window in windows]
 
@@ -97,10 +97,10 @@ class Switched:
     """The median of those differences over the frames before the switch."""
 
 
-def after_switch(pipeline: Pipeline, case: Case) -> Switched:
+def after_switch(runner: ModelRunner, case: Case) -> Switched:
     before, after = case.before, case.attributes
     assert before is not None
-    chunks = video(pipeline, case.script, SWITCH_AT + 2)
+    chunks = video(runner, case.script, SWITCH_AT + 2)
     same = [name for name in vars(after) if getattr(before, name) == getattr(after, name)]
     first, second = (read(chunk).agrees(after) for chunk in chunks[SWITCH_AT:])
     last = torch.cat(chunks[:SWITCH_AT])[-STEADY - 1 :]

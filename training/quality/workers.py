@@ -18,16 +18,16 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.protocol.session_options import RECACHE
 
 Case = TypeVar("Case")
 Result = TypeVar("Result")
 
-_own: list[Pipeline] = []  # a worker's pipeline, once its process has begun
+_own: list[ModelRunner] = []  # a worker's pipeline, once its process has begun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,12 @@ class Script:
     on_switch: str = RECACHE
 
 
-def build_pipeline(folder: Path) -> Pipeline:
+def build_model_runner(folder: Path) -> ModelRunner:
     config = ServeConfig(preset="demo", weights=str(folder), device="cpu")
-    return Pipeline(build_engines(config), config.network, config.variant)
+    return ModelRunner(build_backends(config), config.network, config.variant)
 
 
-def video(pipeline: Pipeline, script: Script, chunks: int) -> list[Tensor]:
+def video(runner: ModelRunner, script: Script, chunks: int) -> list[Tensor]:
     """The frames of every chunk, uint8 [9 or 12, height, width, 3]."""
     first = Prompt(index=0, text=script.prompts[0])
     session = Session(id="quality", prompt=first, noise=SeededNoise(script.seed), slot=0, on_switch=script.on_switch)
@@ -53,7 +53,7 @@ def video(pipeline: Pipeline, script: Script, chunks: int) -> list[Tensor]:
     for chunk in range(chunks):
         if chunk and chunk in script.prompts:
             session.add_prompt(script.prompts[chunk], NOW)
-        made.append(torch.from_numpy(pipeline.advance(session).frames))
+        made.append(torch.from_numpy(runner.advance(session).frames))
     return made
 
 
@@ -63,7 +63,7 @@ class Workers:
     `prepare`, a function of a module, may change each pipeline before its first video.
     """
 
-    def __init__(self, folder: Path, prepare: Callable[[Pipeline], None] | None = None) -> None:
+    def __init__(self, folder: Path, prepare: Callable[[ModelRunner], None] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(os.cpu_count(), context, _begin, (folder, prepare))
 
@@ -73,7 +73,7 @@ class Workers:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def map(self, title: str, task: Callable[[Pipeline, Case], Result], cases: Sequence[Case]) -> list[Result]:
+    def map(self, title: str, task: Callable[[ModelRunner, Case], Result], cases: Sequence[Case]) -> list[Result]:
         """The task's result for every case, in order, with a progress bar."""
         futures = [self._pool.submit(_run, task, case) for case in cases]
         with Progress() as progress:
@@ -82,13 +82,13 @@ class Workers:
         return [future.result() for future in futures]
 
 
-def _begin(folder: Path, prepare: Callable[[Pipeline], None] | None) -> None:
+def _begin(folder: Path, prepare: Callable[[ModelRunner], None] | None) -> None:
     torch.set_num_threads(1)
-    pipeline = build_pipeline(folder)
+    runner = build_model_runner(folder)
     if prepare is not None:
-        prepare(pipeline)
-    _own.append(pipeline)
+        prepare(runner)
+    _own.append(runner)
 
 
-def _run(task: Callable[[Pipeline, Any], Result], case: Any) -> Result:
+def _run(task: Callable[[ModelRunner, Any], Result], case: Any) -> Result:
     return task(_own[0], case)

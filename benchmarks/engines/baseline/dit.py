@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DiT run eagerly, with the work that the reference code does and no more: what our engines are compared with.
+"""The DiT run eagerly, with the work that the reference code does and no more: what our backends are compared with.
 
 Built by `rows.py` alone, from the weights of a `CausalDiT`; the golden rollouts hold for it too. What it does, by the
 sections of docs/semantics.md: keys and values of the whole window are cloned per layer and call, rolled and
@@ -21,8 +21,8 @@ from benchmarks.engines.baseline.kv_cache import LayerCache, Slot, Span, Update,
 from longlive_serve.backends.base import PromptKV
 from longlive_serve.config.presets import NetworkConfig
 from longlive_serve.models.dit.causal_dit import PATCH, Attention, Block, CausalDiT, gated, modulate, time_features
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
-from longlive_serve.models.dit.kv_cache import Placement
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
+from longlive_serve.models.dit.kv_cache import KVCachePlan
 from longlive_serve.models.dit.rope import MAX_FRAMES, axis_angles, split_pairs
 
 
@@ -35,7 +35,7 @@ class EagerDiT:
         self.dtype = self.cache_dtype = weight.dtype
         self.sink = config.window.sink * config.tokens_per_frame
         self.rotary = ComplexRotary(config, weight.device)
-        self.timesteps = NoiseSchedule(weight.device).timesteps
+        self.timesteps = FlowMatchScheduler(weight.device).timesteps
         self.clean_timestep = torch.zeros((), device=weight.device)
         self.slots = [
             Slot(layers=[LayerCache(config, weight) for _ in network.blocks], recent=self._no_chunks())
@@ -45,13 +45,13 @@ class EagerDiT:
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         return (embeds.to(self.dtype),)
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         state, (chunk,) = self.slots[slot], placement.chunks
         if chunk == step == 0:
             self._begin(state)
         return self._forward(noisy, self.timesteps[step], prompt_kv[0], state, self._span(noisy, chunk))
 
-    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
         state, newest = self.slots[slot], max(placement.chunks)
         if newest < state.committed:
             self._recache(state, prompt_kv[0], placement)
@@ -60,9 +60,9 @@ class EagerDiT:
         state.committed = newest + 1
         state.recent.append(clean)
 
-    def _recache(self, state: Slot, text: Tensor, placement: Placement) -> None:
+    def _recache(self, state: Slot, text: Tensor, placement: KVCachePlan) -> None:
         """All recent chunks in the order of time; where the sink is kept, those that fall on it are for nothing."""
-        latents, keep_sink = torch.cat([*state.recent], dim=1), placement.first_place > 0
+        latents, keep_sink = torch.cat([*state.recent], dim=1), placement.first_block > 0
         if not keep_sink and state.committed > len(state.recent):
             for layer in state.layers:
                 layer.keys.zero_()

@@ -2,7 +2,7 @@
 """All the attention kernels at hand, side by side: the queries of a chunk against the keys of a full window.
 
 That is more than half of a step's operations. Errors are against PyTorch in float32. Those in FP8 are given FP8, as in
-the fused engine, where what makes queries, keys and values quantizes them.
+the fused backend, where what makes queries, keys and values quantizes them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 
 def _candidates(on_cuda: bool, flex: bool) -> dict[str, Attend]:
-    """Those that the fused engine chooses from, and for comparison others that it does not."""
+    """Those that the fused backend chooses from, and for comparison others that it does not."""
     candidates: dict[str, Attend] = {DEFAULT: F.scaled_dot_product_attention}
     if not on_cuda:
         return candidates

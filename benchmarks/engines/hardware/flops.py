@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many operations a forward is worth: two for each multiply-add of matrix products, attention and convolutions.
 
-Read by the benchmark, to say what share of the device's speed an engine reaches. Norms, RoPE and the like count as
+Read by the benchmark, to say what share of the device's speed an backend reaches. Norms, RoPE and the like count as
 nothing, and so do the embeddings and the head, which are a thousandth.
 """
 
@@ -21,16 +21,17 @@ def dit_pass(config: NetworkConfig, frames: int, window: int) -> float:
     return config.dit.num_layers * (_linear(config, frames) + _attention(config, frames, window))
 
 
-def commit(config: NetworkConfig, frames: int, window: int) -> float:
+def kv_cache_update(config: NetworkConfig, frames: int, window: int) -> float:
     """Like `dit_pass`, but the last layer stops after its keys and values, as nothing else is wanted of it."""
     last = _linear(config, frames) + _attention(config, frames, window)
     return dit_pass(config, frames, window) - last + 2 * _projection(config, frames)
 
 
-def dit_chunk(config: NetworkConfig, whole_commit: bool) -> float:
-    """The denoising steps and the commit of a chunk, with a full window. `whole_commit`: with all of the last layer."""
+def dit_chunk(config: NetworkConfig, whole_update: bool) -> float:
+    """The denoising steps and the KV-cache update of a chunk, with a full window. `whole_update`: with all of the last
+    layer."""
     size = config.window.chunk, config.window.window
-    last = dit_pass(config, *size) if whole_commit else commit(config, *size)
+    last = dit_pass(config, *size) if whole_update else kv_cache_update(config, *size)
     return len(DENOISING_STEPS) * dit_pass(config, *size) + last
 
 
@@ -38,7 +39,7 @@ def recache(config: NetworkConfig, whole: bool) -> float:
     """A recache under a full window. `whole`: of all its frames and layers, as the reference does it, though the
     sink's keys and values are kept and the last layer's output is not used."""
     window, sink = config.window.window, config.window.sink
-    return dit_pass(config, window, window) if whole else commit(config, window - sink, window)
+    return dit_pass(config, window, window) if whole else kv_cache_update(config, window - sink, window)
 
 
 def decoder_chunk(config: NetworkConfig, decoder: str) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the device itself is, measured beside the engines: matrix products and copies that do nothing else."""
+"""How fast the device itself is, measured beside the backends: matrix products and copies that do nothing else."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _product(size: int, device: str, dtype: str) -> Callable[[], object]:
 
 
 def _fp8_product(size: int, device: str, dtype: str) -> Callable[[], object]:
-    """With a scale for each row of `a` and each column of `b`, as the fused engine multiplies."""
+    """With a scale for each row of `a` and each column of `b`, as the fused backend multiplies."""
     (a, scale_a), (b, scale_b) = (to_fp8(torch.randn(size, size, device=device)) for _ in range(2))
     return lambda: torch._scaled_mm(
         a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=device.startswith("cuda")
@@ -66,9 +66,9 @@ def _copy(size: int, device: str, runs: int) -> dict[str, Any]:
 
 
 def achieved(figures: dict[str, Any], config: NetworkConfig, decoder: str, baseline: bool) -> dict[str, float]:
-    """Operations per second of a row's parts, by the work that its engine does: the baseline does some for nothing."""
+    """Operations per second of a row's parts, by the work that its backend does: the baseline does some for nothing."""
     work = {
-        "dit": (flops.dit_chunk(config, whole_commit=baseline), figures["dit_s"]),
+        "dit": (flops.dit_chunk(config, whole_update=baseline), figures["dit_s"]),
         "recache": (flops.recache(config, whole=baseline), figures["recache_s"]),
         "decode": (flops.decoder_chunk(config, decoder), figures["phases_s"]["decode"]),
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from longlive_serve.backends.device_timer import Clock
+from longlive_serve.backends.device_timer import DeviceTimer
 
 WARM_UP = 3  # calls that are not timed: kernels are loaded and chosen in them
 
@@ -22,10 +22,10 @@ def seconds_of(call: Callable[[], object], device: str, runs: int) -> dict[str, 
     """The seconds of a call, one after the other as the device gets to them."""
     for _ in range(WARM_UP):
         call()
-    clock = Clock(device)
-    marks = []
+    timer = DeviceTimer(device)
+    events = []
     for _ in range(runs):
-        begin = clock.mark()
+        begin = timer.record()
         call()
-        marks.append((begin, clock.mark()))
-    return spread([clock.seconds(*pair) for pair in marks])
+        events.append((begin, timer.record()))
+    return spread([timer.seconds(*pair) for pair in events])

@@ -103,7 +103,7 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         on_switch=args.on_switch,
         pace=args.pace,
         frame_format=args.format,
-        early_frames=args.early_frames,
+        stream_partial_chunks=args.stream_partial_chunks,
         stall_timeout=args.stall_timeout,
         tls=args.tls,
         access_token=args.access_token,
@@ -205,7 +205,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="asap: as fast as live sessions leave time for; realtime: as a viewer gets it (default: asap)",
     )
     parser.add_argument("--format", choices=FORMATS, help="how frames travel (default: raw)")
-    parser.add_argument("--early-frames", action="store_true", help="get a chunk's frames as they are decoded")
+    parser.add_argument("--stream-partial-chunks", action="store_true", help="get a chunk's frames as they are decoded")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
     where.add_argument("--serve", action="store_true", help="start a server for this run")

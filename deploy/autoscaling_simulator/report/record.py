@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.results import Measurement, cpu, versions
 
 RESULTS = Path(__file__).parents[3] / "results/autoscaling.json"
-SECTION = "deploy.simulator"
-CODE = ("deploy/simulator", "deploy/policy.toml")
+SECTION = "deploy.autoscaling_simulator"
+CODE = ("deploy/autoscaling_simulator", "deploy/policy.toml")
 
 
 def write_record(

@@ -49,7 +49,7 @@ def trace_table(record: Mapping[str, Any]) -> str:
 
 def sweep_tables(record: Mapping[str, Any]) -> str:
     """What other thresholds would give."""
-    shown = {"headroom": _headroom, "refused": _refused, "drain": _drain, "tries": _tries}
+    shown = {"headroom": _headroom, "refused": _refused, "drain": _drain, "max_attempts": _attempts}
     return "\n\n".join(shown[table](rows) for table, rows in record[SECTION]["sweep"].items())
 
 
@@ -100,11 +100,11 @@ def _drain(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _tries(rows: Sequence[Mapping[str, Any]]) -> str:
+def _attempts(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for every number of tries, a column for every trace with a capacity: who is refused, and the waits."""
     columns = dict.fromkeys(f"{row['trace']}, {row['capacity']} on a GPU" for row in rows)
     lines: dict[int, list[str]] = {}
     for row in rows:
         cell = f"{row['refused_share']:.2%}; {row['wait_p95_s']:.0f} / {row['wait_p99_s']:.0f} s"
-        lines.setdefault(row["tries"], []).append(cell)
-    return markdown(["tries", *columns], ([f"{tries}", *cells] for tries, cells in lines.items()))
+        lines.setdefault(row["max_attempts"], []).append(cell)
+    return markdown(["max_attempts", *columns], ([f"{max_attempts}", *cells] for max_attempts, cells in lines.items()))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes in and out of every exported graph: names, dtypes, shapes. Written here once.
 
-Read by the export, by the engines that run graphs and by their tests. A dim is a number, or the name of one that
+Read by the export, by the backends that run graphs and by their tests. A dim is a number, or the name of one that
 changes from call to call.
 
 How the KV cache goes in and out: every layer's keys and values are an input of fixed length and an output at the same
@@ -86,7 +86,7 @@ def graph_io(config: NetworkConfig, variant: str) -> dict[str, GraphIO]:
 
 
 def _dit_io(config: NetworkConfig, variant: str, prompt_kv: tuple[GraphTensor, ...]) -> GraphIO:
-    """One graph for denoising steps, commits and recaches: they differ in how many frames go in."""
+    """One graph for denoising steps, KV-cache updates and recaches: they differ in how many frames go in."""
     dit, positions = config.dit, config.tokens_per_frame
     picture = (dit.channels, config.latent_height, config.latent_width)
     angles = (positions, dit.head_dim // 2)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder of exported graphs and its `manifest.json`, which says what they were made of and for.
 
-Written by `export/`, read by `build_engines`, which refuses graphs of other sizes than those that are served.
+Written by `export/`, read by `build_backends`, which refuses graphs of other sizes than those that are served.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GraphFile:
     weights: str = ""
     """SHA-256 of the checkpoint that it was made of; `random` where there was none."""
     built: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a TensorRT plan: what it was built with and for (`tensorrt_engine.check_fit`)."""
+    """Of a TensorRT plan: what it was built with and for (`tensorrt_session.check_fit`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three networks as exported graphs, whatever runs them: tensors by name, addresses instead of copies.
 
-Built by `build_engines` on the graphs of `onnxruntime_session.py` or `tensorrt_session.py`.
+Built by `build_backends` on the graphs of `onnxruntime_session.py` or `tensorrt_session.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from longlive_serve.backends.device import to_device
 from longlive_serve.backends.exported.io_spec import PROMPT_KV, VAE_OPENING, VAE_STEADY, GraphIO, cache_names
 from longlive_serve.config.presets import DIT, TEXT_ENCODER, NetworkConfig
 from longlive_serve.models.dit.causal_dit import PATCH, time_features
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
-from longlive_serve.models.dit.kv_cache import KVCache, Placement
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
+from longlive_serve.models.dit.kv_cache import KVCache, KVCachePlan
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.text_encoder import Tokenizer
 from longlive_serve.models.vae.decoder import to_uint8
@@ -74,7 +74,7 @@ class GraphDiT:
         self.tables = RotaryTables(
             config.dit.head_dim, config.latent_height // PATCH, config.latent_width // PATCH, self.chunk, device
         )
-        timesteps = torch.cat([NoiseSchedule(device).timesteps, torch.zeros(1, device=device)])
+        timesteps = torch.cat([FlowMatchScheduler(device).timesteps, torch.zeros(1, device=device)])
         self.time_features = time_features(timesteps, config.dit.freq_dim).to(self.dtype)
         # Everything that a call needs to say lies on the device already: saying it is taking a slice.
         self.window = torch.zeros(window, device=device)
@@ -84,28 +84,28 @@ class GraphDiT:
         out = self.prompt_kv({"embeds": embeds.to(self.prompt_kv.dtype)})
         return out["prompt_keys"], out["prompt_values"]
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         return self._run(noisy, step, prompt_kv, slot, placement)
 
-    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
         self._run(clean, -1, prompt_kv, slot, placement)
 
     def _slot(self, slot: int) -> dict[str, Tensor]:
         layers = [part[layer] for part in self.cache.slot(slot) for layer in range(len(part))]
         return dict(zip(cache_names(len(layers) // 2), layers, strict=True))
 
-    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         frames = latents.shape[1]
         inputs = {
             "latents": latents.contiguous(),
             "time_features": self.time_features[step].expand(1, frames, -1).contiguous(),
             "prompt_keys": prompt_kv[0],
             "prompt_values": prompt_kv[1],
-            "write_index": self.write_index[placement.first_place : placement.first_place + 1],
+            "write_index": self.write_index[placement.first_block : placement.first_block + 1],
             **self.slots[slot],
         }
         if self.relative:
-            inputs |= self._angles("query", placement.query_slots) | self._angles("key", placement.key_slots)
+            inputs |= self._angles("query", placement.query_positions) | self._angles("key", placement.key_positions)
         else:
             inputs |= self._angles("query", placement.chunks)
             inputs["window"] = self.window[: placement.places * self.chunk]

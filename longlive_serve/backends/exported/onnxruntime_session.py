@@ -19,7 +19,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeGraph:
-    """One graph in a session of ONNX Runtime. A `graph_engine.Graph`."""
+    """One graph in a session of ONNX Runtime. A `modules.Graph`."""
 
     def __init__(self, folder: Path, file: GraphFile, io: GraphIO, device: str) -> None:
         """Raises ValueError when the file cannot be loaded or ONNX Runtime has nothing for the device."""

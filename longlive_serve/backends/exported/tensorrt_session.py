@@ -29,7 +29,7 @@ CUDA_GRAPHS_KEPT = 64  # per plan: slots times windows in use; beyond, the one t
 
 
 class TensorRTGraph:
-    """One plan. A `graph_engine.Graph`."""
+    """One plan. A `modules.Graph`."""
 
     _stream: ClassVar[torch.cuda.Stream | None] = None  # not the default one: TensorRT would wait for it on every call
     _activation_bytes: ClassVar[int] = 0  # the most that a plan of this process needs

@@ -2,7 +2,7 @@
 """Attention without a mask, by whichever of the kernels at hand is the fastest of those that are right at every size
 that is served; in FP8 too.
 
-Used by the fused engine when it is built, and by the benchmark, which shows all of them.
+Used by the fused backend when it is built, and by the benchmark, which shows all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of tensors as CUDA graphs: the host launches hundreds of kernels as one.
 
-Used by the fused engine. A graph runs on the addresses that it was captured with, so inputs are copied to where they
+Used by the fused backend. A graph runs on the addresses that it was captured with, so inputs are copied to where they
 lie in every call, unless they are there from the call before.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention in FP8 (E4M3) by cuDNN, on Hopper and later.
 
-One of those that the fused engine chooses from. On Hopper the result is FP8 as well; in 16 bits cuDNN writes it on
+One of those that the fused backend chooses from. On Hopper the result is FP8 as well; in 16 bits cuDNN writes it on
 Blackwell alone.
 """
 

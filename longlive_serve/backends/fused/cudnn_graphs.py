@@ -23,7 +23,7 @@ Make = Callable[..., Any]
 """A function of a module: the frontend, tensors and `handle=` (or `device_property=`, of a device that need not be
 here) -> a graph."""
 CONFIGURATIONS = range(64)
-"""Numbers that cuDNN 9 gives the kernels of one engine; few of them exist for a graph."""
+"""Numbers that cuDNN 9 gives the kernels of one backend; few of them exist for a graph."""
 
 
 class NoPlanError(RuntimeError):
@@ -69,7 +69,7 @@ def fp8_graph(cudnn: Any, **where: Any) -> Any:
 
 
 def kernels(cudnn: Any, graph: Any, numbers: Iterable[int] = CONFIGURATIONS) -> dict[str, int]:
-    """Plans of such a graph by name: in cuDNN's own order, then other kernels of the engine that it puts first.
+    """Plans of such a graph by name: in cuDNN's own order, then other kernels of the backend that it puts first.
 
     That order knows little of FP8 convolutions: it begins with the smallest tile, whatever the size. Nothing is built.
     Raises NoPlanError.

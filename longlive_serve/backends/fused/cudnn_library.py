@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """cuDNN by its own graphs: what PyTorch, which brings the library, has no way to ask it for.
 
-Used by the fused engine for products in FP8. It takes the package `nvidia-cudnn-frontend`.
+Used by the fused backend for products in FP8. It takes the package `nvidia-cudnn-frontend`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longlive_serve.backends.device_timer import Clock
+from longlive_serve.backends.device_timer import DeviceTimer
 from longlive_serve.backends.fused.cudnn_builds import Builds, Built, Task
 from longlive_serve.backends.fused.cudnn_graphs import Blueprint, Make, NoPlanError, Tensors, build_first, kernels
 from longlive_serve.backends.fused.cudnn_plan_cache import PlanCache, cache_folder
@@ -184,12 +184,12 @@ class Cudnn:
 
     def _seconds(self, plan: Plan, tensors: Tensors) -> float:
         """The median of some runs after one that loads the kernel."""
-        clock, marks = Clock(next(iter(tensors.values())).device.type), []
+        timer, events = DeviceTimer(next(iter(tensors.values())).device.type), []
         for _ in range(RUNS + 1):
-            begin = clock.mark()
+            begin = timer.record()
             self._execute(plan, tensors)
-            marks.append((begin, clock.mark()))
-        return statistics.median([clock.seconds(*pair) for pair in marks][1:])
+            events.append((begin, timer.record()))
+        return statistics.median([timer.seconds(*pair) for pair in events][1:])
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

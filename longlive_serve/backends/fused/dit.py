@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The causal DiT by fused Triton kernels and CUDA graphs: the fast way to run it on a GPU from PyTorch weights.
 
-Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
+Built by `build_backends`. Tested against the torch backend; without a GPU its kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from longlive_serve.config.presets import NetworkConfig
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.dit.adaln import Modulation, modulation
 from longlive_serve.models.dit.causal_dit import PATCH, CausalDiT
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
 from longlive_serve.models.dit.fused_dit import CacheRows, FP8Attention, FusedCausalDiT, PromptRows
-from longlive_serve.models.dit.kv_cache import KVCache, Placement
+from longlive_serve.models.dit.kv_cache import KVCache, KVCachePlan
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales
 from longlive_serve.models.quantization.int8_fp8_layers import Quantized
 
-COMMIT = -1  # the step of a commit or recache
+KV_CACHE_UPDATE = -1  # the step of a KV-cache update or recache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Call:
     latents: Tensor
     step: int
     prompt_kv: PromptKV
-    placement: Placement
+    placement: KVCachePlan
 
 
 class FusedDiT:
@@ -79,10 +79,10 @@ class FusedDiT:
         device = network.patch_embedding.weight.device
         check_kernels(device)
         check(network, self.fp8, device, self.dtype)
-        timesteps = NoiseSchedule(device).timesteps
+        timesteps = FlowMatchScheduler(device).timesteps
         levels = [*timesteps, torch.zeros_like(timesteps[0])]
         self.modulations = [modulation(network, level) for level in levels]
-        """Of the denoising steps, and that of a commit last."""
+        """Of the denoising steps, and that of a KV-cache update last."""
         attention = None
         if self.attend_fp8 is not None:
             scales = attention_scales(network, self.modulations)
@@ -96,13 +96,13 @@ class FusedDiT:
         prompt = self.network.embed_prompt(embeds.to(self.dtype), tokens)
         return (prompt.keys, prompt.values) if prompt.bias is None else (prompt.keys, prompt.values, prompt.bias)
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         flow = self._run(noisy, step, prompt_kv, slot, placement)
         assert flow is not None
         return flow
 
-    def commit(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: Placement) -> None:
-        self._run(clean, COMMIT, prompt_kv, slot, placement)
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
+        self._run(clean, KV_CACHE_UPDATE, prompt_kv, slot, placement)
 
     def prepare(self, slots: int | None = None) -> None:
         """Capture graphs of what any slot has run: a session in a fresh slot then waits for none."""
@@ -113,7 +113,7 @@ class FusedDiT:
         if slots is None:
             self._calls = {}
 
-    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: Placement) -> Tensor | None:
+    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor | None:
         call = Call(latents=latents, step=step, prompt_kv=prompt_kv, placement=placement)
         graph = self._graph(call, slot)
         if self._warming_up:
@@ -124,12 +124,12 @@ class FusedDiT:
         """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
         latents, prompt_kv, placement = call.latents, call.prompt_kv, call.placement
         rows, level = self.tables.tokens_per_chunk, self.modulations[call.step]
-        first, used = placement.first_place * rows, placement.places * rows
-        order = placement.query_slots if self.relative else placement.chunks
+        first, used = placement.first_block * rows, placement.places * rows
+        order = placement.query_positions if self.relative else placement.chunks
         angles = [*self.tables.of_chunks(order)]
         if self.relative:
-            angles += self.tables.of_chunks(placement.key_slots)
-        commit = call.step == COMMIT
+            angles += self.tables.of_chunks(placement.key_positions)
+        update_kv_cache = call.step == KV_CACHE_UPDATE
 
         def forward(inputs: Sequence[Tensor]) -> Tensor | None:
             latents, blocks, head, *rest = inputs
@@ -143,15 +143,17 @@ class FusedDiT:
                 key_angles=(angles[2], angles[3]) if self.relative else None,
             )
             rows = PromptRows(keys=prompt[0], values=prompt[1], bias=prompt[2] if len(prompt) > 2 else None)
-            return self.network.run(latents, Modulation(blocks=blocks, head=head), rows, cache, commit=commit)
+            return self.network.run(
+                latents, Modulation(blocks=blocks, head=head), rows, cache, update_kv_cache=update_kv_cache
+            )
 
-        key = (commit, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
+        key = (update_kv_cache, first, used, latents.shape, prompt_kv[0].shape, len(prompt_kv))
         return key, slot, forward, [latents, level.blocks, level.head, *angles, *prompt_kv], len(prompt_kv)
 
 
 def check(network: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
     if any(isinstance(layer, Quantized) for layer in network.modules()):
-        raise ValueError("dit_engine: got fused with quantized weights, expected plain ones: set `fp8` instead")
+        raise ValueError("dit_backend: got fused with quantized weights, expected plain ones: set `fp8` instead")
     if not fp8:
         return
     config = network.config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The VAE decoder by fused kernels and CUDA graphs, a whole chunk in one pass; the tiny one by CUDA graphs.
 
-Built by `build_engines`. Tested against the torch engine; without a GPU its kernels run in Triton's interpreter alone.
+Built by `build_backends`. Tested against the torch backend; without a GPU its kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FusedVAEDecoder:
     def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig, fp8: bool = False) -> None:
         """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
         if any(isinstance(layer, Quantized) for layer in network.modules()):
-            raise ValueError("vae_decoder_engine: got fused with quantized weights, expected plain ones")
+            raise ValueError("vae_decoder_backend: got fused with quantized weights, expected plain ones")
         weight = next(network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_kernels(self.device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a noise level does to the causal DiT, as constants.
 
-Called where there are few noise levels and they are known: by the fused engine, and by what simulates its FP8.
+Called where there are few noise levels and they are known: by the fused backend, and by what simulates its FP8.
 """
 
 from __future__ import annotations

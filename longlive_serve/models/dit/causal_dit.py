@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The causal DiT of LongLive 1.0: Wan2.1-T2V with a KV cache, in plain PyTorch.
 
-Called by the torch engine and by the export. All state comes in as arguments; the cache tensors are written in
+Called by the torch backend and by the export. All state comes in as arguments; the cache tensors are written in
 place. Module names are those of the Wan checkpoint. Shapes: B batch, F latent frames, n tokens per frame, L = F*n,
 D width, H heads, d head width. Source: docs/semantics.md, sections 2 and 3.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longlive_serve.config.presets import DiTConfig
-from longlive_serve.models.dit.kv_cache import Placement
+from longlive_serve.models.dit.kv_cache import KVCachePlan
 from longlive_serve.models.dit.rope import RotaryTables, rotate
 
 PATCH = 2  # height and width of a patch; one latent frame is one patch deep
@@ -88,16 +88,16 @@ class CacheView:
 
     mask: Tensor | None = None
 
-    def __init__(self, keys: Tensor, values: Tensor, tables: RotaryTables, placement: Placement, relative: bool):
+    def __init__(self, keys: Tensor, values: Tensor, tables: RotaryTables, placement: KVCachePlan, relative: bool):
         rows = tables.tokens_per_chunk
         self.keys, self.values = keys, values  # [layers, B, H, window tokens, d]
-        self.first = placement.first_place * rows
+        self.first = placement.first_block * rows
         self.end = self.first + len(placement.chunks) * rows
         self.used = placement.places * rows
         self.relative = relative
-        order = placement.query_slots if relative else placement.chunks
+        order = placement.query_positions if relative else placement.chunks
         self.query_angles = tables.of_chunks(order)
-        self.key_angles = tables.of_chunks(placement.key_slots) if relative else self.query_angles
+        self.key_angles = tables.of_chunks(placement.key_positions) if relative else self.query_angles
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `Cache.update`.
@@ -195,16 +195,16 @@ class CausalDiT(nn.Module):
         timesteps: Tensor,
         prompt_kv: tuple[Tensor, Tensor],
         cache: Cache,
-        commit: bool = False,
+        update_kv_cache: bool = False,
     ) -> Tensor | None:
         """One forward of whole chunks, in the order of their places.
 
         latents [B, F, channels, h, w]; timesteps [B, F] float32; prompt_kv as `embed_prompt` returns it. The keys
         and values of the new frames are written to the cache. Returns the flow, shaped like latents; with
-        `commit` only the cache is wanted, so the last layer stops after its keys and values: returns None.
+        `update_kv_cache` only the cache is wanted, so the last layer stops after its keys and values: returns None.
         """
         features = time_features(timesteps, self.config.freq_dim).to(latents.dtype)
-        return self.run(latents, features, prompt_kv, cache, commit)
+        return self.run(latents, features, prompt_kv, cache, update_kv_cache)
 
     def run(
         self,
@@ -212,7 +212,7 @@ class CausalDiT(nn.Module):
         features: Tensor,
         prompt_kv: tuple[Tensor, Tensor],
         cache: Cache,
-        commit: bool = False,
+        update_kv_cache: bool = False,
     ) -> Tensor | None:
         """`forward` from the timesteps' sinusoids [B, F, freq_dim] on: these are float64, which TensorRT lacks."""
         x = self._patchify(latents)
@@ -220,7 +220,7 @@ class CausalDiT(nn.Module):
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F, 6, D]
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            if commit and layer == last:
+            if update_kv_cache and layer == last:
                 block.write_kv(x, modulation, cache, layer)
                 return None
             x = block(x, modulation, prompt_kv[0][layer], prompt_kv[1][layer], cache, layer)

@@ -22,10 +22,10 @@ def training_sigmas() -> Tensor:
     return SHIFT * s / (1 + (SHIFT - 1) * s)
 
 
-class NoiseSchedule:
+class FlowMatchScheduler:
     """Timesteps and noise levels of the denoising steps, on one device.
 
-    `timesteps` [steps] float32 are what the network is given; a commit and a recache are at timestep 0.
+    `timesteps` [steps] float32 are what the network is given; a KV-cache update and a recache are at timestep 0.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -39,7 +39,7 @@ class NoiseSchedule:
     def steps(self) -> int:
         return len(DENOISING_STEPS)
 
-    def clean_latents(self, noisy: Tensor, flow: Tensor, step: int) -> Tensor:
+    def convert_flow_pred_to_x0(self, noisy: Tensor, flow: Tensor, step: int) -> Tensor:
         """x0 = x_t - sigma * flow, in float64 as the reference does, cast to flow's dtype."""
         return (noisy.double() - self.sigmas[step].double() * flow.double()).to(flow.dtype)
 

@@ -2,7 +2,7 @@
 """The causal DiT in as few passes over memory as its arithmetic allows: fused kernels, one product for q, k and v,
 FP8 products and FP8 self-attention as options.
 
-Called by the fused engine, with B = 1. It takes the weights of a `CausalDiT`, which says what is computed; values are
+Called by the fused backend, with B = 1. It takes the weights of a `CausalDiT`, which says what is computed; values are
 rounded less often here. Shapes: L tokens of the forward, D width, H heads, d head width, T rows of a cache.
 """
 
@@ -65,7 +65,7 @@ class FP8Attention:
     """Of each token that it gives: float32 [layers, most tokens, 1], the layer's scale of the values over and over."""
 
 
-class Product:
+class Gemm:
     """x [L, in] -> [L, out]: a linear layer, or several that share their input, side by side."""
 
     fp8 = False
@@ -78,8 +78,8 @@ class Product:
         return F.linear(x, self.weight, self.bias)
 
 
-class FP8Product:
-    """As `Product`, in FP8 (E4M3): a scale for every token and one for every output channel."""
+class FP8Gemm:
+    """As `Gemm`, in FP8 (E4M3): a scale for every token and one for every output channel."""
 
     fp8 = True
 
@@ -113,7 +113,7 @@ def _take(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
 class FusedBlock:
     """The weights of a block as the kernels take them."""
 
-    def __init__(self, block: Block, product: type[Product] | type[FP8Product]) -> None:
+    def __init__(self, block: Block, product: type[Gemm] | type[FP8Gemm]) -> None:
         own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
         self.own, self.cross, self.norm3 = own, cross, block.norm3
         self.qkv, self.o = product(own.q, own.k, own.v), product(own.o)
@@ -139,7 +139,7 @@ class FusedCausalDiT:
         assert fp8 or fp8_attention is None, "FP8 attention is followed by an FP8 product"
         self.network, self.attend, self.fp8_attention = network, attend, fp8_attention
         self.config, self.eps = network.config, network.config.eps
-        self.blocks = [FusedBlock(block, FP8Product if fp8 else Product) for block in network.blocks]
+        self.blocks = [FusedBlock(block, FP8Gemm if fp8 else Gemm) for block in network.blocks]
 
     def embed_prompt(self, text: Tensor, tokens: int) -> PromptRows:
         """Text encoder output [1, text_len, text_dim], zero behind `tokens` -> what cross-attention needs of it.
@@ -157,11 +157,16 @@ class FusedCausalDiT:
         return PromptRows(keys=keys, values=values, bias=bias)
 
     def run(
-        self, latents: Tensor, modulation: Modulation, prompt: PromptRows, cache: CacheRows, commit: bool = False
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        prompt: PromptRows,
+        cache: CacheRows,
+        update_kv_cache: bool = False,
     ) -> Tensor | None:
         """One forward of whole chunks, latents [1, F, channels, h, w]: the flow, shaped like them.
 
-        With `commit` the cache alone is wanted: None, and the last block stops after its keys and values.
+        With `update_kv_cache` the cache alone is wanted: None, and the last block stops after its keys and values.
         """
         x = self.network._patchify(latents)[0]
         update, gate = None, None
@@ -169,7 +174,7 @@ class FusedCausalDiT:
             shift, scale, own_gate, ffn_shift, ffn_scale, ffn_gate = modulation.blocks[layer].unbind()
             z = residual_norm(x, update, gate, scale, shift, eps=self.eps, one_plus=True, fp8=block.qkv.fp8)
             q = self._write_kv(block, layer, z, cache)
-            if commit and layer == len(self.blocks) - 1:
+            if update_kv_cache and layer == len(self.blocks) - 1:
                 return None
             update = self._attend_to_cache(block, layer, q, cache)
             norm = block.norm3
@@ -218,5 +223,5 @@ class FusedCausalDiT:
         return _project(block.cross_o, out)
 
 
-def _project(product: Product | FP8Product, x: Tensor) -> Tensor:
+def _project(product: Gemm | FP8Gemm, x: Tensor) -> Tensor:
     return product(quantize_rows(x) if product.fp8 else x)

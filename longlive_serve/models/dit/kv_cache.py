@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache: which chunk of the video lies in which rows (`Window`, integers only) and the tensors (`KVCache`).
 
-Called by the pipeline and the engines. It does not know what keys and values mean.
+Called by the pipeline and the backends. It does not know what keys and values mean.
 
 A cache of `window` latent frames is a row of *places*, one chunk each. The first places hold the sink; behind them
 is a ring: a new chunk overwrites the oldest one in place, so nothing is ever moved and the rows in use are always
 `[0, rows)`. Attention does not care in which order keys lie; only relative RoPE needs to know the order in time,
-which `Placement.key_slots` gives.
+which `KVCachePlan.key_positions` gives.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from longlive_serve.config.presets import NetworkConfig, WindowConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
+class KVCachePlan:
     """Where one forward of whole chunks reads and writes the cache. Every number counts chunks.
 
-    The forward's chunks lie in the order of their places, not of time: `first_place` and the following ones.
+    The forward's chunks lie in the order of their places, not of time: `first_block` and the following ones.
     """
 
     chunks: tuple[int, ...]
     """Number, from the start of the video, of every chunk in the forward."""
-    first_place: int
+    first_block: int
     """The place that `chunks[0]` is written to; the others follow it without a gap."""
     places: int
     """The forward attends to places [0, places): all that are in use, its own included."""
-    query_slots: tuple[int, ...]
+    query_positions: tuple[int, ...]
     """For relative RoPE: place in time (0 = oldest kept) of every chunk in the forward."""
-    key_slots: tuple[int, ...]
+    key_positions: tuple[int, ...]
     """For relative RoPE: place in time of every place in [0, places)."""
 
 
@@ -51,24 +51,24 @@ class Window:
             return chunk
         return self.sink + (chunk - self.sink) % (self.capacity - self.sink)
 
-    def step(self, chunk: int, first: int = 0) -> Placement:
-        """Denoising steps and the commit of chunk number `chunk`; it takes the place of the oldest one.
+    def step(self, chunk: int, first: int = 0) -> KVCachePlan:
+        """Denoising steps and the KV-cache update of chunk number `chunk`; it takes the place of the oldest one.
 
         `first` is the first chunk that the cache knows of: more than 0 once it has been cleared.
         """
         kept = chunk - first
         places = min(kept + 1, self.capacity)
-        key_slots = self._slots_in_time(kept)
+        key_positions = self._positions_in_time(kept)
         place = self.place(kept)
-        return Placement(
+        return KVCachePlan(
             chunks=(chunk,),
-            first_place=place,
+            first_block=place,
             places=places,
-            query_slots=(key_slots[place],),
-            key_slots=key_slots,
+            query_positions=(key_positions[place],),
+            key_positions=key_positions,
         )
 
-    def recache(self, done: int, keep_sink: bool, first: int = 0) -> Placement:
+    def recache(self, done: int, keep_sink: bool, first: int = 0) -> KVCachePlan:
         """The recache before chunk number `done`: every kept chunk again, under the new prompt.
 
         With `keep_sink` the sink stays as it is, unless nothing has left the window yet: then the reference
@@ -85,17 +85,18 @@ class Window:
         if kept > self.capacity:
             for place in range(self.sink):
                 chunks[place] = done - self.capacity + place
-        key_slots = self._slots_in_time(kept - 1)
-        return Placement(
+        key_positions = self._positions_in_time(kept - 1)
+        return KVCachePlan(
             chunks=tuple(chunks[begin:]),
-            first_place=begin,
+            first_block=begin,
             places=places,
-            query_slots=key_slots[begin:],
-            key_slots=key_slots,
+            query_positions=key_positions[begin:],
+            key_positions=key_positions,
         )
 
     def calls(self) -> list[tuple[int, int]]:
-        """(chunks in the forward, chunks attended to) of every step, commit and recache that a session can come to.
+        """(chunks in the forward, chunks attended to) of every step, KV-cache update and recache that a session can
+        come to.
 
         While the window fills, a call attends to as many as there are: nothing is computed to be masked.
         """
@@ -104,7 +105,7 @@ class Window:
         placements += [self.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
         return sorted({(len(placement.chunks), placement.places) for placement in placements})
 
-    def _slots_in_time(self, newest: int) -> tuple[int, ...]:
+    def _positions_in_time(self, newest: int) -> tuple[int, ...]:
         """For every place in use after chunk `newest` was placed: how many kept chunks are older than its own."""
         if newest < self.capacity:
             return tuple(range(newest + 1))
@@ -116,7 +117,8 @@ class KVCache:
     """Keys and values of every slot, allocated once: [layers, slots, heads, window tokens, head_dim] each.
 
     Only clean keys and values stay in it: the noisy ones of the chunk in progress lie in that chunk's own place
-    and its commit overwrites them. A slot needs no clearing between sessions: only places in use are ever read.
+    and its KV-cache update overwrites them. A slot needs no clearing between sessions: only places in use are ever
+    read.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding over (time, row, column), in real arithmetic.
 
-Called by the causal DiT and its engines. Source: docs/semantics.md, section 2.2.
+Called by the causal DiT and its backends. Source: docs/semantics.md, section 2.2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scales of FP8 (E4M3) numbers that no input makes too large, from the weights alone: nothing is calibrated.
 
-Called by the fused engine, and by what simulates its FP8. Such bounds are some ten times what usual inputs come to,
+Called by the fused backend, and by what simulates its FP8. Such bounds are some ten times what usual inputs come to,
 which costs E4M3 nothing: it is equally fine over 15 binades.
 """
 

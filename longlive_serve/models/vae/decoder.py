@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Wan2.1 VAE decoder as a streaming network: latents and a feature cache in, video frames and a new cache out.
 
-Called by the engines. Parameter names are those of Wan2.1_VAE.pth (`decoder.*`, `conv2.*`; the encoder is not built).
+Called by the backends. Parameter names are those of Wan2.1_VAE.pth (`decoder.*`, `conv2.*`; the encoder is not built).
 It keeps no stream state and does not know what a chunk or a session is.
 """
 

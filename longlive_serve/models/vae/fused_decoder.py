@@ -3,7 +3,7 @@
 that writes where the convolution reads, convolutions before the doubling of the picture instead of behind it, FP8 as an
 option.
 
-Called by the fused engine, with B = 1. It takes the weights of a `VAEDecoder`, which says what is computed.
+Called by the fused backend, with B = 1. It takes the weights of a `VAEDecoder`, which says what is computed.
 """
 
 from __future__ import annotations

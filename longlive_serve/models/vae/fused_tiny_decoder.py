@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiny decoder with its pictures in channels-last memory, where convolutions on a GPU want them, a chunk at a time.
 
-Called by the fused engine, with B = 1. It takes the weights of a `TinyDecoder`, which says what is computed.
+Called by the fused backend, with B = 1. It takes the weights of a `TinyDecoder`, which says what is computed.
 """
 
 from __future__ import annotations

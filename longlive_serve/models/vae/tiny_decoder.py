@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TAEHV's decoder as a streaming network: Wan 2.1 latents and a few past frames in, video frames and new past out.
 
-A stand-in for `decoder.py`, called by the engines in the same way. Parameter names are those of `taew2_1.pth` of
+A stand-in for `decoder.py`, called by the backends in the same way. Parameter names are those of `taew2_1.pth` of
 github.com/madebyollin/taehv (`decoder.*`; the encoder is not built). At 480x832 twelve frames cost 1.58 TFLOP (the Wan
 VAE: 40.65), and a session's past takes 64 MiB in bfloat16 (1.76 GiB). No frame depends on latents more than 8 frames
 back, so the 12 of a session's window bring its past back as it was.

@@ -12,11 +12,11 @@ from typing import Any
 
 import triton_python_backend_utils as pb  # part of Triton's Python backend
 
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.start_up import IMPORT, describe, measure_start, process_age
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.core import VideoService
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.core import EngineCore
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.observability.log_setup import set_up
 from longlive_serve.observability.triton_metrics import TritonMetrics
 from longlive_serve.protocol.errors import ServeError
@@ -26,7 +26,7 @@ from longlive_serve.triton_server.signals import on_sigterm
 log = logging.getLogger("longlive_serve.model")
 
 
-class TritonSink:
+class TritonResponseSender:
     """Answers one request through its response sender."""
 
     def __init__(self, request: Any) -> None:
@@ -46,7 +46,7 @@ class TritonSink:
 
 
 class TritonPythonModel:
-    """Hands requests to a `VideoService`; answers come from its worker while `execute` has long returned."""
+    """Hands requests to a `EngineCore`; answers come from its worker while `execute` has long returned."""
 
     def initialize(self, args: dict[str, str]) -> None:
         own = Path(args["model_repository"], args["model_version"], "serve.toml")
@@ -55,18 +55,18 @@ class TritonPythonModel:
         self.metrics = TritonMetrics(pb.MetricFamily)
         with measure_start() as seconds:
             seconds[IMPORT] = process_age()
-            pipeline = Pipeline(build_engines(config), config.network, config.variant)
-            chunk_s = pipeline.warm_up()
+            runner = ModelRunner(build_backends(config), config.network, config.variant)
+            chunk_s = runner.warm_up()
         log.info("started in %.1f s: %s", process_age(), describe(seconds))
         self.metrics.publish([("start_seconds", (("phase", name),), took) for name, took in seconds.items()])
-        self.service = VideoService(pipeline, config, self.metrics.publish, chunk_s)
+        self.service = EngineCore(runner, config, self.metrics.publish, chunk_s)
         gc.collect()
         gc.freeze()  # what is there stays: looking through it for garbage would halt all sessions for 0.1 s
         on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            self.service.submit(_read(request), TritonSink(request))
+            self.service.submit(_read(request), TritonResponseSender(request))
 
     def finalize(self) -> None:
         self.service.stop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuDNN has plans for all that the fused engine asks of it in FP8, from Hopper on, and their kernels are Hopper's."""
+"""cuDNN has plans for all that the fused backend asks of it in FP8, from Hopper on, and their kernels are Hopper's."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from benchmarks.engines.baseline.dit import EagerDiT
 from longlive_serve.backends.fused.cuda_graph_runner import CudaGraphs
 from longlive_serve.backends.fused.dit import FusedDiT
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.dit.kv_cache import KVCache, Window
@@ -81,7 +81,7 @@ def test_it_makes_the_latents_of_the_reference(name: str, tmp_path: Path) -> Non
 
 def test_replay_runs_it(tmp_path: Path) -> None:
     path = write_case(tmp_path, "dit_tiny_switch_early_sinkT")
-    done = run_replay(path, "--engine", "fused")
+    done = run_replay(path, "--backend", "fused")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -90,7 +90,7 @@ def test_replay_runs_it_in_fp8(options: list[str], tmp_path: Path) -> None:
     """Two chunks, which is enough to see that it is another precision, and that it is near."""
     path = write_case(tmp_path, "dit_tiny_rollout")
     shorten(path, 2)
-    done = run_replay(path, "--engine", "fused", *options, "--tolerance", "0.5")
+    done = run_replay(path, "--backend", "fused", *options, "--tolerance", "0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert error_of(done.stdout) > 1e-3
 
@@ -131,7 +131,7 @@ def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
 def second_chunk(*dits: TorchDiT | FusedDiT) -> list[Tensor]:
     """Its flow at the second step, after a first chunk that was committed."""
     for dit in dits:
-        dit.commit(latents(1), dit.embed_prompt(text(9), 9), 0, WINDOW.step(0))
+        dit.update_kv_cache(latents(1), dit.embed_prompt(text(9), 9), 0, WINDOW.step(0))
     return [dit.denoise(latents(2), 1, dit.embed_prompt(text(9), 9), 0, WINDOW.step(1)) for dit in dits]
 
 
@@ -151,7 +151,7 @@ def test_fp8_is_close_and_keeps_the_cache_close(fp8_attention: bool, variant: st
 def test_fp8_is_what_the_evaluation_simulates(fp8_attention: bool) -> None:
     plain, fused = both(True, fp8_attention)
     prepare = simulate_attention if fp8_attention else simulate
-    prepare(SimpleNamespace(engines=SimpleNamespace(dit=plain)))  # type: ignore[arg-type]
+    prepare(SimpleNamespace(backends=SimpleNamespace(dit=plain)))  # type: ignore[arg-type]
     simulated, flow, expected = second_chunk(plain, fused, both()[0])
     # A number near the middle of two of FP8's may be rounded to either. Each of N numbers' roundings does about
     # 1 / sqrt(N) of all that rounding does: one in 25 would have to be that near, and one in 10 000 is.
@@ -171,7 +171,7 @@ def test_fp8_attention_by_graphs_is_the_same() -> None:
             fused = both(True, True)[1]
             prompt = fused.embed_prompt(text(9), 9)
             for chunk in range(3):  # the first of a size runs as it is, the next one is captured
-                fused.commit(latents(chunk), prompt, 0, WINDOW.step(chunk))
+                fused.update_kv_cache(latents(chunk), prompt, 0, WINDOW.step(chunk))
             flows.append([fused.denoise(latents(4), step, prompt, 0, WINDOW.step(3)) for step in range(4)])
     assert all(plain.equal(replayed) for plain, replayed in zip(*flows, strict=True))
 
@@ -189,26 +189,26 @@ def test_what_cannot_be_fused_is_refused() -> None:
     sizes = dataclasses.replace(TINY.dit, ffn_dim=120)
     with pytest.raises(ValueError, match="ffn_dim 120, expected multiples of 16"):
         FusedDiT(CausalDiT(sizes), dataclasses.replace(TINY, dit=sizes), 1, "base", fp8=True)
-    with pytest.raises(ValueError, match="fp8: got true with engine torch, expected fused"):
-        ServeConfig(engine="torch", fp8=True)
+    with pytest.raises(ValueError, match="fp8: got true with backend torch, expected fused"):
+        ServeConfig(backend="torch", fp8=True)
     with pytest.raises(ValueError, match="fp8_attention: got true without fp8"):
-        ServeConfig(engine="fused", fp8_attention=True)
+        ServeConfig(backend="fused", fp8_attention=True)
 
 
 def test_the_engine_fused_is_built_of_what_can_be_fused() -> None:
-    engines = build_engines(ServeConfig(preset="tiny", engine="fused", device="cpu", fp8=True))
-    assert engines.name == "fused+torch"  # the text encoder is torch's
-    assert type(engines.dit).__name__ == "FusedDiT"
-    assert type(engines.vae_decoder).__name__ == "FusedVAEDecoder"
-    assert engines.dit.cache_dtype == torch.float32
-    small = build_engines(ServeConfig(preset="tiny", engine="fused", device="cpu", fp8=True, fp8_attention=True))
+    backends = build_backends(ServeConfig(preset="tiny", backend="fused", device="cpu", fp8=True))
+    assert backends.name == "fused+torch"  # the text encoder is torch's
+    assert type(backends.dit).__name__ == "FusedDiT"
+    assert type(backends.vae_decoder).__name__ == "FusedVAEDecoder"
+    assert backends.dit.cache_dtype == torch.float32
+    small = build_backends(ServeConfig(preset="tiny", backend="fused", device="cpu", fp8=True, fp8_attention=True))
     assert small.dit.cache_dtype == torch.float8_e4m3fn
 
 
 def test_without_the_compiler_it_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="engine: got fused without the compiler Triton"):
-        build_engines(ServeConfig(preset="tiny", engine="fused", device="cpu"))
+    with pytest.raises(ValueError, match="backend: got fused without the compiler Triton"):
+        build_backends(ServeConfig(preset="tiny", backend="fused", device="cpu"))
 
 
 def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:
@@ -279,16 +279,16 @@ def test_after_the_warm_up_no_session_waits_for_a_capture(monkeypatch: pytest.Mo
     """Whenever it switches its prompt, in a slot that nobody has used. One layer is captured as any other."""
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, num_layers=1)))
     with graphs_on_cpu():
-        config = ServeConfig(preset="tiny", engine="fused", decoder="tiny", device="cpu", slots=2)
-        pipeline = Pipeline(build_engines(config), config.network)
-        pipeline.warm_up()
+        config = ServeConfig(preset="tiny", backend="fused", decoder="tiny", device="cpu", slots=2)
+        runner = ModelRunner(build_backends(config), config.network)
+        runner.warm_up()
         captured = Graph.captured
         for switch, early in ((1, True), (3, False), (6, True)):
             session = Session(id="a", prompt=Prompt(index=0, text="a"), noise=SeededNoise(0), slot=1)
             for chunk in range(7):
                 if chunk == switch:
                     session.add_prompt("b", NOW)
-                list(pipeline.finish(pipeline.launch(session, early)))
+                list(runner.collect_output(runner.execute_model_async(session, early)))
         assert Graph.captured == captured
 
 
@@ -296,7 +296,7 @@ def second_of(dit: TorchDiT | FusedDiT, slot: int, chunk: int, prompt: Tensor) -
     """The flow of a chunk at the second step; then it is committed."""
     prompt_kv, placement = dit.embed_prompt(prompt, 9), WINDOW.step(chunk)
     flow = dit.denoise(latents(chunk), 1, prompt_kv, slot, placement)
-    dit.commit(latents(chunk + 10), prompt_kv, slot, placement)
+    dit.update_kv_cache(latents(chunk + 10), prompt_kv, slot, placement)
     return flow
 
 

@@ -50,10 +50,10 @@ def video(seed: int, chunks: int = 4) -> list[Tensor]:
     return list(torch.randn(shape, generator=generator).split(3, 1))
 
 
-def frames_of(engine: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray[Any, Any]]:
-    cache = engine.initial_cache()
+def frames_of(backend: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor]) -> Iterator[np.ndarray[Any, Any]]:
+    cache = backend.initial_cache()
     for number, part in enumerate(latents):
-        frames, cache = engine.decode(part, cache, number == 0)
+        frames, cache = backend.decode(part, cache, number == 0)
         yield frames.numpy()
 
 
@@ -102,8 +102,8 @@ def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: b
     videos = [video(seed, chunks=3) for seed in range(3)]
     plain = TorchVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
     with graphs_on_cpu() if graphs else contextlib.nullcontext():
-        engine = FusedVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
-        streams = [frames_of(engine, latents) for latents in videos]
+        backend = FusedVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
+        streams = [frames_of(backend, latents) for latents in videos]
         together = [[next(stream) for stream in streams] for _ in range(3)]
         captured, replayed = Graph.captured, Graph.replayed
     for number, latents in enumerate(videos):
@@ -119,11 +119,11 @@ def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: b
 
 
 def test_a_stream_that_has_gone_leaves_nothing_behind() -> None:
-    engine = FusedVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+    backend = FusedVAEDecoder(network(), TINY)  # type: ignore[arg-type]
     one, other = (video(seed, chunks=2) for seed in (1, 2))
-    first = list(frames_of(engine, one))
-    list(frames_of(engine, other))
-    assert all(np.array_equal(a, b) for a, b in zip(frames_of(engine, one), first, strict=True))
+    first = list(frames_of(backend, one))
+    list(frames_of(backend, other))
+    assert all(np.array_equal(a, b) for a, b in zip(frames_of(backend, one), first, strict=True))
 
 
 def blocks_of(network: nn.Module) -> list[ResidualBlock]:
@@ -139,7 +139,7 @@ def test_fp8_convolutions_are_what_the_evaluation_simulates(cudnn_on_cpu: None) 
     """Block by block, where most positions see no number that lies so near the middle of two of FP8's that the order of
     a sum decides. Behind many blocks with random weights, which magnify it, such a number changes every pixel."""
     plain, exact = (TorchVAEDecoder(network(), TINY) for _ in range(2))  # type: ignore[arg-type]
-    simulate_decoder(SimpleNamespace(engines=SimpleNamespace(vae_decoder=plain)))  # type: ignore[arg-type]
+    simulate_decoder(SimpleNamespace(backends=SimpleNamespace(vae_decoder=plain)))  # type: ignore[arg-type]
     fused = FusedVAEDecoder(network(), TINY, fp8=True).network  # type: ignore[arg-type]
     assert isinstance(fused, FusedVAE)
     apart: list[float] = []
@@ -174,17 +174,17 @@ def in_turn(block: ResidualBlock, history: list[Tensor]) -> Callable[[Tensor], T
 
 
 def test_streams_in_fp8_take_turns(cudnn_on_cpu: None) -> None:
-    engine = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
-    alone = [[*frames_of(engine, video(seed, chunks=2))] for seed in (1, 2)]
-    together = zip(*(frames_of(engine, video(seed, chunks=2)) for seed in (1, 2)), strict=True)
+    backend = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    alone = [[*frames_of(backend, video(seed, chunks=2))] for seed in (1, 2)]
+    together = zip(*(frames_of(backend, video(seed, chunks=2)) for seed in (1, 2)), strict=True)
     for turn, (first, second) in enumerate(together):
         assert np.array_equal(first, alone[0][turn])
         assert np.array_equal(second, alone[1][turn])
 
 
 def test_a_stream_in_fp8_holds_a_byte_for_what_its_convolutions_read(cudnn_on_cpu: None) -> None:
-    engine = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
-    held = sum(tensor.nbytes for tensor in engine.initial_cache())
+    backend = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    held = sum(tensor.nbytes for tensor in backend.initial_cache())
     assert (
         held
         == memory_model.decoder_cache_bytes(TINY, WAN, 4, fp8=True)
@@ -204,5 +204,5 @@ def test_a_gpu_that_cudnn_has_no_plan_for_is_refused(cudnn_on_cpu: None, monkeyp
 def test_fp8_convolutions_without_cudnns_frontend_are_refused() -> None:
     with pytest.raises(ValueError, match=r"fp8_decoder: got true without .*longlive-serve\[cudnn\]"):
         FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="fp8_decoder: got true with engine fused and decoder tiny, expected fused"):
-        ServeConfig(engine="fused", decoder=TAEHV, fp8_decoder=True)
+    with pytest.raises(ValueError, match="fp8_decoder: got true with backend fused and decoder tiny, expected fused"):
+        ServeConfig(backend="fused", decoder=TAEHV, fp8_decoder=True)

@@ -21,11 +21,11 @@ import torch
 
 from export.onnx_modules import exportable_graphs
 from longlive_serve.backends.exported.modules import GraphDiT, GraphVAEDecoder
-from longlive_serve.backends.registry import build_engines, open_graphs
+from longlive_serve.backends.registry import build_backends, open_graphs
 from longlive_serve.backends.torch_backend import TorchVAEDecoder
 from longlive_serve.config.presets import DIT, PRESETS, VAE_DECODER
 from longlive_serve.config.serve_config import TENSORRT, ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.replay import Case, exact_latents, read_tensors, replay
 from longlive_serve.weights.loader import load_network
@@ -81,10 +81,10 @@ def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: Callable[[bool], P
 def test_a_session_is_that_of_torch_whatever_runs_beside_it(plans: Path) -> None:
     """Text encoder, DiT and VAE as plans: two sessions take turns, one switches its prompt."""
     videos = {}
-    for engine in ("torch", "tensorrt"):
-        config = ServeConfig(engine=engine, plans=str(plans), slots=2, device="cpu")
-        engines = build_engines(config)
-        pipeline = Pipeline(engines, config.network, config.variant)
+    for backend in ("torch", "tensorrt"):
+        config = ServeConfig(backend=backend, plans=str(plans), slots=2, device="cpu")
+        backends = build_backends(config)
+        runner = ModelRunner(backends, config.network, config.variant)
         sessions = [
             Session(id=f"{slot}", prompt=Prompt(index=0, text=text), noise=SeededNoise(slot), slot=slot)
             for slot, text in enumerate(("a red fox runs", "a blue bird sleeps"))
@@ -94,8 +94,8 @@ def test_a_session_is_that_of_torch_whatever_runs_beside_it(plans: Path) -> None
             if chunk == 5:
                 sessions[1].add_prompt("a green frog sits", NOW)
             for slot, session in enumerate(sessions):
-                frames[slot].append(pipeline.advance(session).frames)
-        videos[engine] = np.stack([np.concatenate(part) for part in frames]).astype(int)
+                frames[slot].append(runner.advance(session).frames)
+        videos[backend] = np.stack([np.concatenate(part) for part in frames]).astype(int)
     assert np.abs(videos["torch"] - videos["tensorrt"]).max() <= 1
     assert videos["torch"].std() > 1
 

@@ -18,20 +18,20 @@ import pytest
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor import gpu, machine, ports
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Finding, size
+from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, size
 
 H200 = gpu.Gpu(name="NVIDIA H200", memory=143771 << 20, free=143000 << 20, driver="580.95.05", capability=(9, 0))
 FULL = ServeConfig(preset="longlive-1.3b")
 
 
-def levels(findings: Sequence[Finding]) -> dict[str, str]:
-    for finding in findings:
-        assert finding.action or finding.level == OK, finding
-    return {finding.subject: finding.level for finding in findings}
+def levels(results: Sequence[CheckResult]) -> dict[str, str]:
+    for result in results:
+        assert result.action or result.level == OK, result
+    return {result.subject: result.level for result in results}
 
 
-def only(findings: Sequence[Finding], subject: str) -> Finding:
-    (found,) = [finding for finding in findings if finding.subject == subject]
+def only(results: Sequence[CheckResult], subject: str) -> CheckResult:
+    (found,) = [result for result in results if result.subject == subject]
     return found
 
 
@@ -52,20 +52,20 @@ def test_a_gpu_is_described_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Mo
     (used,) = gpus
     assert (used.name, used.memory, used.capability) == ("NVIDIA H200", 143771 << 20, (9, 0))
     monkeypatch.setattr(gpu, "torch_cuda", lambda: "13.0")
-    findings = gpu.gpu_findings(gpus, used, "auto")
-    assert levels(findings) == {"GPU": OK, "FP8": OK, "CUDA": OK}
-    assert "NVIDIA H200, 140.4 GiB, compute capability 9.0, driver 580.95.05" in only(findings, "GPU").found
+    results = gpu.gpu_results(gpus, used, "auto")
+    assert levels(results) == {"GPU": OK, "FP8": OK, "CUDA": OK}
+    assert "NVIDIA H200, 140.4 GiB, compute capability 9.0, driver 580.95.05" in only(results, "GPU").found
 
 
 def test_an_old_gpu_that_others_use_and_that_pytorch_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "NVIDIA A100-SXM4-80GB, 81920, 1024, 525.60.13, 8.0, GPU-{}"
     gpus = fake_nvidia_smi(tmp_path, monkeypatch, line.format("a"), line.format("b"))
     monkeypatch.setattr(gpu, "torch_cuda", lambda: "13.0")
-    found = gpu.gpu_findings(gpus, gpus[0], "auto")
+    found = gpu.gpu_results(gpus, gpus[0], "auto")
     assert levels(found) == {"GPU": OK, "GPUs": NOTE, "GPU memory": WARNING, "FP8": NOTE, "CUDA": PROBLEM}
     monkeypatch.setattr(gpu, "torch_cuda", lambda: "")
-    assert only(gpu.gpu_findings(gpus, gpus[0], "auto"), "CUDA").level == WARNING
-    assert only(gpu.gpu_findings(gpus, gpus[0], "cuda"), "CUDA").level == PROBLEM
+    assert only(gpu.gpu_results(gpus, gpus[0], "auto"), "CUDA").level == WARNING
+    assert only(gpu.gpu_results(gpus, gpus[0], "cuda"), "CUDA").level == PROBLEM
 
 
 def test_the_settings_and_cuda_visible_devices_choose_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,24 +74,24 @@ def test_the_settings_and_cuda_visible_devices_choose_the_gpu(tmp_path: Path, mo
     assert gpu.used_gpu(gpus, "auto") is first
     assert gpu.used_gpu(gpus, "cuda:2") is third
     assert gpu.used_gpu(gpus, "cpu") is None
-    assert levels(gpu.gpu_findings(gpus, None, "cpu")) == {"GPU": NOTE}
+    assert levels(gpu.gpu_results(gpus, None, "cpu")) == {"GPU": NOTE}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-11")
     assert gpu.used_gpu(gpus, "cuda") is third
     assert gpu.used_gpu(gpus, "cuda:1") is second
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu.used_gpu(gpus, "cuda") is None
-    assert levels(gpu.gpu_findings(gpus, None, "cuda")) == {"GPU": PROBLEM}
+    assert levels(gpu.gpu_results(gpus, None, "cuda")) == {"GPU": PROBLEM}
 
 
 def test_no_gpu_is_a_problem_only_where_one_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PCI", tmp_path)
-    assert [gpu.gpu_findings([], None, device)[0].level for device in ("auto", "cuda")] == [NOTE, PROBLEM]
+    assert [gpu.gpu_results([], None, device)[0].level for device in ("auto", "cuda")] == [NOTE, PROBLEM]
     device = tmp_path / "0000:01:00.0"
     device.mkdir()
     (device / "vendor").write_text("0x10de\n")
     (device / "class").write_text("0x030200\n")
-    finding = gpu.gpu_findings([], None, "auto")[0]
-    assert (finding.level, "no driver answers" in finding.found) == (WARNING, True)
+    result = gpu.gpu_results([], None, "auto")[0]
+    assert (result.level, "no driver answers" in result.found) == (WARNING, True)
 
 
 def test_without_nvidia_smi_nvml_or_pytorch_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,31 +181,31 @@ def test_regions_of_dead_servers_are_found_and_those_of_living_ones_left(
     (tmp_path / f"longlive_{os.getpid()}_ab_1").write_bytes(b"x")
     assert machine.leftovers() == []
     (tmp_path / "longlive_99999999_ab_1").write_bytes(b"x" * 2048)
-    (finding,) = machine.leftovers()
-    assert (finding.level, finding.action) == (WARNING, f"rm {tmp_path}/longlive_99999999_*")
-    assert "2 KiB" in finding.found
+    (result,) = machine.leftovers()
+    assert (result.level, result.action) == (WARNING, f"rm {tmp_path}/longlive_99999999_*")
+    assert "2 KiB" in result.found
 
 
 def test_open_files_must_do_for_all_who_come(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {(4096, 4096): "", (resource.RLIM_INFINITY,) * 2: "", (100, 4096): "ulimit -n 176", (100, 100): "raise"}
     for limit, action in limits.items():
         monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: limit)
-        finding = machine.open_files(ServeConfig())
-        assert finding.action.startswith(action)
-        assert finding.level == (WARNING if action else OK)
+        result = machine.open_files(ServeConfig())
+        assert result.action.startswith(action)
+        assert result.level == (WARNING if action else OK)
 
 
 def test_a_taken_port_says_who_has_it() -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        (finding,) = ports.ports("127.0.0.1", {"grpc": port, "http": 0})
-    assert finding.level == PROBLEM
-    assert finding.subject == f"port {port}"
+        (result,) = ports.ports("127.0.0.1", {"grpc": port, "http": 0})
+    assert result.level == PROBLEM
+    assert result.subject == f"port {port}"
     assert (
         f"gRPC: in use on 127.0.0.1 by {Path('/proc/self/comm').read_text(encoding='utf-8').strip()} (process"
-        in finding.found
+        in result.found
     )
-    assert finding.action.endswith("--grpc-port")
+    assert result.action.endswith("--grpc-port")
     assert levels(ports.ports("127.0.0.1", {"grpc": 0, "http": 0})) == {"ports": OK}
 
 

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.engines.measure import Alone, Plan
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, TINY, TINY_DECODER, VAE_DECODER, WAN
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor import memory_model
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT
-from longlive_serve.models.dit.fused_dit import FP8Product, FusedCausalDiT, Product
+from longlive_serve.models.dit.fused_dit import FP8Gemm, FusedCausalDiT, Gemm
 from longlive_serve.models.dit.kv_cache import KVCache, Window
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.text_encoder import TextEncoder
@@ -101,8 +101,8 @@ def test_the_full_size_is_as_published() -> None:
 @pytest.mark.parametrize("decoder", [WAN, TINY])
 def test_a_real_session_takes_as_much_as_is_said(decoder: str) -> None:
     config = ServeConfig(preset="tiny", decoder=decoder, slots=2, device="cpu")
-    pipeline = Pipeline(build_engines(config), config.network)
-    alone = Alone(pipeline, Plan(chunks=1, warmup=0, live_seconds=0, max_sessions=2), lambda what: None)
+    runner = ModelRunner(build_backends(config), config.network)
+    alone = Alone(runner, Plan(chunks=1, warmup=0, live_seconds=0, max_sessions=2), lambda what: None)
     assert alone.session_bytes()["total"] == memory_model.session_memory(config.network, "float32", decoder).total
 
 
@@ -114,8 +114,8 @@ def test_fp8_takes_as_much_as_is_said() -> None:
     held: list[Tensor] = list(network.parameters())
     for block in fused.blocks:
         for product in (block.qkv, block.o, block.cross_q, block.cross_o, block.ffn_in, block.ffn_out):
-            assert isinstance(product, Product | FP8Product)
-            held += [product.weight, product.bias, *([product.scales] if isinstance(product, FP8Product) else [])]
+            assert isinstance(product, Gemm | FP8Gemm)
+            held += [product.weight, product.bias, *([product.scales] if isinstance(product, FP8Gemm) else [])]
     memory = memory_model.server_memory(config, dtype="bfloat16", fused_dit=True, fp8=True)
     assert memory.networks[DIT] == sum(tensor.nbytes for tensor in held)
 
@@ -132,7 +132,7 @@ def peaks() -> Iterator[tuple[int, int]]:
                 network(latents, cache, opening=False)
             yield memory_model._decoder_working(FULL, name, False, 2), counter.peak
         cache = wan.initial_cache(1, *size, "meta", BF16)
-        with PeakMemory() as counter:  # a whole chunk at once, as the fused engine does it
+        with PeakMemory() as counter:  # a whole chunk at once, as the fused backend does it
             wan.decoder(latents.transpose(1, 2), FeatureCache(cache), False)
         yield memory_model._decoder_working(FULL, WAN, True, 2), counter.peak
         yield memory_model._dit_working(FULL, 2), recache_peak()
@@ -149,7 +149,7 @@ def recache_peak() -> int:
     frames = FULL.window.window
     latents = torch.empty(1, frames, FULL.dit.channels, FULL.latent_height, FULL.latent_width, dtype=BF16)
     with PeakMemory() as counter:
-        network(latents, torch.empty(1, frames), (prompt, prompt), view, commit=True)
+        network(latents, torch.empty(1, frames), (prompt, prompt), view, update_kv_cache=True)
     return counter.peak
 
 

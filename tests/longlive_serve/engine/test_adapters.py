@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchange of adapters, without a server: who is answered what, and what an engine shares with the one before."""
+"""The exchange of adapters, without a server: who is answered what, and what an backend shares with the one before."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from longlive_serve.backends.fused.dit import FusedDiT
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine import lora_manager
 from longlive_serve.engine.lora_manager import Adapters
-from longlive_serve.engine.model_runner import Pipeline
-from longlive_serve.engine.session_manager import goodbye
+from longlive_serve.engine.model_runner import ModelRunner
+from longlive_serve.engine.session_manager import shutting_down
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.session_options import Options
 from longlive_serve.weights.loader import load_network
-from tests.fakes.service_bench import LIMIT_S, RecordingSink, wait_until
+from tests.fakes.service_bench import LIMIT_S, RecordingResponseSender, wait_until
 from tests.longlive_serve.live.test_live_adapters import TOKEN, write_adapter
 
 TINY = PRESETS["tiny"]
@@ -38,9 +38,9 @@ class At:
         write_adapter(folder / "style.pt")
         config = ServeConfig(preset="tiny", device="cpu", adapters_dir=str(folder), admin_token=TOKEN)
         self.config = dataclasses.replace(config, **settings)
-        self.pipeline = Pipeline(build_engines(config), config.network)
+        self.runner = ModelRunner(build_backends(config), config.network)
         self.go, self.woken = threading.Event(), threading.Event()
-        self.adapters = Adapters(self.pipeline, self.config, self.woken.set)
+        self.adapters = Adapters(self.runner, self.config, self.woken.set)
 
         def load(*what: Any, **how: Any) -> Any:
             assert self.go.wait(LIMIT_S)
@@ -50,38 +50,38 @@ class At:
 
 
 def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at, sink, before = At(tmp_path, monkeypatch), RecordingSink(), None
-    before = at.pipeline.engines.dit
+    at, sink, before = At(tmp_path, monkeypatch), RecordingResponseSender(), None
+    before = at.runner.backends.dit
     at.adapters.change(ASKED, sink)
     with pytest.raises(ServeError, match="others are being loaded"):
-        at.adapters.change(ASKED, RecordingSink())
+        at.adapters.change(ASKED, RecordingResponseSender())
     at.adapters.apply()
-    assert at.pipeline.engines.dit is before
+    assert at.runner.backends.dit is before
     at.go.set()
     wait_until(at.woken.is_set)
     at.adapters.apply()
     assert [chunk.notice for chunk in sink.chunks] == ["adapters: style.pt=1"]
-    assert at.pipeline.engines.dit is not before
-    at.adapters.change(ASKED, RecordingSink())  # the next one may come
+    assert at.runner.backends.dit is not before
+    at.adapters.change(ASKED, RecordingResponseSender())  # the next one may come
 
 
 def test_who_waits_when_the_server_goes_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at, sink = At(tmp_path, monkeypatch), RecordingSink()
-    before = at.pipeline.engines.dit
+    at, sink = At(tmp_path, monkeypatch), RecordingResponseSender()
+    before = at.runner.backends.dit
     at.adapters.change(ASKED, sink)
-    at.adapters.abandon(goodbye())
-    at.adapters.abandon(goodbye())
+    at.adapters.abandon(shutting_down())
+    at.adapters.abandon(shutting_down())
     at.go.set()
     wait_until(at.woken.is_set)
     at.adapters.apply()
     assert [error.kind for error in sink.errors] == [ServeError.SHUTTING_DOWN]
-    assert at.pipeline.engines.dit is before
+    assert at.runner.backends.dit is before
 
 
 def test_without_a_folder_none_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at = At(tmp_path, monkeypatch, adapters_dir="", admin_token="")
     with pytest.raises(ServeError, match="have no adapters_dir"):
-        at.adapters.change(ASKED, RecordingSink())
+        at.adapters.change(ASKED, RecordingResponseSender())
     with pytest.raises(ValueError, match="admin_token: got less than 16 characters"):
         ServeConfig(adapters_dir="files")
 

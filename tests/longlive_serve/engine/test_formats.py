@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from longlive_client.frame_decoder import Decoder
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.frame_encoder import make_encode
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import FrameChunk
@@ -60,13 +60,13 @@ def test_data_that_is_no_picture_is_refused() -> None:
 
 def test_early_frames_are_those_of_the_whole_chunk_to_the_bit() -> None:
     config = ServeConfig(preset="tiny", device="cpu")
-    pipeline = Pipeline(build_engines(config), config.network)
+    runner = ModelRunner(build_backends(config), config.network)
 
     def video(early: bool) -> list[FrameChunk]:
         session = Session(id="s", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(1), slot=0)
         made: list[FrameChunk] = []
         for _ in range(3):
-            made += pipeline.finish(pipeline.launch(session, early))
+            made += runner.collect_output(runner.execute_model_async(session, early))
         return made
 
     whole, parts = video(early=False), video(early=True)
@@ -75,5 +75,5 @@ def test_early_frames_are_those_of_the_whole_chunk_to_the_bit() -> None:
     assert [part.completes for part in parts] == [False, False, True] * 3
     frames = [np.concatenate([part.frames for part in made]) for made in (whole, parts)]
     assert np.array_equal(*frames)
-    assert {phase.name for phase in pipeline.phases} == {"switch", "denoise", "commit", "decode"}
+    assert {phase.name for phase in runner.phases} == {"switch", "denoise", "kv_cache_update", "decode"}
     assert not torch.is_inference_mode_enabled()

@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longlive_serve.backends.device import ToHost
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.device import AsyncD2HCopy
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine import core
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import SUM_BYTES, _facts, read_tensors
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.graphs_on_cpu import WAITS, graphs_on_cpu
-from tests.fakes.service_bench import Bench, CountingPipeline, bench, closed, wait_until
+from tests.fakes.service_bench import Bench, CountingModelRunner, bench, closed, wait_until
 
 
-class Device(CountingPipeline):
+class Device(CountingModelRunner):
     """Works beside the host, and remembers what it was asked for, in order."""
 
     asynchronous = True
@@ -47,9 +47,9 @@ class Device(CountingPipeline):
         self._launched: list[tuple[Sequence[FrameChunk], str]] = []
         self._lost: list[Sequence[FrameChunk]] = []
 
-    def launch(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+    def execute_model_async(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
         self.calls.append(("launch", session.id))
-        chunk = super().launch(session, early)
+        chunk = super().execute_model_async(session, early)
         self._launched.append((chunk, session.id))
         if self.lost:
             self._lost.append(chunk)
@@ -60,13 +60,13 @@ class Device(CountingPipeline):
         if any(chunk is lost for lost in self._lost):
             raise RuntimeError("the device is lost")
 
-    def finish(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
+    def collect_output(self, chunk: Sequence[FrameChunk]) -> Iterator[FrameChunk]:
         name = self._name(chunk)
         self.calls.append(("finish", name))
         wait_until(lambda: name not in self.busy)
         if name == self.failing:
             raise RuntimeError("the device failed")
-        yield from super().finish(chunk)
+        yield from super().collect_output(chunk)
 
     def _name(self, chunk: Sequence[FrameChunk]) -> str:
         return next(name for launched, name in self._launched if launched is chunk)
@@ -75,10 +75,10 @@ class Device(CountingPipeline):
 @contextlib.contextmanager
 def bench_of_device(**settings: Any) -> Iterator[tuple[Bench, Device]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.fakes.service_bench.CountingPipeline", Device)
+        patch.setattr("tests.fakes.service_bench.CountingModelRunner", Device)
         with bench(**settings) as at:
-            assert isinstance(at.pipeline, Device)
-            yield at, at.pipeline
+            assert isinstance(at.runner, Device)
+            yield at, at.runner
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def test_a_snapshot_is_read_before_the_next_sessions_chunk_is_launched(monkeypat
     with bench_of_device(slots=3) as (at, device):
         read = read_tensors
 
-        def note(session: Session) -> dict[str, ToHost]:
+        def note(session: Session) -> dict[str, AsyncD2HCopy]:
             device.calls.append(("read", session.id))
             return read(session)
 
@@ -200,25 +200,25 @@ def test_a_last_snapshot_goes_on_after_what_was_sent(monkeypatch: pytest.MonkeyP
         assert sink.chunks[-1].snapshot == f"at {sent}".encode()
 
 
-@pytest.mark.parametrize(("engine", "decoder"), [("torch", "tiny"), ("fused", "wan")])
+@pytest.mark.parametrize(("backend", "decoder"), [("torch", "tiny"), ("fused", "wan")])
 def test_chunks_in_flight_have_the_frames_that_they_have_alone(
-    engine: str, decoder: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A switch among them. The fused engine computes all in graphs, whose memory the next chunk uses again."""
+    """A switch among them. The fused backend computes all in graphs, whose memory the next chunk uses again."""
     tiny = PRESETS["tiny"]  # of one layer: the interpreter takes long for each
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, num_layers=1)))
-    config = ServeConfig(preset="tiny", engine=engine, decoder=decoder, device="cpu", slots=2)
-    with graphs_on_cpu() if engine == "fused" else contextlib.nullcontext():
-        pipeline = Pipeline(build_engines(config), config.network)
-        alone = [[frames(pipeline, session, chunk) for chunk in range(3)] for session in map(new_session, range(2))]
-        pipeline.asynchronous = True
+    config = ServeConfig(preset="tiny", backend=backend, decoder=decoder, device="cpu", slots=2)
+    with graphs_on_cpu() if backend == "fused" else contextlib.nullcontext():
+        runner = ModelRunner(build_backends(config), config.network)
+        alone = [[frames(runner, session, chunk) for chunk in range(3)] for session in map(new_session, range(2))]
+        runner.asynchronous = True
         sessions, together = [new_session(number) for number in range(2)], []
         for chunk in range(3):
             launched = []
             for session in sessions:
                 switch(session, chunk)
-                launched.append(pipeline.launch(session, early=chunk % 2 == 1))
-            together.append([np.concatenate([part.frames for part in pipeline.finish(one)]) for one in launched])
+                launched.append(runner.execute_model_async(session, early=chunk % 2 == 1))
+            together.append([np.concatenate([part.frames for part in runner.collect_output(one)]) for one in launched])
     for slot, chunks in enumerate(alone):
         for chunk, expected in enumerate(chunks):
             got = together[chunk][slot]
@@ -226,9 +226,9 @@ def test_chunks_in_flight_have_the_frames_that_they_have_alone(
             assert (got != expected).mean() < 1e-3  # a latent frame at a time, it may be rounded the other way
 
 
-def frames(pipeline: Pipeline, session: Session, chunk: int) -> np.ndarray[Any, Any]:
+def frames(runner: ModelRunner, session: Session, chunk: int) -> np.ndarray[Any, Any]:
     switch(session, chunk)
-    return pipeline.advance(session).frames
+    return runner.advance(session).frames
 
 
 def switch(session: Session, chunk: int) -> None:
@@ -248,24 +248,24 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("engine", ["torch", "fused"])
-def test_no_launch_waits_for_the_device(engine: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_no_launch_waits_for_the_device(backend: str) -> None:
     """Neither the first one nor one with a new prompt: other sessions' frames would wait with it."""
-    config = ServeConfig(preset="tiny", engine=engine, device="cpu", slots=2)
-    pipeline, session = Pipeline(build_engines(config), config.network), new_session(0)
+    config = ServeConfig(preset="tiny", backend=backend, device="cpu", slots=2)
+    runner, session = ModelRunner(build_backends(config), config.network), new_session(0)
     for chunk in range(3):
         if chunk == 2:
             session.add_prompt("a bird", NOW)
         with NoWaiting():
-            launched = pipeline.launch(session)
-        list(pipeline.finish(launched))
+            launched = runner.execute_model_async(session)
+        list(runner.collect_output(launched))
 
 
 def test_a_chunk_takes_what_it_took_after_the_one_before_it() -> None:
-    config = ServeConfig(preset="tiny", engine="torch", device="cpu", slots=2)
-    pipeline = Pipeline(build_engines(config), config.network)
-    pipeline.asynchronous = True
-    launched = [pipeline.launch(new_session(slot)) for slot in (0, 1)]
+    config = ServeConfig(preset="tiny", backend="torch", device="cpu", slots=2)
+    runner = ModelRunner(build_backends(config), config.network)
+    runner.asynchronous = True
+    launched = [runner.execute_model_async(new_session(slot)) for slot in (0, 1)]
     began = time.monotonic()
-    _, second = (list(pipeline.finish(chunk))[-1] for chunk in launched)
+    _, second = (list(runner.collect_output(chunk))[-1] for chunk in launched)
     assert 0 < second.seconds <= time.monotonic() - began

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from longlive_serve.backends.base import EncodedPrompt
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.model_runner import Pipeline, prompt_notice
+from longlive_serve.engine.model_runner import ModelRunner, prompt_notice
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import FrameChunk
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.numeric
 
 
 @functools.cache
-def pipeline(variant: str = "base") -> Pipeline:
+def runner(variant: str = "base") -> ModelRunner:
     config = ServeConfig(preset="tiny", variant=variant, device="cpu", slots=2)
-    return Pipeline(build_engines(config), config.network, variant)
+    return ModelRunner(build_backends(config), config.network, variant)
 
 
 def new_session(slot: int = 0, seed: int = 0, text: str = "a fox") -> Session:
@@ -39,7 +39,7 @@ def run(
     made = []
     for chunk in range(chunks):
         change(session, chunk)
-        made.append(pipeline().advance(session))
+        made.append(runner().advance(session))
     return made
 
 
@@ -59,9 +59,9 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
 def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given to the device behind them; where the host waits for it, the frames have been handed on before."""
     config = ServeConfig(preset="tiny", device="cpu", slots=1)
-    its_own, calls = Pipeline(build_engines(config), config.network), list[str]()
+    its_own, calls = ModelRunner(build_backends(config), config.network), list[str]()
     its_own.asynchronous = asynchronous
-    for network, name in ((its_own.engines.dit, "commit"), (its_own.engines.vae_decoder, "decode")):
+    for network, name in ((its_own.backends.dit, "update_kv_cache"), (its_own.backends.vae_decoder, "decode")):
         plain = getattr(network, name)
 
         def noted(*given: Any, name: str = name, plain: Callable[..., Any] = plain) -> Any:
@@ -71,15 +71,18 @@ def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pyte
         monkeypatch.setattr(network, name, noted)
     session = new_session()
     for chunk in range(3):
-        launched = its_own.launch(session, early=True)
+        launched = its_own.execute_model_async(session, early=True)
         assert len(session.sink) == 1, "what a snapshot is made of is there"
-        for part in its_own.finish(launched):
+        for part in its_own.collect_output(launched):
             calls.append(f"{len(part.frames)} frames")
         names = [phase.name for phase in its_own.phases]
-        assert names == ["commit"] * (chunk > 0) + ["switch", "denoise"] + ["decode"] * 3
+        assert names == ["kv_cache_update"] * (chunk > 0) + ["switch", "denoise"] + ["decode"] * 3
         parts = ["4 frames" if chunk else "1 frames", "4 frames", "4 frames"]
-        at_once, one_by_one = ["decode"] * 3 + ["commit", *parts], [word for part in parts for word in ("decode", part)]
-        assert calls == (at_once if asynchronous else [*one_by_one, "commit"])
+        at_once, one_by_one = (
+            ["decode"] * 3 + ["update_kv_cache", *parts],
+            [word for part in parts for word in ("decode", part)],
+        )
+        assert calls == (at_once if asynchronous else [*one_by_one, "update_kv_cache"])
         calls.clear()
 
 
@@ -99,7 +102,7 @@ def test_interleaved_sessions_make_the_frames_that_each_makes_alone() -> None:
     for chunk in range(8):
         for session in sessions:
             switch(session, chunk)
-            made[session.slot].append(pipeline().advance(session))
+            made[session.slot].append(runner().advance(session))
     for slot in (0, 1):
         assert np.array_equal(frames_of(made[slot]), alone[slot])
 
@@ -141,8 +144,8 @@ def test_a_cleared_cache_shows_nothing_of_the_past() -> None:
             if chunk == 5:
                 session.add_prompt("a bird", NOW)
                 session.noise = SeededNoise(11)
-            pipeline().advance(session)
-        return list(session.recent)[-3:]
+            runner().advance(session)
+        return list(session.context_latents)[-3:]
 
     for one, other in zip(latents_after("a fox"), latents_after("a whale at night"), strict=True):
         assert torch.equal(one, other)
@@ -159,7 +162,7 @@ def test_prompts_for_the_same_chunk_take_effect_one_chunk_after_the_other() -> N
 
 def test_a_truncated_prompt_is_announced_once() -> None:
     session = new_session(text="fox " * 40)
-    first, second = pipeline().advance(session), pipeline().advance(session)
+    first, second = runner().advance(session), runner().advance(session)
     assert first.notice == "prompt 0 was truncated: it has 160 tokens, the first 64 are used"
     assert second.notice == ""
 
@@ -177,10 +180,10 @@ def test_unknown_words_are_announced_with_the_known_ones() -> None:
 
 def test_the_base_variant_ends_at_its_documented_limit() -> None:
     session = new_session()
-    pipeline().advance(session)
+    runner().advance(session)
     session.chunk = 340  # as if it had run for 255 seconds
-    last = pipeline().advance(session)
+    last = runner().advance(session)
     assert last.first_frame + len(last.frames) == 4089
     with pytest.raises(ServeError, match="1023 latent frames \\(4089 video frames\\)") as raised:
-        pipeline().advance(session)
+        runner().advance(session)
     assert raised.value.kind == ServeError.FRAME_LIMIT

@@ -17,7 +17,7 @@ PERIOD = CHUNK_FRAMES * SECOND // FPS
 def scheduler_of(slots: int, *names: str, cost: int = 0, fps: int | None = FPS) -> Scheduler:
     scheduler = Scheduler(slots, cost=cost)
     for name in names:
-        scheduler.add(name, 0, fps=fps, lead=1)
+        scheduler.add(name, 0, fps=fps, max_chunks_ahead=1)
     return scheduler
 
 
@@ -25,7 +25,7 @@ def test_slots_are_given_in_the_order_of_arrival() -> None:
     scheduler = scheduler_of(2, *"abcd")
     assert [name for name, _ in scheduler.admit(0)] == ["a", "b"]
     assert (scheduler.live, scheduler.waiting) == (2, 2)
-    assert [scheduler.place(name) for name in "abcd"] == [0, 0, 1, 2]
+    assert [scheduler.queue_position(name) for name in "abcd"] == [0, 0, 1, 2]
     scheduler.remove("a")
     assert [name for name, _ in scheduler.admit(0)] == ["c"]
 
@@ -42,7 +42,7 @@ def test_a_session_whose_clock_could_not_be_kept_waits_though_a_slot_is_free() -
     scheduler = scheduler_of(9, *"abcde", cost=PERIOD // 4)
     assert scheduler.capacity(FPS) == 3
     assert [name for name, _ in scheduler.admit(0)] == ["a", "b", "c"]
-    scheduler.add("offline", 0, fps=None, lead=1)
+    scheduler.add("offline", 0, fps=None, max_chunks_ahead=1)
     assert [name for name, _ in scheduler.admit(0)] == ["offline"]
     scheduler.remove("b")
     assert [name for name, _ in scheduler.admit(0)] == ["d"]
@@ -78,7 +78,7 @@ def test_no_more_than_the_lead_is_generated_ahead() -> None:
     assert scheduler.next(SECOND) == ("a", None)
     scheduler.done("a", SECOND, 12, took=1)
     assert scheduler.next(SECOND) == (None, due)  # the chunk after is due a period later
-    scheduler.hurry("a")
+    scheduler.prioritize("a")
     assert scheduler.next(SECOND) == ("a", None)  # a new prompt is waited for
     scheduler.begin("a", SECOND)
     scheduler.done("a", SECOND, 12, took=1)
@@ -102,17 +102,17 @@ def test_a_prompt_that_comes_while_a_chunk_is_generated_is_waited_for_with_the_n
     scheduler.admit(0)
     scheduler.done("a", 0, 9, took=1)
     scheduler.begin("a", 0)
-    scheduler.hurry("a")
+    scheduler.prioritize("a")
     scheduler.done("a", 0, 12, took=1)
     assert scheduler.next(0) == ("a", None)
 
 
 def test_a_first_chunk_waits_where_it_would_make_others_late_after_what_has_been_begun() -> None:
     scheduler = scheduler_of(3, "a", cost=PERIOD // 4)
-    scheduler.add("offline", 0, fps=None, lead=1)
+    scheduler.add("offline", 0, fps=None, max_chunks_ahead=1)
     scheduler.admit(0)
     scheduler.done("a", 0, 9, took=PERIOD // 4)  # the next one is due a period later
-    scheduler.add("new", PERIOD // 2, fps=FPS, lead=1)
+    scheduler.add("new", PERIOD // 2, fps=FPS, max_chunks_ahead=1)
     scheduler.admit(PERIOD // 2)
     assert scheduler.next(PERIOD // 2) == ("new", None)
     scheduler.begin("offline", PERIOD // 2)
@@ -122,15 +122,15 @@ def test_a_first_chunk_waits_where_it_would_make_others_late_after_what_has_been
 def test_who_was_interrupted_waits_before_who_has_not_begun() -> None:
     scheduler = Scheduler(1)
     for name in ("new", "resumed 1", "newer", "resumed 2"):
-        scheduler.add(name, 0, fps=None, lead=1, resumed=name.startswith("resumed"))
-    places = {name: scheduler.place(name) for name in ("resumed 1", "resumed 2", "new", "newer")}
+        scheduler.add(name, 0, fps=None, max_chunks_ahead=1, resumed=name.startswith("resumed"))
+    places = {name: scheduler.queue_position(name) for name in ("resumed 1", "resumed 2", "new", "newer")}
     assert list(places.values()) == [1, 2, 3, 4]
 
 
 def test_a_cost_that_no_load_has_proved_is_doubted() -> None:
-    scheduler = Scheduler(8, cost=PERIOD // 10, doubt=0.5)
+    scheduler = Scheduler(8, cost=PERIOD // 10, cost_margin=0.5)
     assert scheduler.capacity(FPS) == 5  # of 8 that 0.8 of all time would hold
-    scheduler.add("a", 0, fps=FPS, lead=1)
+    scheduler.add("a", 0, fps=FPS, max_chunks_ahead=1)
     scheduler.admit(0)
     for number in range(50):
         scheduler.done("a", number * PERIOD, 12, took=PERIOD // 10)
@@ -182,7 +182,7 @@ def test_a_slot_has_one_owner_and_none_is_lost(slots: int, events: list[tuple[st
     for kind, number in events:
         name = str(number)
         if kind in ("add", "offline") and name not in waiting and name not in owners:
-            scheduler.add(name, 0, fps=FPS if kind == "add" else None, lead=1)
+            scheduler.add(name, 0, fps=FPS if kind == "add" else None, max_chunks_ahead=1)
             waiting.append(name)
         elif kind == "remove":
             scheduler.remove(name)
@@ -195,7 +195,7 @@ def test_a_slot_has_one_owner_and_none_is_lost(slots: int, events: list[tuple[st
         assert len(set(owners.values())) == len(owners) <= slots
         assert set(owners.values()) <= set(range(slots))
         assert (scheduler.live, scheduler.waiting) == (len(owners), len(waiting))
-        assert [scheduler.place(name) for name in waiting] == list(range(1, len(waiting) + 1))
+        assert [scheduler.queue_position(name) for name in waiting] == list(range(1, len(waiting) + 1))
 
 
 @dataclasses.dataclass
@@ -204,12 +204,12 @@ class Viewer:
 
     comes: float
     switches: int
-    lead: int
+    max_chunks_ahead: int
     chunks: int = 0
     first: int | None = None
 
 
-viewers = st.builds(Viewer, comes=st.floats(0, 5), switches=st.integers(2, 9), lead=st.integers(1, 3))
+viewers = st.builds(Viewer, comes=st.floats(0, 5), switches=st.integers(2, 9), max_chunks_ahead=st.integers(1, 3))
 
 
 @settings(max_examples=200, deadline=None)
@@ -223,7 +223,7 @@ def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
     scheduler = Scheduler(len(crowd) + 1, cost=cost)
     now, made_offline = 0, 0
     if offline:
-        scheduler.add("offline", 0, fps=None, lead=1)
+        scheduler.add("offline", 0, fps=None, max_chunks_ahead=1)
     here: dict[str, Viewer] = {}
     in_flight: tuple[str, int] | None = None
 
@@ -238,13 +238,13 @@ def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
         viewer.chunks += 1
         viewer.first = viewer.first or now
         if viewer.chunks % viewer.switches == 0:
-            scheduler.hurry(name)
+            scheduler.prioritize(name)
 
     while now < 40 * PERIOD:
         for number, viewer in enumerate(crowd):
             if str(number) not in here and viewer.comes * PERIOD <= now:
                 here[str(number)] = viewer
-                scheduler.add(str(number), now, fps=FPS, lead=viewer.lead)
+                scheduler.add(str(number), now, fps=FPS, max_chunks_ahead=viewer.max_chunks_ahead)
         scheduler.admit(now)
         assert scheduler.waiting == 0, "the load fits"
         name, wake = scheduler.next(now)
@@ -268,6 +268,6 @@ def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
         assert viewer.first is not None
         assert viewer.first - viewer.comes * PERIOD <= 2 * PERIOD
         played = (now - viewer.first) / PERIOD
-        assert played - 1 <= viewer.chunks <= played + viewer.lead + 3
+        assert played - 1 <= viewer.chunks <= played + viewer.max_chunks_ahead + 3
     if offline:
         assert made_offline > 0

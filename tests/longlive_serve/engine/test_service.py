@@ -10,7 +10,7 @@ import torch
 
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.session_options import Options
-from tests.fakes.service_bench import Clock, CountingPipeline, RecordingSink, bench, closed, wait_until
+from tests.fakes.service_bench import Clock, CountingModelRunner, RecordingResponseSender, bench, closed, wait_until
 
 pytestmark = pytest.mark.usefixtures("either_device")
 
@@ -28,7 +28,7 @@ def test_the_thread_that_computes_is_on_the_pipelines_device(monkeypatch: pytest
     used: list[tuple[str, str]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: used.append((threading.current_thread().name, name)))
     for device in ("cuda:1", "cuda", "cpu"):
-        monkeypatch.setattr(CountingPipeline.engines, "device", device)
+        monkeypatch.setattr(CountingModelRunner.backends, "device", device)
         with bench() as at:
             wait_until(closed(at.start("a", chunks=1, end=True)))
     assert used == [("longlive-worker", "cuda:1")]
@@ -48,11 +48,11 @@ def test_sessions_take_turns_and_the_third_waits_for_a_slot() -> None:
         with at.held():
             sinks = [at.start(name, chunks=3, end=True) for name in "abcd"]
         wait_until(closed(*sinks))
-        turns = "".join(at.pipeline.turns)
+        turns = "".join(at.runner.turns)
         assert turns.index("c") > turns.index("a", turns.index("a") + 1)
         assert sorted(turns) == sorted("abcd" * 3)
         assert [turns.rindex(name) for name in "abcd"] == sorted(turns.rindex(name) for name in "abcd")
-        assert set(at.pipeline.slots.values()) == {0, 1}
+        assert set(at.runner.slots.values()) == {0, 1}
 
 
 def test_a_prompt_update_is_acknowledged_with_its_index() -> None:
@@ -84,7 +84,7 @@ def test_requests_that_cannot_be_taken_disturb_nobody() -> None:
         video = at.start("a")
         again = at.start("a")
         unknown = at.ask("b", prompt="a bird")
-        refused = RecordingSink()
+        refused = RecordingResponseSender()
         at.service.submit(ServeError(ServeError.INVALID_REQUEST, "CHUNKS: got -1"), refused)
         wait_until(closed(again, unknown, refused))
         assert [sink.errors[0].kind for sink in (again, unknown, refused)] == [
@@ -111,7 +111,7 @@ def test_a_failing_session_ends_with_its_own_error() -> None:
 def test_a_cut_wire_ends_one_session() -> None:
     with bench() as at:
         other = at.start("a")
-        cut = at.start("b", RecordingSink(broken=True))
+        cut = at.start("b", RecordingResponseSender(broken=True))
         wait_until(closed(cut))
         seen = len(other.chunks)
         wait_until(lambda: len(other.chunks) > seen)
@@ -185,4 +185,4 @@ def test_hundreds_of_sessions_leave_nothing_behind() -> None:
         sinks = [at.start(str(n), chunks=1, end=True) for n in range(300)]
         wait_until(closed(*sinks))
         assert not len(at.service._sessions)
-        assert set(at.pipeline.slots.values()) == {0, 1}
+        assert set(at.runner.slots.values()) == {0, 1}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("either_device")
 
 
 def test_a_live_session_keeps_to_its_clock_and_an_offline_one_runs_free(clock: Clock) -> None:
-    with bench(slots=2, lead=5) as at:
+    with bench(slots=2, max_chunks_ahead=5) as at:
         live = at.start("live", options=Options(fps=12))  # a chunk plays for a second
         offline = at.start("offline")
         for ahead in range(6, 11):  # the one that plays and five more
@@ -84,7 +84,7 @@ def test_only_who_knows_the_token_has_a_say() -> None:
 
 
 def test_a_session_whose_chunks_may_lie_unread_pauses_until_its_next_request() -> None:
-    with bench(max_unread=16) as at:
+    with bench(max_unacked=16) as at:
         video = at.start("a")
         for unread in (16, 32):
             wait_until(has_chunks(video, unread))
@@ -130,7 +130,7 @@ def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile(clock: Clock) -> None:
-    with bench(slots=2, lead=1) as at:
+    with bench(slots=2, max_chunks_ahead=1) as at:
         playing, soon = at.start("a", options=Options(fps=1)), at.start("b", options=Options(fps=1))
         wait_until(lambda: len(playing.chunks) == len(soon.chunks) == 2)  # the third is made in 9 s
         waiting = at.start("c")
@@ -144,8 +144,8 @@ def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile(clo
 
 
 def test_it_does_not_work_ahead_for_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longlive_serve.engine.session_manager.GOODBYE_S", 0.0)
-    with bench(lead=1) as at:
+    monkeypatch.setattr("longlive_serve.engine.session_manager.DRAIN_S", 0.0)
+    with bench(max_chunks_ahead=1) as at:
         playing = at.start("a", options=Options(fps=1))
         wait_until(lambda: len(playing.chunks) == 2)
         at.service.drain()
@@ -155,7 +155,7 @@ def test_it_does_not_work_ahead_for_long(clock: Clock, monkeypatch: pytest.Monke
 
 def test_early_frames_leave_in_parts_and_count_as_one_chunk() -> None:
     with bench() as at:
-        video = at.start("a", chunks=2, end=True, options=Options(pace="asap", early_frames=True))
+        video = at.start("a", chunks=2, end=True, options=Options(pace="asap", stream_partial_chunks=True))
         wait_until(closed(video))
         assert [(chunk.first_frame, len(chunk.frames)) for chunk in video.chunks] == [
             (0, 1), (1, 4), (5, 4), (9, 4), (13, 4), (17, 4)

@@ -89,11 +89,11 @@ def test_a_slot_that_becomes_free_in_the_same_turn_is_room() -> None:
     with bench(slots=1) as at:
         live = at.start("a")
         wait_until(lambda: bool(live.chunks))
-        at.pipeline.gate.clear()
-        wait_until(at.pipeline.held.is_set)
+        at.runner.gate.clear()
+        wait_until(at.runner.held.is_set)
         next_one = at.start("b", chunks=1, end=True, options=AT_ONCE)
         at.ask("a", end=True)
-        at.pipeline.gate.set()
+        at.runner.gate.set()
         wait_until(closed(next_one))
         assert not next_one.errors
 
@@ -132,7 +132,7 @@ def test_one_that_resumes_and_would_not_wait_pushes_nobody_out_of_the_queue(monk
 
     monkeypatch.setattr("longlive_serve.engine.session_manager.load_session", session)
     with bench(slots=1, max_waiting=1) as at:
-        at.pipeline.dtype = torch.float32
+        at.runner.dtype = torch.float32
         first, waiting = at.start("a"), at.start("b", chunks=1, end=True)
         wait_until(lambda: at.figures["waiting_sessions"] == 1)
         again: dict[str, Any] = {"prompt": None, "snapshot": b"s", "chunks": 1, "end": True}

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longlive_serve.config.presets import PRESETS
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import SUM_BYTES, dump, load_session
 from longlive_serve.protocol.errors import ServeError
 from training.quality.__main__ import SHIPPED
-from training.quality.workers import build_pipeline
+from training.quality.workers import build_model_runner
 
 pytestmark = pytest.mark.numeric
 
@@ -28,8 +28,8 @@ BLUE = "A single blue square slowly glides left across a plain black background.
 
 
 @functools.cache
-def pipeline() -> Pipeline:
-    return build_pipeline(SHIPPED)
+def runner() -> ModelRunner:
+    return build_model_runner(SHIPPED)
 
 
 def played(chunks: int, switch_at: int | None = None) -> Session:
@@ -37,7 +37,7 @@ def played(chunks: int, switch_at: int | None = None) -> Session:
     for chunk in range(chunks):
         if chunk == switch_at:
             session.add_prompt(BLUE, NOW)
-        pipeline().advance(session)
+        runner().advance(session)
     return session
 
 
@@ -63,9 +63,9 @@ def test_a_session_goes_on_from_its_snapshot(chunks: int, switch_at: int | None)
         session.prompts,
         session.pending,
     )
-    pipeline().engines.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]  # nothing of before is needed
+    runner().backends.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]  # nothing of before is needed
     for _ in range(4):
-        expected, got = pipeline().advance(session), pipeline().advance(resumed)
+        expected, got = runner().advance(session), runner().advance(resumed)
         assert (got.first_frame, got.prompt_index) == (expected.first_frame, expected.prompt_index)
         difference = np.abs(got.frames.astype(int) - expected.frames.astype(int)).mean()
         assert difference < 4, "of 255: the same picture, but for the history that has left the window"
@@ -79,7 +79,7 @@ def test_the_sink_keeps_the_prompt_that_wrote_it() -> None:
     for chunk in range(7):
         if chunk == 6:
             renewed.add_prompt(BLUE, NOW)
-        pipeline().advance(renewed)
+        runner().advance(renewed)
     assert [(one.chunk, one.prompt.text) for one in renewed.sink] == [(2, BLUE)]
     again = load_again(dump(renewed, DEMO))
     assert [(one.chunk, one.prompt) for one in again.sink] == [(one.chunk, one.prompt) for one in renewed.sink]
@@ -89,11 +89,11 @@ def test_a_cleared_cache_stays_cleared() -> None:
     session = played(6)
     session.on_switch = "clear"
     session.add_prompt(BLUE, NOW)
-    pipeline().advance(session)
+    runner().advance(session)
     resumed = load_again(dump(session, DEMO))
     assert (resumed.first_cached, resumed.chunk) == (6, 7)
-    pipeline().engines.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]
-    frames = [pipeline().advance(one).frames.astype(int) for one in (session, resumed)]
+    runner().backends.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]
+    frames = [runner().advance(one).frames.astype(int) for one in (session, resumed)]
     assert np.abs(frames[0] - frames[1]).mean() < 4
 
 
@@ -143,7 +143,7 @@ def test_a_snapshot_that_would_leave_a_place_unwritten_is_refused() -> None:
     with pytest.raises(ServeError, match="got 0 chunks of the sink"):
         load_again(dump(session, DEMO))
     session = played(9)
-    session.recent.popleft()
+    session.context_latents.popleft()
     with pytest.raises(ServeError, match="got 3 recent chunks before chunk 9"):
         load_again(dump(session, DEMO))
 

@@ -176,7 +176,7 @@ def test_messages_that_are_too_long_are_refused(server: TritonServer) -> None:
 
 
 def test_a_client_that_reads_nothing_is_paused_and_then_dropped(tmp_path: Path) -> None:
-    with start_server(tmp_path, max_unread=16, idle_timeout_s=1.0) as server:
+    with start_server(tmp_path, max_unacked=16, idle_timeout_s=1.0) as server:
         stream = RawStream(server)
         answer = stream.ask({"PROMPT": text("a fox"), "OPTIONS": text('{"pace": "asap"}')}, start=True)
         assert "the client does not read: 16 chunks were sent and no request came since" in answer
@@ -186,7 +186,7 @@ def test_a_client_that_reads_nothing_is_paused_and_then_dropped(tmp_path: Path) 
 
 def test_a_viewer_who_pauses_for_long_goes_on_where_it_was(tmp_path: Path) -> None:
     with (
-        start_server(tmp_path, max_unread=16, idle_timeout_s=2.0) as server,
+        start_server(tmp_path, max_unacked=16, idle_timeout_s=2.0) as server,
         VideoStream("a fox", url=server.grpc_url, chunks=40, pace="asap") as video,
     ):
         chunks = video.chunks()

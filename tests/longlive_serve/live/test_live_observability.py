@@ -35,7 +35,7 @@ def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> N
 def test_early_frames_are_the_same_video(server: TritonServer) -> None:
     whole = frames_of(play(server, seed=23, chunks=3))
     options: dict[str, Any] = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
-    with VideoStream("a red fox runs", **options, early_frames=True) as video:
+    with VideoStream("a red fox runs", **options, stream_partial_chunks=True) as video:
         parts = list(video.chunks())
     assert [len(part.frames) for part in parts] == [1, *[4] * 8]
     assert np.array_equal(frames_of(parts), whole)
@@ -55,7 +55,7 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
     assert told["bytes"] == frames_of(chunks).nbytes
     assert told["first_frame_seconds_count"] == told["switch_seconds_count"] == 1
     assert told["slots"] == 2
-    assert told['info{decoder="wan",device="cpu",dtype="float32",engine="torch",preset="tiny",variant="base"}'] == 1
+    assert told['info{backend="torch",decoder="wan",device="cpu",dtype="float32",preset="tiny",variant="base"}'] == 1
     phases = {name: value for name, value in told.items() if name.startswith("phase_seconds")}
     assert len(phases) == 4
     assert min(phases.values()) > 0
@@ -68,7 +68,12 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
     assert trace.name == "watched.json"
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     assert [event["name"] for event in events if event["tid"] == "chunks"] == [f"chunk {n}" for n in range(4)]
-    assert {event["name"] for event in events if event["tid"] == "phases"} == {"switch", "denoise", "commit", "decode"}
+    assert {event["name"] for event in events if event["tid"] == "phases"} == {
+        "switch",
+        "denoise",
+        "kv_cache_update",
+        "decode",
+    }
     records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     own = [record["message"] for record in records if record.get("session") == "watched"]
     assert own[0].startswith("started at chunk 0")

@@ -31,8 +31,8 @@ def server(
     request: pytest.FixtureRequest, exported: ExportedGraphs, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
     """The same promises whatever runs the networks."""
-    engine = {} if request.param == "torch" else {"engine": request.param, "graphs": str(exported("tiny", "base"))}
-    with start_server(tmp_path_factory.mktemp("live"), **engine) as running:
+    backend = {} if request.param == "torch" else {"backend": request.param, "graphs": str(exported("tiny", "base"))}
+    with start_server(tmp_path_factory.mktemp("live"), **backend) as running:
         yield running
 
 
@@ -217,7 +217,7 @@ def test_the_third_session_waits_for_a_slot(server: TritonServer) -> None:
 def test_who_asks_in_vain_for_a_slot_waits_at_the_last_try(tmp_path: Path) -> None:
     with start_server(tmp_path, slots=1) as server, VideoStream("a fox", url=server.grpc_url) as live:
         next(live.chunks())
-        with VideoStream("a bird", url=server.grpc_url, chunks=2, tries=3) as video:
+        with VideoStream("a bird", url=server.grpc_url, chunks=2, max_attempts=3) as video:
             chunks = video.chunks()
             assert next(chunks).notice == "waiting for a slot: place 1 of 1"
             assert (metric(server, "redirected_sessions"), metric(server, "refused_sessions")) == (2, 0)

@@ -30,7 +30,7 @@ from longlive_serve.config.presets import (
     VAEConfig,
 )
 from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT, time_features
-from longlive_serve.models.dit.kv_cache import Placement, Window
+from longlive_serve.models.dit.kv_cache import KVCachePlan, Window
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.weights.diffusers_mapping import FILES, from_diffusers, is_diffusers
@@ -209,7 +209,7 @@ def test_the_first_chunk_equals_diffusers_at_every_noise_level(dit: TorchDiT, st
     assert relative_error(flow, expected) < ROUNDED_ONCE
 
 
-def flow_of(dit: TorchDiT, latents: Tensor, timesteps: Tensor, placement: Placement) -> Tensor:
+def flow_of(dit: TorchDiT, latents: Tensor, timesteps: Tensor, placement: KVCachePlan) -> Tensor:
     view = CacheView(*dit.cache.slot(0), dit.tables, placement, relative=False)
     flow: Tensor = dit.network(latents, timesteps, dit.embed_prompt(TEXT, TOKENS), view)
     return flow
@@ -227,7 +227,9 @@ def test_every_frame_with_a_timestep_of_its_own_equals_diffusers(dit: TorchDiT) 
 @pytest.mark.parametrize("done", [4, 6])
 def test_a_whole_window_at_once_equals_diffusers_wherever_it_lies_in_the_video(dit: TorchDiT, done: int) -> None:
     placement = WINDOW.recache(done, keep_sink=False)
-    order = [3 * chunk + frame for chunk in placement.query_slots for frame in range(3)]  # places are not in time order
+    order = [
+        3 * chunk + frame for chunk in placement.query_positions for frame in range(3)
+    ]  # places are not in time order
     flow = flow_of(dit, NOISY[:, order], torch.full((1, 12), 750.0), placement)
     expected = flow_of_diffusers(NOISY, torch.tensor([750.0]))
     assert relative_error(flow, expected[:, order]) < ROUNDED_ONCE

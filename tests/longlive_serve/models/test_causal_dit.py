@@ -14,8 +14,8 @@ from torch import Tensor
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import PRESETS, DiTConfig, WindowConfig
 from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT, time_features
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
-from longlive_serve.models.dit.kv_cache import Placement, Window
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
+from longlive_serve.models.dit.kv_cache import KVCachePlan, Window
 from longlive_serve.models.dit.rope import RotaryTables, axis_angles, rotate, split_pairs
 from tests.support.cases import golden
 from tests.support.tolerance import Float64, assert_reference
@@ -40,7 +40,7 @@ class Forward:
         shape = (config.num_layers, batch, config.num_heads, 12 * TOKENS, config.head_dim)
         self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
-    def view(self, placement: Placement) -> CacheView:
+    def view(self, placement: KVCachePlan) -> CacheView:
         return CacheView(self.keys, self.values, self.tables, placement, relative=False)
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ def test_a_first_chunk_at_every_noise_level(step: int) -> None:
     flow, exact = both(x, timestep, both.tensors["prompt_embeds.p0"])
     assert_reference(flow, both.tensors[f"flow.t{step}"], exact)
     if step < 4:
-        clean, exact = (NoiseSchedule().clean_latents(x, one, step) for one in (flow, exact))
+        clean, exact = (FlowMatchScheduler().convert_flow_pred_to_x0(x, one, step) for one in (flow, exact))
         assert_reference(clean, both.tensors[f"x0.t{step}"], exact)
     if step in (0, 4):
         both.assert_cache(f"cache_after_t{step}", chunk=0)
@@ -106,7 +106,7 @@ def test_a_commit_writes_the_same_cache_as_a_full_forward() -> None:
     x, prompt = full.tensors["x_block0"], full.tensors["prompt_embeds.p0"]
     full(x, 0.0, prompt)
     view = short.view(Window(WindowConfig()).step(0))
-    assert short.network(x, torch.zeros(1, 3), short.network.embed_prompt(prompt), view, commit=True) is None
+    assert short.network(x, torch.zeros(1, 3), short.network.embed_prompt(prompt), view, update_kv_cache=True) is None
     assert torch.equal(full.keys, short.keys)
     assert torch.equal(full.values, short.values)
 
@@ -224,6 +224,6 @@ def test_a_full_size_chunk_and_recache_need_no_value_from_the_device() -> None:
         for chunk in (0, 5):
             flow = dit.denoise(latents[:, :3], 2, prompt_kv, 0, window.step(chunk))
             assert flow.shape == (1, 3, 16, 60, 104)
-            dit.commit(latents[:, :3], prompt_kv, 0, window.step(chunk))
-        dit.commit(latents[:, :9], prompt_kv, 0, window.recache(5, keep_sink=True))
-        dit.commit(latents, prompt_kv, 0, window.recache(5, keep_sink=False))
+            dit.update_kv_cache(latents[:, :3], prompt_kv, 0, window.step(chunk))
+        dit.update_kv_cache(latents[:, :9], prompt_kv, 0, window.recache(5, keep_sink=True))
+        dit.update_kv_cache(latents, prompt_kv, 0, window.recache(5, keep_sink=False))

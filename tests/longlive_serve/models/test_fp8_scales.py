@@ -12,7 +12,7 @@ from torch import Tensor
 from longlive_serve.config.presets import DIT, PRESETS, DiTConfig
 from longlive_serve.models.dit.adaln import Modulation, modulation
 from longlive_serve.models.dit.causal_dit import Block, CausalDiT, modulate
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
 from longlive_serve.models.dit.rope import rotate
 from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales, silu_scale
 from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8
@@ -22,7 +22,7 @@ from training.quality.__main__ import SHIPPED
 
 pytestmark = pytest.mark.numeric
 
-LEVELS = [*NoiseSchedule("cpu").timesteps, torch.zeros(())]
+LEVELS = [*FlowMatchScheduler("cpu").timesteps, torch.zeros(())]
 
 
 @pytest.fixture(autouse=True)

@@ -45,10 +45,10 @@ class Recorder:
         """Place a chunk; returns what it attends to, oldest first."""
         placement = self.window.step(chunk)
         assert placement.chunks == (chunk,)
-        self.places[placement.first_place] = chunk
-        assert placement.query_slots == (placement.key_slots[placement.first_place],)
+        self.places[placement.first_block] = chunk
+        assert placement.query_positions == (placement.key_positions[placement.first_block],)
         in_time: list[int | None] = [None] * placement.places
-        for place, slot in enumerate(placement.key_slots):
+        for place, slot in enumerate(placement.key_positions):
             in_time[slot] = self.places[place]
         return in_time
 
@@ -69,16 +69,16 @@ def test_a_recache_covers_every_chunk_of_the_window_once(config: WindowConfig, d
         assert list(placement.chunks) == kept
     elif keep_sink:
         assert sorted(placement.chunks) == kept[window.sink :]
-        assert placement.first_place == window.sink
+        assert placement.first_block == window.sink
     else:
         assert sorted(placement.chunks) == list(range(done - window.capacity, done))
-    assert placement.first_place + len(placement.chunks) == placement.places == len(kept)
+    assert placement.first_block + len(placement.chunks) == placement.places == len(kept)
     for offset, chunk in enumerate(placement.chunks):
-        place = placement.first_place + offset
-        assert placement.query_slots[offset] == placement.key_slots[place]
+        place = placement.first_block + offset
+        assert placement.query_positions[offset] == placement.key_positions[place]
         if place >= window.sink:
             assert window.place(chunk) == place
-    order = sorted(range(len(placement.chunks)), key=lambda i: placement.query_slots[i])
+    order = sorted(range(len(placement.chunks)), key=lambda i: placement.query_positions[i])
     assert [placement.chunks[i] for i in order] == sorted(placement.chunks)
 
 
@@ -108,9 +108,9 @@ def test_the_reference_trace_is_met(name: str) -> None:
         placement = window.recache((start + frames) // CHUNK, keep_sink) if recache else window.step(start // CHUNK)
         for offset, chunk in enumerate(placement.chunks):
             producer = f"{call['kind']}/p{call['prompt']}"
-            places[placement.first_place + offset] = [f"{CHUNK * chunk + i}:{producer}" for i in range(CHUNK)]
+            places[placement.first_block + offset] = [f"{CHUNK * chunk + i}:{producer}" for i in range(CHUNK)]
         in_time: list[Any] = [None] * placement.places
-        for place, slot in enumerate(placement.key_slots):
+        for place, slot in enumerate(placement.key_positions):
             in_time[slot] = places[place]
         assert [frame for place in in_time for frame in place] == call["window"], call
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longlive_serve.models.dit.flow_match_scheduler import NoiseSchedule, add_noise, sigma_at, training_sigmas
+from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler, add_noise, sigma_at, training_sigmas
 from tests.support.cases import golden
 
 pytestmark = pytest.mark.numeric
@@ -22,7 +22,7 @@ def test_training_sigmas_are_the_reference_ones() -> None:
 
 def test_timesteps_and_noise_levels_are_the_reference_ones() -> None:
     facts, tensors = golden("scheduler")
-    schedule = NoiseSchedule()
+    schedule = FlowMatchScheduler()
     assert torch.equal(schedule.timesteps, tensors["denoising_steps"])
     for step in range(schedule.steps):
         point = facts["points"][f"t{step}"]
@@ -37,9 +37,9 @@ def test_adding_noise_and_taking_it_off_are_bit_equal(step: int, suffix: str) ->
     _, tensors = golden("scheduler")
     dtype = torch.bfloat16 if suffix else torch.float32
     x, noise, flow = (tensors[name].to(dtype) for name in ("x", "noise", "flow"))
-    schedule = NoiseSchedule()
+    schedule = FlowMatchScheduler()
     assert torch.equal(schedule.add_noise(x, noise, step), tensors[f"add_noise{suffix}.t{step}"])
-    assert torch.equal(schedule.clean_latents(x, flow, step), tensors[f"x0{suffix}.t{step}"])
+    assert torch.equal(schedule.convert_flow_pred_to_x0(x, flow, step), tensors[f"x0{suffix}.t{step}"])
 
 
 def test_the_clean_end_of_the_table_is_bit_equal() -> None:

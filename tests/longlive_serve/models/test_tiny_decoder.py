@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longlive_serve.backends import registry
-from longlive_serve.backends.registry import build_engines, choose
+from longlive_serve.backends.registry import build_backends, choose
 from longlive_serve.backends.torch_backend import TorchVAEDecoder
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, TinyDecoderConfig
 from longlive_serve.config.serve_config import TORCH, ServeConfig
-from longlive_serve.engine.model_runner import Pipeline
+from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import dump, load_session
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
@@ -216,9 +216,9 @@ def test_random_weights_are_the_same_every_time() -> None:
 
 
 @functools.cache
-def pipeline() -> Pipeline:
+def runner() -> ModelRunner:
     config = ServeConfig(preset="tiny", decoder="tiny", device="cpu", slots=2)
-    return Pipeline(build_engines(config), config.network)
+    return ModelRunner(build_backends(config), config.network)
 
 
 def new_session(slot: int) -> Session:
@@ -227,7 +227,7 @@ def new_session(slot: int) -> Session:
 
 def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
     session = new_session(0)
-    chunks = [pipeline().advance(session) for _ in range(3)]
+    chunks = [runner().advance(session) for _ in range(3)]
     assert [chunk.frames.shape for chunk in chunks] == [(9, 32, 48, 3)] + [(12, 32, 48, 3)] * 2
     assert [chunk.first_frame for chunk in chunks] == [0, 9, 21]
     frames = np.concatenate([chunk.frames for chunk in chunks])
@@ -238,20 +238,20 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
 def test_frames_sent_early_are_those_of_the_whole_chunk() -> None:
     whole, early = new_session(0), new_session(0)
     for _ in range(2):
-        parts = pipeline().finish(pipeline().launch(early, early=True))
+        parts = runner().collect_output(runner().execute_model_async(early, early=True))
         frames = np.concatenate([part.frames for part in parts])
-        assert np.array_equal(frames, pipeline().advance(whole).frames)
+        assert np.array_equal(frames, runner().advance(whole).frames)
 
 
 def test_interleaved_sessions_make_the_frames_that_each_makes_alone() -> None:
     alone = []
     for slot in (0, 1):
         session = new_session(slot)
-        alone.append([pipeline().advance(session).frames for _ in range(4)])
+        alone.append([runner().advance(session).frames for _ in range(4)])
     sessions = [new_session(slot) for slot in (0, 1)]
     for chunk in range(4):
         for slot, session in enumerate(sessions):
-            assert np.array_equal(pipeline().advance(session).frames, alone[slot][chunk])
+            assert np.array_equal(runner().advance(session).frames, alone[slot][chunk])
     assert not np.array_equal(alone[0][3], alone[1][3])
 
 
@@ -259,15 +259,15 @@ def test_interleaved_sessions_make_the_frames_that_each_makes_alone() -> None:
 def test_a_snapshot_brings_the_decoder_back_as_it_was(chunks: int) -> None:
     session = new_session(0)
     for _ in range(chunks):
-        pipeline().advance(session)
+        runner().advance(session)
     resumed = load_session(dump(session, TINY), "resumed", "", TINY, "cpu", torch.float32)
     resumed.slot = 1
-    pipeline().restore(resumed)
+    runner().restore(resumed)
     assert session.decoder_cache is not None
     assert resumed.decoder_cache is not None
     for before, after in zip(session.decoder_cache, resumed.decoder_cache, strict=True):
         assert torch.equal(before, after)
-    expected, got = pipeline().advance(session), pipeline().advance(resumed)
+    expected, got = runner().advance(session), runner().advance(resumed)
     assert (got.first_frame, got.frames.shape) == (expected.first_frame, expected.frames.shape)
 
 
@@ -279,24 +279,24 @@ def test_the_network_comes_from_where_the_others_do(tmp_path: Path) -> None:
         asked.append(name)
         return load_network(name, *where)
 
-    built = build_engines(ServeConfig.from_toml(tmp_path / "serve.toml"), watched)
+    built = build_backends(ServeConfig.from_toml(tmp_path / "serve.toml"), watched)
     assert asked == [TEXT_ENCODER, DIT, TINY_DECODER]
     assert isinstance(built.vae_decoder, TorchVAEDecoder)
     assert isinstance(built.vae_decoder.network, TinyDecoder)
 
 
-@pytest.mark.parametrize(("engine", "key"), [("onnxruntime", "graphs"), ("tensorrt", "plans")])
-def test_graphs_and_plans_have_no_tiny_decoder(engine: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "key"), [("onnxruntime", "graphs"), ("tensorrt", "plans")])
+def test_graphs_and_plans_have_no_tiny_decoder(backend: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def served(**settings: Any) -> ServeConfig:
         return ServeConfig(decoder="tiny", **({key: "a folder"} | settings))
 
-    for setting in ("engine", "vae_decoder_engine"):
-        with pytest.raises(ValueError, match=f"decoder: got 'tiny' with the engine {engine}"):
-            served(**{setting: engine})
-    others = served(engine=engine, vae_decoder_engine=TORCH)
-    assert (choose(VAE_DECODER, others), choose(DIT, others)) == (TORCH, engine)
+    for setting in ("backend", "vae_decoder_backend"):
+        with pytest.raises(ValueError, match=f"decoder: got 'tiny' with the backend {backend}"):
+            served(**{setting: backend})
+    others = served(backend=backend, vae_decoder_backend=TORCH)
+    assert (choose(VAE_DECODER, others), choose(DIT, others)) == (TORCH, backend)
     monkeypatch.setattr(registry, "_has", lambda *_: True)
-    assert (choose(VAE_DECODER, served()), choose(DIT, served())) == (TORCH, engine)
+    assert (choose(VAE_DECODER, served()), choose(DIT, served())) == (TORCH, backend)
 
 
 def test_an_unknown_decoder_is_an_error() -> None:

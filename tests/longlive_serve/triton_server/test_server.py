@@ -188,7 +188,7 @@ def test_a_port_that_is_taken_after_it_was_chosen_is_chosen_again(
             chosen.append(choose_ports(address, ports))
             return chosen[-1] | ({"grpc": neighbour.getsockname()[1]} if len(chosen) == 1 else {})
 
-        monkeypatch.setattr("longlive_serve.triton_server.choose_ports", choose)
+        monkeypatch.setattr("longlive_serve.triton_server.launcher.choose_ports", choose)
         with TritonServer(model_repository=repository) as server:
             assert len(chosen) == 2
             assert server.grpc_url.endswith(str(chosen[1]["grpc"]))

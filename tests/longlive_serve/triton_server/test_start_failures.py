@@ -47,7 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert doctor.main([*FREE, *options, "--json"]) == 1
     sections = json.loads(capsys.readouterr().out)["sections"]
-    told = [finding["found"] for section in sections for finding in section["findings"] if finding["level"] == PROBLEM]
+    told = [result["found"] for section in sections for result in section["results"] if result["level"] == PROBLEM]
     assert any(found.removeprefix("gRPC: ") in line for found in told), told
     return line
 

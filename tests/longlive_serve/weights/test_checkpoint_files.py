@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.protocol.errors import ServerError
@@ -173,7 +173,7 @@ def test_nothing_is_built_of_a_folder_with_one_wrong_file(folder: Path) -> None:
     write_longlive(folder / LONGLIVE_FILE)
     cut_off(folder / VAE_FILE, 0.7)
     with pytest.raises(ValueError, match=re.escape(f"{folder / VAE_FILE}: cannot be read as tensors: it is cut off")):
-        build_engines(ServeConfig(preset="tiny", weights=str(folder), engine="torch", device="cpu"))
+        build_backends(ServeConfig(preset="tiny", weights=str(folder), backend="torch", device="cpu"))
 
 
 def test_a_server_with_a_truncated_file_refuses_to_start_and_says_why(folder: Path, tmp_path: Path) -> None:

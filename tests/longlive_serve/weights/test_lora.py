@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_serve.backends.registry import build_engines
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, TEXT_ENCODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
@@ -134,9 +134,9 @@ def test_random_weights_take_adapters(adapter: Path) -> None:
 def test_another_network_with_the_same_base_is_made_while_one_is_in_use(tmp_path: Path, adapter: Path) -> None:
     folder = str(write_wan(tmp_path / "weights"))
     config = ServeConfig(
-        preset="tiny", weights=folder, lora=(Adapter(path=adapter, scale=0.5),), engine="torch", device="cpu"
+        preset="tiny", weights=folder, lora=(Adapter(path=adapter, scale=0.5),), backend="torch", device="cpu"
     )
-    served = build_engines(config).dit
+    served = build_backends(config).dit
     assert isinstance(served, TorchDiT)
     adapters = [*adapters_of(config), Adapter(path=adapter, scale=-0.5)]
     again = load_network(DIT, TINY, folder, "cpu", torch.float32, adapters=adapters)

@@ -197,11 +197,11 @@ def test_a_file_in_the_format_of_old_torch_is_loaded(folder: Path) -> None:
 
 
 def test_what_was_chosen_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from longlive_serve.backends.registry import build_engines
+    from longlive_serve.backends.registry import build_backends
 
     caplog.set_level(logging.INFO)
     write_reference(tmp_path)
-    build_engines(ServeConfig(preset="tiny", weights=str(tmp_path), engine="torch", device="cpu"))
+    build_backends(ServeConfig(preset="tiny", weights=str(tmp_path), backend="torch", device="cpu"))
     said = [record.message for record in caplog.records if record.name.startswith("longlive_serve")]
     for path in (
         tmp_path / WAN_FOLDER / TEXT_ENCODER_FILE,
