@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what results/serving.json holds as the tables of the README: `python -m benchmarks.tables`."""
+"""Prints what results/serving.json holds as the tables of docs/performance.md: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from longlive_serve.doctor.memory_model import parameters
 from longlive_serve.doctor.software import pip_install
 
 LFS_POINTER = b"version https://git-lfs"
-FETCH = 'fetch it (README.md, "Settings", says which layouts there are); weights = "random" needs no files'
+FETCH = 'fetch it (docs/weights.md says which layouts there are); weights = "random" needs no files'
 FETCH_TINY = 'github.com/madebyollin/taehv has it; decoder = "wan" does without'
 MAKE = {
     "graphs": "python -m export.to_onnx --config SETTINGS --out FOLDER makes them",

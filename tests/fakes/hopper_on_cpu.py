@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the kernels for Hopper at their real sizes, on a machine without a GPU; nothing is launched.
 
-Used by `tests.project.machine_code`: what each takes of a multiprocessor, and its instructions.
+Used by `tests.benchmarks.machine_code`: what each takes of a multiprocessor, and its instructions.
 """
 
 from __future__ import annotations

@@ -97,9 +97,10 @@ SMOKES = (
     Smoke(command="training.train_decoder --out {out} --steps 1"),
     Smoke(command="training.train_dit --out {out} --steps 1 --clips 64"),
     Smoke(command="training.train_rollouts --out {trained} --steps 1"),
-    Smoke(command="tests.project.machine_code --table {root}/results/machine_code.json"),
+    Smoke(command="tests.benchmarks.machine_code --table {root}/results/machine_code.json"),
     Smoke(command="benchmarks.stale"),
     Smoke(command="tests.support.rooms --json {out}/house.json"),
+    Smoke(command="tests.support.settings_page"),
     Smoke(command="benchmarks.tables"),
 )
 ELSEWHERE = (
@@ -148,7 +149,7 @@ ELSEWHERE = (
         module="tests.project.gpu_check", options="--json --seconds --toy", test="test_gpu_check.test_every_step_runs"
     ),
     Elsewhere(
-        module="tests.project.machine_code",
+        module="tests.benchmarks.machine_code",
         options="--preset --json",
         test="test_kernels_compile.test_every_kernel_compiles_and_none_spills_registers",
     ),
@@ -174,6 +175,7 @@ ELSEWHERE = (
     ),
 )
 SKIPPED = (
+    Skipped(module="tests.support.settings_page", options="--write", reason="writes into docs/; a test compares"),
     Skipped(module="longlive_serve.doctor", options="--start", reason="benchmarks.start_up starts the same servers"),
     Skipped(
         module="longlive_client.cli.generate",

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").glob("*.md")))
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")})
 COMMENTED = (".sh", ".yaml", ".yml", ".toml", ".cpu", ".proxy", "")  # files in deploy/; the last is Dockerfile's
 FOLDERS = ("benchmarks", "client", "deploy", "export", "longlive_serve", "quantization", "stress", "tests", "training")
 TOOLS = ("make", "python", "sh", "docker", "kubectl", "kustomize", "openssl", "pip", "cp", "rm", "ruff", "mypy")

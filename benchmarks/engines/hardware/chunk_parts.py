@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a chunk, each alone: what docs/speed.md estimates a chunk's time from, measured line by line.
+"""The parts of a chunk, each alone: what docs/performance.md estimates a chunk's time from, measured line by line.
 
 Called by `tests.project.gpu_check`. Shapes are those of a step with a full window; every function gives seconds, and
 what was multiplied or moved in them.

@@ -29,7 +29,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "tests.project.machine_code",
+        "tests.benchmarks.machine_code",
         "--preset",
         "tiny",
         "--json",

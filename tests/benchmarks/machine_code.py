@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the fused backend gives a Hopper GPU, against the eager baseline, without one:
-`python -m tests.project.machine_code --json results/machine_code.json`.
+`python -m tests.benchmarks.machine_code --json results/machine_code.json`.
 
 Two tables: of a chunk, the kernels that are launched and the bytes that they move, before and after; of
 each of our kernels as compiled for sm_90, its registers, how many of its blocks a multiprocessor holds, and its
@@ -35,7 +35,7 @@ from longlive_serve.models.vae.fused_decoder import FusedVAE
 from tests.fakes.hopper_on_cpu import compiled
 from tests.fakes.launches import Work, counted
 
-SECTION = "tests.project.machine_code"
+SECTION = "tests.benchmarks.machine_code"
 STEPS, CHUNK = 4, 8  # denoising steps; a chunk whose window is full
 EAGER = "eager baseline"
 DTYPE = torch.bfloat16
@@ -43,7 +43,7 @@ NAMES = {DIT: "the DiT", VAE_DECODER: "the VAE decoder"}
 CODE = (
     *SERVER,
     "benchmarks/engines/baseline",
-    "tests/project/machine_code.py",
+    "tests/benchmarks/machine_code.py",
     "tests/fakes/launches.py",
     "tests/fakes/hopper_on_cpu.py",
 )
