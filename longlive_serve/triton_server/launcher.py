@@ -31,6 +31,8 @@ from longlive_serve.triton_server.tls_files import TlsFiles
 ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
 POLL_S = 0.25
 PORT_TRIES, PORT_TAKEN = 5, "already in use"  # what Triton says of one
+TRIAL_END, TRIAL_S = "ended with exit status 1", 5.0
+"""How a process ends with which Triton only tries out whether it starts; a busy machine may take so long to ask."""
 LAST_WORDS_S = 0.5  # within which Triton asks how a process of its own has ended, and says what it knows
 EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
 
@@ -237,7 +239,9 @@ class TritonServer:
         group, log = self._group, self._group.log
         if group.lost_child():
             time.sleep(LAST_WORDS_S)
-        lost = group.lost_child()
+        deadline = time.monotonic() + TRIAL_S
+        while (lost := group.lost_child()) == TRIAL_END and log.is_silent() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         if lost and group.process.poll() is None:
             group.close()
             raise ServerError(f"the model's process {lost} {when}:\n{log.errors() or log.words_of_the_model()}")

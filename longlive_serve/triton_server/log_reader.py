@@ -70,8 +70,14 @@ class TritonLog(threading.Thread):
 
     def words_of_the_model(self) -> str:
         """The last lines that are not Triton's: those of the model's process, or of the shell that was to start it."""
-        lines = [line for line in self._kept() if line.strip() and not self._OF_TRITON.match(line)]
-        return "".join(lines[-MOST_LINES:]).rstrip() or "(it said nothing)"
+        return "".join(self._of_the_model()[-MOST_LINES:]).rstrip() or "(it said nothing)"
+
+    def is_silent(self) -> bool:
+        """Whether neither the model's process nor Triton has said what is wrong."""
+        return not self.errors() and not self._of_the_model()
+
+    def _of_the_model(self) -> list[str]:
+        return [line for line in self._kept() if line.strip() and not self._OF_TRITON.match(line)]
 
     def _kept(self) -> list[str]:
         return list(self._lines)

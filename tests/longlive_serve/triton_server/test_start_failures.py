@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trustme
@@ -25,7 +27,8 @@ from longlive_serve.protocol.errors import ServerError
 from longlive_serve.protocol.messages import MODEL_NAME
 from longlive_serve.triton_server.__main__ import main
 from longlive_serve.triton_server.addresses import find_address
-from longlive_serve.triton_server.launcher import TritonServer
+from longlive_serve.triton_server.launcher import TRIAL_END, TritonServer
+from longlive_serve.triton_server.process_group import ProcessGroup
 from longlive_serve.triton_server.tls_files import TlsFiles
 from tests.fakes.echo_server import EchoStream, Launched
 from tests.fakes.service_bench import wait_until
@@ -288,3 +291,20 @@ def test_settings_with_a_byte_order_mark_start(repository: Path, tmp_path: Path)
     with TritonServer(model_repository=repository, config=path) as server, EchoStream(server.grpc_url) as stream:
         stream.send(chunks=None, end=True)
         assert stream.notice().startswith("5 ")
+
+
+def test_a_trial_that_triton_has_not_asked_about_yet_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes its time to ask how the process ended with which Triton tried out whether one starts."""
+    ends = iter([TRIAL_END, TRIAL_END, TRIAL_END, ""])
+    monkeypatch.setattr("longlive_serve.triton_server.launcher.time.sleep", lambda seconds: None)
+    server = TritonServer()
+    server._group = cast(
+        ProcessGroup,
+        SimpleNamespace(
+            lost_child=lambda: next(ends),
+            log=SimpleNamespace(is_silent=lambda: True),
+            process=SimpleNamespace(poll=lambda: None),
+        ),
+    )
+    server._check_alive("before the model was ready")
+    assert next(ends, None) is None
