@@ -50,7 +50,7 @@ def trials(record: dict[str, Any]) -> str:
         "perf_analyzer and benchmark, chunks per s": f"1 to {len(perf)} sessions: " + ", ".join(perf),
     }
     return "\n".join(
-        ["| trial | result |", "| --- | --- |", *(f"| {what} | {result} |" for what, result in rows.items())]
+        ["| stress test | result |", "| --- | --- |", *(f"| {what} | {result} |" for what, result in rows.items())]
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays a known case through the real pipeline and compares the latents: `python -m longlive_serve.replay CASE.json`.
+"""Replays a known case and compares the latents: `python -m longlive_serve.replay CASE.json`.
 
 A case is CASE.json (sizes, switches, variant) with CASE.safetensors beside it (weights, noise, prompt embeddings
-and the latents that a reference made of them). It checks an backend, a device or a dtype against a known answer.
+and the latents that a reference made of them). It checks a backend, a device or a dtype against a known answer.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def case_network(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:
 
 
 def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu") -> Tensor:
-    """Run a case through the pipeline, on `dit`; returns its clean latents [1, 3n, C, h, w] in float32 on the CPU."""
+    """Run a case through the model runner, on `dit`; returns its clean latents [1, 3n, C, h, w] in float32 on the
+    CPU."""
     backends = Backends(
         text_encoder=GivenEmbeddings(_with_prefix(tensors, "prompt_embeds."), device),
         dit=dit,
@@ -210,7 +211,7 @@ def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m longlive_serve.replay",
-        description="Run a known case (weights, noise and prompts given) through the real pipeline and compare its "
+        description="Run a known case (weights, noise and prompts given) through the real model runner and compare its "
         "latents with the given ones. Exits 1 when they differ by more than the tolerance.",
     )
     parser.add_argument("case", type=Path, metavar="CASE.json", help="the case; CASE.safetensors lies beside it")

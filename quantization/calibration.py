@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches the serving pipeline make videos, through NVIDIA ModelOpt's quantizers: the range of every layer's inputs.
+"""Watches the server's model runner make videos, through NVIDIA ModelOpt's quantizers: the range of every layer's
+inputs.
 
 Called by `quantize`. What was seen is saved after every session, so that a run that was interrupted goes on; as a
 maximum does not depend on the order, it then ends exactly as one that was not.

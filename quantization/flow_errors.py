@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error of a quantized DiT's forwards, given the same inputs as the unquantized one: per noise level and per block.
 
-Called by `evaluate`. The pipeline follows the unquantized network; the others look on with a copy of its cache.
+Called by `evaluate`. The model runner follows the unquantized network; the others look on with a copy of its cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Watched:
 
 
 class Onlookers:
-    """The DiT backend `leader` for a pipeline of one session, with `others` that do each denoising step as well.
+    """The DiT backend `leader` for a model runner of one session, with `others` that do each denoising step as well.
 
     `flow[name][step]` collects the relative errors of their flows, `blocks[name][block]` those after each block.
     """

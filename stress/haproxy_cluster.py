@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Some servers behind HAProxy, and a supervisor that starts again whatever died, as an orchestrator would.
 
-Used by the trials. HAProxy's settings are those of deploy/; with `Keys` everybody shows who they are.
+Used by the stress tests. HAProxy's settings are those of deploy/; with `Keys` everybody shows who they are.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What everybody shows in a fleet that is reached from outside: certificates, and a token. Used by the trials."""
+"""What everybody shows in a fleet that is reached from outside: certificates, and a token. Used by the stress tests."""
 
 from __future__ import annotations
 

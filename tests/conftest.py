@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=[False, True], ids=["host", "device"])
 def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Services under test have a pipeline that computes when it is asked, and one that does so beside the host."""
+    """Services under test have a model runner that computes when it is asked, and one that does so beside the host."""
     monkeypatch.setattr("tests.fakes.service_bench.CountingModelRunner.asynchronous", request.param)
 
 

@@ -2,8 +2,8 @@
 """Sessions that the DiT is trained in: it goes on from its own frames, towards exactly drawn continuations.
 
 Used by `train_rollouts`. A video that a network continues for minutes is made of its own mistakes, which clean clips
-never show it. Here a batch of sessions is generated as the serving pipeline generates them (window, sink, recache,
-four denoising steps), and since the world is drawn exactly, what should come next is known at every chunk border:
+never show it. Here a batch of sessions is generated as the server's model runner generates them (window, sink, recache,
+four denoising steps), and since the world is drawn exactly, what should come next is known at every chunk boundary:
 the place of the shape is read off the session's own last frames, and the continuation is drawn from there.
 """
 
@@ -37,7 +37,7 @@ class LiveCache:
         self.values = [[torch.empty(0)] * places for _ in range(layers)]
 
     def detach(self) -> None:
-        """Forget where the rows came from: the next chunk learns from the last commit or recache alone."""
+        """Forget where the rows came from: the next chunk learns from the last KV-cache update or recache alone."""
         for rows in (*self.keys, *self.values):
             rows[:] = [row.detach() for row in rows]
 
@@ -95,7 +95,7 @@ class Rollout:
         self.chunk = chunk
 
     def advance(self, attributes: Sequence[Attributes], prompt_kv: PromptKV, switch: bool, keep_sink: bool) -> Tensor:
-        """Generate every session's next chunk under `attributes`, as the pipeline does. Returns the loss.
+        """Generate every session's next chunk under `attributes`, as the model runner does. Returns the loss.
 
         That is the mean square error of the flow over the four steps, against the flow to the exact continuation.
         """

@@ -34,7 +34,7 @@ SESSIONS = 16  # in lockstep
 BRIEF = 6  # chunks at most of a brief video; every third step is one's
 LONGEST = 100  # chunks of the others at most
 LATEST = MAX_FRAMES // CHUNK - LONGEST  # the last chunk at which a session joins
-SWITCH = 0.12  # of chunk borders are prompt switches
+SWITCH = 0.12  # of chunk boundaries are prompt switches
 UNKNOWN = 0.15  # of captions hold words that the tokenizer does not know
 PEAK, WARM_UP = 0.35, 20  # the rate at its highest, as a share of the first run's
 

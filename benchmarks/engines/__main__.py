@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what one device makes of LongLive: an eager baseline, then our backends, one after the other.
 
-The networks have random weights and run in this process, through the server's own pipeline and service. Without
+The networks have random weights and run in this process, through the server's own model runner and engine core. Without
 --json and --plot nothing is written.
 """
 
@@ -33,10 +33,10 @@ from longlive_serve.models.text_encoder import BYTE_VOCABULARY
 from longlive_serve.observability.log_setup import at_level
 
 EPILOG = """
-What a row says: ms per chunk by phase (denoise: 4 steps; commit; decode: the VAE; host: all else), frames per second
-without and with the VAE, the time to the first frame and from a new prompt to its first frames, memory per session,
-and with how many live sessions at 16 fps no chunk comes late. Beside them, from the same run: how fast matrix products
-and copies are, what share of that each backend reaches, and all attention kernels.
+What a row says: ms per chunk by phase (denoise: 4 steps; kv_cache_update; decode: the VAE; host: all else), frames per
+second without and with the VAE, the time to the first frame and from a new prompt to its first frames, memory per
+session, and with how many live sessions at 16 fps no chunk comes late. Beside them, from the same run: how fast matrix
+products and copies are, what share of that each backend reaches, and all attention kernels.
 
 examples:
   python -m benchmarks.engines                                        # a toy on the CPU, or all of it on a GPU

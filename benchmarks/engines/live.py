@@ -52,7 +52,7 @@ class Trial(EngineCore):
         self._sessions.scheduler = self.scheduler  # nobody has come yet
 
 
-class DroppingSink:
+class DroppingResponseSender:
     """A viewer who looks at nothing."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def measure_live(
 ) -> dict[str, Any]:
     """One session, two, three, ... until chunks come late, twice, or `most` are there.
 
-    The first run with so many sessions is the first use of a slot, when an backend may have kernels and graphs to make.
+    The first run with so many sessions is the first use of a slot, when a backend may have kernels and graphs to make.
     `chunk_s`: as the warm-up found. `announced` is what a server with default settings would admit by it.
     """
     config = dataclasses.replace(config, max_unacked=10**9)
@@ -97,25 +97,25 @@ def measure_live(
 
 def run_live(runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
     """`sessions` viewers, who come evenly over the time that a chunk plays. Raises ServeError when one fails."""
-    service, sinks = Trial(runner, config, chunk_s), [DroppingSink() for _ in range(sessions)]
+    service, senders = Trial(runner, config, chunk_s), [DroppingResponseSender() for _ in range(sessions)]
     try:
-        for number, sink in enumerate(sinks):
+        for number, sender in enumerate(senders):
             options = Options(pace=REALTIME)
             prompt = PROMPTS[number % len(PROMPTS)]
             request = Request(session_id=f"live-{number}", start=True, prompt=prompt, seed=number, options=options)
-            service.submit(request, sink)
+            service.submit(request, sender)
             time.sleep(CHUNK_PLAYS_S / sessions)
         time.sleep(seconds)
     finally:
         service.stop()
-    for sink in sinks:
-        if sink.error is not None and sink.error.kind != ServeError.SHUTTING_DOWN:
-            raise sink.error
-    lateness, unseen = service.scheduler.lateness, sum(not sink.frames for sink in sinks)
+    for sender in senders:
+        if sender.error is not None and sender.error.kind != ServeError.SHUTTING_DOWN:
+            raise sender.error
+    lateness, unseen = service.scheduler.lateness, sum(not sender.frames for sender in senders)
     return {
         "sessions": sessions,
         "chunks": len(lateness),
         "misses": service.scheduler.deadline_misses + unseen,
         "lateness_s": spread(lateness) if lateness else None,
-        "frames_per_s": sum(sink.frames for sink in sinks) / (seconds + CHUNK_PLAYS_S),
+        "frames_per_s": sum(sender.frames for sender in senders) / (seconds + CHUNK_PLAYS_S),
     }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One row measured, one session at a time: chunks and their phases, first frames, prompt switches, memory.
 
-Called by the command line, through the real pipeline. How many sessions at once is for `live.py` to find out.
+Called by the command line, through the real model runner. How many sessions at once is for `live.py` to find out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Plan:
 
 
 class Alone:
-    """Measures sessions that have the device to themselves, on a warm pipeline of two slots or more."""
+    """Measures sessions that have the device to themselves, on a warm model runner of two slots or more."""
 
     def __init__(self, runner: ModelRunner, plan: Plan, tick: Callable[[str], None]) -> None:
         """`tick`: told what was measured, each time something was."""
@@ -96,7 +96,7 @@ class Alone:
         return spread([self.advance(self.new_session(), "first frames") for _ in range(self.plan.events)])
 
     def switches(self) -> dict[str, Any]:
-        """From a new prompt, at the border of a chunk, to that prompt's first frames; and what they wait for."""
+        """From a new prompt, at the boundary of a chunk, to that prompt's first frames; and what they wait for."""
         seconds, phases = [], []
         for number in range(WARM_UP + self.plan.events):
             self.session.add_prompt(PROMPTS[(number + 1) % len(PROMPTS)])

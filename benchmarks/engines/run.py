@@ -86,7 +86,7 @@ class Run:
             self.record["rows"].append(self._measure(row))
         except (ValueError, ImportError) as error:
             self.record["skipped"][row.name] = str(error)
-        except Exception as error:  # a row's border
+        except Exception as error:  # a row's boundary
             log.exception("%s failed", row.name)
             self.record["failed"][row.name] = f"{type(error).__name__}: {error}"
 

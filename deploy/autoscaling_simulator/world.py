@@ -48,7 +48,7 @@ class World:
     metric_delay_s: float = 30.0
     """How old metrics are when the autoscaler sees them: scraped, summed up, fetched."""
     goodbye_chunks: int = 2
-    """That a pod that is told to go sends every viewer ahead, as servers do before they say goodbye. They take five
+    """That a pod that is told to go sends every viewer ahead, as servers do while they drain. They take five
     seconds for it at most; what admission leaves free of that is enough."""
     late_share: float = 5.6e-4
     """Chunks that come late on a pod without a free slot. None of 5349 did in the half hour of results/serving.json;

@@ -13,7 +13,7 @@ from longlive_serve.doctor.memory import COMMON_GPUS
 
 FULL = PRESETS["longlive-1.3b"]
 BF16, FP8 = PRECISIONS = ("bfloat16", "fp8")
-PASSES = 5  # of the DiT in a chunk: 4 denoising steps and the commit, whose last layer is not computed
+PASSES = 5  # of the DiT in a chunk: 4 denoising steps and the KV-cache update, whose last layer is not computed
 SMS = 132  # of a Hopper GPU: a kernel's tiles run in waves of so many, and a last wave that is not full takes as long
 ROWS, COLUMNS = 128, 256  # a tile of a product, for one SM; of attention it is ROWS queries of a head
 MEASURED = 8192  # the size of the square product whose speed is known

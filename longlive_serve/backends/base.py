@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pipeline needs of an backend, whichever backend runs it.
+"""What the model runner needs of a backend, whichever backend runs it.
 
-Implemented by the modules beside it; called by the pipeline, which never asks which implementation it has. An backend
-belongs to one thread. B is 1 everywhere: sessions take turns at chunk borders.
+Implemented by the modules beside it; called by the model runner, which never asks which implementation it has. A
+backend belongs to one thread. B is 1 everywhere: sessions take turns at chunk boundaries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.dit.kv_cache import KVCachePlan
 
 PromptKV = tuple[Tensor, ...]
-"""Cross-attention keys and values of every layer, each [layers, 1, heads, rows, head_dim], and what else an backend's
+"""Cross-attention keys and values of every layer, each [layers, 1, heads, rows, head_dim], and what else a backend's
 own calls want of a prompt. A step never changes them."""
 
 
@@ -73,7 +73,7 @@ class DiT(Protocol):
 
 @runtime_checkable
 class Preparable(Protocol):
-    """An backend that can do at the start what it would else do when a slot is used for the first time."""
+    """A backend that can do at the start what it would else do when a slot is used for the first time."""
 
     def prepare(self, slots: int | None = None) -> None:
         """For the first so many slots (default: all), what calls before the first `prepare` have done for theirs."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which device a thread uses; tensors to it, and frames back through pinned memory: it copies while the host goes on.
 
-Used by the pipeline, the backends and snapshots. On the CPU nothing is copied.
+Used by the model runner, the backends and snapshots. On the CPU nothing is copied.
 """
 
 from __future__ import annotations

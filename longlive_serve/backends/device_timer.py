@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a device did what, without waiting for it in between.
 
-Used by the pipeline, whose work on a GPU is queued long before it is done.
+Used by the model runner, whose work on a GPU is queued long before it is done.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the seconds of a start go, by phase.
 
-Whoever starts a pipeline enters `measure_start`; the functions that it calls are marked with `phase`. Outside of a
+Whoever starts a model runner enters `measure_start`; the functions that it calls are marked with `phase`. Outside of a
 start, `phase` does nothing.
 """
 

@@ -14,7 +14,7 @@ from longlive_serve.config.toml_files import as_toml, check_path, read_toml, typ
 
 RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
 AUTO = "auto"
-TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what an backend runs on
+TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what a backend runs on
 LORA_EXAMPLE = '[[lora]] path = "style.safetensors", scale = 0.8, alpha = 16, a line each'
 PATHS = ("weights", "graphs", "plans", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
 

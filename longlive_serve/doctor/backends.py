@@ -25,7 +25,7 @@ LARGE = 100_000_000  # parameters of a DiT that no CPU runs in real time
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why an backend cannot run here, and what to do."""
+    """Why a backend cannot run here, and what to do."""
 
     why: str
     action: str

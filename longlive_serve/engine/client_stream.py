@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A session together with the client behind it: what was asked for, and where the answers go.
 
-Used by the service's worker alone.
+Used by the engine core's worker alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ClientStream:
     session: Session
     chunk_requests: deque[ChunkRequest]
     ending: bool
-    """True once the client has said END: the session ends with its last order."""
+    """True once the client has said END: the session ends with its last request for chunks."""
     arrival_time: float
     """When its START came (monotonic seconds, as all times here)."""
     max_wait_s: float
@@ -136,7 +136,8 @@ class ClientStream:
         return any(chunk_request.sender.is_cancelled() for chunk_request in self.chunk_requests)
 
     def deliver(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
-        """Send a chunk (or an early part of it) within the oldest order, and close the order with its last one.
+        """Send a chunk (or an early part of it) as an answer to the oldest request for chunks, and close that with its
+        last one.
 
         `snapshot` makes the one that goes with it, in the thread that sends.
         """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service: takes requests from any thread, generates in one, and answers from another.
+"""The engine core: takes requests from any thread, generates in one, and answers from another.
 
-Called by `model.py`. The worker owns the pipeline and the sessions; what it sends and counts leaves through an
+Called by `model.py`. The worker owns the model runner and the sessions; what it sends and counts leaves through an
 `ResponseWriter`. It knows neither Triton (answers leave through a `ResponseSender`) nor what a chunk is made of.
 """
 
@@ -43,7 +43,8 @@ class Launched(NamedTuple):
 
 
 class EngineCore:
-    """Runs sessions on one pipeline: as many as there are slots and time for, the others wait in a bounded queue."""
+    """Runs sessions on one model runner: as many as there are slots and time for, the others wait in a bounded
+    queue."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class EngineCore:
         while not self._stopping.is_set():
             try:
                 self._step()
-            except Exception as error:  # a bug outside any session's border: nobody may wait for ever
+            except Exception as error:  # a bug outside any session's boundary: nobody may wait for ever
                 log.exception("the worker failed; every session ends")
                 text = f"the server failed: {type(error).__name__}: {error}"
                 self._in_flight = None
@@ -149,7 +150,7 @@ class EngineCore:
                     self._sessions.handle(request, sender, self._draining.is_set())
             except ServeError as error:
                 sender.fail(error)
-            except Exception as error:  # a request's border
+            except Exception as error:  # a request's boundary
                 log.exception("a request failed")
                 sender.fail(ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}"))
 

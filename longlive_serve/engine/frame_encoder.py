@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> JPEG or H.264, for sessions that do not want them raw. Runs in the outbox's thread.
+"""Frames -> JPEG or H.264, for sessions that do not want them raw. Runs in the response writer's thread.
 
 PyAV (extra `encode`) is imported when the first such session comes.
 """

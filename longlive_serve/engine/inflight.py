@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chunk that the device has been given and that nobody has seen yet.
 
-Made and finished by the pipeline; the service holds one while it launches the next.
+Made and finished by the model runner; the engine core holds one while it launches the next.
 """
 
 from __future__ import annotations

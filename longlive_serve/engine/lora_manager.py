@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes the LoRA adapters of sessions to come while others are live.
 
-Used by the service's worker. A thread of its own merges the weights; the worker takes the result between two chunks.
-A session keeps the DiT that it began with, which goes when its last session has gone.
+Used by the engine core's worker. A thread of its own merges the weights; the worker takes the result between two
+chunks. A session keeps the DiT that it began with, which goes when its last session has gone.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Adapters:
             self._loaded = load_network(*what, adapters=together, use_ema=config.use_ema)
         except ValueError as error:
             self._loaded = ServeError(ServeError.INVALID_REQUEST, str(error))
-        except Exception as error:  # the border of the thread
+        except Exception as error:  # the boundary of the thread
             log.exception("adapters failed")
             self._loaded = ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}")
         self._wake()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where requests wait for the service's worker: put in by any thread, taken out by one."""
+"""Where requests wait for the engine core's worker: put in by any thread, taken out by one."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from longlive_serve.protocol.messages import Request
 
 
 class Mailbox:
-    """Requests, or the errors that stand in their place, each with the sink for its answer."""
+    """Requests, or the errors that stand in their place, each with the sender for its answer."""
 
     def __init__(self) -> None:
-        self._letters: queue.SimpleQueue[tuple[Request | ServeError, ResponseSender] | None] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[tuple[Request | ServeError, ResponseSender] | None] = queue.SimpleQueue()
 
     def put(self, request: Request | ServeError, sender: ResponseSender) -> None:
-        self._letters.put((request, sender))
+        self._entries.put((request, sender))
 
     def wake(self) -> None:
         """Make `take_all` return though nothing has come."""
-        self._letters.put(None)
+        self._entries.put(None)
 
     def empty(self) -> bool:
-        return self._letters.empty()
+        return self._entries.empty()
 
     def take_all(self, timeout: float | None) -> Iterator[tuple[Request | ServeError, ResponseSender]]:
         """All that has come; when nothing has, wait up to `timeout` seconds (None: for ever) for something."""
         try:
-            letter = self._letters.get(timeout != 0.0, timeout)
+            entry = self._entries.get(timeout != 0.0, timeout)
             while True:
-                if letter is not None:
-                    yield letter
-                letter = self._letters.get_nowait()
+                if entry is not None:
+                    yield entry
+                entry = self._entries.get_nowait()
         except queue.Empty:
             return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates a session's next chunk: prompt switch and recache, four denoising steps, decode, KV-cache update.
 
-Called by the service's worker and by replay. It knows docs/semantics.md, sections 5 and 6, not who runs
+Called by the engine core's worker and by replay. It knows docs/semantics.md, sections 5 and 6, not who runs
 the networks and not who watches the video.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one thread that speaks to Triton: every send and every statistic leave through it, in order.
 
-Used by the service's worker, so that the next chunk is generated while the last one is encoded and sent. One thread,
-because Triton's Python backend crashes when several send or count.
+Used by the engine core's worker, so that the next chunk is generated while the last one is encoded and sent. One
+thread, because Triton's Python backend crashes when several send or count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ResponseWriter:
         self.bytes = 0
         """Of frames, sent so far."""
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_JOBS)
-        self._thread = threading.Thread(target=self._run, name="longlive-outbox", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="longlive-responses", daemon=True)
         self._thread.start()
 
     def put(self, job: Callable[[], None]) -> None:
@@ -44,12 +44,12 @@ class ResponseWriter:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except Exception:  # a job's border
+            except Exception:  # a job's boundary
                 log.exception("something could not be sent")
 
 
 class QueuedResponseSender:
-    """A sink whose answers go out through an outbox."""
+    """A sender whose answers go out through a response writer."""
 
     def __init__(self, sender: ResponseSender, writer: ResponseWriter) -> None:
         self._sender, self._writer = sender, writer
@@ -79,7 +79,7 @@ class QueuedResponseSender:
             self._fail(ServeError(ServeError.INTERNAL, text))
 
     def _fail(self, error: ServeError) -> None:
-        """The client is told once, if it can be; the worker then sees the sink as one whose client has left."""
+        """The client is told once, if it can be; the worker then sees the sender as one whose client has left."""
         if not self._broken:
             self._broken = True
             self._sender.fail(error)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who holds a slot and which session advances next, so that no viewer waits. No torch and no clock of its own.
 
-Called by the service's worker, which tells it the time. Times are integer nanoseconds.
+Called by the engine core's worker, which tells it the time. Times are integer nanoseconds.
 
 A session at pace `realtime` has a playback clock. It starts so that the second chunk is *due* when a whole chunk would
 have played since the first (which has 9 frames: a viewer buffers 3), and every later chunk when the one before it has.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One video being generated, with all its state; and where its noise comes from.
 
-Made by the service (or by replay), advanced by the pipeline. It knows nothing of requests and clients.
+Made by the session manager (or by replay), advanced by the model runner. It knows nothing of requests and clients.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class SinkChunk:
 
 @dataclasses.dataclass(kw_only=True)
 class Session:
-    """The state of one video. The pipeline alone changes it after the start, but for `add_prompt`."""
+    """The state of one video. The model runner alone changes it after the start, but for `add_prompt`."""
 
     id: str
     prompt: Prompt
@@ -118,7 +118,7 @@ class Session:
     chunk: int = 0
     """Number of the next chunk."""
     pending: list[Prompt] = dataclasses.field(default_factory=list)
-    """Prompts to come, ordered by their time; at most one takes effect per chunk border."""
+    """Prompts to come, ordered by their time; at most one takes effect per chunk boundary."""
     prompts: int = 1
     """Prompts accepted so far."""
     prompt_kv: PromptKV | None = None
@@ -130,7 +130,7 @@ class Session:
     phases: Phases | None = None
     """Of its next chunk: so far the KV-cache update of the last one, which nobody has waited for."""
     dit: DiT | None = None
-    """The one that it began with, where that may be exchanged for later sessions; None: the pipeline's."""
+    """The one that it began with, where that may be exchanged for later sessions; None: the model runner's."""
 
     def add_prompt(self, text: str, at_latent_frame: int = NOW) -> Prompt:
         """Accept a prompt to come. A prompt for NOW replaces one for NOW that has not taken effect yet."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sessions of a service: who comes, what each asks for, who waits, who goes.
+"""The sessions of an engine core: who comes, what each asks for, who waits, who goes.
 
-Used by the service's worker alone; it generates nothing.
+Used by the engine core's worker alone; it generates nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SessionManager:
         self._config = config
         self._streams: dict[str, ClientStream] = {}
         self._drain_deadline: float | None = None
-        """When the goodbyes are said at last, once the server is to go."""
+        """When the sessions are ended at last, once the server drains."""
 
     def __getitem__(self, session_id: str) -> ClientStream:
         return self._streams[session_id]

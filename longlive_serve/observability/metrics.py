@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures that the server tells the world: what each is called, what it says, and what it stands at.
 
-Kept by the service's worker; `model.py` makes a metric of each.
+Kept by the engine core's worker; `model.py` makes a metric of each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one session did when, as a file for a trace viewer (Chrome's trace format; https://ui.perfetto.dev opens it).
 
-Written by the service's worker for every session when `trace_dir` is set.
+Written by the engine core's worker for every session when `trace_dir` is set.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
   SEED, CHUNKS (0 or absent: until stopped) and OPTIONS.
 * Later requests may carry PROMPT (the new prompt), CHUNKS (that many more chunks, streamed as answers to this
   request), both, or nothing (a heartbeat).
-* END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk border.
+* END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk boundary.
 * A request that asks for chunks (START does) is answered by one response per chunk. Ask for some at a time: Triton
   keeps what it has sent until all of a request is answered.
 * Every other request is answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A service under test: a pipeline that only counts, and sinks that remember."""
+"""A service under test: a model runner that only counts, and senders that remember."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Clock:
 
 
 class CountingModelRunner:
-    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared; of a pipeline
+    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared; of a model runner
     that is asynchronous, it holds chunks in flight."""
 
     config = PRESETS["tiny"]
@@ -152,16 +152,16 @@ class Bench:
     """By name; those with labels under the last of them."""
 
     def ask(
-        self, session_id: str, sink: RecordingResponseSender | None = None, **request: Any
+        self, session_id: str, sender: RecordingResponseSender | None = None, **request: Any
     ) -> RecordingResponseSender:
-        sink = sink or RecordingResponseSender()
-        self.service.submit(Request(session_id=session_id, **request), sink)
-        return sink
+        sender = sender or RecordingResponseSender()
+        self.service.submit(Request(session_id=session_id, **request), sender)
+        return sender
 
     def start(
-        self, session_id: str, sink: RecordingResponseSender | None = None, **request: Any
+        self, session_id: str, sender: RecordingResponseSender | None = None, **request: Any
     ) -> RecordingResponseSender:
-        return self.ask(session_id, sink, **{"start": True, "prompt": "a fox", "options": FAST} | request)
+        return self.ask(session_id, sender, **{"start": True, "prompt": "a fox", "options": FAST} | request)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -194,9 +194,9 @@ def bench(**settings: Any) -> Iterator[Bench]:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longlive-")]
 
 
-def closed(*sinks: RecordingResponseSender) -> Callable[[], bool]:
-    return lambda: all(sink.closed for sink in sinks)
+def closed(*senders: RecordingResponseSender) -> Callable[[], bool]:
+    return lambda: all(sender.closed for sender in senders)
 
 
-def has_chunks(sink: RecordingResponseSender, least: int) -> Callable[[], bool]:
-    return lambda: len(sink.chunks) >= least
+def has_chunks(sender: RecordingResponseSender, least: int) -> Callable[[], bool]:
+    return lambda: len(sender.chunks) >= least

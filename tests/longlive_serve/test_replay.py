@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The golden rollouts through the real pipeline, as cases of `longlive_serve.replay`."""
+"""The golden rollouts through the real model runner, as cases of `longlive_serve.replay`."""
 
 from __future__ import annotations
 

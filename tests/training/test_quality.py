@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Exact:
-    """Stands where a pipeline does and draws what the prompts ask for; on CLEAR it begins again in the middle."""
+    """Stands where a model runner does and draws what the prompts ask for; on CLEAR it begins again in the middle."""
 
     def __init__(self, case: Case, ruined_from: int = 1000) -> None:
         self.looks = [look for look in (case.before, case.attributes) if look is not None]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in the network's own videos: it is the serving pipeline that is trained, towards what should come next."""
+"""Training in the network's own videos: it is the server's model runner that is trained, towards what should come
+next."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo network shows, read off its frames: attributes, prompt switches, drift, the decoder's PSNR.
 
-Used by `quality`. The videos come out of the serving pipeline itself: streamed decode, KV cache, recache.
+Used by `quality`. The videos come out of the server's model runner itself: streamed decode, KV cache, recache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many videos out of the serving pipeline, one process per core: what the quality measure watches.
+"""Many videos out of the server's model runner, one process per core: what the quality measure watches.
 
-A task is a function of a pipeline and a case; both travel between processes, so tasks are functions of a module.
+A task is a function of a model runner and a case; both travel between processes, so tasks are functions of a module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from longlive_serve.protocol.session_options import RECACHE
 Case = TypeVar("Case")
 Result = TypeVar("Result")
 
-_own: list[ModelRunner] = []  # a worker's pipeline, once its process has begun
+_own: list[ModelRunner] = []  # a worker's model runner, once its process has begun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def video(runner: ModelRunner, script: Script, chunks: int) -> list[Tensor]:
 class Workers:
     """Processes for `with`, each with the networks in `folder` and one core.
 
-    `prepare`, a function of a module, may change each pipeline before its first video.
+    `prepare`, a function of a module, may change each model runner before its first video.
     """
 
     def __init__(self, folder: Path, prepare: Callable[[ModelRunner], None] | None = None) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many operations a forward is worth: two for each multiply-add of matrix products, attention and convolutions.
 
-Read by the benchmark, to say what share of the device's speed an backend reaches. Norms, RoPE and the like count as
+Read by the benchmark, to say what share of the device's speed a backend reaches. Norms, RoPE and the like count as
 nothing, and so do the embeddings and the head, which are a thousandth.
 """
 

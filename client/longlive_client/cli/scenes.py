@@ -56,16 +56,16 @@ class Scene:
     def _check_times(self) -> None:
         if not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ValueError(f"seconds: got {self.seconds}, expected more than 0")
-        border = 0
+        boundary = 0
         for at, frame in zip(self.switch_at, self.switch_latent_frames, strict=True):
-            if -(-frame // LATENTS_PER_CHUNK) <= border:
-                least = (border * LATENTS_PER_CHUNK + 1) * FRAMES_PER_LATENT / FPS
+            if -(-frame // LATENTS_PER_CHUNK) <= boundary:
+                least = (boundary * LATENTS_PER_CHUNK + 1) * FRAMES_PER_LATENT / FPS
                 raise ValueError(
                     f"switch times: got {list(self.switch_at)}, expected {at:g} to be at least {least:g}: "
                     "each prompt needs a chunk of its own"
                 )
-            border = -(-frame // LATENTS_PER_CHUNK)
-        if self.chunks <= border:
+            boundary = -(-frame // LATENTS_PER_CHUNK)
+        if self.chunks <= boundary:
             raise ValueError(
                 f"seconds: got {self.seconds:g}, expected more than {self.switch_at[-1]:g}, when the last prompt begins"
             )

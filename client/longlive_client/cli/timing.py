@@ -21,7 +21,7 @@ class Timing:
     """From the start to the last chunk so far."""
     prompt_index: int = 0
     switch_latencies_s: list[float] = dataclasses.field(default_factory=list)
-    """Per switch: from the chunk border at which it was due (the last chunk of the old prompt) to the first chunk of
+    """Per switch: from the chunk boundary at which it was due (the last chunk of the old prompt) to the first chunk of
     the new one. It holds for switches that were sent ahead."""
 
     def add(self, chunk: StreamedChunk) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four noise levels of a chunk: warped timesteps, adding noise, and flow -> clean latents.
 
-Called by the pipeline. It holds no state but its constants and draws no noise itself.
+Called by the model runner. It holds no state but its constants and draws no noise itself.
 Source: docs/semantics.md, section 4.
 """
 

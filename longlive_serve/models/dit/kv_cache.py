@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache: which chunk of the video lies in which rows (`Window`, integers only) and the tensors (`KVCache`).
 
-Called by the pipeline and the backends. It does not know what keys and values mean.
+Called by the model runner and the backends. It does not know what keys and values mean.
 
 A cache of `window` latent frames is a row of *places*, one chunk each. The first places hold the sink; behind them
 is a ring: a new chunk overwrites the oldest one in place, so nothing is ever moved and the rows in use are always

@@ -80,5 +80,5 @@ def _read(request: Any) -> Request | ServeError:
         return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors, client)
     except ServeError as error:
         return error
-    except Exception as error:  # a request's border: those beside it go on
+    except Exception as error:  # a request's boundary: those beside it go on
         return ServeError(ServeError.INTERNAL, f"the request cannot be read: {error!r}")

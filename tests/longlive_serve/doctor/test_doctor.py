@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -331,21 +331,3 @@ def test_ports_that_are_no_numbers_are_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         command.main(["--tls-cert", "cert.pem"])
     assert "tls: got some of cert, key and client_ca" in capsys.readouterr().err
-
-
-def test_a_start_is_told_by_phase(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = {"ready": 9.5, "triton": 0.4, "import": 1.2, "load": 3.0, "warm_up": 4.9}
-    monkeypatch.setattr("longlive_serve.doctor.start.measure", lambda path: {"cold": seconds, "cached": seconds})
-    assert command.main([*FREE, "--start"]) == 0
-    told = capsys.readouterr().out
-    assert "with empty caches" in told
-    assert "ready after 9.5 s: triton 0.4 s, import 1.2 s, load 3.0 s, warm-up 4.9 s" in told
-
-
-def test_a_start_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(path: Path) -> NoReturn:
-        raise ServerError("the model's process ended")
-
-    monkeypatch.setattr("longlive_serve.doctor.start.measure", fail)
-    assert command.main([*FREE, "--start"]) == 1
-    assert "cannot serve here: start: the model's process ended" in capsys.readouterr().out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchange of adapters, without a server: who is answered what, and what an backend shares with the one before."""
+"""The exchange of adapters, without a server: who is answered what, and what a backend shares with the one before."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ASKED = Options(adapters={"style.pt": 1.0}, token=TOKEN)
 
 
 class At:
-    """Adapters of a pipeline, whose loading waits for `go`."""
+    """Adapters of a model runner, whose loading waits for `go`."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         write_adapter(folder / "style.pt")
@@ -50,9 +50,9 @@ class At:
 
 
 def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at, sink, before = At(tmp_path, monkeypatch), RecordingResponseSender(), None
+    at, sender, before = At(tmp_path, monkeypatch), RecordingResponseSender(), None
     before = at.runner.backends.dit
-    at.adapters.change(ASKED, sink)
+    at.adapters.change(ASKED, sender)
     with pytest.raises(ServeError, match="others are being loaded"):
         at.adapters.change(ASKED, RecordingResponseSender())
     at.adapters.apply()
@@ -60,21 +60,21 @@ def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     at.go.set()
     wait_until(at.woken.is_set)
     at.adapters.apply()
-    assert [chunk.notice for chunk in sink.chunks] == ["adapters: style.pt=1"]
+    assert [chunk.notice for chunk in sender.chunks] == ["adapters: style.pt=1"]
     assert at.runner.backends.dit is not before
     at.adapters.change(ASKED, RecordingResponseSender())  # the next one may come
 
 
 def test_who_waits_when_the_server_goes_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at, sink = At(tmp_path, monkeypatch), RecordingResponseSender()
+    at, sender = At(tmp_path, monkeypatch), RecordingResponseSender()
     before = at.runner.backends.dit
-    at.adapters.change(ASKED, sink)
+    at.adapters.change(ASKED, sender)
     at.adapters.abandon(shutting_down())
     at.adapters.abandon(shutting_down())
     at.go.set()
     wait_until(at.woken.is_set)
     at.adapters.apply()
-    assert [error.kind for error in sink.errors] == [ServeError.SHUTTING_DOWN]
+    assert [error.kind for error in sender.errors] == [ServeError.SHUTTING_DOWN]
     assert at.runner.backends.dit is before
 
 

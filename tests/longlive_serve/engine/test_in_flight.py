@@ -95,8 +95,8 @@ def busy(at: Bench, device: Device) -> Iterator[None]:
 def test_the_device_has_the_next_sessions_work_before_a_chunk_is_waited_for() -> None:
     with bench_of_device(slots=4) as (at, device):
         with busy(at, device):
-            sinks = [at.start(name, chunks=3, end=True) for name in "abc"]
-        wait_until(closed(*sinks))
+            senders = [at.start(name, chunks=3, end=True) for name in "abc"]
+        wait_until(closed(*senders))
     for what in ("launch", "finish"):
         assert [name for call, name in device.calls if call == what] == [*"abc" * 3]
     assert [what for what, _ in device.calls] == ["launch"] + ["launch", "finish"] * 8 + ["finish"]
@@ -114,9 +114,9 @@ def test_a_snapshot_is_read_before_the_next_sessions_chunk_is_launched(monkeypat
         monkeypatch.setattr(core, "read_tensors", note)
         with busy(at, device):
             options = Options(pace="asap", snapshot_every=2)
-            sinks = [at.start("a", chunks=4, end=True, options=options), at.start("b", chunks=4, end=True)]
-        wait_until(closed(*sinks))
-    chunks = [facts_of(chunk)["chunk"] if chunk.snapshot else 0 for chunk in sinks[0].chunks if len(chunk.frames)]
+            senders = [at.start("a", chunks=4, end=True, options=options), at.start("b", chunks=4, end=True)]
+        wait_until(closed(*senders))
+    chunks = [facts_of(chunk)["chunk"] if chunk.snapshot else 0 for chunk in senders[0].chunks if len(chunk.frames)]
     assert chunks == [0, 2, 0, 4]
     launched = [number for number, call in enumerate(device.calls) if call == ("launch", "a")]
     assert [device.calls[number + 1] == ("read", "a") for number in launched] == [False, True] * 2
@@ -173,9 +173,9 @@ def test_a_chunk_that_fails_in_flight_ends_its_own_session() -> None:
 def test_a_device_that_is_lost_ends_the_sessions_and_not_the_service() -> None:
     with bench_of_device(slots=2) as (at, device):
         device.lost = True
-        sinks = [at.start(name) for name in "ab"]
-        wait_until(closed(*sinks))
-        texts = {str(error) for sink in sinks for error in sink.errors}
+        senders = [at.start(name) for name in "ab"]
+        wait_until(closed(*senders))
+        texts = {str(error) for sender in senders for error in sender.errors}
         assert all("the server failed: RuntimeError: the device is lost" in text for text in texts)
         device.lost = False
         again = at.start("c", chunks=1, end=True)
@@ -188,16 +188,16 @@ def test_a_last_snapshot_goes_on_after_what_was_sent(monkeypatch: pytest.MonkeyP
         "longlive_serve.engine.session_manager.dump", lambda session, network: f"at {session.chunk}".encode()
     )
     with bench_of_device(slots=2) as (at, device):
-        sinks = [at.start(name, options=Options(pace="asap", snapshot_every=10**6)) for name in "ab"]
-        wait_until(lambda: all(len(sink.chunks) > 2 for sink in sinks))
+        senders = [at.start(name, options=Options(pace="asap", snapshot_every=10**6)) for name in "ab"]
+        wait_until(lambda: all(len(sender.chunks) > 2 for sender in senders))
         device.busy.add("a")
         wait_until(lambda: device.calls[-1] == ("finish", "a"))  # b is in flight
         at.service.drain()
         device.busy.clear()
-        wait_until(closed(*sinks))
-    for sink in sinks:
-        sent = sum(len(chunk.frames) > 0 for chunk in sink.chunks)
-        assert sink.chunks[-1].snapshot == f"at {sent}".encode()
+        wait_until(closed(*senders))
+    for sender in senders:
+        sent = sum(len(chunk.frames) > 0 for chunk in sender.chunks)
+        assert sender.chunks[-1].snapshot == f"at {sent}".encode()
 
 
 @pytest.mark.parametrize(("backend", "decoder"), [("torch", "tiny"), ("fused", "wan")])

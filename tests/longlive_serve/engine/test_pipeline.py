@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline on the tiny preset: frames, prompts, limits, and that sessions do not touch each other."""
+"""The model runner on the tiny preset: frames, prompts, limits, and that sessions do not touch each other."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service's promises, with a pipeline that only counts."""
+"""The service's promises, with a model runner that only counts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("either_device")
 
 def test_a_request_gets_its_chunks_and_one_end() -> None:
     with bench() as at:
-        sink = at.start("a", chunks=3, end=True)
-        wait_until(closed(sink))
-        assert [chunk.first_frame for chunk in sink.chunks] == [0, 9, 21]
+        sender = at.start("a", chunks=3, end=True)
+        wait_until(closed(sender))
+        assert [chunk.first_frame for chunk in sender.chunks] == [0, 9, 21]
         wait_until(lambda: at.figures["chunks"] == 3)
 
 
@@ -46,8 +46,8 @@ def test_more_chunks_are_answers_to_the_request_that_asked_for_them() -> None:
 def test_sessions_take_turns_and_the_third_waits_for_a_slot() -> None:
     with bench(slots=2) as at:
         with at.held():
-            sinks = [at.start(name, chunks=3, end=True) for name in "abcd"]
-        wait_until(closed(*sinks))
+            senders = [at.start(name, chunks=3, end=True) for name in "abcd"]
+        wait_until(closed(*senders))
         turns = "".join(at.runner.turns)
         assert turns.index("c") > turns.index("a", turns.index("a") + 1)
         assert sorted(turns) == sorted("abcd" * 3)
@@ -87,7 +87,7 @@ def test_requests_that_cannot_be_taken_disturb_nobody() -> None:
         refused = RecordingResponseSender()
         at.service.submit(ServeError(ServeError.INVALID_REQUEST, "CHUNKS: got -1"), refused)
         wait_until(closed(again, unknown, refused))
-        assert [sink.errors[0].kind for sink in (again, unknown, refused)] == [
+        assert [sender.errors[0].kind for sender in (again, unknown, refused)] == [
             ServeError.SESSION_EXISTS,
             ServeError.UNKNOWN_SESSION,
             ServeError.INVALID_REQUEST,
@@ -175,14 +175,14 @@ def test_a_draining_service_refuses_whoever_comes() -> None:
 
 def test_one_thread_does_every_send() -> None:
     with bench() as at:
-        sinks = [at.start(str(n), chunks=2, end=True) for n in range(8)] + [at.ask("x"), at.start("0")]
-        wait_until(closed(*sinks))
-        assert {name for sink in sinks for name in sink.threads} == {"longlive-outbox"}
+        senders = [at.start(str(n), chunks=2, end=True) for n in range(8)] + [at.ask("x"), at.start("0")]
+        wait_until(closed(*senders))
+        assert {name for sender in senders for name in sender.threads} == {"longlive-responses"}
 
 
 def test_hundreds_of_sessions_leave_nothing_behind() -> None:
     with bench(slots=2) as at:
-        sinks = [at.start(str(n), chunks=1, end=True) for n in range(300)]
-        wait_until(closed(*sinks))
+        senders = [at.start(str(n), chunks=1, end=True) for n in range(300)]
+        wait_until(closed(*senders))
         assert not len(at.service._sessions)
         assert set(at.runner.slots.values()) == {0, 1}

@@ -42,10 +42,10 @@ def test_a_session_may_not_pile_up_prompts() -> None:
     with bench() as at:
         video = at.start("a", chunks=1)
         wait_until(closed(video))
-        sinks = [at.ask("a", prompt="later", options=Options(at_latent_frame=300 + n)) for n in range(70)]
-        wait_until(closed(*sinks))
-        assert [bool(sink.errors) for sink in sinks] == [False] * 64 + [True] * 6
-        assert sinks[-1].errors[0].kind == ServeError.INVALID_REQUEST
+        senders = [at.ask("a", prompt="later", options=Options(at_latent_frame=300 + n)) for n in range(70)]
+        wait_until(closed(*senders))
+        assert [bool(sender.errors) for sender in senders] == [False] * 64 + [True] * 6
+        assert senders[-1].errors[0].kind == ServeError.INVALID_REQUEST
         beat, end = at.ask("a"), at.ask("a", end=True)
         wait_until(closed(beat, end))
         assert not beat.errors + end.errors, "neither adds to what waits"
@@ -126,7 +126,7 @@ def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> 
         )
         assert last.snapshot == f"at {len(with_snapshots.chunks) - 1}".encode()
         assert len(without.chunks[-1].frames)
-        assert {sink.errors[0].kind for sink in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}
+        assert {sender.errors[0].kind for sender in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}
 
 
 def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile(clock: Clock) -> None:
@@ -138,9 +138,9 @@ def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile(clo
         assert len(playing.chunks) == 2
         at.service.drain()
         wait_until(closed(waiting, playing, soon))
-        assert [len(sink.chunks) for sink in (playing, soon)] == [4, 4]
+        assert [len(sender.chunks) for sender in (playing, soon)] == [4, 4]
         assert not any(len(chunk.frames) for chunk in waiting.chunks)
-        assert {sink.errors[0].kind for sink in (playing, soon, waiting)} == {ServeError.SHUTTING_DOWN}
+        assert {sender.errors[0].kind for sender in (playing, soon, waiting)} == {ServeError.SHUTTING_DOWN}
 
 
 def test_it_does_not_work_ahead_for_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,11 +89,11 @@ def test_a_prompt_sent_while_chunks_are_generated_takes_effect_at_a_border(serve
     chunks = before + after
     assert all(chunk.prompt_index == 0 for chunk in chunks if chunk.arrived < sent)
     assert all(chunk.prompt_index == 1 for chunk in chunks if chunk.arrived > answered)
-    border = [chunk.prompt_index for chunk in chunks].index(1)
-    assert 3 <= border <= 3 + 4
+    boundary = [chunk.prompt_index for chunk in chunks].index(1)
+    assert 3 <= boundary <= 3 + 4
     unswitched = play(server, seed=3, chunks=len(chunks))
-    assert np.array_equal(frames_of(chunks[:border]), frames_of(unswitched[:border]))
-    assert not np.array_equal(chunks[border].frames, unswitched[border].frames)
+    assert np.array_equal(frames_of(chunks[:boundary]), frames_of(unswitched[:boundary]))
+    assert not np.array_equal(chunks[boundary].frames, unswitched[boundary].frames)
 
 
 KILLED_CLIENT = """
