@@ -62,7 +62,7 @@ class Setting:
 
 
 def _variables(*settings: str) -> dict[str, Setting]:
-    return {setting: Setting(environment=dict([setting.split("=")])) for setting in settings}
+    return {setting: Setting(environment=dict(one.split("=") for one in setting.split())) for setting in settings}
 
 
 SETTINGS = {
@@ -76,6 +76,7 @@ SETTINGS = {
         "MKL_ENABLE_INSTRUCTIONS=SSE4_2",
         "OMP_NUM_THREADS=1",
         "OMP_NUM_THREADS=2",
+        "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41",
     ),
 }
 

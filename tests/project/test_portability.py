@@ -83,8 +83,10 @@ def test_an_unknown_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_all_settings_are_there() -> None:
     assert [name for name, setting in SETTINGS.items() if not setting.numeric] == list(SETTINGS)[:2]
-    assert len(SETTINGS) == 9
+    assert len(SETTINGS) == 10
     assert Setting().busy_loops == 0
+    both = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    assert SETTINGS["ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41"].environment == both
 
 
 def test_busy_loops_end_with_what_they_are_for() -> None:
