@@ -17,7 +17,7 @@ from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
-    text = "serve.toml (default: the shipped one, the demo network)"
+    text = "serve.toml (default: the shipped one, the demo model)"
     parser.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     args = parser.parse_args(argv)

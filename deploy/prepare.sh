@@ -8,9 +8,9 @@
 #   $PLANS    becomes a link to the plans for this GPU; empty: no plans are made      (/run/longlive/plans)
 #   $CONFIG   the server's serve.toml, whose `weights` is $CACHE/weights/longlive     (the image's own)
 #   $PRESET   its `preset`                                                            (longlive-1.3b)
-#   $NETWORKS those that get plans; the text encoder runs once a prompt, in PyTorch   (dit vae_decoder)
+#   $MODELS   those that get plans; the text encoder runs once a prompt, in PyTorch   (dit vae_decoder)
 set -eu
-: "${SOURCE=/weights}" "${CACHE=/cache}" "${PLANS=/run/longlive/plans}" "${NETWORKS=dit vae_decoder}"
+: "${SOURCE=/weights}" "${CACHE=/cache}" "${PLANS=/run/longlive/plans}" "${MODELS=dit vae_decoder}"
 : "${PRESET=longlive-1.3b}" "${CONFIG=/opt/longlive/model_repository/longlive/1/serve.toml}"
 
 mkdir -p "$CACHE/graphs" "$CACHE/plans"
@@ -21,8 +21,8 @@ weights=$CACHE/weights/longlive
 python3 -m export.convert --preset "$PRESET" --weights "$SOURCE" --out "$weights"
 test -n "$PLANS" || exit 0
 
-# Folders are named by what is in them: graphs by weights, settings and networks; plans also by the GPU and TensorRT.
-made_of=$(cat "$weights/config.json"; grep -E '^(preset|variant) ' "$CONFIG"; echo "$NETWORKS")
+# Folders are named by what is in them: graphs by weights, settings and models; plans also by the GPU and TensorRT.
+made_of=$(cat "$weights/config.json"; grep -E '^(preset|variant) ' "$CONFIG"; echo "$MODELS")
 name=$(echo "$made_of" | sha256sum | cut -c 1-16)
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)
 tensorrt=$(python3 -c 'import tensorrt; print(tensorrt.__version__)')
@@ -31,7 +31,7 @@ plans=$CACHE/plans/$name-$gpu-$tensorrt
 
 if ! test -e "$graphs/.complete"; then
   # shellcheck disable=SC2086  # several words
-  python3 -m export.to_onnx --config "$CONFIG" --networks $NETWORKS --dtype bfloat16 --no-check --out "$graphs"
+  python3 -m export.to_onnx --config "$CONFIG" --models $MODELS --dtype bfloat16 --no-check --out "$graphs"
   touch "$graphs/.complete"
 fi
 python3 -m export.to_tensorrt "$graphs" --out "$plans"

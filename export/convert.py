@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts published weights to one folder: `python -m export.convert --weights FOLDER --out FOLDER`.
 
-What comes out: a .safetensors file per network (text encoder, DiT with its LoRA adapters merged, VAE decoder, tiny
+What comes out: a .safetensors file per model (text encoder, DiT with its LoRA adapters merged, VAE decoder, tiny
 decoder if there is one) in one dtype, the tokenizer, and config.json, which says what all of it was made of. It is a
-folder for `weights` in serve.toml like the one that went in, and loads as the same networks.
+folder for `weights` in serve.toml like the one that went in, and loads as the same models.
 
 Every file is there whole or not at all. Interrupted, the same command goes on; files that are there and were made of
 the same sources stay, and anything else is never overwritten.
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from export.output_folder import FORMAT, MADE_BY, RECORD, check_folder, copy_folder, is_copied, is_there, write_record
 from export.tensor_writer import DTYPES, size_of, write_tensors
-from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, TINY_DECODER
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, TINY_DECODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.weights.checkpoint import MADE_OF, Checkpoint
 from longlive_serve.weights.layouts import (
@@ -52,7 +52,7 @@ examples:
   python -m export.convert --weights FOLDER --out weights/style \\
       --lora FOLDER/longlive_models/models/lora.pt style.safetensors=0.8
 
-  # The demo network, in float32.
+  # The demo model, in float32.
   python -m export.convert --preset demo --weights model_repository/longlive/1/demo --dtype float32 --out weights/demo
 
 then, in serve.toml: weights = "weights/longlive" and no `lora`, as it is merged; or first quantize what came out:
@@ -62,7 +62,7 @@ then, in serve.toml: weights = "weights/longlive" and no `lora`, as it is merged
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A network on its way."""
+    """A model on its way."""
 
     checkpoint: Checkpoint
     shapes: dict[str, torch.Size]
@@ -84,7 +84,7 @@ def convert(
     than overwrite anything that this has not written.
     """
     tokenizer, copy = tokenizer_folder(Path(config.weights)), out / CONVERTED_TOKENIZER_FOLDER
-    load_tokenizer(config.network, config.weights)  # whether it is one
+    load_tokenizer(config.model_config, config.weights)  # whether it is one
     check_folder(config, out, sum(size_of(part.shapes, dtype) for part in parts))
     made = {part.name: _made_of(part, config, dtype, on_bytes) for part in parts}
     there = {part.name for part in parts if is_there(out / part.name, made[part.name])}
@@ -105,12 +105,12 @@ def convert(
 
 
 def parts_of(config: ServeConfig) -> list[Part]:
-    """The networks in the folder of `config`, each checked against its sizes. Raises ValueError."""
+    """The models in the folder of `config`, each checked against its sizes. Raises ValueError."""
     if folder_of(config.weights) is None:
         raise ValueError(f"weights: got {config.weights!r}, expected a folder of weights to convert")
     adapters = adapters_of(config)
     parts = []
-    for name in (*NETWORKS, TINY_DECODER):
+    for name in (*MODELS, TINY_DECODER):
         file = find(name, config.weights)
         assert file is not None
         if name == TINY_DECODER and not file.path.exists():
@@ -118,7 +118,7 @@ def parts_of(config: ServeConfig) -> list[Part]:
         if file.kind == QUANTIZED:
             raise ValueError(f"{file.path}: got quantized weights, expected others: convert first, then quantize")
         of_dit: dict[str, Any] = {"adapters": adapters, "use_ema": config.use_ema} if name == DIT else {}
-        checkpoint = Checkpoint(name=name, config=config.network, file=file, **of_dit)
+        checkpoint = Checkpoint(name=name, config=config.model_config, file=file, **of_dit)
         checkpoint.tensors()  # checks them all, and reads none yet
         shapes = {key: tensor.shape for key, tensor in checkpoint.state().items()}
         parts.append(Part(checkpoint=checkpoint, shapes=shapes, name=CONVERTED_FILE.format(name)))
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--use-ema", action="store_true", help="the averaged weights of longlive_base.pt")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtype", choices=names, default="bfloat16", help="default: %(default)s, as the reference")
-    text = "sizes of the networks (default: %(default)s)"
+    text = "sizes of the models (default: %(default)s)"
     parser.add_argument("--preset", choices=list(PRESETS), default="longlive-1.3b", help=text)
     return parser
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks with flat inputs and outputs, in the order of `graph_io`: what `to_onnx` exports.
+"""The models with flat inputs and outputs, in the order of `graph_io`: what `to_onnx` exports.
 
-They compute what the networks compute; the write into the KV cache alone becomes an operator of ONNX.
+They compute what the models compute; the write into the KV cache alone becomes an operator of ONNX.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longlive_serve.backends.exported.io_spec import (
     GraphIO,
     graph_io,
 )
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, NetworkConfig
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, ModelConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT, time_features
 from longlive_serve.models.dit.rope import rotate
 from longlive_serve.models.quantization.int8_fp8_layers import Quantized
@@ -37,26 +37,26 @@ DEFAULT_OPSET = 20  # before Attention: TensorRT has no kernel for one head as w
 class PromptKVGraph(nn.Module):
     """Text MLP and the cross-attention keys and values of all layers."""
 
-    def __init__(self, network: CausalDiT) -> None:
+    def __init__(self, model: CausalDiT) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network.embed_prompt(embeds)
+        return self.model.embed_prompt(embeds)
 
 
 class DiTGraph(nn.Module):
     """A denoising step, a KV-cache update or a recache."""
 
-    def __init__(self, network: CausalDiT, relative: bool) -> None:
+    def __init__(self, model: CausalDiT, relative: bool) -> None:
         super().__init__()
-        self.network, self.relative = network, relative
+        self.model, self.relative = model, relative
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         latents, time_features, prompt_keys, prompt_values, *angles = inputs[: 7 + self.relative]
         write_index, *cache = inputs[7 + self.relative :]
         view = ScatteredCache(cache, angles, write_index)
-        flow = self.network.run(latents, time_features, (prompt_keys, prompt_values), view)
+        flow = self.model.run(latents, time_features, (prompt_keys, prompt_values), view)
         assert flow is not None
         return flow, *view.new_keys, *view.new_values
 
@@ -109,22 +109,22 @@ def write(cache: Tensor, new: Tensor, index: Tensor) -> Tensor:
 class VAEGraph(nn.Module):
     """One latent frame to video."""
 
-    def __init__(self, network: VAEDecoder, opening: bool) -> None:
+    def __init__(self, model: VAEDecoder, opening: bool) -> None:
         super().__init__()
-        self.network, self.opening = network, opening
+        self.model, self.opening = model, opening
 
     def forward(self, latent: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        video, new_cache = self.network.decode_latent(latent, cache, self.opening)
+        video, new_cache = self.model.decode_latent(latent, cache, self.opening)
         return video, *new_cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportableGraph:
-    """A network ready for the exporter."""
+    """A model ready for the exporter."""
 
     io: GraphIO
-    network: nn.Module
-    config: NetworkConfig
+    model: nn.Module
+    config: ModelConfig
 
     @property
     def opset(self) -> int:
@@ -132,12 +132,12 @@ class ExportableGraph:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        return next(self.model.parameters()).dtype
 
     @property
     def rounds(self) -> bool:
         """Whether it rounds what flows through it to 8 bits."""
-        layers = (layer for layer in self.network.modules() if isinstance(layer, Quantized))
+        layers = (layer for layer in self.model.modules() if isinstance(layer, Quantized))
         return any(layer.input_scale is not None for layer in layers)
 
     def example(self, batch: int, frames: int, used: int, seed: int = 0) -> dict[str, Tensor]:
@@ -164,19 +164,19 @@ class ExportableGraph:
         return inputs
 
 
-def exportable_graphs(network: nn.Module, config: NetworkConfig, variant: str) -> list[ExportableGraph]:
-    """The graphs of one of the three networks. It holds its scales in its own dtype from then on."""
+def exportable_graphs(model: nn.Module, config: ModelConfig, variant: str) -> list[ExportableGraph]:
+    """The graphs of one of the three models. It holds its scales in its own dtype from then on."""
     graphs: dict[str, nn.Module]
-    if isinstance(network, CausalDiT):
-        graphs = {PROMPT_KV: PromptKVGraph(network), DIT: DiTGraph(network, variant == "infinity")}
-    elif isinstance(network, VAEDecoder):
-        graphs = {VAE_OPENING: VAEGraph(network, opening=True), VAE_STEADY: VAEGraph(network, opening=False)}
+    if isinstance(model, CausalDiT):
+        graphs = {PROMPT_KV: PromptKVGraph(model), DIT: DiTGraph(model, variant == "infinity")}
+    elif isinstance(model, VAEDecoder):
+        graphs = {VAE_OPENING: VAEGraph(model, opening=True), VAE_STEADY: VAEGraph(model, opening=False)}
     else:
-        assert isinstance(network, TextEncoder), type(network)
-        graphs = {TEXT_ENCODER: network}
-    dtype = next(network.parameters()).dtype
-    for layer in network.modules():
+        assert isinstance(model, TextEncoder), type(model)
+        graphs = {TEXT_ENCODER: model}
+    dtype = next(model.parameters()).dtype
+    for layer in model.modules():
         if isinstance(layer, Quantized):
             layer.hold_scales_in(dtype)
     table = graph_io(config, variant)
-    return [ExportableGraph(io=table[name], network=graph, config=config) for name, graph in graphs.items()]
+    return [ExportableGraph(io=table[name], model=graph, config=config) for name, graph in graphs.items()]

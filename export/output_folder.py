@@ -86,7 +86,7 @@ def write_record(config: ServeConfig, out: Path, made: dict[str, dict[str, Any]]
         "made_by": MADE_BY,
         "format": FORMAT,
         "preset": config.preset,
-        "sizes": dataclasses.asdict(config.network),
+        "sizes": dataclasses.asdict(config.model_config),
         "dtype": dit["dtype"],
         "files": {name: {"bytes": (out / name).stat().st_size, "sources": made[name]["sources"]} for name in made},
         "tokenizer": _contents(out / CONVERTED_TOKENIZER_FOLDER),

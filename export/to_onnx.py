@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports the networks of a serve.toml as ONNX graphs: `python -m export.to_onnx --out graphs/demo`.
+"""Exports the models of a serve.toml as ONNX graphs: `python -m export.to_onnx --out graphs/demo`.
 
 In float32 ONNX Runtime runs every graph, and the result may be as far from PyTorch's in float64 as float32's rounding
 takes it, which PyTorch's own float32 result tells: it depends on the processor. In float16 and bfloat16 they are the
@@ -30,13 +30,13 @@ from longlive_serve.backends.exported.io_spec import BATCH, FRAMES, USED, GraphT
 from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest, sizes_of
 from longlive_serve.backends.exported.onnxruntime_session import OnnxRuntimeGraph
 from longlive_serve.backends.float64 import LEAST, Float64, error, may_be
-from longlive_serve.config.presets import DIT, NETWORKS, NetworkConfig
+from longlive_serve.config.presets import DIT, MODELS, ModelConfig
 from longlive_serve.config.serve_config import AUTO, ONNXRUNTIME, ServeConfig
 from longlive_serve.models.quantization.int8_fp8_layers import Quantized
 from longlive_serve.observability.log_setup import at_level
-from longlive_serve.replay import Case, case_network, read_tensors
+from longlive_serve.replay import Case, case_model, read_tensors
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
-from longlive_serve.weights.loader import adapters_of, fingerprint, load_network, recipe
+from longlive_serve.weights.loader import adapters_of, fingerprint, load_model, recipe
 
 MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -46,12 +46,12 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 class Source:
     """What is exported."""
 
-    sizes: NetworkConfig
+    sizes: ModelConfig
     variant: str
     load: Callable[[str, torch.dtype], nn.Module]
-    """A network by name, on the CPU."""
+    """A model by name, on the CPU."""
     fingerprint: Callable[[str], str]
-    """What a network's weights came from."""
+    """What a model's weights came from."""
     recipe: Callable[[str], str]
     """What it was quantized with, or nothing."""
 
@@ -88,12 +88,12 @@ def source_of_config(config: ServeConfig) -> Source:
     adapters, use_ema = adapters_of(config), config.use_ema
 
     def load(name: str, dtype: torch.dtype) -> nn.Module:
-        where = (name, config.network, config.weights, "cpu", dtype)
-        network: nn.Module = load_network(*where, adapters=adapters, use_ema=use_ema)
-        return network
+        where = (name, config.model_config, config.weights, "cpu", dtype)
+        model: nn.Module = load_model(*where, adapters=adapters, use_ema=use_ema)
+        return model
 
     return Source(
-        sizes=config.network,
+        sizes=config.model_config,
         variant=config.variant,
         load=load,
         fingerprint=lambda name: fingerprint(name, config.weights, adapters, use_ema),
@@ -105,21 +105,21 @@ def source_of_case(path: Path) -> Source:
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
     return Source(
-        sizes=case.network,
+        sizes=case.model_config,
         variant=case.variant,
-        load=lambda _, dtype: case_network(case, tensors).to(dtype),
+        load=lambda _, dtype: case_model(case, tensors).to(dtype),
         fingerprint=lambda _: path.name,
         recipe=lambda _: "",
     )
 
 
-def export(source: Source, networks: list[str], dtype: str, folder: Path, check: bool) -> Iterator[Written]:
-    """Write the graphs of `networks` to `folder`, its manifest after each of them; others in it stay."""
+def export(source: Source, models: list[str], dtype: str, folder: Path, check: bool) -> Iterator[Written]:
+    """Write the graphs of `models` to `folder`, its manifest after each of them; others in it stay."""
     folder.mkdir(parents=True, exist_ok=True)
     graphs = dict(_manifest_there(source, folder))
-    for name in networks:
-        network, weights = source.load(name, getattr(torch, dtype)), source.fingerprint(name)
-        for graph in exportable_graphs(network, source.sizes, source.variant):
+    for name in models:
+        model, weights = source.load(name, getattr(torch, dtype)), source.fingerprint(name)
+        for graph in exportable_graphs(model, source.sizes, source.variant):
             began = time.monotonic()
             file = GraphFile(
                 file=f"{graph.io.name}.onnx", dtype=dtype, weights=weights, quantization=source.recipe(name)
@@ -163,7 +163,7 @@ def write_graph(graph: ExportableGraph, path: Path) -> int:
     # Where sizes may vary, PyTorch takes longer to read its cache of shapes than to find them out.
     with torch.no_grad(), quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program = torch.onnx.export(
-            Flat(graph.network).eval(),
+            Flat(graph.model).eval(),
             tuple(example.values()),
             dynamo=True,
             opset_version=graph.opset,
@@ -187,14 +187,14 @@ def quiet() -> Iterator[None]:
 
 
 class Flat(nn.Module):
-    """Any network as one of some inputs, so that the exporter is told of all in the same way."""
+    """Any model as one of some inputs, so that the exporter is told of all in the same way."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.network(*inputs)
+        return self.model(*inputs)
 
 
 def compare(graph: ExportableGraph, file: GraphFile, folder: Path) -> Comparison:
@@ -222,17 +222,17 @@ def compare(graph: ExportableGraph, file: GraphFile, folder: Path) -> Comparison
 def both_of_torch(graph: ExportableGraph, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """A graph's outputs in float32, and beside them those in float64, or without the rounding to 8 bits."""
     made = []
-    for beside in (contextlib.nullcontext(), unrounded(graph.network) if graph.rounds else Float64()):
+    for beside in (contextlib.nullcontext(), unrounded(graph.model) if graph.rounds else Float64()):
         with beside:
-            out = graph.network(*inputs.values())
+            out = graph.model(*inputs.values())
         made.append(out if isinstance(out, tuple) else (out,))
     return made
 
 
 @contextlib.contextmanager
-def unrounded(network: nn.Module) -> Iterator[None]:
+def unrounded(model: nn.Module) -> Iterator[None]:
     """Layers leave their inputs as they are."""
-    scales = {layer: layer.input_scale for layer in network.modules() if isinstance(layer, Quantized)}
+    scales = {layer: layer.input_scale for layer in model.modules() if isinstance(layer, Quantized)}
     try:
         for layer in scales:
             layer.input_scale = None
@@ -254,10 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
     text = "instead: the DiT of a known case, for `python -m longlive_serve.replay`"
     what.add_argument("--case", type=Path, metavar="CASE.json", help=text)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="graphs in it of other networks stay")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="graphs in it of other models stay")
     parser.add_argument("--dtype", choices=[name for name in ServeConfig.DTYPES if name != AUTO], default="float32")
-    text = "which networks; the text encoder and the VAE may have other dtypes than the DiT (default: all)"
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help=text)
+    text = "which models; the text encoder and the VAE may have other dtypes than the DiT (default: all)"
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help=text)
     parser.add_argument("--no-check", action="store_true", help="do not run them in ONNX Runtime (at full size: hours)")
     arguments = parser.parse_args(argv)
     table = Table("graph", "operators", "MB", "seconds", "error", "may be", title=f"{arguments.out}, {arguments.dtype}")
@@ -268,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.case
             else source_of_config(ServeConfig.from_toml(arguments.config))
         )
-        networks = [DIT] if arguments.case else arguments.networks
+        models = [DIT] if arguments.case else arguments.models
         with Console(stderr=True).status("exporting") as status:
-            for done in export(source, networks, arguments.dtype, arguments.out, not arguments.no_check):
+            for done in export(source, models, arguments.dtype, arguments.out, not arguments.no_check):
                 status.update(f"exported {done.name}")
                 failed |= done.comparison is not None and not done.comparison.fits
                 table.add_row(*cells(done, arguments.out))

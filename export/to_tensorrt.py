@@ -24,7 +24,7 @@ from longlive_serve.backends.exported.io_spec import graph_io
 from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest
 from longlive_serve.backends.exported.tensorrt_library import LIBRARIES, TENSORRT, use
 from longlive_serve.config import serve_config
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.weights.loader import sha256
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def build(
     from longlive_serve.backends.exported.tensorrt_session import machine
 
     given = _read_graphs(source, graphs)
-    sizes = NetworkConfig.from_sizes(given.sizes)
+    sizes = ModelConfig.from_sizes(given.sizes)
     here = {"library": library, **machine(torch.device("cuda"), library), **dataclasses.asdict(options)}
     made = _plans_there(out, given, sizes)
     made.versions[library] = here["tensorrt"]
@@ -87,7 +87,7 @@ def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
     return manifest
 
 
-def _plans_there(out: Path, given: Manifest, sizes: NetworkConfig) -> Manifest:
+def _plans_there(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
     """What `out` holds already; without a manifest, nothing."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists():

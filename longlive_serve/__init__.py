@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LongLive 1.0 as a streaming service: networks, KV state, sessions and the service that runs them."""
+"""LongLive 1.0 as a streaming service: models, KV state, sessions and the service that runs them."""
 
 import os
 

@@ -25,7 +25,7 @@ from longlive_serve.backends.exported.modules import GraphDiT
 from longlive_serve.backends.float64 import Float64, error, may_be
 from longlive_serve.backends.registry import open_graphs
 from longlive_serve.backends.torch_backend import TorchDiT
-from longlive_serve.config.presets import DIT, PRESETS, DiTConfig, NetworkConfig, WindowConfig
+from longlive_serve.config.presets import DIT, PRESETS, DiTConfig, ModelConfig, WindowConfig
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, Session
@@ -67,10 +67,10 @@ class Case:
         return "infinity" if self.relative else "base"
 
     @property
-    def network(self) -> NetworkConfig:
-        """The case as a network configuration; its text encoder and VAE are stand-ins that nothing runs."""
+    def model_config(self) -> ModelConfig:
+        """The case as a model configuration; its text encoder and VAE are stand-ins that nothing runs."""
         _, height, width = self.latent
-        return NetworkConfig(
+        return ModelConfig(
             name="case",
             dit=self.config,
             vae=PRESETS["tiny"].vae,
@@ -121,11 +121,11 @@ class NoDecoder:
         return torch.empty((0, 0, 0, 3), dtype=torch.uint8), cache
 
 
-def case_network(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:
+def case_model(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:
     """The DiT with the weights of a case, float32 on the CPU."""
-    network = CausalDiT(case.config)
-    load_strictly(network, _with_prefix(tensors, "weights."), "weights")
-    return network.eval()
+    model = CausalDiT(case.config)
+    load_strictly(model, _with_prefix(tensors, "weights."), "weights")
+    return model.eval()
 
 
 def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu") -> Tensor:
@@ -148,7 +148,7 @@ def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu"
     )
     for index, frame in enumerate(case.switches):
         session.add_prompt(f"p{index + 1}", frame)
-    runner = ModelRunner(backends, case.network, case.variant)
+    runner = ModelRunner(backends, case.model_config, case.variant)
     latents = []
     for _ in range(case.chunks):
         runner.advance(session)
@@ -158,14 +158,14 @@ def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu"
 
 def exact_latents(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     """As `replay` of PyTorch on the CPU, in float64: what every float32 result is a rounding of."""
-    dit = TorchDiT(case_network(case, tensors).double(), case.network, 1, case.variant)
+    dit = TorchDiT(case_model(case, tensors).double(), case.model_config, 1, case.variant)
     with torch.inference_mode(), Float64():
         return replay(case, tensors, dit)
 
 
 def rounding(case: Case, tensors: dict[str, Tensor]) -> float:
     """What float32 may do to the latents of a case, by what it does to them here in PyTorch on the CPU."""
-    latents = replay(case, tensors, TorchDiT(case_network(case, tensors), case.network, 1, case.variant))
+    latents = replay(case, tensors, TorchDiT(case_model(case, tensors), case.model_config, 1, case.variant))
     return may_be(latents, exact_latents(case, tensors))
 
 
@@ -175,7 +175,7 @@ def read_tensors(case: Case, path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    window = case.network.window
+    window = case.model_config.window
     video = (1, window.chunk * case.chunks, *case.latent)
     text = (1, case.config.text_len, case.config.text_dim)
     renoise = (3 * case.chunks, window.chunk, *case.latent)
@@ -194,18 +194,18 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) -> DiT:
     if arguments.graphs is None:
-        network = case_network(case, tensors).to(arguments.device, getattr(torch, arguments.dtype))
+        model = case_model(case, tensors).to(arguments.device, getattr(torch, arguments.dtype))
         if arguments.backend == TORCH:
-            return TorchDiT(network, case.network, 1, case.variant)
+            return TorchDiT(model, case.model_config, 1, case.variant)
         try:
             from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
         except ImportError as error:
             raise ValueError(f"--backend {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
         fp8 = arguments.fp8 or arguments.fp8_attention
-        return FusedDiT(network, case.network, 1, case.variant, fp8, arguments.fp8_attention)
+        return FusedDiT(model, case.model_config, 1, case.variant, fp8, arguments.fp8_attention)
     backend = Manifest.read(arguments.graphs).backend
-    graphs = open_graphs(DIT, backend, arguments.graphs, case.network, case.variant, arguments.device)
-    return GraphDiT(graphs, case.network, 1, case.variant)
+    graphs = open_graphs(DIT, backend, arguments.graphs, case.model_config, case.variant, arguments.device)
+    return GraphDiT(graphs, case.model_config, 1, case.variant)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,7 +41,7 @@ class Seen:
     """What it depends on: a run goes on only where all of these are the same."""
     sessions: int = 0
     amax: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """Largest absolute inputs of the layers watched, by network and layer: [] or [1, ..., in]."""
+    """Largest absolute inputs of the layers watched, by model and layer: [] or [1, ..., in]."""
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, str]) -> Seen:
@@ -80,21 +80,21 @@ def chunks_of_session(runner: ModelRunner) -> int:
 
 
 def calibrate(
-    networks: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module],
     formats: Mapping[str, Mapping[str, Format]],
     runner: ModelRunner,
     prompts: list[str],
     seen: Seen,
     on_session: Callable[[int], None],
 ) -> dict[str, dict[str, Observed]]:
-    """What the layers of `formats` (by network, by layer) are given while `runner` makes a video per prompt.
+    """What the layers of `formats` (by model, by layer) are given while `runner` makes a video per prompt.
 
-    `runner` runs `networks`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
+    `runner` runs `models`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
     how many sessions are done after each, the first time with those of an earlier run.
     """
     mtq = _modelopt()
     _teach_causal_conv3d()
-    together = nn.ModuleDict(networks)
+    together = nn.ModuleDict(models)
 
     def watch(_: nn.Module) -> None:
         quantizers = _enabled_input_quantizers(together)
@@ -111,16 +111,16 @@ def calibrate(
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
         warnings.filterwarnings("ignore", message=".* skip")  # SmoothQuant on layers that have no 8-bit inputs
         mtq.quantize(together, modelopt_config(formats), watch)
-    return {name: _observed(networks[name], layers) for name, layers in formats.items()}
+    return {name: _observed(models[name], layers) for name, layers in formats.items()}
 
 
 def modelopt_config(formats: Mapping[str, Mapping[str, Format]]) -> dict[str, Any]:
     """ModelOpt's configuration: all quantizers off (LayerNorms have one by default) but those of `formats`."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     alphas = set()
-    for network, layers in formats.items():
+    for model, layers in formats.items():
         for layer, format in layers.items():
-            bits, name = MODELOPT_BITS[format.dtype], f"{network}.{layer}"
+            bits, name = MODELOPT_BITS[format.dtype], f"{model}.{layer}"
             entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}})
             if format.inputs:
                 entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
@@ -148,9 +148,9 @@ def _teach_causal_conv3d() -> None:
         QuantModuleRegistry.register({CausalConv3d: "CausalConv3d"})(QuantLinearConvBase)
 
 
-def _enabled_input_quantizers(network: nn.Module) -> dict[str, Any]:
+def _enabled_input_quantizers(model: nn.Module) -> dict[str, Any]:
     suffix = ".input_quantizer"
-    modules: dict[str, Any] = dict(network.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return {
         name.removesuffix(suffix): module
         for name, module in modules.items()
@@ -158,12 +158,12 @@ def _enabled_input_quantizers(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def _observed(network: nn.Module, layers: Mapping[str, Format]) -> dict[str, Observed]:
+def _observed(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, Observed]:
     found = {}
     for layer, format in layers.items():
         if not format.inputs:
             continue
-        quantizer: Any = network.get_submodule(layer).input_quantizer
+        quantizer: Any = model.get_submodule(layer).input_quantizer
         if format.smoothing is None:
             found[layer] = Observed(amax=quantizer.amax.float().cpu())
         else:
@@ -175,9 +175,9 @@ def _observed(network: nn.Module, layers: Mapping[str, Format]) -> dict[str, Obs
 def settings_of(
     formats: Mapping[str, Mapping[str, Format]], prompts: list[str], sources: Mapping[str, str], variant: str
 ) -> dict[str, str]:
-    """What a calibration depends on, as the metadata of its file; `formats` by network, by layer."""
-    layers = [f"{network}.{layer}: {format}" for network, own in formats.items() for layer, format in own.items()]
-    kinds = {f"{network} {format}" for network, own in formats.items() for format in own.values()}
+    """What a calibration depends on, as the metadata of its file; `formats` by model, by layer."""
+    layers = [f"{model}.{layer}: {format}" for model, own in formats.items() for layer, format in own.items()]
+    kinds = {f"{model} {format}" for model, own in formats.items() for format in own.values()}
     return {
         "formats": ", ".join(sorted(kinds)),
         "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest(),

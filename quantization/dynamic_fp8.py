@@ -49,10 +49,10 @@ def simulate(runner: ModelRunner) -> None:
     """`fp8`: such layers where the fused backend has FP8 products: in the blocks, but not for prompts."""
     dit = runner.backends.dit
     assert isinstance(dit, TorchDiT)
-    for number, block in enumerate(dit.network.blocks):
+    for number, block in enumerate(dit.model.blocks):
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear) and name not in ("cross_attn.k", "cross_attn.v"):
-                dit.network.set_submodule(f"blocks.{number}.{name}", DynamicFP8Linear(layer))
+                dit.model.set_submodule(f"blocks.{number}.{name}", DynamicFP8Linear(layer))
 
 
 def simulate_attention(runner: ModelRunner) -> None:
@@ -61,9 +61,9 @@ def simulate_attention(runner: ModelRunner) -> None:
     assert isinstance(dit, TorchDiT)
     levels = [*dit.timesteps, dit.clean_timestep]
     with torch.no_grad():
-        scales = attention_scales(dit.network, [modulation(dit.network, level) for level in levels])
+        scales = attention_scales(dit.model, [modulation(dit.model, level) for level in levels])
     simulate(runner)
-    for block, of_layer in zip(dit.network.blocks, scales, strict=True):
+    for block, of_layer in zip(dit.model.blocks, scales, strict=True):
         attention: Attention = block.self_attn
         attention.attend = functools.partial(_attend, attention, of_layer)  # type: ignore[method-assign]
 
@@ -84,7 +84,7 @@ def simulate_decoder(runner: ModelRunner) -> None:
     """`fp8_decoder`: such convolutions in the residual blocks, which do nearly all of the Wan VAE's work."""
     decoder = runner.backends.vae_decoder
     assert isinstance(decoder, TorchVAEDecoder)
-    for block in decoder.network.modules():
+    for block in decoder.model.modules():
         if isinstance(block, ResidualBlock):
             for norm, conv in block.normed_convolutions():
                 weight = rounded_by_rows(conv.weight.detach().flatten(1)).view_as(conv.weight)

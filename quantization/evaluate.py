@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what each recipe costs: `python -m quantization.evaluate --json results/quantization.json --plot PNG`.
 
-It quantizes the demo network by every recipe and holds it against the unquantized one: bytes, the error of single
+It quantizes the demo model by every recipe and holds it against the unquantized one: bytes, the error of single
 forwards, the error of whole videos, and what an exact reader of frames sees. Sizes are measured at full size as well.
 """
 
@@ -61,7 +61,7 @@ MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
 
 def quantize_all(config: ServeConfig, recipes: Sequence[str], folder: Path) -> dict[str, str]:
-    """The demo network by every recipe: folders of weights."""
+    """The demo model by every recipe: folders of weights."""
     prompts = read_prompts(DEFAULT_PROMPTS)
     with Progress(console=Console(stderr=True)) as bar:
         for recipe in recipes:
@@ -77,13 +77,13 @@ def quantize_all(config: ServeConfig, recipes: Sequence[str], folder: Path) -> d
 def full_size_ratios(folder: Path) -> dict[str, dict[str, Any]]:
     """By recipe: bytes of the full-size checkpoint (the DiT's if that is quantized) against the same in bfloat16."""
     found: dict[str, dict[str, Any]] = {}
-    for network in MEASURED_AT_FULL_SIZE:
-        formats = {name: recipe[network] for name, recipe in RECIPES.items() if network in recipe and name not in found}
-        written = full_size_bytes(network, formats, folder)
+    for model in MEASURED_AT_FULL_SIZE:
+        formats = {name: recipe[model] for name, recipe in RECIPES.items() if model in recipe and name not in found}
+        written = full_size_bytes(model, formats, folder)
         for name in formats:
             found[name] = {
                 "bytes_ratio": written[name] / written["bfloat16"],
-                "bytes_ratio_of": f"{network} of {FULL_SIZE}: checkpoint file, against the same in bfloat16",
+                "bytes_ratio_of": f"{model} of {FULL_SIZE}: checkpoint file, against the same in bfloat16",
                 "full_size_bytes": {"bfloat16": written["bfloat16"], "quantized": written[name]},
             }
     return found
@@ -104,12 +104,12 @@ def quality(workers: Workers, captions: int, switches: int) -> dict[str, Any]:
 
 def of_recipe(config: ServeConfig, name: str, folder: str) -> dict[str, Any]:
     """What needs no video: formats and sizes."""
-    found = sizes(config.network, folder)
-    plain = sizes(config.network, config.weights)["bytes_in_memory"]  # in bfloat16
-    network = next(network for network in MEASURED_AT_FULL_SIZE if network in RECIPES[name])
+    found = sizes(config.model_config, folder)
+    plain = sizes(config.model_config, config.weights)["bytes_in_memory"]  # in bfloat16
+    model = next(model for model in MEASURED_AT_FULL_SIZE if model in RECIPES[name])
     return {
-        "formats": {network: str(format) for network, format in RECIPES[name].items()},
-        "bytes_ratio_demo": found["bytes_on_disk"][network] / plain[network],
+        "formats": {model: str(format) for model, format in RECIPES[name].items()},
+        "bytes_ratio_demo": found["bytes_on_disk"][model] / plain[model],
         **found,
     }
 
@@ -118,7 +118,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     """Fill `record`, and say after each part that there is more in it."""
     config = ServeConfig(preset="demo", weights=str(weights), backend="torch", device="cpu", slots=1)
     folders = quantize_all(config, [name for name in counts.columns if name in RECIPES], folder)
-    record[UNQUANTIZED] = record.get(UNQUANTIZED, {}) | sizes(config.network, config.weights)
+    record[UNQUANTIZED] = record.get(UNQUANTIZED, {}) | sizes(config.model_config, config.weights)
     recipes = record.setdefault("recipes", {})
     if folders:
         measure_recipes(config, folders, recipes, folder)
@@ -156,7 +156,7 @@ def measure_recipes(config: ServeConfig, folders: dict[str, str], recipes: dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quantization.evaluate", description=__doc__)
-    text = "weights of the demo network (default: the shipped ones)"
+    text = "weights of the demo model (default: the shipped ones)"
     parser.add_argument("--weights", type=Path, metavar="FOLDER", default=SHIPPED, help=text)
     text = "keep the quantized weights here, and go on with calibrations begun there (default: they are deleted)"
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help=text)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error of a quantized DiT's forwards, given the same inputs as the unquantized one: per noise level and per block.
 
-Called by `evaluate`. The model runner follows the unquantized network; the others look on with a copy of its cache.
+Called by `evaluate`. The model runner follows the unquantized model; the others look on with a copy of its cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Watched:
         self.backend = backend
         self.outputs: list[Tensor] = []
         self.prompt_kv: PromptKV | None = None
-        for block in backend.network.blocks:
+        for block in backend.model.blocks:
             block.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
 
     def denoise(self, noisy: Tensor, step: int, slot: int, placement: KVCachePlan) -> Tensor:
@@ -52,7 +52,7 @@ class Onlookers:
     def __init__(self, leader: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
         self.leader, self.dtype, self.cache_dtype = Watched(leader), leader.dtype, leader.cache_dtype
         self.others = {name: Watched(backend) for name, backend in others.items()}
-        layers = len(leader.network.blocks)
+        layers = len(leader.model.blocks)
         self.flow = {name: [list[float]() for _ in leader.timesteps] for name in others}
         self.blocks = {name: [list[float]() for _ in range(layers)] for name in others}
 
@@ -89,15 +89,15 @@ def flow_errors(
     leader, others = _torch_dit(backends.dit), {}
     for name, folder in folders.items():
         quantized = _torch_dit(build_backends(dataclasses.replace(config, weights=folder)).dit)
-        for block in range(config.network.dit.num_layers):
-            alone = TorchDiT(with_block(leader.network, quantized.network, block), config.network, 1, config.variant)
+        for block in range(config.model_config.dit.num_layers):
+            alone = TorchDiT(with_block(leader.model, quantized.model, block), config.model_config, 1, config.variant)
             others[f"{name} {block}"] = alone
         others[name] = quantized
     onlookers = Onlookers(leader, others)
-    runner = ModelRunner(dataclasses.replace(backends, dit=onlookers), config.network, config.variant)
+    runner = ModelRunner(dataclasses.replace(backends, dit=onlookers), config.model_config, config.variant)
     for number in range(sessions):
         calibration_session(runner, list(prompts), number)
-    blocks = range(config.network.dit.num_layers)
+    blocks = range(config.model_config.dit.num_layers)
     return {
         name: {
             "flow_rel_error_by_step": [mean(errors) for errors in onlookers.flow[name]],
@@ -110,9 +110,9 @@ def flow_errors(
     }
 
 
-def with_block(network: CausalDiT, quantized: CausalDiT, block: int) -> CausalDiT:
-    """`network` with one block of `quantized`."""
-    mixed = copy.deepcopy(network)
+def with_block(model: CausalDiT, quantized: CausalDiT, block: int) -> CausalDiT:
+    """`model` with one block of `quantized`."""
+    mixed = copy.deepcopy(model)
     mixed.set_submodule(f"blocks.{block}", copy.deepcopy(quantized.blocks[block]))
     return mixed
 

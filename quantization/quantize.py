@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes the networks of a serve.toml: `python -m quantization.quantize --recipe int8 --out weights/int8`.
+"""Quantizes the models of a serve.toml: `python -m quantization.quantize --recipe int8 --out weights/int8`.
 
 FOLDER becomes a complete `weights` folder for serve.toml: the quantized checkpoints, copies of all other files, and
 quantization.json with what was done to every layer. Interrupted, the same command goes on after its last session.
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from longlive_serve.backends.registry import build_backends
-from longlive_serve.config.presets import DIT, NETWORKS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, WAN
+from longlive_serve.config.presets import DIT, MODELS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, WAN
 from longlive_serve.config.serve_config import TORCH, ServeConfig
 from longlive_serve.config.text_files import read_text
 from longlive_serve.engine.model_runner import ModelRunner
@@ -41,9 +41,9 @@ RECORD = "quantization.json"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts.txt"
 PACKAGES = ("torch", "nvidia-modelopt", "safetensors", "longlive-serve")
 ALL_ON_TORCH: dict[str, Any] = {"backend": TORCH, "fp8": False, "decoder": WAN}
-ALL_ON_TORCH |= {f"{network}_backend": "" for network in NETWORKS}
+ALL_ON_TORCH |= {f"{model}_backend": "" for model in MODELS}
 Formats = dict[str, dict[str, Format]]
-"""By network, by layer."""
+"""By model, by layer."""
 
 
 def quantize(
@@ -61,17 +61,17 @@ def quantize(
     """
     formats = combined(recipes)
     _check(config, formats, prompts, out)
-    sources = {network: fingerprint(network, config.weights) for network in NETWORKS}
+    sources = {model: fingerprint(model, config.weights) for model in MODELS}
     backends = build_backends(dataclasses.replace(config, **ALL_ON_TORCH, slots=1))
     parts: dict[str, Any] = {TEXT_ENCODER: backends.text_encoder, DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
-    networks = {name: parts[name].network for name in formats}
+    models = {name: parts[name].model for name in formats}
     layers: Formats = {}
     kept: dict[str, dict[str, str]] = {}
     for name, format in formats.items():
-        layers[name], kept[name] = formats_of_layers(name, networks[name], format)
+        layers[name], kept[name] = formats_of_layers(name, models[name], format)
     seen = Seen.load(out / calibration.FILE, settings_of(layers, prompts, sources, config.variant))
-    runner = ModelRunner(backends, config.network, config.variant)
-    observed = calibrate(networks, layers, runner, prompts, seen, on_session)
+    runner = ModelRunner(backends, config.model_config, config.variant)
+    observed = calibrate(models, layers, runner, prompts, seen, on_session)
     record = {
         "command": command,
         "recipe": " ".join(recipes),
@@ -89,13 +89,13 @@ def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str
     folder = Path(config.weights)
     if not folder.is_dir():
         raise ValueError(f"weights: got {config.weights!r}, expected a folder of checkpoints to quantize")
-    for name in (*NETWORKS, TINY_DECODER):
+    for name in (*MODELS, TINY_DECODER):
         file = find(name, config.weights)
         assert file is not None
         whole = file.path.parent == folder and not file.path.name.endswith(INDEX)
         if not whole or file.kind in (LONGLIVE, DIFFUSERS) or config.lora:
             raise ValueError(
-                f"weights: got the {name} in {file.path}, lora {config.lora!r}, expected a file for each network "
+                f"weights: got the {name} in {file.path}, lora {config.lora!r}, expected a file for each model "
                 "and no adapters: first python -m export.convert, then quantize what comes out"
             )
     if out.resolve() == folder.resolve():
@@ -132,18 +132,18 @@ def _write_folder(
     recipes: Sequence[str],
 ) -> dict[str, Any]:
     source, files = Path(config.weights), []
-    for network in NETWORKS:
-        quantized = QUANTIZED_FILE.format(network)
-        if network in layers:
+    for model in MODELS:
+        quantized = QUANTIZED_FILE.format(model)
+        if model in layers:
             state = quantized_state(
-                load_state(network, config.network, config.weights), layers[network], observed[network]
+                load_state(model, config.model_config, config.weights), layers[model], observed[model]
             )
-            about = {"recipe": owner(network, recipes), "source_sha256": record["sources"][network]}
+            about = {"recipe": owner(model, recipes), "source_sha256": record["sources"][model]}
             about |= {"date": record["date"], "versions": json.dumps(record["versions"])}
             write(out / quantized, state, about)
             files.append(quantized)
         else:
-            files.append(_file(network, config).name)
+            files.append(_file(model, config).name)
             shutil.copy2(source / files[-1], out / files[-1])
     if (tiny_decoder := _file(TINY_DECODER, config)).exists():
         shutil.copy2(tiny_decoder, out)
@@ -154,8 +154,8 @@ def _write_folder(
     return record
 
 
-def _file(network: str, config: ServeConfig) -> Path:
-    file = find(network, config.weights)
+def _file(model: str, config: ServeConfig) -> Path:
+    file = find(model, config.weights)
     assert file is not None
     return file.path
 
@@ -171,7 +171,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     described = "\n".join(
-        f"  {name:9} " + ", ".join(f"{network} {format}" for network, format in formats.items())
+        f"  {name:9} " + ", ".join(f"{model} {format}" for model, format in formats.items())
         for name, formats in RECIPES.items()
     )
     parser = argparse.ArgumentParser(
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "settings that name sizes, weights, variant and device (default: those of the model repository)"
     parser.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
-    text = "what to do; several at once if they are for different networks"
+    text = "what to do; several at once if they are for different models"
     parser.add_argument("--recipe", nargs="+", metavar="NAME", required=True, help=text)
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to; it may exist")
     text = "a session begins with each line and switches to the two after it (default: captions of the demo world)"

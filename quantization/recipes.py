@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe does to each layer: to which 8-bit format it goes, or why it keeps 16 bits.
 
-Read by calibration, by the writer of checkpoints and by the evaluation. Names of layers are those of our networks.
+Read by calibration, by the writer of checkpoints and by the evaluation. Names of layers are those of our models.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Format:
 
 
 Recipe = Mapping[str, Format]
-"""The format of each network that a recipe quantizes; it leaves the others alone."""
+"""The format of each model that a recipe quantizes; it leaves the others alone."""
 
 RECIPES: dict[str, Recipe] = {
     "int8": {
@@ -77,26 +77,26 @@ QUANTIZABLE = (nn.Linear, nn.Conv2d, CausalConv3d)
 
 
 def combined(names: Iterable[str]) -> Recipe:
-    """Several recipes as one. Raises ValueError for an unknown one, or two for the same network."""
+    """Several recipes as one. Raises ValueError for an unknown one, or two for the same model."""
     formats: dict[str, Format] = {}
     for name in names:
         if name not in RECIPES:
             raise ValueError(f"recipe: got {name!r}, expected some of {list(RECIPES)}")
         if twice := sorted(formats.keys() & RECIPES[name].keys()):
-            raise ValueError(f"recipe: got two for {', '.join(twice)} ({' '.join(names)}), expected one for a network")
+            raise ValueError(f"recipe: got two for {', '.join(twice)} ({' '.join(names)}), expected one for a model")
         formats |= RECIPES[name]
     return formats
 
 
-def owner(network: str, names: Iterable[str]) -> str:
-    """The recipe among `names` that quantizes `network`."""
-    return next(name for name in names if network in RECIPES[name])
+def owner(model: str, names: Iterable[str]) -> str:
+    """The recipe among `names` that quantizes `model`."""
+    return next(name for name in names if model in RECIPES[name])
 
 
-def formats_of_layers(name: str, network: nn.Module, format: Format) -> tuple[dict[str, Format], dict[str, str]]:
-    """The format of every layer of `network` (called `name`) that is quantized, and why each of the others is not."""
+def formats_of_layers(name: str, model: nn.Module, format: Format) -> tuple[dict[str, Format], dict[str, str]]:
+    """The format of every layer of `model` (called `name`) that is quantized, and why each of the others is not."""
     quantized, kept = {}, {}
-    for layer, module in network.named_modules():
+    for layer, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() < 2:
             continue

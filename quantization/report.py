@@ -18,7 +18,7 @@ SHORT = {DIT: "DiT", TEXT_ENCODER: "text", VAE_DECODER: "VAE"}
 
 
 def rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """A heading, then a row per measure; a column per recipe, the unquantized network first."""
+    """A heading, then a row per measure; a column per recipe, the unquantized model first."""
     columns = [record[UNQUANTIZED], *record["recipes"].values()]
     steps = len(next((c["flow_rel_error_by_step"] for c in columns if "flow_rel_error_by_step" in c), ()))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole videos of a quantized network beside those of the unquantized one, from the same prompts and noise.
+"""Whole videos of a quantized model beside those of the unquantized one, from the same prompts and noise.
 
-Called by `evaluate`; runs in the processes of `training.quality.workers`, on the demo network.
+Called by `evaluate`; runs in the processes of `training.quality.workers`, on the demo model.
 """
 
 from __future__ import annotations

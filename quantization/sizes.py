@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large checkpoints are: those of a folder, and those of the full-size networks, made from random numbers.
+"""How large checkpoints are: those of a folder, and those of the full-size models, made from random numbers.
 
 Called by `evaluate`. Sizes do not depend on values, so the full size needs no published weights.
 """
@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, NetworkConfig
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, ModelConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.vae.decoder import VAEDecoder
-from longlive_serve.weights.loader import load_network, load_state
+from longlive_serve.weights.loader import load_model, load_state
 from quantization.checkpoint import Observed, quantized_state, write
 from quantization.recipes import Format, formats_of_layers
 
@@ -28,11 +28,11 @@ def bytes_of(state: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in state.values())
 
 
-def sizes(config: NetworkConfig, weights: str) -> dict[str, dict[str, int]]:
-    """Bytes of every network's tensors: in its file in the folder, and in memory on a GPU, in bfloat16."""
-    in_memory = {name: load_network(name, config, weights, "cpu", torch.bfloat16).state_dict() for name in NETWORKS}
+def sizes(config: ModelConfig, weights: str) -> dict[str, dict[str, int]]:
+    """Bytes of every model's tensors: in its file in the folder, and in memory on a GPU, in bfloat16."""
+    in_memory = {name: load_model(name, config, weights, "cpu", torch.bfloat16).state_dict() for name in MODELS}
     return {
-        "bytes_on_disk": {name: bytes_of(load_state(name, config, weights)) for name in NETWORKS},
+        "bytes_on_disk": {name: bytes_of(load_state(name, config, weights)) for name in MODELS},
         "bytes_in_memory": {name: bytes_of(state) for name, state in in_memory.items()},
     }
 
@@ -44,12 +44,12 @@ def full_size_bytes(name: str, formats: Mapping[str, Format], folder: Path) -> d
     """
     sizes = PRESETS[FULL_SIZE]
     with torch.device("meta"):
-        network: nn.Module = CausalDiT(sizes.dit) if name == DIT else VAEDecoder(sizes.vae)
+        model: nn.Module = CausalDiT(sizes.dit) if name == DIT else VAEDecoder(sizes.vae)
     plain = folder / f"{name}.safetensors"
-    write(plain, {key: torch.randn(t.shape, dtype=torch.bfloat16) for key, t in network.state_dict().items()}, {})
+    write(plain, {key: torch.randn(t.shape, dtype=torch.bfloat16) for key, t in model.state_dict().items()}, {})
     written = {"bfloat16": plain.stat().st_size}
     for recipe, format in formats.items():
-        layers, _ = formats_of_layers(name, network, format)
+        layers, _ = formats_of_layers(name, model, format)
         state = load_file(plain)
         observed = {layer: _anything(state[f"{layer}.weight"], one) for layer, one in layers.items()}
         path = folder / f"{name}.{recipe}.safetensors"

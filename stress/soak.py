@@ -139,9 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("fps", int, FPS, "at which they watch"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: {default})")
-    parser.add_argument(
-        "--config", type=Path, metavar="TOML", help="settings of the server (default: the demo network)"
-    )
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (default: the demo model)")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
     made = Measurement.begin("stress.soak", argv)

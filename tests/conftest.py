@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks so small that threads would but wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models so small that threads would but wait for each other
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
 os.environ.pop("COLUMNS", None)  # to which commands wrap what they say; processes that share the tests are given one
 
@@ -25,7 +25,7 @@ from hypothesis import settings
 
 from export.to_onnx import Written, export, source_of_config
 from longlive_client.video_stream import VideoStream
-from longlive_serve.config.presets import DIT, NETWORKS
+from longlive_serve.config.presets import DIT, MODELS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.triton_server.launcher import TritonServer
 from tests.fakes.echo_server import Launched, write_repository
@@ -99,9 +99,9 @@ class ExportedGraphs:
     def _get(self, preset: str, variant: str) -> tuple[Path, list[Written]]:
         def write(folder: Path) -> list[Written]:
             # Only the DiT differs from variant to variant.
-            networks = list(NETWORKS) if variant == "base" else [DIT]
+            models = list(MODELS) if variant == "base" else [DIT]
             source = source_of_config(ServeConfig(preset=preset, variant=variant))
-            return list(export(source, networks, "float32", folder, check=True))
+            return list(export(source, models, "float32", folder, check=True))
 
         return made_once(self._factory, f"{preset}-{variant}", write)
 
@@ -113,7 +113,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraphs:
 
 @pytest.fixture(scope="session")
 def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """The golden network as graphs, by whether its RoPE is relative: what the command writes."""
+    """The golden model as graphs, by whether its RoPE is relative: what the command writes."""
 
     def graphs(relative: bool) -> Path:
         name = "dit_tiny_infinity" if relative else "dit_tiny_rollout"

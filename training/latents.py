@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> latents by a fixed linear map: the demo network's stand-in for a VAE encoder.
+"""Frames -> latents by a fixed linear map: the demo model's stand-in for a VAE encoder.
 
 Used by training only: serving needs no encoder. A latent pixel is 16 whitened principal components of a block of
 4 frames x 8 x 8 pixels; the first latent frame holds the first video frame four times. A latent frame depends on its
@@ -37,7 +37,7 @@ class Encoder:
 
     @classmethod
     def fit(cls, clips: int = 400, seed: int = 0) -> Encoder:
-        """Principal components over random clips, whitened over the content that the network has to tell apart."""
+        """Principal components over random clips, whitened over the content that the model has to tell apart."""
         generator = random.Random(seed)
         count, total, second = 0.0, torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
         for _ in range(clips):

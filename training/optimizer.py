@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for matrices and convolutions, AdamW for the rest: what the small networks need to train in minutes.
+"""Muon for matrices and convolutions, AdamW for the rest: what the small models need to train in minutes.
 
 Source: K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
 """
@@ -47,13 +47,13 @@ class Muon(torch.optim.Optimizer):
 
 
 class Average:
-    """The exponential moving average of a network's weights."""
+    """The exponential moving average of a model's weights."""
 
-    def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.99) -> None:
         self.decay = decay
-        self.weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        for name, tensor in network.state_dict().items():
+    def update(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
             self.weights[name].lerp_(tensor, 1 - self.decay)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sessions that the DiT is trained in: it goes on from its own frames, towards exactly drawn continuations.
 
-Used by `train_rollouts`. A video that a network continues for minutes is made of its own mistakes, which clean clips
+Used by `train_rollouts`. A video that a model continues for minutes is made of its own mistakes, which clean clips
 never show it. Here a batch of sessions is generated as the server's model runner generates them (window, sink, recache,
 four denoising steps), and since the world is drawn exactly, what should come next is known at every chunk boundary:
 the place of the shape is read off the session's own last frames, and the continuation is drawn from there.
@@ -61,10 +61,10 @@ class LiveView(CacheView):
 class Rollout:
     """A batch of sessions in lockstep: every session is at the same chunk and switches prompts with the others."""
 
-    def __init__(self, network: CausalDiT, window: Window, tables: RotaryTables, encoder: Encoder) -> None:
-        self.network, self.window, self.tables, self.encoder = network, window, tables, encoder
+    def __init__(self, model: CausalDiT, window: Window, tables: RotaryTables, encoder: Encoder) -> None:
+        self.model, self.window, self.tables, self.encoder = model, window, tables, encoder
         self.schedule = FlowMatchScheduler()
-        self.cache = LiveCache(network.config.num_layers, window.capacity)
+        self.cache = LiveCache(model.config.num_layers, window.capacity)
         self.context_latents: deque[Tensor] = deque(maxlen=window.capacity)
         self.attributes: list[Attributes] = []
         self.chunk = 0
@@ -107,7 +107,7 @@ class Rollout:
         view = LiveView(self.cache, self.tables, self.window.step(self.chunk))
         x, losses = torch.randn(targets.shape), []
         for step in range(self.schedule.steps):
-            flow = self.network(x, self.schedule.timesteps[step].expand(x.shape[:2]), prompt_kv, view)
+            flow = self.model(x, self.schedule.timesteps[step].expand(x.shape[:2]), prompt_kv, view)
             losses.append((flow - (x - targets) / self.schedule.sigmas[step]).square().mean())
             clean = self.schedule.convert_flow_pred_to_x0(x, flow.detach(), step)
             if step + 1 < self.schedule.steps:
@@ -139,14 +139,14 @@ class Rollout:
     def _commit(self, prompt_kv: PromptKV, placement: KVCachePlan) -> None:
         latents = self.context_latents[-1]
         view = LiveView(self.cache, self.tables, placement)
-        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
+        self.model(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
     def _recache(self, prompt_kv: PromptKV, keep_sink: bool) -> None:
         placement = self.window.recache(self.chunk, keep_sink)
         oldest = self.chunk - len(self.context_latents)
         latents = torch.cat([self.context_latents[chunk - oldest] for chunk in placement.chunks], 1)
         view = LiveView(self.cache, self.tables, placement)
-        self.network(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
+        self.model(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
 
 def whereabouts(frames: Tensor, look: Attributes) -> tuple[float, float]:

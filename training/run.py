@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run that can be stopped and resumed: network, optimisers, averaged weights, random numbers, progress.
+"""A training run that can be stopped and resumed: model, optimisers, averaged weights, random numbers, progress.
 
 `train_decoder` and `train_dit` say what is learned; this says how.
 """
@@ -26,18 +26,18 @@ class Run:
     """Base of a run: subclasses give `losses` and may give another `rate`."""
 
     def __init__(
-        self, network: nn.Module, matrices: Sequence[nn.Parameter], muon_lr: float, steps: int, seed: int, device: str
+        self, model: nn.Module, matrices: Sequence[nn.Parameter], muon_lr: float, steps: int, seed: int, device: str
     ) -> None:
         """`matrices`: the parameters that Muon trains; AdamW trains the others."""
         self.steps, self.step, self.device = steps, 0, device
-        self.network = network.to(device)
+        self.model = model.to(device)
         self.generator = random.Random(seed)
         self.muon_lr = muon_lr
         chosen = {id(parameter) for parameter in matrices}
         self.muon = Muon(matrices, muon_lr)
-        others = [parameter for parameter in network.parameters() if id(parameter) not in chosen]
+        others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
         self.adam = torch.optim.AdamW(others, ADAM_LR, weight_decay=0.0)
-        self.average = Average(network)
+        self.average = Average(model)
 
     def losses(self) -> dict[str, Tensor]:
         """The losses of one batch by name; their sum is minimised."""
@@ -48,7 +48,7 @@ class Run:
         raise NotImplementedError
 
     def train(self, checkpoint: Path) -> nn.Module:
-        """Run to the last step, from the checkpoint if there is one. Returns the network with averaged weights."""
+        """Run to the last step, from the checkpoint if there is one. Returns the model with averaged weights."""
         if checkpoint.exists():
             self.resume(checkpoint)
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeRemainingColumn())
@@ -60,27 +60,27 @@ class Run:
                 if self.step % SAVE_EVERY == 0:
                     progress.console.print(f"step {self.step}: {text}")
                     self.save(checkpoint)
-        self.network.load_state_dict(self.average.weights)
-        return self.network.cpu().eval()
+        self.model.load_state_dict(self.average.weights)
+        return self.model.cpu().eval()
 
     def train_one(self) -> dict[str, float]:
         rate = self.rate()
         self.muon.param_groups[0]["lr"] = self.muon_lr * rate
         self.adam.param_groups[0]["lr"] = ADAM_LR * rate
         losses = self.losses()
-        self.network.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.muon.step()
         self.adam.step()
-        self.average.update(self.network)
+        self.average.update(self.model)
         self.step += 1
         return {name: loss.item() for name, loss in losses.items()}
 
     def save(self, path: Path) -> None:
         state = {
             "step": self.step,
-            "network": self.network.state_dict(),
+            "model": self.model.state_dict(),
             "average": self.average.weights,
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
@@ -94,7 +94,7 @@ class Run:
     def resume(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
         self.step = state["step"]
-        self.network.load_state_dict(state["network"])
+        self.model.load_state_dict(state["model"])
         self.average.weights = state["average"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many chunks of a video in one forward of the serving network, each seeing what it would see in a session.
+"""Many chunks of a video in one forward of the serving model, each seeing what it would see in a session.
 
 Used by training. The forward's frames are the clean chunks followed by the noisy ones; a mask takes the place of the
 KV cache. A test holds that the flows are those of the chunk-by-chunk way.
@@ -44,7 +44,7 @@ def chunk_mask(window: Window, chunks: int) -> Tensor:
 
 
 def flows(
-    network: CausalDiT,
+    model: CausalDiT,
     clean: Tensor,
     noisy: Tensor,
     timesteps: Tensor,
@@ -53,7 +53,7 @@ def flows(
 ) -> Tensor:
     """Flows of `noisy` [B, F, channels, h, w] at `timesteps` [B, F], with `clean` (of the same shape) as history."""
     frames = clean.shape[1]
-    both: Tensor = network(
+    both: Tensor = model(
         torch.cat([clean, noisy], 1), torch.cat([torch.zeros_like(timesteps), timesteps], 1), prompt_kv, view
     )
     return both[:, frames:]

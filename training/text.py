@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo network's tokenizer: one token per word of the world, in the file format of Hugging Face.
+"""The demo model's tokenizer: one token per word of the world, in the file format of Hugging Face.
 
 Used by training, which writes it beside the weights. Serving loads it like umT5's own.
 """

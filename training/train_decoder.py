@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo network's VAE decoder: `python -m training.train_decoder --out FOLDER`.
+"""Trains the demo model's VAE decoder: `python -m training.train_decoder --out FOLDER`.
 
 The decoder is `longlive_serve`'s own, trained through its streaming forward, on latents of exactly drawn clips. Stop it
 with Ctrl-C and run it again: it goes on where it was.
@@ -63,33 +63,33 @@ class DecoderRun(Run):
         return latents + LATENT_NOISE * torch.randn_like(latents), frames
 
 
-def initialized(network: VAEDecoder) -> VAEDecoder:
+def initialized(model: VAEDecoder) -> VAEDecoder:
     """Larger convolutions than PyTorch's own start, and residual branches that begin small."""
     with torch.no_grad():
-        for module in network.modules():
+        for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.mul_(3**0.5)
-        for module in network.modules():
+        for module in model.modules():
             if isinstance(module, ResidualBlock):
                 module.get_submodule("residual.6").get_parameter("weight").mul_(0.3)
-    return network
+    return model
 
 
-def decode(network: VAEDecoder, latents: Tensor) -> Tensor:
+def decode(model: VAEDecoder, latents: Tensor) -> Tensor:
     """The frames of clips that begin with the first of `latents` [B, n, 16, h, w]."""
     batch, _, _, height, width = latents.shape
-    cache = network.initial_cache(batch, height, width, latents.device, latents.dtype)
-    frames: Tensor = network(latents, cache, True)[0]
+    cache = model.initial_cache(batch, height, width, latents.device, latents.dtype)
+    frames: Tensor = model(latents, cache, True)[0]
     return frames
 
 
 @torch.inference_mode()
-def psnr(network: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99) -> float:
+def psnr(model: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99) -> float:
     """Mean over clips that training did not see (of 17 frames, half of which switch), in dB."""
     generator, values = random.Random(seed), []
     for _ in range(clips):
         frames = draw(random_segments(generator, 17), random_start(generator))
-        decoded = decode(network, encoder(frames)[None])[0]
+        decoded = decode(model, encoder(frames)[None])[0]
         error = (decoded.clamp(-1, 1) * 0.5 + 0.5 - frames).square().mean()
         values.append(-10 * error.log10().item())
     return sum(values) / len(values)

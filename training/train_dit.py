@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo network's DiT and text encoder together: `python -m training.train_dit --out FOLDER`.
+"""Trains the demo model's DiT and text encoder together: `python -m training.train_dit --out FOLDER`.
 
 Flow matching on the project's own noise levels, many chunks of a clip at once (`teacher_forcing`), plain and switch
 clips mixed from the start. Stop it with Ctrl-C and run it again: it goes on where it was.
@@ -31,7 +31,7 @@ from training.world import caption
 DEMO = PRESETS["demo"]
 BATCH, OPENINGS = 8, 24  # clips, and openings of their own: the first chunk is the hardest and needs the most practice
 MUON_LR, WARM_UP = 0.018, 40
-HISTORY_NOISE = 0.15  # the history of a session is the network's own work, not exact
+HISTORY_NOISE = 0.15  # the history of a session is the model's own work, not exact
 FAR = 0.4  # of the batches are placed late in a video, so that the base variant's positions are known
 
 
@@ -93,20 +93,20 @@ class DiTRun(Run):
 
 def passing_through(config: DiTConfig) -> CausalDiT:
     """A DiT whose flow starts close to its input, which is most of what the flow is."""
-    network = CausalDiT(config)
+    model = CausalDiT(config)
     with torch.no_grad():
         width = config.channels * PATCH * PATCH
         basis = torch.linalg.qr(torch.randn(config.dim, width)).Q
-        network.patch_embedding.weight.copy_(basis.view_as(network.patch_embedding.weight))
-        nn.init.zeros_(network.patch_embedding.bias)  # type: ignore[arg-type]
+        model.patch_embedding.weight.copy_(basis.view_as(model.patch_embedding.weight))
+        nn.init.zeros_(model.patch_embedding.bias)  # type: ignore[arg-type]
         patches = basis.T.view(config.channels, PATCH, PATCH, config.dim).permute(1, 2, 0, 3)  # c fastest, as the head
-        network.head.head.weight.copy_(patches.reshape(width, config.dim) * 0.7 * (width / config.dim) ** 0.5)
-        network.head.head.bias.zero_()
-        network.head.modulation.zero_()
-        for block in network.blocks:
+        model.head.head.weight.copy_(patches.reshape(width, config.dim) * 0.7 * (width / config.dim) ** 0.5)
+        model.head.head.bias.zero_()
+        model.head.modulation.zero_()
+        for block in model.blocks:
             block.modulation.zero_()
             block.modulation[:, [2, 5]] = 0.3
-    return network
+    return model
 
 
 def save(dit: CausalDiT, text_encoder: TextEncoder, folder: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Goes on training the demo network's DiT in its own videos: `python -m training.train_rollouts --out FOLDER`.
+"""Goes on training the demo model's DiT in its own videos: `python -m training.train_rollouts --out FOLDER`.
 
 FOLDER holds what `train_decoder` and `train_dit` made; the DiT and the text encoder in it are replaced at the end.
 Stop it with Ctrl-C and run it again: it goes on where it was (the videos in progress begin anew).
@@ -20,7 +20,7 @@ from longlive_serve.config.presets import PRESETS
 from longlive_serve.models.dit.causal_dit import PATCH
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.models.dit.rope import MAX_FRAMES, RotaryTables
-from longlive_serve.weights.loader import load_networks
+from longlive_serve.weights.loader import load_models
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.pool import CHUNK
 from training.rollouts import Rollout
@@ -55,9 +55,9 @@ class RolloutRun(Run):
 
     def __init__(self, folder: Path, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
-        networks = load_networks(DEMO, str(folder), "cpu", torch.float32)
-        self.dit, self.text_encoder = networks.dit.train(), networks.text_encoder.train()
-        self.tokenizer = networks.tokenizer
+        models = load_models(DEMO, str(folder), "cpu", torch.float32)
+        self.dit, self.text_encoder = models.dit.train(), models.text_encoder.train()
+        self.tokenizer = models.tokenizer
         matrices = [p for block in self.dit.blocks for p in block.parameters() if p.ndim == 2]
         both = nn.ModuleDict({"dit": self.dit, "text_encoder": self.text_encoder}).requires_grad_(True)
         super().__init__(both, matrices, MUON_LR, steps, seed, "cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo network's world: a coloured shape that moves over a plain background, drawn exactly, with a caption.
+"""The demo model's world: a coloured shape that moves over a plain background, drawn exactly, with a caption.
 
 Used by training and by the quality measure. The plane is a torus: what leaves on one side comes in on the other, so
 a direction of motion has no end. Drawing runs on any device.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what one device makes of LongLive: an eager baseline, then our backends, one after the other.
 
-The networks have random weights and run in this process, through the server's own model runner and engine core. Without
+The models have random weights and run in this process, through the server's own model runner and engine core. Without
 --json and --plot nothing is written.
 """
 

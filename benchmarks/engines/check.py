@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a row computes what the torch backend computes: a short video at the size that is measured, twice.
 
-Called by the run, before it measures a row. Random networks magnify a difference from chunk to chunk, as real ones do:
+Called by the run, before it measures a row. Random models magnify a difference from chunk to chunk, as real ones do:
 what is told is how far backends are apart, and refused is only what has little to do with each other.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many viewers one device keeps up with: real sessions at pace `realtime` through the real service, in-process.
 
-Nothing is sent anywhere: Triton, gRPC and the network are in none of these figures.
+Nothing is sent anywhere: Triton, gRPC and the model are in none of these figures.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from longlive_serve.backends.base import EncodedPrompt
 from longlive_serve.backends.device import to_device
 from longlive_serve.backends.torch_backend import TorchTextEncoder
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.text_encoder import END_ID
 
 FIRST_WORD_ID = 3  # after padding, </s> and the unknown
@@ -31,10 +31,10 @@ PROMPTS = (
 
 
 class WordEncoder:
-    """The torch backend's network behind a tokenizer that knows all words there are and no checkpoints."""
+    """The torch backend's model behind a tokenizer that knows all words there are and no checkpoints."""
 
-    def __init__(self, backend: TorchTextEncoder, config: NetworkConfig) -> None:
-        self.network = backend.network
+    def __init__(self, backend: TorchTextEncoder, config: ModelConfig) -> None:
+        self.model = backend.model
         self.text_len, self.vocabulary = config.dit.text_len, config.text_encoder.vocab_size
 
     def encode(self, prompt: str) -> EncodedPrompt:
@@ -43,6 +43,6 @@ class WordEncoder:
         padding = self.text_len - len(tokens)
         ids = torch.tensor([tokens + [0] * padding])
         mask = torch.tensor([[1] * len(tokens) + [0] * padding])
-        device = next(self.network.parameters()).device
-        embeds = self.network(to_device(ids, device), to_device(mask, device))
+        device = next(self.model.parameters()).device
+        embeds = self.model(to_device(ids, device), to_device(mask, device))
         return EncodedPrompt(embeds=embeds, tokens=len(tokens), tokens_given=len(tokens))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.engines.baseline.dit import EagerDiT
 from benchmarks.engines.baseline.vae import as_reference
-from benchmarks.engines.networks import random_network
+from benchmarks.engines.models import random_model
 from benchmarks.engines.prompts import WordEncoder
 from longlive_serve.backends.base import Backends
 from longlive_serve.backends.registry import build_backends
@@ -70,20 +70,20 @@ def build(row: Row, config: ServeConfig) -> Backends:
         raise ValueError(f"backend {FUSED} on {config.device}: its kernels need a GPU")
     if row.is_baseline:
         return _build_baseline(config)
-    return with_words(build_backends(config, load=random_network), config)
+    return with_words(build_backends(config, load=random_model), config)
 
 
 def _build_baseline(config: ServeConfig) -> Backends:
-    """The torch backend's networks, run as the reference runs them."""
-    backends = with_words(build_backends(dataclasses.replace(config, slots=1), load=random_network), config)
+    """The torch backend's models, run as the reference runs them."""
+    backends = with_words(build_backends(dataclasses.replace(config, slots=1), load=random_model), config)
     dit, decoder = backends.dit, backends.vae_decoder
     assert isinstance(dit, TorchDiT)
     assert isinstance(decoder, TorchVAEDecoder)
-    assert isinstance(decoder.network, VAEDecoder)
+    assert isinstance(decoder.model, VAEDecoder)
     return dataclasses.replace(
         backends,
-        dit=EagerDiT(dit.network, config.network, config.slots),
-        vae_decoder=TorchVAEDecoder(as_reference(decoder.network), config.network),
+        dit=EagerDiT(dit.model, config.model_config, config.slots),
+        vae_decoder=TorchVAEDecoder(as_reference(decoder.model), config.model_config),
         name="eager",
     )
 
@@ -91,4 +91,4 @@ def _build_baseline(config: ServeConfig) -> Backends:
 def with_words(backends: Backends, config: ServeConfig) -> Backends:
     """With a text encoder that takes words as tokens: there is no tokenizer."""
     assert isinstance(backends.text_encoder, TorchTextEncoder)
-    return dataclasses.replace(backends, text_encoder=WordEncoder(backends.text_encoder, config.network))
+    return dataclasses.replace(backends, text_encoder=WordEncoder(backends.text_encoder, config.model_config))

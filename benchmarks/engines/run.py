@@ -72,7 +72,7 @@ class Run:
         self.tell("the device", "matrix products and copies")
         self.record["roofline"] = measure_roofline(self.device, self.dtype)
         self.tell("the device", "attention")
-        self.record["attention"] = measure_attention(config.network, self.device, self.dtype, self.flex)
+        self.record["attention"] = measure_attention(config.model_config, self.device, self.dtype, self.flex)
         for row in self.rows:
             self._try(row)
             self._free()
@@ -95,10 +95,10 @@ class Run:
         expected = self._video_of_torch(config.decoder) if self.check else None
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.tell(row.name, "networks")
+        self.tell(row.name, "models")
         with measure_start() as start_s:
             backends = build(row, config)
-            runner = ModelRunner(backends, config.network, config.variant)
+            runner = ModelRunner(backends, config.model_config, config.variant)
             self.tell(row.name, "warm-up")
             chunk_s = runner.warm_up(SLOTS)
         if expected is not None:
@@ -112,7 +112,7 @@ class Run:
 
         figures = Alone(runner, self.plan, tick).measure()
         live = measure_live(runner, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, tick)
-        reached = achieved(figures, config.network, config.decoder, row.is_baseline)
+        reached = achieved(figures, config.model_config, config.decoder, row.is_baseline)
         return {
             "name": row.name,
             "backend": backends.name,
@@ -138,7 +138,7 @@ class Run:
             self.tell("torch", "the video that others are compared with")
             config = self._config({"backend": TORCH, "decoder": decoder})
             backends = build(Row(name="expected", settings={}), config)
-            self._expected[decoder] = make_video(ModelRunner(backends, config.network, config.variant))
+            self._expected[decoder] = make_video(ModelRunner(backends, config.model_config, config.variant))
             del backends
             self._free()
         return self._expected[decoder]

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.perf_analyzer", description=__doc__)
     parser.add_argument("--concurrency", default="1,2,3,4", help="sessions at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement (default: %(default)g)")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="of the server (default: the demo network)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="of the server (default: the demo model)")
     parser.add_argument("--csv", type=Path, default=Path("results/perf_analyzer.csv"), help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)

@@ -106,7 +106,7 @@ def _selectors(documents: Sequence[Document]) -> Iterator[tuple[Document, Mappin
             yield one, spec["selector"]
         elif "selector" in spec:
             yield one, spec["selector"]["matchLabels"]
-        elif one["kind"] == "NetworkPolicy":
+        elif one["kind"] == "ModelPolicy":
             yield one, spec["podSelector"]["matchLabels"]
             peers = [peer for rule in spec.get("ingress", []) for peer in rule.get("from", [])]
             peers += [peer for rule in spec.get("egress", []) for peer in rule.get("to", [])]
@@ -128,7 +128,7 @@ def _ports(documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
             named = [probe["httpGet"]["port"] for probe in probes if "httpGet" in probe]
         elif one["kind"] == "Service":
             named = [port["targetPort"] for port in spec["ports"]]
-        elif one["kind"] == "NetworkPolicy":
+        elif one["kind"] == "ModelPolicy":
             rules = [*spec.get("ingress", []), *spec.get("egress", [])]
             named = [port["port"] for rule in rules for port in rule.get("ports", [])]
         elif one["kind"] == "PodMonitor":

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks ready to run, by what runs them. `registry.build_backends` chooses."""
+"""Models ready to run, by what runs them. `registry.build_backends` chooses."""

@@ -84,7 +84,7 @@ class Preparable(Protocol):
 class Exchangeable(DiT, Protocol):
     """A DiT whose weights can be others for sessions to come."""
 
-    def with_network(self, network: CausalDiT) -> Exchangeable:
+    def with_model(self, model: CausalDiT) -> Exchangeable:
         """The same backend, on the same cache, with other weights; this one goes on beside it."""
         ...
 
@@ -106,7 +106,7 @@ class VAEDecoder(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backends:
-    """The three networks of one LongLive, ready to run, and what they were built as."""
+    """The three models of one LongLive, ready to run, and what they were built as."""
 
     text_encoder: TextEncoder
     dit: DiT

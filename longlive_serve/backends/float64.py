@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network's result without the rounding of float32, and how far another result may be from it.
+"""A model's result without the rounding of float32, and how far another result may be from it.
 
-Every float32 result depends on the processor: its libraries add in another order on another one, and the networks
+Every float32 result depends on the processor: its libraries add in another order on another one, and the models
 magnify what that changes. A float64 run of the same is the same everywhere, but for the ninth digit or so. Called where
 two computations are compared: by the replay of a case, by the export, by tests.
 """
@@ -19,7 +19,7 @@ TIMES = 16
 """How many times the error of one float32 result another one of the same may have.
 
 A sum of n products in the worst order, one after the other, errs about sqrt(n / log2(n)) times as much as in the best,
-by halves: 12 times for the widest of the networks' layers that are checked in float32, which have up to 1536 inputs.
+by halves: 12 times for the widest of the models' layers that are checked in float32, which have up to 1536 inputs.
 The rest is for the largest of many errors, which varies.
 """
 LEAST = TIMES * torch.finfo(torch.float32).eps
@@ -27,9 +27,9 @@ LEAST = TIMES * torch.finfo(torch.float32).eps
 
 
 class Float64(TorchFunctionMode):
-    """Within it PyTorch computes in float64 what it is told to compute in float32, whatever the networks convert to.
+    """Within it PyTorch computes in float64 what it is told to compute in float32, whatever the models convert to.
 
-    Weights are converted where they are used, so that a network is never there twice. What is written in place keeps
+    Weights are converted where they are used, so that a model is never there twice. What is written in place keeps
     its dtype: a cache that is to hold float64 must be made of it.
     """
 

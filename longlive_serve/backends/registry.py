@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends: networks ready to run. `build_backends` is the only place where a backend is chosen."""
+"""Backends: models ready to run. `build_backends` is the only place where a backend is chosen."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlive_serve.backends.start_up import LOAD, note_compilations, phase
-from longlive_serve.config.presets import DIT, NETWORKS, TEXT_ENCODER, TINY, TINY_DECODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, MODELS, TEXT_ENCODER, TINY, TINY_DECODER, VAE_DECODER
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH
 
 if TYPE_CHECKING:
     from longlive_serve.backends.base import Backends, DiT, TextEncoder, VAEDecoder
     from longlive_serve.backends.exported.modules import Graph
-    from longlive_serve.config.presets import NetworkConfig
+    from longlive_serve.config.presets import ModelConfig
     from longlive_serve.config.serve_config import ServeConfig
     from longlive_serve.models.text_encoder import Tokenizer
 
-    Networks = Callable[[str], Any]
-    """The name of a network -> it, in PyTorch."""
+    Models = Callable[[str], Any]
+    """The name of a model -> it, in PyTorch."""
     Graphs = Callable[[str], dict[str, Graph]]
-    """The name of a network -> its graphs."""
+    """The name of a model -> its graphs."""
 
 log = logging.getLogger(__name__)
 
@@ -32,29 +32,29 @@ log = logging.getLogger(__name__)
 def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) -> Backends:
     """The backends that `config` asks for; what `auto` came to, and why, is logged once.
 
-    `load` gives the PyTorch networks, as `weights.load_network` does, which is the default.
+    `load` gives the PyTorch models, as `weights.load_model` does, which is the default.
     Raises ValueError for weights, graphs or plans that do not fit what is served, or the machine.
     """
     import torch
 
     from longlive_serve.backends.base import Backends
     from longlive_serve.backends.device import use_device
-    from longlive_serve.weights.loader import adapters_of, fingerprint, load_network, load_tokenizer
+    from longlive_serve.weights.loader import adapters_of, fingerprint, load_model, load_tokenizer
 
-    sizes, device = config.network, config.device
+    sizes, device = config.model_config, config.device
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
     folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
-    chosen = {network: choose(network, config) for network in NETWORKS}
+    chosen = {model: choose(model, config) for model in MODELS}
     if FUSED in chosen.values():
         _check_triton()
         note_compilations()
 
-    def network(name: str) -> Any:
+    def model(name: str) -> Any:
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
         where = (name, sizes, config.weights, device, getattr(torch, dtype))
-        return load(*where) if load else load_network(*where, adapters=adapters, use_ema=config.use_ema)
+        return load(*where) if load else load_model(*where, adapters=adapters, use_ema=config.use_ema)
 
     def graphs(name: str) -> dict[str, Graph]:
         folder = Path(folders[chosen[name]])
@@ -64,12 +64,12 @@ def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) 
 
     adapters = adapters_of(config)
     tokenizer = load_tokenizer(sizes, config.weights)
-    text_encoder = _text_encoder(chosen[TEXT_ENCODER], tokenizer, network, graphs)
-    dit = _dit(chosen[DIT], config, network, graphs)
+    text_encoder = _text_encoder(chosen[TEXT_ENCODER], tokenizer, model, graphs)
+    dit = _dit(chosen[DIT], config, model, graphs)
     backends = Backends(
         text_encoder=text_encoder,
         dit=dit,
-        vae_decoder=_vae_decoder(chosen[VAE_DECODER], config, network, graphs),
+        vae_decoder=_vae_decoder(chosen[VAE_DECODER], config, model, graphs),
         name="+".join(sorted(set(chosen.values()))),
         device=device,
         dtype=str(dit.dtype).removeprefix("torch."),
@@ -78,40 +78,40 @@ def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) 
     return backends
 
 
-def _text_encoder(backend: str, tokenizer: Tokenizer, network: Networks, graphs: Graphs) -> TextEncoder:
+def _text_encoder(backend: str, tokenizer: Tokenizer, model: Models, graphs: Graphs) -> TextEncoder:
     from longlive_serve.backends.exported.modules import GraphTextEncoder
     from longlive_serve.backends.torch_backend import TorchTextEncoder
 
     if backend == TORCH:
-        return TorchTextEncoder(network(TEXT_ENCODER), tokenizer)
+        return TorchTextEncoder(model(TEXT_ENCODER), tokenizer)
     return GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
 
 
-def _dit(backend: str, config: ServeConfig, network: Networks, graphs: Graphs) -> DiT:
+def _dit(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> DiT:
     from longlive_serve.backends.exported.modules import GraphDiT
     from longlive_serve.backends.torch_backend import TorchDiT
 
-    where = config.network, config.slots, config.variant
+    where = config.model_config, config.slots, config.variant
     if backend == TORCH:
-        return TorchDiT(network(DIT), *where)
+        return TorchDiT(model(DIT), *where)
     if backend == FUSED:
         from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
 
-        return FusedDiT(network(DIT), *where, config.fp8, config.fp8_attention)
+        return FusedDiT(model(DIT), *where, config.fp8, config.fp8_attention)
     return GraphDiT(graphs(DIT), *where)
 
 
-def _vae_decoder(backend: str, config: ServeConfig, network: Networks, graphs: Graphs) -> VAEDecoder:
+def _vae_decoder(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> VAEDecoder:
     from longlive_serve.backends.exported.modules import GraphVAEDecoder
     from longlive_serve.backends.torch_backend import TorchVAEDecoder
 
     drawn_by = TINY_DECODER if config.decoder == TINY else VAE_DECODER
     if backend == TORCH:
-        return TorchVAEDecoder(network(drawn_by), config.network)
+        return TorchVAEDecoder(model(drawn_by), config.model_config)
     if backend == FUSED:
         from longlive_serve.backends.fused.vae import FusedVAEDecoder
 
-        return FusedVAEDecoder(network(drawn_by), config.network, config.fp8_decoder)
+        return FusedVAEDecoder(model(drawn_by), config.model_config, config.fp8_decoder)
     return GraphVAEDecoder(graphs(VAE_DECODER))
 
 
@@ -123,41 +123,41 @@ def _check_triton() -> None:
         )
 
 
-def choose(network: str, config: ServeConfig) -> str:
-    """The backend of a network: the one asked for, or with `auto` what there is of it: a plan, a graph, else torch."""
-    asked: str = getattr(config, f"{network}_backend") or config.backend
+def choose(model: str, config: ServeConfig) -> str:
+    """The backend of a model: the one asked for, or with `auto` what there is of it: a plan, a graph, else torch."""
+    asked: str = getattr(config, f"{model}_backend") or config.backend
     why = "as asked for"
     if asked == AUTO:
         asked, why = TORCH, "as neither `plans` nor `graphs` has it"
         for backend, folder in ((ONNXRUNTIME, config.graphs), (TENSORRT, config.plans)):
-            if folder and _has(network, Path(folder)):
+            if folder and _has(model, Path(folder)):
                 asked, why = backend, f"as {folder} has it"
-    if asked == FUSED and network == TEXT_ENCODER:
+    if asked == FUSED and model == TEXT_ENCODER:
         asked, why = TORCH, "as there is no fused one"
-    if network == VAE_DECODER and config.decoder == TINY and asked != FUSED:
+    if model == VAE_DECODER and config.decoder == TINY and asked != FUSED:
         asked, why = TORCH, "as neither graphs nor plans have the tiny decoder"
-    log.info("%s: backend %s, %s", network, asked, why)
+    log.info("%s: backend %s, %s", model, asked, why)
     return asked
 
 
-def _has(network: str, folder: Path) -> bool:
+def _has(model: str, folder: Path) -> bool:
     from longlive_serve.backends.exported.io_spec import GRAPHS_OF
     from longlive_serve.backends.exported.manifest import Manifest
 
-    return set(GRAPHS_OF[network]) <= Manifest.read(folder).graphs.keys()
+    return set(GRAPHS_OF[model]) <= Manifest.read(folder).graphs.keys()
 
 
 def open_graphs(
-    network: str,
+    model: str,
     backend: str,
     folder: Path,
-    sizes: NetworkConfig,
+    sizes: ModelConfig,
     variant: str,
     device: str,
     dtype: str = AUTO,
     weights: str = "",
 ) -> dict[str, Graph]:
-    """The graphs of `network` in `folder`, loaded by `backend`.
+    """The graphs of `model` in `folder`, loaded by `backend`.
 
     `dtype`: the one they must have, if not `auto`; `weights`: the fingerprint of what they must be made of, if any.
     Raises ValueError for a folder of something else.
@@ -169,7 +169,7 @@ def open_graphs(
     manifest.check(folder, backend, sizes, variant)
     table = graph_io(sizes, variant)
     graphs: dict[str, Graph] = {}
-    for name in GRAPHS_OF[network]:
+    for name in GRAPHS_OF[model]:
         file = manifest.graphs.get(name)
         if file is None or dtype not in (AUTO, file.dtype):
             got = "nothing" if file is None else file.dtype

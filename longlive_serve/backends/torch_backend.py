@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three networks run by PyTorch, on the CPU or on CUDA.
+"""The three models run by PyTorch, on the CPU or on CUDA.
 
 Built by `build_backends`. The reference backend: the others are tested against it.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longlive_serve.backends.base import EncodedPrompt, PromptKV
 from longlive_serve.backends.device import to_device
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.dit.causal_dit import PATCH, CacheView, CausalDiT
 from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
 from longlive_serve.models.dit.kv_cache import KVCache, KVCachePlan
@@ -26,14 +26,14 @@ from longlive_serve.models.vae.tiny_decoder import TinyDecoder
 class TorchTextEncoder:
     """umT5 and its tokenizer."""
 
-    def __init__(self, network: TextEncoder, tokenizer: Tokenizer) -> None:
-        self.network, self.tokenizer = network, tokenizer
+    def __init__(self, model: TextEncoder, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.known_words = tokenizer.known_words()
 
     def encode(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer(prompt)
-        device = next(self.network.parameters()).device
-        embeds = self.network(to_device(tokens.ids, device), to_device(tokens.mask, device))
+        device = next(self.model.parameters()).device
+        embeds = self.model(to_device(tokens.ids, device), to_device(tokens.mask, device))
         return EncodedPrompt(
             embeds=embeds,
             tokens=tokens.length,
@@ -46,9 +46,9 @@ class TorchTextEncoder:
 class TorchDiT:
     """The causal DiT and the KV cache of all slots."""
 
-    def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int, variant: str) -> None:
-        weight = network.patch_embedding.weight
-        self.network = network
+    def __init__(self, model: CausalDiT, config: ModelConfig, slots: int, variant: str) -> None:
+        weight = model.patch_embedding.weight
+        self.model = model
         self.dtype = self.cache_dtype = weight.dtype
         self.relative = variant == "infinity"
         self.cache = KVCache(config, slots, weight.device, weight.dtype)
@@ -63,21 +63,21 @@ class TorchDiT:
         self.clean_timestep = torch.zeros((), device=weight.device)
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
-        return self.network.embed_prompt(embeds.to(self.dtype))
+        return self.model.embed_prompt(embeds.to(self.dtype))
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
         timesteps = self.timesteps[step].expand(noisy.shape[:2])
-        flow: Tensor = self.network(noisy, timesteps, prompt_kv, self._view(slot, placement))
+        flow: Tensor = self.model(noisy, timesteps, prompt_kv, self._view(slot, placement))
         return flow
 
     def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
         timesteps = self.clean_timestep.expand(clean.shape[:2])
-        self.network(clean, timesteps, prompt_kv, self._view(slot, placement), update_kv_cache=True)
+        self.model(clean, timesteps, prompt_kv, self._view(slot, placement), update_kv_cache=True)
 
-    def with_network(self, network: CausalDiT) -> TorchDiT:
-        """As `Exchangeable.with_network`."""
+    def with_model(self, model: CausalDiT) -> TorchDiT:
+        """As `Exchangeable.with_model`."""
         other = copy.copy(self)
-        other.network = network
+        other.model = model
         return other
 
     def _view(self, slot: int, placement: KVCachePlan) -> CacheView:
@@ -87,14 +87,14 @@ class TorchDiT:
 class TorchVAEDecoder:
     """The streaming decoder of the Wan VAE, or the tiny one in its place."""
 
-    def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig) -> None:
-        self.network, self.config = network, config
+    def __init__(self, model: VAEDecoder | TinyDecoder, config: ModelConfig) -> None:
+        self.model, self.config = model, config
 
     def initial_cache(self) -> list[Tensor]:
-        weight = next(self.network.parameters())
+        weight = next(self.model.parameters())
         size = (self.config.latent_height, self.config.latent_width)
-        return self.network.initial_cache(1, *size, weight.device, weight.dtype)
+        return self.model.initial_cache(1, *size, weight.device, weight.dtype)
 
     def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
-        frames, cache = self.network(latents.to(next(self.network.parameters()).dtype), cache, opening)
+        frames, cache = self.model(latents.to(next(self.model.parameters()).dtype), cache, opening)
         return to_uint8(frames)[0], cache

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the networks, and the presets: which there are under which names. Read by everyone; imports nothing."""
+"""Sizes of the models, and the presets: which there are under which names. Read by everyone; imports nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-FPS = 16  # video frames per second that the network was trained for
+FPS = 16  # video frames per second that the model was trained for
 FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
-TEXT_ENCODER, DIT, VAE_DECODER = NETWORKS = ("text_encoder", "dit", "vae_decoder")
+TEXT_ENCODER, DIT, VAE_DECODER = MODELS = ("text_encoder", "dit", "vae_decoder")
 WAN, TINY = DECODERS = ("wan", "tiny")  # what turns latents into pictures
-TINY_DECODER = "tiny_decoder"  # the network that stands in for the VAE decoder with `decoder = "tiny"`
+TINY_DECODER = "tiny_decoder"  # the model that stands in for the VAE decoder with `decoder = "tiny"`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class WindowConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """One size of LongLive: its three networks, the decoder that may stand in, and the latent picture they work on."""
+class ModelConfig:
+    """One size of LongLive: its three models, the decoder that may stand in, and the latent picture they work on."""
 
     name: str
     dit: DiTConfig
@@ -102,7 +102,7 @@ class NetworkConfig:
         return (self.latent_height // 2) * (self.latent_width // 2)
 
     @classmethod
-    def from_sizes(cls, sizes: dict[str, Any]) -> NetworkConfig:
+    def from_sizes(cls, sizes: dict[str, Any]) -> ModelConfig:
         """The configuration whose `dataclasses.asdict`, without the tiny decoder, went through JSON."""
         kinds = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig, "window": WindowConfig}
         parts = {
@@ -117,10 +117,10 @@ class NetworkConfig:
         return 8 * self.latent_height, 8 * self.latent_width
 
 
-PRESETS: dict[str, NetworkConfig] = {
+PRESETS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
-        NetworkConfig(
+        ModelConfig(
             name="longlive-1.3b",
             dit=DiTConfig(
                 dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, freq_dim=256, text_len=512, text_dim=4096
@@ -130,7 +130,7 @@ PRESETS: dict[str, NetworkConfig] = {
             latent_height=60,
             latent_width=104,
         ),
-        NetworkConfig(
+        ModelConfig(
             name="demo",  # faster than real time on two CPU cores; its trained weights are shipped
             dit=DiTConfig(dim=128, num_heads=4, num_layers=5, ffn_dim=512, freq_dim=256, text_len=32, text_dim=64),
             vae=VAEConfig(base_dim=16, num_res_blocks=1),
@@ -139,7 +139,7 @@ PRESETS: dict[str, NetworkConfig] = {
             latent_height=8,
             latent_width=8,
         ),
-        NetworkConfig(
+        ModelConfig(
             name="tiny",  # for tests; not square on purpose
             dit=DiTConfig(dim=64, num_heads=2, num_layers=2, ffn_dim=128, freq_dim=64, text_len=64, text_dim=32),
             vae=VAEConfig(base_dim=4, num_res_blocks=1),

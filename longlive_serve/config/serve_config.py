@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longlive_serve.config.presets import DECODERS, NETWORKS, PRESETS, TINY, WAN, NetworkConfig
+from longlive_serve.config.presets import DECODERS, MODELS, PRESETS, TINY, WAN, ModelConfig
 from longlive_serve.config.toml_files import as_toml, check_path, read_toml, typed
 
 RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
@@ -54,7 +54,7 @@ class ServeConfig:
     DTYPES: ClassVar[tuple[str, ...]] = (AUTO, "float32", "float16", "bfloat16")
 
     preset: str = "tiny"
-    """Sizes of the networks: a name in PRESETS."""
+    """Sizes of the models: a name in PRESETS."""
     weights: str = RANDOM_WEIGHTS
     """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
     lora: tuple[Adapter, ...] = ()
@@ -65,10 +65,10 @@ class ServeConfig:
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
     backend: str = AUTO
-    """`auto`: for every network a plan if `plans` has one, else a graph if `graphs` has one, else torch. `fused`:
+    """`auto`: for every model a plan if `plans` has one, else a graph if `graphs` has one, else torch. `fused`:
     torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
     text_encoder_backend: str = ""
-    """Like `backend`, for this network alone; empty: as `backend` says."""
+    """Like `backend`, for this model alone; empty: as `backend` says."""
     dit_backend: str = ""
     vae_decoder_backend: str = ""
     decoder: str = WAN
@@ -134,9 +134,9 @@ class ServeConfig:
                 f"decoder: got {TINY!r} with the backend {decoded_by}, which has the Wan VAE alone; "
                 f'expected vae_decoder_backend = "{TORCH}" or decoder = "{WAN}"'
             )
-        for network in NETWORKS:
-            _check_choice(f"{network}_backend", getattr(self, f"{network}_backend"), ("", *self.BACKENDS))
-        asked = {self.backend, *(getattr(self, f"{network}_backend") for network in NETWORKS)}
+        for model in MODELS:
+            _check_choice(f"{model}_backend", getattr(self, f"{model}_backend"), ("", *self.BACKENDS))
+        asked = {self.backend, *(getattr(self, f"{model}_backend") for model in MODELS)}
         for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
             if backend in asked and not getattr(self, key):
                 raise ValueError(f"{key}: got nothing, expected the folder of what the backend {backend} is to run")
@@ -166,7 +166,7 @@ class ServeConfig:
             )
 
     @property
-    def network(self) -> NetworkConfig:
+    def model_config(self) -> ModelConfig:
         return PRESETS[self.preset]
 
     @classmethod

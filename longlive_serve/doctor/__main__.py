@@ -2,7 +2,7 @@
 """Can this machine serve? `python -m longlive_serve.doctor` looks at what is installed, the GPU, the machine, the
 settings and the memory that they take, and says of all that is not well what to do. It takes the server's options.
 
-It loads no network and changes nothing. With `--start` it starts a server with these settings as well, twice, and says
+It loads no model and changes nothing. With `--start` it starts a server with these settings as well, twice, and says
 how long that takes. Exit code 0: a server would start; 1: something stands in the way.
 """
 

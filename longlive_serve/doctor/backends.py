@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Mapping
 
 from longlive_serve.backends.registry import choose
-from longlive_serve.config.presets import NETWORKS
+from longlive_serve.config.presets import MODELS
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH, ServeConfig
 from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult
 from longlive_serve.doctor.gpu import Gpu
@@ -102,10 +102,10 @@ def backend_results(backends: Mapping[str, Reason | str], device: str) -> list[C
 
 
 def chosen(config: ServeConfig) -> dict[str, str]:
-    """The backend of every network; empty where that cannot be told, without PyTorch or for a folder that is none of
+    """The backend of every model; empty where that cannot be told, without PyTorch or for a folder that is none of
     graphs or plans."""
     try:
-        return {network: choose(network, config) for network in NETWORKS}
+        return {model: choose(model, config) for model in MODELS}
     except (ImportError, ValueError):
         return {}
 
@@ -113,15 +113,15 @@ def chosen(config: ServeConfig) -> dict[str, str]:
 def chosen_results(
     config: ServeConfig, choice: Mapping[str, str], backends: Mapping[str, Reason | str], device: str, gpu: Gpu | None
 ) -> list[CheckResult]:
-    """What the settings come to for every network, and whether that can run."""
+    """What the settings come to for every model, and whether that can run."""
     if not choice and has_torch():
         return []  # what is wrong with the folder is told where files are looked for
     if not choice:
         text = "`auto` cannot be told without PyTorch where graphs or plans are named"
         return [CheckResult(WARNING, "backends", text, pip_install("torch"))]
-    names = [f"{network} {backend}" for network, backend in choice.items()]
+    names = [f"{model} {backend}" for model, backend in choice.items()]
     where = "the CPU" if device == "cpu" else "the GPU"
-    asked = {getattr(config, f"{network}_backend") or config.backend for network in NETWORKS}
+    asked = {getattr(config, f"{model}_backend") or config.backend for model in MODELS}
     results = [CheckResult(OK, "backends", f"{', '.join(names)}{' (auto)' if asked == {AUTO} else ''}, on {where}")]
     for backend in dict.fromkeys(choice.values()):
         reason = backends[backend]
@@ -143,7 +143,7 @@ def chosen_results(
 def _speed(
     config: ServeConfig, choice: Mapping[str, str], backends: Mapping[str, Reason | str], device: str
 ) -> list[CheckResult]:
-    if device == "cpu" and dit_parameters(config.network.dit) > LARGE:
+    if device == "cpu" and dit_parameters(config.model_config.dit) > LARGE:
         text = f"preset {config.preset} on the CPU takes minutes for every chunk, which plays 0.75 s"
         return [CheckResult(WARNING, "speed", text, 'serve it on a GPU; preset = "demo" is in real time on a CPU')]
     if not isinstance(backends[FUSED], Reason) and not {FUSED, TENSORRT} & set(choice.values()):

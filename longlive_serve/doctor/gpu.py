@@ -157,7 +157,7 @@ def _no_gpu(device: str) -> CheckResult:
         return CheckResult(
             WARNING if level == NOTE else level, "GPU", text, "install its driver; in Docker: --gpus all"
         )
-    action = "the CPU serves the demo network in real time; the full size takes an NVIDIA GPU"
+    action = "the CPU serves the demo model in real time; the full size takes an NVIDIA GPU"
     return CheckResult(level, "GPU", "none (asked nvidia-smi, NVML and PyTorch)", action)
 
 

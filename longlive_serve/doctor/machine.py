@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor.check_result import OK, PROBLEM, WARNING, CheckResult, size
 from longlive_serve.doctor.memory_model import session_memory
@@ -103,7 +103,7 @@ def shared_memory(config: ServeConfig | None) -> CheckResult:
     if not SHARED_MEMORY.is_dir():
         return CheckResult(PROBLEM, "/dev/shm", "is not there", "mount a tmpfs of 64 MB or more on it")
     usage = shutil.disk_usage(SHARED_MEMORY)
-    need = region_bytes(config.network) if config else TRITON_REGION
+    need = region_bytes(config.model_config) if config else TRITON_REGION
     text = f"{size(usage.free)} free of {size(usage.total)}; Triton's region takes {size(need)} or less"
     if usage.free < need:
         action = "make it larger: --shm-size=256m in Docker, an emptyDir with medium: Memory in Kubernetes"
@@ -115,7 +115,7 @@ def shared_memory(config: ServeConfig | None) -> CheckResult:
     return CheckResult(OK, "/dev/shm", text)
 
 
-def region_bytes(config: NetworkConfig) -> int:
+def region_bytes(config: ModelConfig) -> int:
     """The frames of a chunk and the snapshot that goes with them, and what it began with."""
     height, width = config.video_size
     frames = 4 * config.window.chunk * height * width * 3

@@ -15,7 +15,7 @@ from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.config.presets import (
     DECODERS,
     DIT,
-    NETWORKS,
+    MODELS,
     PRESETS,
     TEXT_ENCODER,
     TINY,
@@ -55,7 +55,7 @@ def precision(config: ServeConfig, choice: Mapping[str, str], device: str) -> st
 
 def needed(config: ServeConfig, choice: Mapping[str, str], device: str) -> ServerMemory:
     return server_memory(
-        config.network,
+        config.model_config,
         dtype=precision(config, choice, device),
         decoder=config.decoder,
         fused_dit=choice.get(DIT) == FUSED,
@@ -73,14 +73,14 @@ def memory_results(
     """`gpu`: the one that would be used; `main`: bytes of main memory that may be."""
     memory = needed(config, choice, device)
     kind = "FP8 and " * config.fp8 + precision(config, choice, device)
-    parts = ", ".join(f"{SHORT[name]} {size(count)}" for name, count in memory.networks.items())
+    parts = ", ".join(f"{SHORT[name]} {size(count)}" for name, count in memory.models.items())
     session = memory.session
     held = (
         f"KV cache {size(session.kv_slot)}, prompt {size(session.prompt_kv)}, "
         f"decoder's cache {size(session.decoder_cache)}, latents {size(session.latents)}"
     )
     results = [
-        CheckResult(OK, "networks", f"{size(sum(memory.networks.values()))} in {kind}: {parts}"),
+        CheckResult(OK, "models", f"{size(sum(memory.models.values()))} in {kind}: {parts}"),
         CheckResult(OK, "a session", f"{size(session.total)}: {held}"),
     ]
     if gpu is not None:
@@ -109,8 +109,8 @@ def _slots(config: ServeConfig, memory: ServerMemory, there: int, where: str) ->
 
 def _loading(config: ServeConfig, choice: Mapping[str, str], main: float) -> list[CheckResult]:
     """Random weights are made in main memory, in float32; checkpoints are read piece by piece."""
-    made = [name for name in NETWORKS if choice.get(name, TORCH) in (TORCH, FUSED)]
-    need = max((4 * parameters(config.network, name) for name in made), default=0)
+    made = [name for name in MODELS if choice.get(name, TORCH) in (TORCH, FUSED)]
+    need = max((4 * parameters(config.model_config, name) for name in made), default=0)
     if config.weights != RANDOM_WEIGHTS or need < main:
         return []
     text = f"random weights take {size(need)} of main memory for a while, there are {size(main)}"

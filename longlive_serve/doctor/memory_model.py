@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory LongLive takes: parameters of the networks, bytes of a session, sessions that fit. Pure Python.
+"""How much memory LongLive takes: parameters of the models, bytes of a session, sessions that fit. Pure Python.
 
 Read by the doctor and by who plans for a GPU. It repeats in numbers what `models/` builds; tests hold the two together.
 """
@@ -18,7 +18,7 @@ from longlive_serve.config.presets import (
     VAE_DECODER,
     WAN,
     DiTConfig,
-    NetworkConfig,
+    ModelConfig,
     TextEncoderConfig,
     TinyDecoderConfig,
     VAEConfig,
@@ -61,13 +61,13 @@ def tiny_decoder_parameters(config: TinyDecoderConfig) -> int:
     return count
 
 
-def parameters(config: NetworkConfig, network: str) -> int:
-    """Of one of the networks, or of the tiny decoder."""
-    if network == DIT:
+def parameters(config: ModelConfig, model: str) -> int:
+    """Of one of the models, or of the tiny decoder."""
+    if model == DIT:
         return dit_parameters(config.dit)
-    if network == TEXT_ENCODER:
+    if model == TEXT_ENCODER:
         return text_encoder_parameters(config.text_encoder)
-    if network == TINY_DECODER:
+    if model == TINY_DECODER:
         return tiny_decoder_parameters(config.tiny_decoder)
     return vae_decoder_parameters(config.vae)
 
@@ -90,7 +90,7 @@ class SessionMemory:
 
 
 def session_memory(
-    config: NetworkConfig,
+    config: ModelConfig,
     dtype: str,
     decoder: str = WAN,
     *,
@@ -108,7 +108,7 @@ def session_memory(
     )
 
 
-def decoder_cache_bytes(config: NetworkConfig, decoder: str, size: int, fp8: bool = False) -> int:
+def decoder_cache_bytes(config: ModelConfig, decoder: str, size: int, fp8: bool = False) -> int:
     """The cache of a stream, `size` bytes to a number; with `fp8` one to those of residual blocks."""
     if decoder == TINY:
         widths = config.tiny_decoder.channels[:-1]
@@ -125,13 +125,13 @@ def decoder_cache_bytes(config: NetworkConfig, decoder: str, size: int, fp8: boo
 class ServerMemory:
     """Bytes that a server takes on its device."""
 
-    networks: dict[str, int]
+    models: dict[str, int]
     working: int
     """What a chunk and a recache take while they are computed: an estimate, rounded up."""
     session: SessionMemory
 
     def total(self, sessions: int) -> int:
-        return sum(self.networks.values()) + self.working + sessions * self.session.total
+        return sum(self.models.values()) + self.working + sessions * self.session.total
 
     def sessions_in(self, memory: int) -> int:
         """How many sessions fit."""
@@ -139,7 +139,7 @@ class ServerMemory:
 
 
 def server_memory(
-    config: NetworkConfig,
+    config: ModelConfig,
     *,
     dtype: str,
     decoder: str = WAN,
@@ -150,19 +150,19 @@ def server_memory(
     fp8_decoder: bool = False,
     on_cuda: bool = True,
 ) -> ServerMemory:
-    """Of the networks in PyTorch. Graphs and plans hold the same weights; what they work in is their own affair."""
+    """Of the models in PyTorch. Graphs and plans hold the same weights; what they work in is their own affair."""
     size = BYTES_OF[dtype]
     drawn_by = TINY_DECODER if decoder == TINY else VAE_DECODER
-    networks = {network: size * parameters(config, network) for network in (TEXT_ENCODER, DIT, drawn_by)}
+    models = {model: size * parameters(config, model) for model in (TEXT_ENCODER, DIT, drawn_by)}
     if fp8:
-        networks[DIT] -= _saved_by_fp8(config.dit, size)
+        models[DIT] -= _saved_by_fp8(config.dit, size)
     if fp8_decoder:
-        networks[VAE_DECODER] -= _saved_by_fp8_decoder(config.vae, size)
+        models[VAE_DECODER] -= _saved_by_fp8_decoder(config.vae, size)
     parts = _dit_working(config, size), _decoder_working(config, decoder, fused_decoder, size)
     # CUDA graphs keep what they worked in; PyTorch itself gives it to who comes next.
     working = sum(parts) if fused_dit or fused_decoder else max(parts)
     return ServerMemory(
-        networks=networks,
+        models=models,
         working=working + (CUDA_CONTEXT if on_cuda else 0),
         session=session_memory(config, dtype, decoder, fp8_attention=fp8_attention, fp8_decoder=fp8_decoder),
     )
@@ -232,13 +232,13 @@ def _saved_by_fp8_decoder(config: VAEConfig, size: int) -> int:
     return weights * (size - 1) - sum(2 * layer.outputs * (4 + 4 - size) for layer in blocks)
 
 
-def _dit_working(config: NetworkConfig, size: int) -> int:
-    """A recache of the whole window: its rows, twice as wide as the FFN and some times as the network."""
+def _dit_working(config: ModelConfig, size: int) -> int:
+    """A recache of the whole window: its rows, twice as wide as the FFN and some times as the model."""
     rows = config.window.window * config.tokens_per_frame
     return rows * (2 * config.dit.ffn_dim + 10 * config.dit.dim) * size
 
 
-def _decoder_working(config: NetworkConfig, decoder: str, fused: bool, size: int) -> int:
+def _decoder_working(config: ModelConfig, decoder: str, fused: bool, size: int) -> int:
     """The caches before and after a latent frame, and pictures. The fused one has a whole chunk of them at once."""
     channels = config.tiny_decoder.channels[-1] if decoder == TINY else config.vae.base_dim
     height, width = config.video_size

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest
-from longlive_serve.config.presets import DIT, NETWORKS, TINY, TINY_DECODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, MODELS, TINY, TINY_DECODER, VAE_DECODER
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, RANDOM_WEIGHTS, TENSORRT, TORCH, ServeConfig
 from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, CheckResult, size
 from longlive_serve.doctor.gpu import Gpu
@@ -39,14 +39,14 @@ def read(path: Path) -> tuple[ServeConfig | None, CheckResult]:
 
 
 def files(config: ServeConfig, choice: Mapping[str, str], gpu: Gpu | None) -> list[CheckResult]:
-    """`choice`: the backend of every network; empty where that cannot be told: then all checkpoints are looked for."""
-    results = [*_weights(config, {name: choice.get(name, TORCH) for name in NETWORKS})]
+    """`choice`: the backend of every model; empty where that cannot be told: then all checkpoints are looked for."""
+    results = [*_weights(config, {name: choice.get(name, TORCH) for name in MODELS})]
     for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
         if folder := getattr(config, key):
-            networks = [network for network, used in choice.items() if used == backend]
-            wrong = _wrong_graphs(config, backend, Path(folder), networks, gpu)
+            models = [model for model, used in choice.items() if used == backend]
+            wrong = _wrong_graphs(config, backend, Path(folder), models, gpu)
             text = f"{folder}: {wrong or size(_bytes_in(Path(folder)))}"
-            level = PROBLEM if networks or not choice else NOTE  # a folder that no network runs from is not opened
+            level = PROBLEM if models or not choice else NOTE  # a folder that no model runs from is not opened
             results.append(CheckResult(level, key, text, MAKE[key]) if wrong else CheckResult(OK, key, text))
     return results
 
@@ -67,7 +67,7 @@ def _weights(config: ServeConfig, choice: Mapping[str, str]) -> Iterator[CheckRe
 
 
 def _random_weights(config: ServeConfig) -> Iterator[CheckResult]:
-    if config.network.text_encoder.vocab_size < 256:  # not even the bytes of a text
+    if config.model_config.text_encoder.vocab_size < 256:  # not even the bytes of a text
         text = f"random, but the words of preset {config.preset} need a tokenizer's files"
         yield CheckResult(PROBLEM, "weights", text, 'weights = "demo", the folder beside the shipped settings')
     else:
@@ -75,23 +75,23 @@ def _random_weights(config: ServeConfig) -> Iterator[CheckResult]:
 
 
 def _checkpoints(config: ServeConfig, choice: Mapping[str, str], folder: Path) -> Iterator[CheckResult]:
-    """Of the networks that run from checkpoints; and the tokenizer, which all need."""
+    """Of the models that run from checkpoints; and the tokenizer, which all need."""
     from longlive_serve.weights.layouts import QUANTIZED, find, tokenizer_folder
     from longlive_serve.weights.loader import adapters_of
 
     whole = []
-    for network in (network for network, backend in choice.items() if backend in (TORCH, FUSED)):
-        name = TINY_DECODER if network == VAE_DECODER and config.decoder == TINY else network
+    for model in (model for model, backend in choice.items() if backend in (TORCH, FUSED)):
+        name = TINY_DECODER if model == VAE_DECODER and config.decoder == TINY else model
         try:
             file = find(name, config.weights)
             assert file is not None, "the weights are not random"
-            total = _checked_bytes(file.path, parameters(config.network, name))
-            if choice[network] == FUSED and file.kind == QUANTIZED:
+            total = _checked_bytes(file.path, parameters(config.model_config, name))
+            if choice[model] == FUSED and file.kind == QUANTIZED:
                 text = f"{file.path} is quantized, which the backend {FUSED} does not take"
-                action = f'{network}_backend = "{TORCH}", or plain weights and fp8 = true'
+                action = f'{model}_backend = "{TORCH}", or plain weights and fp8 = true'
                 yield CheckResult(PROBLEM, name, text, action)
             whole.append(f"{file.path.relative_to(folder)} {size(total)}")
-            if network == DIT:
+            if model == DIT:
                 whole += [f"adapter {adapter.path.name}" for adapter in adapters_of(config)]
         except ValueError as error:
             yield CheckResult(PROBLEM, name, str(error), FETCH_TINY if name == TINY_DECODER else FETCH)
@@ -122,20 +122,20 @@ def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _wrong_graphs(config: ServeConfig, backend: str, folder: Path, networks: list[str], gpu: Gpu | None) -> str:
-    """What is wrong with a folder of graphs that is to run `networks`, seen from outside."""
+def _wrong_graphs(config: ServeConfig, backend: str, folder: Path, models: list[str], gpu: Gpu | None) -> str:
+    """What is wrong with a folder of graphs that is to run `models`, seen from outside."""
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}"
     try:
         manifest = Manifest.read(folder)
-        manifest.check(folder, backend, config.network, config.variant)
+        manifest.check(folder, backend, config.model_config, config.variant)
     except ValueError as error:
         return str(error).removeprefix(f"{folder}: ")
     try:
         from longlive_serve.backends.exported.io_spec import GRAPHS_OF
     except ImportError:  # of PyTorch
         return ""
-    names = [graph for network in networks for graph in GRAPHS_OF[network]]
+    names = [graph for model in models for graph in GRAPHS_OF[model]]
     if missing := [name for name in names if name not in manifest.graphs]:
         return f"has no graph {', '.join(missing)}"
     wrong = (_wrong_graph(folder, manifest.graphs[name], config.dtype, gpu) for name in names)

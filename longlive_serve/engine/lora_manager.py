@@ -25,7 +25,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.session_options import Options
-from longlive_serve.weights.loader import adapters_of, load_network
+from longlive_serve.weights.loader import adapters_of, load_model
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ class Adapters:
             return
         backends = self._runner.backends
         assert isinstance(backends.dit, Exchangeable)
-        self._runner.backends = dataclasses.replace(backends, dit=backends.dit.with_network(loaded))
+        self._runner.backends = dataclasses.replace(backends, dit=backends.dit.with_model(loaded))
         log.info("adapters of sessions to come: %s", self._said)
-        sender.send(notice_chunk(self._config.network.video_size, f"adapters: {self._said}"), final=True)
+        sender.send(notice_chunk(self._config.model_config.video_size, f"adapters: {self._said}"), final=True)
 
     def abandon(self, error: ServeError) -> None:
         """Answer whoever waits with `error`; what is loaded still is not taken."""
@@ -93,10 +93,10 @@ class Adapters:
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         """In the thread."""
         config, device = self._config, self._runner.backends.device
-        what = (DIT, config.network, config.weights, device, dtype)
+        what = (DIT, config.model_config, config.weights, device, dtype)
         try:
             together = [*adapters_of(config), *adapters]
-            self._loaded = load_network(*what, adapters=together, use_ema=config.use_ema)
+            self._loaded = load_model(*what, adapters=together, use_ema=config.use_ema)
         except ValueError as error:
             self._loaded = ServeError(ServeError.INVALID_REQUEST, str(error))
         except Exception as error:  # the boundary of the thread

@@ -2,7 +2,7 @@
 """Generates a session's next chunk: prompt switch and recache, four denoising steps, decode, KV-cache update.
 
 Called by the engine core's worker and by replay. It knows docs/semantics.md, sections 5 and 6, not who runs
-the networks and not who watches the video.
+the models and not who watches the video.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longlive_serve.backends.base import Backends, DiT, EncodedPrompt, Preparabl
 from longlive_serve.backends.device import AsyncD2HCopy, to_device
 from longlive_serve.backends.device_timer import DeviceTimer
 from longlive_serve.backends.start_up import WARM_UP, phase
-from longlive_serve.config.presets import FRAMES_PER_LATENT, NetworkConfig
+from longlive_serve.config.presets import FRAMES_PER_LATENT, ModelConfig
 from longlive_serve.engine.inflight import InflightChunk, Phases
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session, SinkChunk
 from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
@@ -36,7 +36,7 @@ WARM_UP_SWITCH = 4  # chunks
 class ModelRunner:
     """Advances sessions of one LongLive, one chunk at a time. Belongs to one thread."""
 
-    def __init__(self, backends: Backends, config: NetworkConfig, variant: str = "base") -> None:
+    def __init__(self, backends: Backends, config: ModelConfig, variant: str = "base") -> None:
         self.backends = backends
         self.config = config
         self.window = Window(config.window)
@@ -280,14 +280,14 @@ class ModelRunner:
 
 
 def prompt_notice(index: int, encoded: EncodedPrompt) -> str:
-    """What the writer of prompt `index` should know: that it was truncated, which words mean nothing to the network."""
+    """What the writer of prompt `index` should know: that it was truncated, which words mean nothing to the model."""
     parts = []
     if encoded.tokens_given > encoded.tokens:
         parts.append(
             f"prompt {index} was truncated: it has {encoded.tokens_given} tokens, the first {encoded.tokens} are used"
         )
     if encoded.unknown:
-        parts.append(f"prompt {index} has words that this network does not know: {', '.join(encoded.unknown)}")
+        parts.append(f"prompt {index} has words that this model does not know: {', '.join(encoded.unknown)}")
         if encoded.known:
             parts.append(f"it knows: {', '.join(encoded.known)}")
     return "; ".join(parts)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from longlive_serve.config.presets import FPS, NetworkConfig
+from longlive_serve.config.presets import FPS, ModelConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import ChunkRequest, ClientStream, ResponseSender, notice_chunk
 from longlive_serve.engine.frame_encoder import make_encode
@@ -118,7 +118,7 @@ class SessionManager:
             if queue_position > most:
                 self._refuse(stream, f"{most} sessions are waiting for a slot already")
             else:
-                stream.notify_queue_position(queue_position, self.scheduler.waiting, self._network.video_size)
+                stream.notify_queue_position(queue_position, self.scheduler.waiting, self._model_config.video_size)
 
     def delivered(self, stream: ClientStream, chunk: FrameChunk) -> None:
         """A chunk (or an early part of it) was sent: count it, and see whether the session goes on."""
@@ -178,7 +178,7 @@ class SessionManager:
         for stream in list(self._streams.values()):
             session = stream.session
             if stream.snapshot_every and session.context_latents and stream.chunk_requests:
-                last = self._notice(session, "the server is shutting down", snapshot=dump(session, self._network))
+                last = self._notice(session, "the server is shutting down", snapshot=dump(session, self._model_config))
                 stream.chunk_requests[0].sender.send(last, final=False)
             self.end(stream, shutting_down())
 
@@ -214,7 +214,7 @@ class SessionManager:
         )
         stream.snapshot_every = options.snapshot_every or 0
         stream.stream_partial_chunks = bool(options.stream_partial_chunks)
-        stream.encode = make_encode(options.format, self._network.video_size, options.fps or FPS)
+        stream.encode = make_encode(options.format, self._model_config.video_size, options.fps or FPS)
         stream.trace = Trace(session.id) if self._config.trace_dir else None
         self._streams[session.id] = stream
         fps = None if options.pace == ASAP else options.fps or FPS
@@ -237,7 +237,7 @@ class SessionManager:
         assert request.snapshot is not None
         backends, token = self._runner.backends, request.options.token or ""
         device, dtype = backends.device, self._runner.dtype
-        return load_session(request.snapshot, request.session_id, token, self._network, device, dtype)
+        return load_session(request.snapshot, request.session_id, token, self._model_config, device, dtype)
 
     def _refuse(self, stream: ClientStream, why: str) -> None:
         """End a session that waits. One that would not wait its turn is no demand: its viewer asks here and there."""
@@ -274,10 +274,10 @@ class SessionManager:
     def _notice(self, session: Session, text: str = "", **fields: object) -> FrameChunk:
         """A response without frames that says where the session stands."""
         stand = {"first_frame": self._runner.first_frame(session.chunk), "prompt_index": session.prompt.index}
-        return notice_chunk(self._network.video_size, text, **(stand | fields))
+        return notice_chunk(self._model_config.video_size, text, **(stand | fields))
 
     @property
-    def _network(self) -> NetworkConfig:
+    def _model_config(self) -> ModelConfig:
         return self._runner.config
 
 

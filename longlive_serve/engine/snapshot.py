@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from longlive_serve.backends.device import AsyncD2HCopy
-from longlive_serve.config.presets import NetworkConfig, WindowConfig
+from longlive_serve.config.presets import ModelConfig, WindowConfig
 from longlive_serve.engine.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.messages import MAX_PROMPT_BYTES
@@ -45,16 +45,16 @@ def read_tensors(session: Session) -> dict[str, AsyncD2HCopy]:
     return {name: AsyncD2HCopy(tensor) for name, tensor in tensors.items()}
 
 
-def dump(session: Session, network: NetworkConfig) -> bytes:
+def dump(session: Session, model_config: ModelConfig) -> bytes:
     """`session`, between two chunks, as bytes."""
-    return dump_later(session, network, read_tensors(session))()
+    return dump_later(session, model_config, read_tensors(session))()
 
 
-def dump_later(session: Session, network: NetworkConfig, tensors: Mapping[str, AsyncD2HCopy]) -> Callable[[], bytes]:
+def dump_later(session: Session, model_config: ModelConfig, tensors: Mapping[str, AsyncD2HCopy]) -> Callable[[], bytes]:
     """What writes the bytes: in any thread, whatever happens to the session meanwhile."""
     facts = {
         "version": VERSION,
-        "network": network.name,
+        "model": model_config.name,
         **{name: getattr(session, name) for name in _PLAIN},
         "token": _hashed(session.token),
         "prompt": dataclasses.asdict(session.prompt),
@@ -70,7 +70,7 @@ def _write(facts: str, tensors: Mapping[str, AsyncD2HCopy]) -> bytes:
 
 
 def load_session(
-    data: bytes, session_id: str, token: str, network: NetworkConfig, device: str, dtype: torch.dtype
+    data: bytes, session_id: str, token: str, model_config: ModelConfig, device: str, dtype: torch.dtype
 ) -> Session:
     """The session that `dump` wrote, under a new id. Raises ServeError: FORBIDDEN unless `token` is that of the
     session, INVALID_REQUEST for anything that `dump` did not write."""
@@ -81,15 +81,15 @@ def load_session(
         tensors, facts = load(body), _facts(body)
     except (SafetensorError, ValueError, KeyError) as error:
         raise _invalid(f"it cannot be read ({error})") from None
-    if facts.get("version") != VERSION or facts.get("network") != network.name:
+    if facts.get("version") != VERSION or facts.get("model") != model_config.name:
         raise _invalid(
-            f"it is of version {facts.get('version')} and of the network {facts.get('network')!r}, "
-            f"expected version {VERSION} and {network.name!r}"
+            f"it is of version {facts.get('version')} and of the model {facts.get('model')!r}, "
+            f"expected version {VERSION} and {model_config.name!r}"
         )
     if not hmac.compare_digest(str(facts.get("token")).encode(), _hashed(token).encode()):
         raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: got another than that of the SNAPSHOT's session")
     try:
-        return _session(session_id, facts, tensors, network, device, dtype)
+        return _session(session_id, facts, tensors, model_config, device, dtype)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _invalid(f"it does not describe a session ({type(error).__name__}: {error})") from None
 
@@ -107,12 +107,17 @@ def _session(
     session_id: str,
     facts: dict[str, Any],
     tensors: dict[str, Tensor],
-    network: NetworkConfig,
+    model_config: ModelConfig,
     device: str,
     dtype: torch.dtype,
 ) -> Session:
-    shape = (network.window.chunk, network.dit.channels, network.latent_height, network.latent_width)
-    window = network.window
+    shape = (
+        model_config.window.chunk,
+        model_config.dit.channels,
+        model_config.latent_height,
+        model_config.latent_width,
+    )
+    window = model_config.window
 
     def chunks(name: str, most: int) -> list[Tensor]:
         tensor = tensors[name].to(device, dtype)

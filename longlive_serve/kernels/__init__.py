@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused Triton kernels for the parts of the DiT and of the VAE that lie between the matrix products.
 
-Backends choose them, networks do not know of them. They need the package `triton`, which CUDA builds of torch bring
+Backends choose them, models do not know of them. They need the package `triton`, which CUDA builds of torch bring
 along. Where TRITON_INTERPRET=1 is set before triton is imported they run on the CPU, slowly: to see what they compute.
 
 They share: a program works on whole rows; inputs are float32, bfloat16 or float16; statistics and arithmetic are

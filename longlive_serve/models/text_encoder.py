@@ -108,7 +108,7 @@ class TextEncoder(nn.Module):
         self.stack = UMT5EncoderModel(umt5).get_encoder()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask int64 [B, text_len] -> [B, text_len, dim] in the network's dtype; padding rows are zero."""
+        """ids, mask int64 [B, text_len] -> [B, text_len, dim] in the model's dtype; padding rows are zero."""
         # [B, 1, 1, text_len], as it is added to the scores: the values of any other mask are asked for, and waited for.
         dtype = self.stack.embed_tokens.weight.dtype
         masked = (mask[:, None, None] == 0).to(dtype) * torch.finfo(dtype).min

@@ -25,7 +25,7 @@ def check_seconds(name: str, seconds: float) -> float:
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Where it listens, and with what."""
-    text = "serve.toml (default: the shipped one, the demo network)"
+    text = "serve.toml (default: the shipped one, the demo model)"
     parser.add_argument("--config", type=Path, metavar="TOML", help=text)
     text = (
         "an address of this machine, IPv4 or IPv6; 0.0.0.0 lets other machines in, :: by IPv6 as well "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One network's checkpoint: its tensors under our names, checked before any is read, then loaded one by one.
+"""One model's checkpoint: its tensors under our names, checked before any is read, then loaded one by one.
 
-Called by `weights` and by `export.convert`. At no time is more in memory than the network and one piece of the file.
+Called by `weights` and by `export.convert`. At no time is more in memory than the model and one piece of the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, NetworkConfig
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, ModelConfig
 from longlive_serve.config.serve_config import Adapter
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.quantization.int8_fp8_layers import install, quantized_layers
@@ -24,7 +24,7 @@ from longlive_serve.models.text_encoder import TextEncoder, wan_names
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
 from longlive_serve.weights.diffusers_mapping import from_diffusers
-from longlive_serve.weights.layouts import CONVERTED, CONVERTED_FILE, DIFFUSERS, LONGLIVE, QUANTIZED, WAN, NetworkFile
+from longlive_serve.weights.layouts import CONVERTED, CONVERTED_FILE, DIFFUSERS, LONGLIVE, QUANTIZED, WAN, ModelFile
 from longlive_serve.weights.lora import Updates, merged, read_adapters
 from longlive_serve.weights.tensor_files import is_mapped, listed, metadata, read_tensors, sha256, streamed
 
@@ -42,46 +42,46 @@ _CLASSES: dict[str, Callable[[Any], nn.Module]] = {
 _OURS = {VAE_DECODER: ("decoder.", "conv2."), TINY_DECODER: ("decoder.",)}  # the rest of these files is encoders
 
 
-def build(name: str, config: NetworkConfig) -> nn.Module:
-    """The network as its class makes it: random, on the default device."""
+def build(name: str, config: ModelConfig) -> nn.Module:
+    """The model as its class makes it: random, on the default device."""
     return _CLASSES[name](getattr(config, name if name != VAE_DECODER else "vae"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A network's file, and what is merged into it."""
+    """A model's file, and what is merged into it."""
 
     name: str
-    config: NetworkConfig
-    file: NetworkFile
+    config: ModelConfig
+    file: ModelFile
     adapters: Sequence[Adapter] = ()
     use_ema: bool = False
 
-    def network(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """The network with these weights, in evaluation mode. Raises ValueError for a file that does not fit it.
+    def model(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """The model with these weights, in evaluation mode. Raises ValueError for a file that does not fit it.
 
         Quantized weights and scales stay in the dtypes of the file.
         """
         log.info("%s: %s, %s layout%s", self.name, self.file.path, self.file.kind, ", EMA" if self.use_ema else "")
         with torch.device("meta"):
-            network = build(self.name, self.config)
-        for module in network.modules():
+            model = build(self.name, self.config)
+        for module in model.modules():
             for key, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, key, buffer.to(dtype))  # constants, which no file holds
-        self._install_quantized(network)
-        materialize(network, self.tensors(network), device, dtype)
-        return network.eval()
+        self._install_quantized(model)
+        materialize(model, self.tensors(model), device, dtype)
+        return model.eval()
 
-    def tensors(self, network: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, model: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under our name, adapters merged (then in float32), else as in the file; keep none of them.
 
-        All are checked against `network` (default: the one of the configuration) first. Raises ValueError.
+        All are checked against `model` (default: the one of the configuration) first. Raises ValueError.
         """
-        if network is None:
+        if model is None:
             with torch.device("meta"):
-                network = build(self.name, self.config)
+                model = build(self.name, self.config)
         state = self.state()
-        self._check(state, network)
+        self._check(state, model)
         updates = self._updates(state)
         mapped = is_mapped(self.file.path)
         return ((name, merged(tensor, updates.get(name, ()))) for name, tensor in streamed(self.state, mapped))
@@ -114,19 +114,19 @@ class Checkpoint:
         origin: dict[str, Any] = json.loads(about.get(MADE_OF, "{}"))
         return origin
 
-    def _install_quantized(self, network: nn.Module) -> None:
+    def _install_quantized(self, model: nn.Module) -> None:
         if self.file.kind != QUANTIZED:
             return
         try:
-            install(network, quantized_layers(self.state(), "cpu"))
+            install(model, quantized_layers(self.state(), "cpu"))
         except (AttributeError, KeyError) as error:
-            raise ValueError(f"{self.file.path}: quantized layers of another network: {error}") from None
+            raise ValueError(f"{self.file.path}: quantized layers of another model: {error}") from None
 
-    def _check(self, state: Mapping[str, Tensor], network: nn.Module) -> None:
+    def _check(self, state: Mapping[str, Tensor], model: nn.Module) -> None:
         shown = {}
         if self.file.kind == WAN and self.name == TEXT_ENCODER:  # the file's own names
             shown = {ours: wan for wan, ours in wan_names(self.config.text_encoder.num_layers).items()}
-        if problems := state_dict_mismatches(state, network.state_dict(), shown):
+        if problems := state_dict_mismatches(state, model.state_dict(), shown):
             raise ValueError(
                 _misfit_text(self.file.path, problems)
                 + f"\nExpected the {self.name} of preset {self.config.name}: give another file or another preset"
@@ -152,17 +152,17 @@ class Checkpoint:
 
 @torch.no_grad()
 def materialize(
-    network: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str, dtype: torch.dtype
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str, dtype: torch.dtype
 ) -> None:
-    """Give a network on the meta device its weights: copies, one by one. Buffers keep their dtypes."""
-    for module in network.modules():
+    """Give a model on the meta device its weights: copies, one by one. Buffers keep their dtypes."""
+    for module in model.modules():
         # All before the first is filled: among what is needed in between, the heap would come out full of holes.
         for key, old in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(torch.empty_like(old, dtype=dtype, device=device), old.requires_grad))
         for key, buffer in list(module.named_buffers(recurse=False)):
             constant = key in module._non_persistent_buffers_set
             setattr(module, key, buffer.to(device) if constant else torch.empty_like(buffer, device=device))
-    own = network.state_dict()
+    own = model.state_dict()
     for name, tensor in tensors:
         own.pop(name).copy_(tensor)
     assert not own, f"no weights for {sorted(own)}"
@@ -183,7 +183,7 @@ def strip_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def state_dict_mismatches(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], shown: Mapping[str, str]
 ) -> list[str]:
-    """What of `state` does not fit a network that has `own`, under the names `shown` where there are any; the first of
+    """What of `state` does not fit a model that has `own`, under the names `shown` where there are any; the first of
     very many of each kind."""
     missing = [f"missing {shown.get(name, name)}" for name in sorted(own.keys() - state.keys())]
     unexpected = [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
@@ -197,12 +197,12 @@ def state_dict_mismatches(
     return [listed(kind, "\n  ") for kind in (missing, unexpected, others) if kind]
 
 
-def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy `state` into `network`. Raises ValueError that lists what does not fit."""
-    if problems := state_dict_mismatches(state, network.state_dict(), {}):
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Copy `state` into `model`. Raises ValueError that lists what does not fit."""
+    if problems := state_dict_mismatches(state, model.state_dict(), {}):
         raise ValueError(_misfit_text(source, problems))
-    network.load_state_dict(state)
+    model.load_state_dict(state)
 
 
 def _misfit_text(source: Path | str, problems: Sequence[str]) -> str:
-    return f"{source}: does not fit the network:\n  " + "\n  ".join(problems)
+    return f"{source}: does not fit the model:\n  " + "\n  ".join(problems)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wan 2.1 as diffusers lays it out (a WanPipeline folder): its files, and its tensors under our networks' names.
+"""Wan 2.1 as diffusers lays it out (a WanPipeline folder): its files, and its tensors under our models' names.
 
 Called by `weights`. It renames and reads nothing; whether what it gives fits is for strict loading to say. Source:
 the state dicts of diffusers 0.42.1 and transformers 5.23.0, and diffusers' scripts/convert_wan_to_diffusers.py, whose
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER
 
-# The folder and glob of each network's file, or of its shards. They may hold the whole pipeline or some of it.
+# The folder and glob of each model's file, or of its shards. They may hold the whole pipeline or some of it.
 FILES = {
     TEXT_ENCODER: "text_encoder/model*.safetensors",
     DIT: "transformer/diffusion_pytorch_model*.safetensors",
@@ -71,23 +71,23 @@ def is_diffusers(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in FILES.values())
 
 
-def from_diffusers(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a network of a WanPipeline under the names of our `network`, ready for strict loading.
+def from_diffusers(model: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model of a WanPipeline under the names of our `model`, ready for strict loading.
 
-    The names of the whole network at once: with several files, merge them first. The VAE's encoder is left out. A
+    The names of the whole model at once: with several files, merge them first. The VAE's encoder is left out. A
     name that fits no rule stays as it is. The tensors are those given: no shape differs.
     """
-    if network == VAE_DECODER:
+    if model == VAE_DECODER:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_VAE_ENCODER)}
-    numbered = _numbered(state) if network == VAE_DECODER else {}
-    return {_renamed(network, name, numbered.get(name, name)): tensor for name, tensor in state.items()}
+    numbered = _numbered(state) if model == VAE_DECODER else {}
+    return {_renamed(model, name, numbered.get(name, name)): tensor for name, tensor in state.items()}
 
 
-def _renamed(network: str, name: str, numbered: str) -> str:
+def _renamed(model: str, name: str, numbered: str) -> str:
     """Our name of the tensor `name`, which the rules know as `numbered`."""
     parts = _PARAMETER.fullmatch(numbered)
     assert parts is not None, numbered
-    for pattern, ours in _RULES[network].items():
+    for pattern, ours in _RULES[model].items():
         if match := re.fullmatch(pattern, parts[1]):
             return match.expand(ours) + (parts[2] or "")
     return name

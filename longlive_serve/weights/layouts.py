@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each network's file lies in a folder of weights.
+"""Where each model's file lies in a folder of weights.
 
 Called by `checkpoint` and `weights`, and by those who copy such folders. It opens no file. Layouts, in one folder even
-mixed (the first that has the network counts):
+mixed (the first that has the model counts):
 
-* what `quantization/` writes: NETWORK.quantized.safetensors;
-* what `python -m export.convert` writes: NETWORK.safetensors and tokenizer/;
+* what `quantization/` writes: MODEL.quantized.safetensors;
+* what `python -m export.convert` writes: MODEL.safetensors and tokenizer/;
 * that of the reference: wan_models/Wan2.1-T2V-1.3B/ and, with the DiT and its adapter, longlive_models/models/;
 * flat: the files of Wan2.1-T2V-1.3B, longlive_base.pt and its lora.pt side by side;
 * that of a WanPipeline of diffusers: transformer/, vae/, text_encoder/, tokenizer/.
@@ -33,7 +33,7 @@ LORA_FILE = "lora.pt"
 WAN_FOLDER = "wan_models/Wan2.1-T2V-1.3B"
 LONGLIVE_FOLDER = "longlive_models/models"
 
-QUANTIZED_FILE = "{}.quantized.safetensors"  # under the names of our networks, as the next
+QUANTIZED_FILE = "{}.quantized.safetensors"  # under the names of our models, as the next
 CONVERTED_FILE = "{}.safetensors"
 CONVERTED_TOKENIZER_FOLDER = "tokenizer"  # as that of diffusers
 
@@ -41,8 +41,8 @@ QUANTIZED, CONVERTED, LONGLIVE, WAN, DIFFUSERS = "quantized", "converted", "Long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkFile:
-    """A network's file, which may be an index of shards, and whose names and layout it has."""
+class ModelFile:
+    """A model's file, which may be an index of shards, and whose names and layout it has."""
 
     path: Path
     kind: str
@@ -58,15 +58,15 @@ def folder_of(weights: str) -> Path | None:
     return folder
 
 
-def find(network: str, weights: str) -> NetworkFile | None:
-    """The file of a network in the folder `weights`; where there is none, the one that should be there.
+def find(model: str, weights: str) -> ModelFile | None:
+    """The file of a model in the folder `weights`; where there is none, the one that should be there.
 
     None for random weights. Raises ValueError for shards of which nothing says what they hold.
     """
     folder = folder_of(weights)
     if folder is None:
         return None
-    return next((file for file in _candidates(network, folder) if file.path.exists()), _published(network, folder))
+    return next((file for file in _candidates(model, folder) if file.path.exists()), _published(model, folder))
 
 
 def own_adapter(weights: str) -> Path | None:
@@ -83,39 +83,39 @@ def tokenizer_folder(folder: Path) -> Path:
     return converted if converted.is_dir() else _wan_folder(folder) / TOKENIZER_FOLDER
 
 
-def _candidates(network: str, folder: Path) -> Iterator[NetworkFile]:
-    yield NetworkFile(path=folder / QUANTIZED_FILE.format(network), kind=QUANTIZED)
-    yield NetworkFile(path=folder / CONVERTED_FILE.format(network), kind=CONVERTED)
-    if network == DIT:
-        yield NetworkFile(path=_longlive_folder(folder) / LONGLIVE_FILE, kind=LONGLIVE)
-    published = _published(network, folder)
+def _candidates(model: str, folder: Path) -> Iterator[ModelFile]:
+    yield ModelFile(path=folder / QUANTIZED_FILE.format(model), kind=QUANTIZED)
+    yield ModelFile(path=folder / CONVERTED_FILE.format(model), kind=CONVERTED)
+    if model == DIT:
+        yield ModelFile(path=_longlive_folder(folder) / LONGLIVE_FILE, kind=LONGLIVE)
+    published = _published(model, folder)
     if published.kind == WAN:
         yield published
-        yield NetworkFile(path=published.path.with_suffix(".safetensors"), kind=WAN)
-        yield NetworkFile(path=published.path.with_suffix(f".safetensors{INDEX}"), kind=WAN)
-    if network in diffusers_mapping.FILES and diffusers_mapping.is_diffusers(folder):
-        yield from _of_diffusers(folder, diffusers_mapping.FILES[network])
+        yield ModelFile(path=published.path.with_suffix(".safetensors"), kind=WAN)
+        yield ModelFile(path=published.path.with_suffix(f".safetensors{INDEX}"), kind=WAN)
+    if model in diffusers_mapping.FILES and diffusers_mapping.is_diffusers(folder):
+        yield from _of_diffusers(folder, diffusers_mapping.FILES[model])
 
 
-def _published(network: str, folder: Path) -> NetworkFile:
-    if network == DIT and _has_reference_layout(folder):
-        return NetworkFile(path=folder / LONGLIVE_FOLDER / LONGLIVE_FILE, kind=LONGLIVE)  # Wan's own is not LongLive
-    published_in = folder if network == TINY_DECODER else _wan_folder(folder)
-    return NetworkFile(path=published_in / FILES[network], kind=WAN)
+def _published(model: str, folder: Path) -> ModelFile:
+    if model == DIT and _has_reference_layout(folder):
+        return ModelFile(path=folder / LONGLIVE_FOLDER / LONGLIVE_FILE, kind=LONGLIVE)  # Wan's own is not LongLive
+    published_in = folder if model == TINY_DECODER else _wan_folder(folder)
+    return ModelFile(path=published_in / FILES[model], kind=WAN)
 
 
-def _of_diffusers(folder: Path, pattern: str) -> Iterator[NetworkFile]:
-    """The file of one network: whole, or the index of its shards."""
+def _of_diffusers(folder: Path, pattern: str) -> Iterator[ModelFile]:
+    """The file of one model: whole, or the index of its shards."""
     whole = folder / pattern.replace("*", "")
     found = sorted(folder.glob(pattern))
     if whole in found:
-        yield NetworkFile(path=whole, kind=DIFFUSERS)
+        yield ModelFile(path=whole, kind=DIFFUSERS)
     elif (index := whole.with_name(whole.name + INDEX)).exists():
-        yield NetworkFile(path=index, kind=DIFFUSERS)
+        yield ModelFile(path=index, kind=DIFFUSERS)
     elif len(found) > 1:
         raise ValueError(f"{index}: no such file, but shards: expected it to say what they hold. Fetch it")
     else:
-        yield from (NetworkFile(path=path, kind=DIFFUSERS) for path in found)
+        yield from (ModelFile(path=path, kind=DIFFUSERS) for path in found)
 
 
 def _has_reference_layout(folder: Path) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of weights -> networks with weights in them, adapters merged; or random weights from a fixed seed.
+"""Folders of weights -> models with weights in them, adapters merged; or random weights from a fixed seed.
 
 Called by `build_backends`, the export and `quantization/`. Where the files lie is for `weights_folder` to say, what is
 in them for `checkpoint`.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER, NetworkConfig
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER, ModelConfig
 from longlive_serve.config.serve_config import RANDOM_WEIGHTS, Adapter, ServeConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.text_encoder import BYTE_VOCABULARY, TextEncoder, Tokenizer
@@ -42,7 +42,7 @@ from longlive_serve.weights.tensor_files import files_of, metadata, read_tensors
 
 __all__ = [
     "DIT_FILE", "FILES", "QUANTIZED_FILE", "TEXT_ENCODER_FILE", "TINY_DECODER_FILE", "TOKENIZER_FOLDER", "VAE_FILE",
-    "Networks", "adapters_of", "fingerprint", "load_network", "load_networks", "load_state", "load_strictly",
+    "Models", "adapters_of", "fingerprint", "load_model", "load_models", "load_state", "load_strictly",
     "load_tokenizer", "read_tensors", "recipe", "sha256",
 ]  # fmt: skip
 
@@ -52,8 +52,8 @@ RANDOM_SEED = 20260101
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Networks:
-    """The three networks of one LongLive in PyTorch, in evaluation mode, and the tokenizer."""
+class Models:
+    """The three models of one LongLive in PyTorch, in evaluation mode, and the tokenizer."""
 
     text_encoder: TextEncoder
     tokenizer: Tokenizer
@@ -61,10 +61,10 @@ class Networks:
     vae_decoder: VAEDecoder
 
 
-def load_networks(config: NetworkConfig, weights: str, device: str, dtype: torch.dtype) -> Networks:
-    """The three networks of `config`, each as `load_network` gives it, and the tokenizer."""
-    load = functools.partial(load_network, config=config, weights=weights, device=device, dtype=dtype)
-    return Networks(
+def load_models(config: ModelConfig, weights: str, device: str, dtype: torch.dtype) -> Models:
+    """The three models of `config`, each as `load_model` gives it, and the tokenizer."""
+    load = functools.partial(load_model, config=config, weights=weights, device=device, dtype=dtype)
+    return Models(
         text_encoder=load(TEXT_ENCODER),
         tokenizer=load_tokenizer(config, weights),
         dit=load(DIT),
@@ -72,9 +72,9 @@ def load_networks(config: NetworkConfig, weights: str, device: str, dtype: torch
     )
 
 
-def load_network(
+def load_model(
     name: str,
-    config: NetworkConfig,
+    config: ModelConfig,
     weights: str,
     device: str,
     dtype: torch.dtype,
@@ -82,27 +82,27 @@ def load_network(
     adapters: Sequence[Adapter] | None = None,
     use_ema: bool = False,
 ) -> Any:
-    """The network `name` of `config` with the weights of the folder `weights`, or random ones from a fixed seed.
+    """The model `name` of `config` with the weights of the folder `weights`, or random ones from a fixed seed.
 
-    `adapters` go into the DiT and into no other network: exactly these; with None the folder's own lora.pt. `use_ema`:
+    `adapters` go into the DiT and into no other model: exactly these; with None the folder's own lora.pt. `use_ema`:
     the DiT's averaged weights. The folder is laid out in one of the ways of `weights_folder`. Raises ValueError that
     names the file and what is wrong with it: what is missing, unexpected or of another shape in it.
     """
     checkpoint = _checkpoint(name, config, weights, adapters, use_ema)
     if checkpoint is not None:
-        return checkpoint.network(device, dtype)
+        return checkpoint.model(device, dtype)
     if name == DIT and use_ema:
         raise ValueError("use_ema: got true with random weights, expected a folder with longlive_base.pt")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        network = build(name, config)
+        model = build(name, config)
     if name == DIT and adapters:
-        network.load_state_dict(merged_state(network.state_dict(), adapters))
-    return network.to(device, dtype).eval()
+        model.load_state_dict(merged_state(model.state_dict(), adapters))
+    return model.to(device, dtype).eval()
 
 
-def load_state(name: str, config: NetworkConfig, weights: str) -> dict[str, Tensor]:
-    """The tensors of a network's file in the folder `weights`, under our names and in the file's dtypes; no adapter.
+def load_state(name: str, config: ModelConfig, weights: str) -> dict[str, Tensor]:
+    """The tensors of a model's file in the folder `weights`, under our names and in the file's dtypes; no adapter.
 
     They lie in the mapped file: as long as they are in use it must stay as it is.
     """
@@ -124,7 +124,7 @@ def adapters_of(config: ServeConfig) -> list[Adapter]:
     return [*config.lora]
 
 
-def load_tokenizer(config: NetworkConfig, weights: str) -> Tokenizer:
+def load_tokenizer(config: ModelConfig, weights: str) -> Tokenizer:
     """The tokenizer in the folder `weights`, or the one of random weights, which needs no files."""
     folder = folder_of(weights)
     if folder is None and config.text_encoder.vocab_size < BYTE_VOCABULARY:
@@ -136,7 +136,7 @@ def load_tokenizer(config: NetworkConfig, weights: str) -> Tokenizer:
 
 
 def fingerprint(name: str, weights: str, adapters: Sequence[Adapter] | None = None, use_ema: bool = False) -> str:
-    """SHA-256 of what the network `name` is loaded from, or `random`; empty when the folder has no such file.
+    """SHA-256 of what the model `name` is loaded from, or `random`; empty when the folder has no such file.
 
     Of one file it is the file's; of several (shards, adapters with their scales) it is one of all of theirs.
     """
@@ -152,13 +152,13 @@ def fingerprint(name: str, weights: str, adapters: Sequence[Adapter] | None = No
 
 
 def recipe(name: str, weights: str) -> str:
-    """What the network `name` was quantized with; empty when it was not."""
+    """What the model `name` was quantized with; empty when it was not."""
     file = find(name, weights)
     return "" if file is None or file.kind != QUANTIZED else metadata(file.path)["recipe"]
 
 
 def _checkpoint(
-    name: str, config: NetworkConfig, weights: str, adapters: Sequence[Adapter] | None, use_ema: bool
+    name: str, config: ModelConfig, weights: str, adapters: Sequence[Adapter] | None, use_ema: bool
 ) -> Checkpoint | None:
     """None for random weights."""
     file = find(name, weights)
@@ -169,7 +169,7 @@ def _checkpoint(
 
 
 def _adapters(name: str, weights: str, adapters: Sequence[Adapter] | None) -> Sequence[Adapter]:
-    """Those of the network `name`, as `load_network` says."""
+    """Those of the model `name`, as `load_model` says."""
     if name != DIT:
         return ()
     if adapters is not None:

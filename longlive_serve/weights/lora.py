@@ -61,7 +61,7 @@ def merged(weight: Tensor, updates: Sequence[LowRank]) -> Tensor:
 
 
 def read_adapters(adapters: Sequence[Adapter], shapes: Mapping[str, Sequence[int]]) -> Updates:
-    """What the adapters add to a network whose tensors have these names and shapes.
+    """What the adapters add to a model whose tensors have these names and shapes.
 
     Raises ValueError that names the file and every layer that does not exist or does not fit.
     """
@@ -110,7 +110,7 @@ def _layers(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 def _misfit(layer: str, halves: Mapping[str, Tensor], weight: Sequence[int] | None) -> list[str]:
     """What is wrong with the factors of a layer, if something is."""
     if weight is None:
-        return [f"{layer}: the network has no such layer"]
+        return [f"{layer}: the model has no such layer"]
     if len(halves) < 2:
         return [f"{layer}: got lora_{next(iter(halves))} alone, expected lora_A and lora_B"]
     a, b = halves["A"].shape, halves["B"].shape

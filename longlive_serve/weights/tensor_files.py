@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of tensors, memory-mapped: torch's, safetensors, sharded safetensors; and what is wrong with one that is none.
 
-Called by `checkpoint` and `lora`. It knows no networks, and nothing is ever unpickled beyond plain tensors.
+Called by `checkpoint` and `lora`. It knows no models, and nothing is ever unpickled beyond plain tensors.
 """
 
 from __future__ import annotations

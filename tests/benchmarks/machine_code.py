@@ -24,9 +24,9 @@ from torch import Tensor
 
 from benchmarks.engines.baseline.dit import EagerDiT
 from benchmarks.engines.baseline.vae import as_reference
-from benchmarks.engines.networks import KINDS
+from benchmarks.engines.models import KINDS
 from benchmarks.results import SERVER, Measurement, cpu, versions
-from longlive_serve.config.presets import DIT, PRESETS, VAE_DECODER, NetworkConfig
+from longlive_serve.config.presets import DIT, PRESETS, VAE_DECODER, ModelConfig
 from longlive_serve.kernels.attention import attention_fp8
 from longlive_serve.models.dit.adaln import Modulation
 from longlive_serve.models.dit.fused_dit import CacheRows, FP8Attention, FusedCausalDiT
@@ -50,9 +50,9 @@ CODE = (
 
 
 class Chunk:
-    """The work of one chunk of a network of this size, on no device."""
+    """The work of one chunk of a model of this size, on no device."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config, self.window = config, Window(config.window)
         self.rows = config.window.chunk * config.tokens_per_frame
         size = (1, config.window.chunk, config.dit.channels, config.latent_height, config.latent_width)
@@ -61,7 +61,7 @@ class Chunk:
     def empty(self, *size: int, dtype: torch.dtype = DTYPE) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    def network(self, name: str) -> Any:
+    def model(self, name: str) -> Any:
         with torch.device("meta"):
             return KINDS[name](self.config).to("meta", DTYPE).requires_grad_(False)
 
@@ -77,7 +77,7 @@ class Chunk:
         return found
 
     def eager_dit(self) -> Callable[[], object]:
-        dit = EagerDiT(self.network(DIT), self.config, 1)
+        dit = EagerDiT(self.model(DIT), self.config, 1)
         before, placement = self.window.step(CHUNK - 1), self.window.step(CHUNK)
         for layer in dit.slots[0].layers:  # the host reads these counters
             layer.global_end, layer.local_end = (
@@ -103,26 +103,26 @@ class Chunk:
         )
         attend = torch.nn.functional.scaled_dot_product_attention
         with counted():  # weights are quantized by a kernel of ours
-            network = FusedCausalDiT(self.network(DIT), fp8, attend, attention if fp8_attention else None)
+            model = FusedCausalDiT(self.model(DIT), fp8, attend, attention if fp8_attention else None)
         constants = Modulation(blocks=self.empty(config.num_layers, 6, config.dim), head=self.empty(2, config.dim))
         angles = self.empty(self.rows, config.head_dim // 2, dtype=torch.float32)
         cache = functools.partial(self.empty, config.num_layers, config.num_heads, window, config.head_dim, dtype=small)
         rows = CacheRows(
             keys=cache(), values=cache(), first=0, used=window, query_angles=(angles, angles), key_angles=None
         )  # fmt: skip
-        prompt = network.embed_prompt(self.empty(1, config.text_len, config.text_dim), config.text_len)
+        prompt = model.embed_prompt(self.empty(1, config.text_len, config.text_dim), config.text_len)
 
         def run() -> None:
             for step in range(STEPS + 1):
-                network.run(self.latents, constants, prompt, rows, update_kv_cache=step == STEPS)
+                model.run(self.latents, constants, prompt, rows, update_kv_cache=step == STEPS)
 
         return run
 
     def decoders(self) -> dict[str, Callable[[], object]]:
-        eager, network = as_reference(self.network(VAE_DECODER)), self.network(VAE_DECODER)
+        eager, model = as_reference(self.model(VAE_DECODER)), self.model(VAE_DECODER)
         height, width = self.config.latent_height, self.config.latent_width
         cache = eager.initial_cache(1, height, width, torch.device("meta"), DTYPE)
-        fused = FusedVAE(network)
+        fused = FusedVAE(model)
         own = fused.initial_cache(height, width, torch.device("meta"), DTYPE)
         return {
             EAGER: functools.partial(eager, self.latents, cache, False),
@@ -139,7 +139,7 @@ def work_of(runs: dict[str, Callable[[], object]]) -> dict[str, Work]:
     return found
 
 
-def figures(config: NetworkConfig) -> dict[str, Any]:
+def figures(config: ModelConfig) -> dict[str, Any]:
     chunk = Chunk(config)
     work = {name: work_of(runs) for name, runs in ((DIT, chunk.dits()), (VAE_DECODER, chunk.decoders()))}
     return {
@@ -155,9 +155,9 @@ def figures(config: NetworkConfig) -> dict[str, Any]:
 def tables(record: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["| a chunk of | by | kernels launched | bytes moved |", "| --- | --- | --- | --- |"]
-    for network, rows in record["chunk"].items():
+    for model, rows in record["chunk"].items():
         lines += [
-            f"| {NAMES[network]} | {row} | {found['launches']:,} | {found['bytes'] / 1e9:,.1f} GB |"
+            f"| {NAMES[model]} | {row} | {found['launches']:,} | {found['bytes'] / 1e9:,.1f} GB |"
             for row, found in rows.items()
         ]
     lines += [

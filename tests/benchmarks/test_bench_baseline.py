@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark stands on: the baseline against the reference, random networks, and operations counted by hand."""
+"""What the benchmark stands on: the baseline against the reference, random models, and operations counted by hand."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from benchmarks.engines.baseline.dit import EagerDiT
 from benchmarks.engines.baseline.vae import PaddedConv3d, as_reference, pad_and_convolve
 from benchmarks.engines.hardware import flops
-from benchmarks.engines.networks import KINDS, random_network
+from benchmarks.engines.models import KINDS, random_model
 from benchmarks.engines.rows import ROWS, build
 from longlive_serve.config.presets import PRESETS, TINY, VAE_DECODER, WAN, VAEConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.models.vae.decoder import CausalConv3d, VAEDecoder
-from longlive_serve.replay import Case, case_network, exact_latents, read_tensors, replay
-from longlive_serve.weights.loader import load_network
+from longlive_serve.replay import Case, case_model, exact_latents, read_tensors, replay
+from longlive_serve.weights.loader import load_model
 from tests.longlive_serve.models.test_vae_decoder import exact_frames
 from tests.support.cases import golden, write_case
 from tests.support.tolerance import assert_reference, whole_numbers
@@ -54,13 +54,13 @@ def test_the_baseline_meets_the_reference(tmp_path: Path, name: str) -> None:
     path = write_case(tmp_path, name)
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
-    latents = replay(case, tensors, EagerDiT(case_network(case, tensors), case.network, 1))
+    latents = replay(case, tensors, EagerDiT(case_model(case, tensors), case.model_config, 1))
     assert_reference(latents, tensors["latents"], exact_latents(case, tensors))
 
 
 def test_a_slot_of_the_baseline_forgets_the_video_before() -> None:
     config = ServeConfig(preset="tiny", device="cpu", slots=2)
-    runner = ModelRunner(build(ROWS[0], config), config.network)
+    runner = ModelRunner(build(ROWS[0], config), config.model_config)
     videos = []
     for slot in (0, 0, 1):
         session = Session(id="s", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(3), slot=slot)
@@ -99,17 +99,17 @@ def test_padding_by_itself_changes_no_convolution() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_random_networks_are_like_loaded_ones(name: str) -> None:
-    networks = [random_network(name, TOY, "random", "cpu", torch.bfloat16, seed=seed) for seed in (0, 0, 1)]
-    states = [network.state_dict() for network in networks]
-    loaded = load_network(name, TOY, "random", "cpu", torch.bfloat16)
+def test_random_models_are_like_loaded_ones(name: str) -> None:
+    models = [random_model(name, TOY, "random", "cpu", torch.bfloat16, seed=seed) for seed in (0, 0, 1)]
+    states = [model.state_dict() for model in models]
+    loaded = load_model(name, TOY, "random", "cpu", torch.bfloat16)
     described = {key: (tensor.shape, tensor.dtype) for key, tensor in loaded.state_dict().items()}
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in states[0].items()} == described
-    assert not networks[0].training
+    assert not models[0].training
     for key, tensor in states[0].items():
         assert torch.isfinite(tensor).all(), key
         assert (tensor != 0).all(), key
         assert torch.equal(tensor, states[1][key]), key
         assert not torch.equal(tensor, states[2][key]), key
     if name == VAE_DECODER:
-        assert torch.equal(networks[0].std, loaded.std)
+        assert torch.equal(models[0].std, loaded.std)

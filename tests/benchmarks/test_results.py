@@ -105,7 +105,7 @@ def test_figures_are_old_when_their_code_has_changed(checkout: Path) -> None:
         assert stale.changed(nobody, ["code"], checkout) is None
 
 
-def test_the_quality_of_the_demo_network_hangs_on_its_measure_world_and_pipeline() -> None:
+def test_the_quality_of_the_demo_model_hangs_on_its_measure_world_and_pipeline() -> None:
     if commit() == UNKNOWN:
         pytest.skip("needs a checkout")
     code = json.loads((stale.RESULTS / "quality.json").read_text(encoding="utf-8"))["code"]

@@ -19,7 +19,7 @@ from export import convert as command
 from export.convert import convert, parts_of, work
 from export.output_folder import RECORD
 from longlive_serve.backends.registry import build_backends
-from longlive_serve.config.presets import DIT, NETWORKS, TINY_DECODER
+from longlive_serve.config.presets import DIT, MODELS, TINY_DECODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.weights.checkpoint import Checkpoint, build
 from longlive_serve.weights.layouts import LONGLIVE_FILE, LONGLIVE_FOLDER, LORA_FILE, TINY_DECODER_FILE
@@ -28,7 +28,7 @@ from longlive_serve.weights.tensor_files import sha256
 from quantization.quantize import quantize
 from tests.support.weights_files import TINY, assert_equal, loaded, lora_state, state_of, write_reference, write_wan
 
-NAMES = [f"{name}.safetensors" for name in NETWORKS]
+NAMES = [f"{name}.safetensors" for name in MODELS]
 
 
 @pytest.fixture
@@ -48,11 +48,11 @@ def refusal(source: Path, out: Path, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_what_comes_out_loads_as_the_same_networks(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_what_comes_out_loads_as_the_same_models(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     out = tmp_path / "out"
     assert converted(source, out, dtype) == 0
     assert sorted(path.name for path in out.iterdir()) == sorted([*NAMES, "tokenizer", RECORD])
-    for name in NETWORKS:
+    for name in MODELS:
         assert_equal(loaded(name, out, dtype), loaded(name, source, dtype))
         assert {tensor.dtype for tensor in load_file(out / f"{name}.safetensors").values()} == {dtype}
     ids = [load_tokenizer(TINY, str(folder))("fox").ids for folder in (source, out)]
@@ -149,7 +149,7 @@ def test_an_interrupted_conversion_goes_on(source: Path, tmp_path: Path, monkeyp
     assert converted(source, out) == 1
     assert sorted(stamps(out)) == sorted([*NAMES, RECORD])
     assert stamps(out)["text_encoder.safetensors"] == before
-    for name in NETWORKS:
+    for name in MODELS:
         assert_equal(loaded(name, out, torch.bfloat16), loaded(name, source, torch.bfloat16))
 
 
@@ -171,7 +171,7 @@ def test_no_more_than_a_tensor_is_held(source: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Tensor, "to", to)
     converted(source, tmp_path / "out")
-    assert max(held) == max(tensor.numel() for name in NETWORKS for tensor in state_of(name).values())
+    assert max(held) == max(tensor.numel() for name in MODELS for tensor in state_of(name).values())
 
 
 # What is refused

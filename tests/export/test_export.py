@@ -18,7 +18,7 @@ from export.to_onnx import export, main, source_of_config
 from longlive_serve.backends.exported.io_spec import GRAPHS_OF, PROMPT_KV, graph_io
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.registry import build_backends, open_graphs
-from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, WindowConfig
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, WindowConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
@@ -36,14 +36,14 @@ SHIPPED = Path(__file__).parents[2] / "model_repository/longlive/1/demo"
 def test_every_graph_computes_what_pytorch_computes(
     tmp_path: Path, exported: ExportedGraphs, preset: str, variant: str
 ) -> None:
-    networks = NETWORKS if variant == "base" else (DIT,)
+    models = MODELS if variant == "base" else (DIT,)
     if preset == "tiny":
         folder, written = exported(preset, variant), exported.written(preset, variant)
     else:
         config = ServeConfig(preset=preset, weights=str(SHIPPED), variant=variant)
         source = shallow(source_of_config(config), 1)
-        folder, written = tmp_path, list(export(source, list(networks), "float32", tmp_path, True))
-    assert [graph.name for graph in written] == [name for network in networks for name in GRAPHS_OF[network]]
+        folder, written = tmp_path, list(export(source, list(models), "float32", tmp_path, True))
+    assert [graph.name for graph in written] == [name for model in models for name in GRAPHS_OF[model]]
     for graph in written:
         assert graph.comparison is not None, graph.name
         assert 0 < graph.comparison.error <= graph.comparison.tolerance < 1e-3, graph.name
@@ -74,7 +74,7 @@ def test_a_whole_session_is_that_of_torch(exported: ExportedGraphs, variant: str
         config = ServeConfig(variant=variant, backend=backend, graphs=str(folder), slots=2)
         backends = build_backends(config)
         session = Session(id="s", prompt=Prompt(index=0, text="a red fox runs"), noise=SeededNoise(1), slot=1)
-        runner, frames = ModelRunner(backends, config.network, variant), []
+        runner, frames = ModelRunner(backends, config.model_config, variant), []
         for chunk in range(8):
             if chunk == 5:
                 session.add_prompt("a blue bird sleeps", NOW)
@@ -147,16 +147,16 @@ def test_an_engine_without_its_folder_is_an_error() -> None:
         ServeConfig(dit_backend="tensorrt")
 
 
-def test_each_network_may_have_its_own_engine(exported: ExportedGraphs) -> None:
+def test_each_model_may_have_its_own_engine(exported: ExportedGraphs) -> None:
     folder = str(exported("tiny", "base"))
     backends = build_backends(ServeConfig(backend="torch", vae_decoder_backend="onnxruntime", graphs=folder))
     assert backends.name == "onnxruntime+torch"
 
 
-def test_the_manifest_grows_network_by_network(tmp_path: Path) -> None:
+def test_the_manifest_grows_model_by_model(tmp_path: Path) -> None:
     source = shallow(source_of_config(ServeConfig()), 1)
-    for network, dtype in (("text_encoder", "float16"), ("dit", "bfloat16")):
-        done = list(export(source, [network], dtype, tmp_path, check=True))
+    for model, dtype in (("text_encoder", "float16"), ("dit", "bfloat16")):
+        done = list(export(source, [model], dtype, tmp_path, check=True))
         assert all(graph.comparison is None for graph in done)  # these dtypes are not run
     dtypes = {name: graph.dtype for name, graph in Manifest.read(tmp_path).graphs.items()}
     assert dtypes == {"text_encoder": "float16", "prompt_kv": "bfloat16", "dit": "bfloat16"}
@@ -165,7 +165,7 @@ def test_the_manifest_grows_network_by_network(tmp_path: Path) -> None:
 def test_the_command_prints_the_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = tmp_path / "serve.toml"
     settings.write_text('preset = "tiny"\n')
-    assert main(["--config", str(settings), "--out", str(tmp_path / "graphs"), "--networks", "text_encoder"]) == 0
+    assert main(["--config", str(settings), "--out", str(tmp_path / "graphs"), "--models", "text_encoder"]) == 0
     printed = capsys.readouterr().out
     assert "text_encoder" in printed
     assert "e-0" in printed

@@ -22,9 +22,9 @@ from longlive_serve.backends.exported import tensorrt_library
 from longlive_serve.backends.exported.io_spec import PROMPT_KV, GraphIO, GraphTensor, graph_io
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.registry import open_graphs
-from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, WindowConfig
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, WindowConfig
 from longlive_serve.models.quantization.int8_fp8_layers import install, scale_for, to_8_bit
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from tests.fakes.tensorrt_on_cpu import without_tensorrt
 
 RTX = tensorrt_library.TENSORRT_RTX
@@ -53,16 +53,16 @@ def source(bits: torch.dtype | None = None) -> Source:
     """Random weights; the linear layers of the DiT's blocks in `bits`, for inputs up to 4."""
 
     def load(name: str, dtype: torch.dtype) -> nn.Module:
-        network: nn.Module = load_network(name, SMALL, "random", "cpu", dtype)
+        model: nn.Module = load_model(name, SMALL, "random", "cpu", dtype)
         states = {}
-        for layer, module in network.named_modules():
+        for layer, module in model.named_modules():
             if bits and layer.startswith("blocks.") and isinstance(module, nn.Linear):
                 weight = module.weight.detach().float()
                 scale, of_inputs = scale_for(weight.abs().amax(1), bits), scale_for(torch.tensor(4.0), bits)
                 quantized = to_8_bit(weight, scale[:, None], bits)
                 states[layer] = {"quantized_weight": quantized, "weight_scale": scale, "input_scale": of_inputs}
-        install(network, states)
-        return network
+        install(model, states)
+        return model
 
     recipe = str(bits or "")
     return Source(sizes=SMALL, variant="base", load=load, fingerprint=lambda _: "random", recipe=lambda _: recipe)
@@ -72,7 +72,7 @@ def source(bits: torch.dtype | None = None) -> Source:
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All graphs in bfloat16."""
     folder = tmp_path_factory.mktemp("bf16")
-    list(export(source(), list(NETWORKS), "bfloat16", folder, check=False))
+    list(export(source(), list(MODELS), "bfloat16", folder, check=False))
     return folder
 
 

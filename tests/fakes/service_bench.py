@@ -55,7 +55,7 @@ class Clock:
 
 
 class CountingModelRunner:
-    """Advances sessions without networks. `gate` holds the worker inside a chunk while it is cleared; of a model runner
+    """Advances sessions without models. `gate` holds the worker inside a chunk while it is cleared; of a model runner
     that is asynchronous, it holds chunks in flight."""
 
     config = PRESETS["tiny"]
@@ -83,7 +83,7 @@ class CountingModelRunner:
         if not self.asynchronous:
             self._pass_gate()
         if session.prompt.text == "explode":
-            raise RuntimeError("a network failed")
+            raise RuntimeError("a model failed")
         if session.pending:
             session.prompt = session.pending.pop(0)
         chunk = session.chunk

@@ -27,7 +27,7 @@ import pytest
 from export.optimization_profiles import profiles_of, shape
 from longlive_serve.backends.exported.io_spec import graph_io
 from longlive_serve.backends.exported.manifest import Manifest
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.config.serve_config import TENSORRT
 from longlive_serve.weights.loader import sha256
 from tests.fakes.cuda_on_cpu import CAPABILITY, GPU, Cuda, cuda, cuda_on_cpu
@@ -65,7 +65,7 @@ def _forget() -> dict[str, ModuleType]:
 def write_plans(graphs: Path, out: Path, **built: Any) -> Path:
     """What `export.to_tensorrt` would make of the folder `graphs`; `built` changes what it says it was built for."""
     manifest = Manifest.read(graphs)
-    config = NetworkConfig.from_sizes(manifest.sizes)
+    config = ModelConfig.from_sizes(manifest.sizes)
     table, files = graph_io(config, manifest.variant), {}
     here: dict[str, Any] = {"library": TENSORRT, "tensorrt": VERSION, "weights_mb": None}
     here |= {"gpu": GPU, "compute_capability": "{}.{}".format(*CAPABILITY)}

@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.engines.check import CHUNKS, check, make_video
 from benchmarks.engines.hardware import chunk_parts
 from benchmarks.engines.hardware.chunk_parts import Machine
-from benchmarks.engines.networks import random_network
+from benchmarks.engines.models import random_model
 from benchmarks.engines.rows import ROWS, with_words
 from benchmarks.results import Measurement
 from longlive_serve.backends.device import use_device
@@ -41,7 +41,7 @@ from longlive_serve.config.presets import PRESETS, TINY, WAN
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
-from longlive_serve.replay import Case, case_network, read_tensors, replay
+from longlive_serve.replay import Case, case_model, read_tensors, replay
 from tests.support.cases import ROLLOUTS, shorten, write_case
 
 SECTION = "tests.project.gpu_check"
@@ -108,15 +108,15 @@ class Checks:
 
     def rollout(self, case: Case, tensors: dict[str, Tensor], precision: str) -> float:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        network = case_network(case, tensors).to(self.device, dtype)
+        model = case_model(case, tensors).to(self.device, dtype)
         fp8 = precision.startswith("fp8"), precision == "fp8 attention"
-        dit = FusedDiT(network, case.network, 1, case.variant, *fp8)
+        dit = FusedDiT(model, case.model_config, 1, case.variant, *fp8)
         return relative_error(replay(case, tensors, dit, self.device), tensors["latents"])
 
     def runner(self, **settings: Any) -> ModelRunner:
         config = ServeConfig(preset=self.machine.config.name, device=self.device, slots=2, **settings)
-        backends = with_words(build_backends(config, load=random_network), config)
-        return ModelRunner(backends, config.network, config.variant)
+        backends = with_words(build_backends(config, load=random_model), config)
+        return ModelRunner(backends, config.model_config, config.variant)
 
     def full_size(self, row: str) -> dict[str, Any]:
         """A video with a switch, against the torch backend; and what building the backend took, by phase."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from export.to_onnx import export, source_of_config
 from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
-from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, TEXT_ENCODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
@@ -28,7 +28,7 @@ from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.quantization.int8_fp8_layers import install, quantized_layers
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
-from longlive_serve.weights.loader import load_network, recipe, sha256
+from longlive_serve.weights.loader import load_model, recipe, sha256
 from quantization import quantize as command
 from quantization.calibration import FILE, calibration_session
 from quantization.checkpoint import Observed, quantized_state
@@ -59,20 +59,20 @@ def made(folder: Path, recipes: Sequence[str], prompts: list[str], **how: Any) -
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo network in INT8, after two sessions."""
+    """The demo model in INT8, after two sessions."""
     return made(tmp_path_factory.mktemp("int8"), ["int8"], PROMPTS)
 
 
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo network in FP8 and its decoder in INT8, after one session."""
+    """The demo model in FP8 and its decoder in INT8, after one session."""
     return made(tmp_path_factory.mktemp("fp8"), ["fp8", "int8-vae"], PROMPTS[:1])
 
 
 def first_chunks(weights: Path, dtype: str = "float32") -> tuple[Tensor, Tensor]:
     """Latents and frames of a session's first two chunks."""
     config = dataclasses.replace(DEMO, weights=str(weights), dtype=dtype)
-    runner = ModelRunner(build_backends(config), config.network)
+    runner = ModelRunner(build_backends(config), config.model_config)
     session = Session(id="test", prompt=Prompt(index=0, text=PROMPTS[0]), noise=SeededNoise(7), slot=0)
     frames = [torch.from_numpy(runner.advance(session).frames) for _ in range(2)]
     return torch.cat(list(session.context_latents), 1).float(), torch.cat(frames).float()
@@ -89,14 +89,12 @@ def full_size(name: str) -> nn.Module:
         return CausalDiT(sizes.dit) if name == DIT else VAEDecoder(sizes.vae)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_layer_is_quantized_or_says_why_not(name: str) -> None:
-    network = full_size(name)
-    quantized, kept = formats_of_layers(name, network, INT8)
+    model = full_size(name)
+    quantized, kept = formats_of_layers(name, model, INT8)
     matrices = {
-        key.removesuffix(".weight")
-        for key, t in network.state_dict().items()
-        if key.endswith(".weight") and t.dim() > 1
+        key.removesuffix(".weight") for key, t in model.state_dict().items() if key.endswith(".weight") and t.dim() > 1
     }
     assert quantized.keys() | kept.keys() == matrices
     assert not quantized.keys() & kept.keys()
@@ -104,9 +102,9 @@ def test_every_layer_is_quantized_or_says_why_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_a_full_size_dit_takes_little_more_than_half(name: str) -> None:
-    network = full_size(DIT)
-    layers, _ = formats_of_layers(DIT, network, RECIPES[name][DIT])
-    state = {key: tensor.bfloat16() for key, tensor in network.state_dict().items()}
+    model = full_size(DIT)
+    layers, _ = formats_of_layers(DIT, model, RECIPES[name][DIT])
+    state = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
     observed = {}
     for layer, format in layers.items():
         inputs = torch.empty(state[f"{layer}.weight"].shape[1], device="meta")
@@ -118,15 +116,15 @@ def test_a_full_size_dit_takes_little_more_than_half(name: str) -> None:
 def test_recipes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"recipe: got 'int4', expected some of \['int8', 'fp8', 'int8-vae'\]"):
         combined(["int4"])
-    with pytest.raises(ValueError, match=r"got two for dit, text_encoder .int8 fp8., expected one for a network"):
+    with pytest.raises(ValueError, match=r"got two for dit, text_encoder .int8 fp8., expected one for a model"):
         combined(["int8", "fp8"])
-    assert combined(["int8", "int8-vae"]).keys() == set(NETWORKS)
+    assert combined(["int8", "int8-vae"]).keys() == set(MODELS)
 
 
 # What is written, and what it gives
 
 
-def test_a_recipe_leaves_the_other_layers_and_networks_alone(int8: Path) -> None:
+def test_a_recipe_leaves_the_other_layers_and_models_alone(int8: Path) -> None:
     record = json.loads((int8 / command.RECORD).read_text(encoding="utf-8"))
     plain, state = (
         load_file(SHIPPED / "diffusion_pytorch_model.safetensors"),
@@ -142,7 +140,7 @@ def test_a_recipe_leaves_the_other_layers_and_networks_alone(int8: Path) -> None
     assert state["blocks.0.ffn.0.quantized_weight"].dtype == torch.int8
     assert (int8 / "Wan2.1_VAE.pth").read_bytes() == (SHIPPED / "Wan2.1_VAE.pth").read_bytes()
     assert not (int8 / "diffusion_pytorch_model.safetensors").exists()
-    assert [recipe(name, str(int8)) for name in NETWORKS] == ["int8", "int8", ""]
+    assert [recipe(name, str(int8)) for name in MODELS] == ["int8", "int8", ""]
 
 
 def test_a_checkpoint_says_where_it_comes_from(fp8: Path) -> None:
@@ -155,24 +153,24 @@ def test_a_checkpoint_says_where_it_comes_from(fp8: Path) -> None:
     assert record["files"]["dit.quantized.safetensors"]["sha256"] == sha256(fp8 / "dit.quantized.safetensors")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_8_bits_and_scales_stay_what_they_are_in_a_bfloat16_network(fp8: Path, name: str) -> None:
-    network = load_network(name, DEMO.network, str(fp8), "cpu", torch.bfloat16)
+@pytest.mark.parametrize("name", MODELS)
+def test_8_bits_and_scales_stay_what_they_are_in_a_bfloat16_model(fp8: Path, name: str) -> None:
+    model = load_model(name, DEMO.model_config, str(fp8), "cpu", torch.bfloat16)
     file = load_file(fp8 / f"{name}.quantized.safetensors")
-    state = network.state_dict()
+    state = model.state_dict()
     assert state.keys() == file.keys()
     for key, tensor in file.items():
         assert state[key].dtype == tensor.dtype, key
         assert torch.equal(state[key].float(), tensor.float()), key
 
 
-def test_the_int8_network_makes_nearly_the_same_video(int8: Path) -> None:
+def test_the_int8_model_makes_nearly_the_same_video(int8: Path) -> None:
     latents, _ = first_chunks(int8)
     expected, _ = first_chunks(SHIPPED)
     assert 1e-3 < relative_error(latents, expected) < 0.08
 
 
-def test_the_fp8_network_and_the_int8_decoder_make_nearly_the_same_video(fp8: Path) -> None:
+def test_the_fp8_model_and_the_int8_decoder_make_nearly_the_same_video(fp8: Path) -> None:
     latents, frames = first_chunks(fp8)
     expected, right = first_chunks(SHIPPED)
     assert 1e-3 < relative_error(latents, expected) < 0.12
@@ -180,10 +178,10 @@ def test_the_fp8_network_and_the_int8_decoder_make_nearly_the_same_video(fp8: Pa
     assert first_chunks(fp8, "bfloat16")[0].isfinite().all()
 
 
-@pytest.mark.parametrize("network", [TEXT_ENCODER, DIT])
-def test_graphs_of_the_int8_network_round_as_pytorch_does(int8: Path, tmp_path: Path, network: str) -> None:
+@pytest.mark.parametrize("model", [TEXT_ENCODER, DIT])
+def test_graphs_of_the_int8_model_round_as_pytorch_does(int8: Path, tmp_path: Path, model: str) -> None:
     source = shallow(source_of_config(dataclasses.replace(DEMO, weights=str(int8))), 2)
-    for graph in export(source, [network], "float32", tmp_path, check=True):
+    for graph in export(source, [model], "float32", tmp_path, check=True):
         assert graph.comparison is not None
         assert graph.comparison.fits, graph
         rounds = graph.name == DIT  # the others have 8 bits in their weights alone
@@ -197,7 +195,7 @@ def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) 
     watched = {DIT: ("blocks.0.self_attn.q", "blocks.4.ffn.2"), VAE_DECODER: ("decoder.upsamples.0.residual.2",)}
     record = json.loads((fp8 / command.RECORD).read_text(encoding="utf-8"))["layers"]
     backends = build_backends(DEMO)
-    networks: dict[str, Any] = {DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
+    models: dict[str, Any] = {DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
     largest: dict[str, float] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -206,13 +204,13 @@ def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) 
 
         return see
 
-    for network, layers in watched.items():
+    for model, layers in watched.items():
         for layer in layers:
-            networks[network].network.get_submodule(layer).register_forward_pre_hook(hook(layer))
-    calibration_session(ModelRunner(backends, DEMO.network), PROMPTS[:1], 0)
-    for network, layers in watched.items():
+            models[model].model.get_submodule(layer).register_forward_pre_hook(hook(layer))
+    calibration_session(ModelRunner(backends, DEMO.model_config), PROMPTS[:1], 0)
+    for model, layers in watched.items():
         for layer in layers:
-            assert record[network][layer]["input_amax"] == pytest.approx(largest[layer], rel=1e-4)
+            assert record[model][layer]["input_amax"] == pytest.approx(largest[layer], rel=1e-4)
 
 
 class Interrupted(BaseException):
@@ -285,14 +283,14 @@ def test_flow_errors_name_the_block_that_errs() -> None:
     backends = build_backends(TINY)
     leader = backends.dit
     assert isinstance(leader, TorchDiT)
-    layers, _ = formats_of_layers(DIT, leader.network, dataclasses.replace(INT8, inputs=False))
-    quantized = load_network(DIT, TINY.network, TINY.weights, "cpu", torch.float32)
-    install(quantized, quantized_layers(quantized_state(leader.network.state_dict(), layers, {}), "cpu"))
-    same = with_block(leader.network, leader.network, 1)
-    last = with_block(leader.network, quantized, 1)
-    others = {name: TorchDiT(network, TINY.network, 1, "base") for name, network in (("same", same), ("last", last))}
+    layers, _ = formats_of_layers(DIT, leader.model, dataclasses.replace(INT8, inputs=False))
+    quantized = load_model(DIT, TINY.model_config, TINY.weights, "cpu", torch.float32)
+    install(quantized, quantized_layers(quantized_state(leader.model.state_dict(), layers, {}), "cpu"))
+    same = with_block(leader.model, leader.model, 1)
+    last = with_block(leader.model, quantized, 1)
+    others = {name: TorchDiT(model, TINY.model_config, 1, "base") for name, model in (("same", same), ("last", last))}
     onlookers = Onlookers(leader, others)
-    calibration_session(ModelRunner(dataclasses.replace(backends, dit=onlookers), TINY.network), PROMPTS, 0)
+    calibration_session(ModelRunner(dataclasses.replace(backends, dit=onlookers), TINY.model_config), PROMPTS, 0)
     assert max(max(errors) for errors in onlookers.flow["same"]) == 0
     assert all(min(errors) > 1e-4 for errors in onlookers.flow["last"])
     assert max(onlookers.blocks["last"][0]) == 0

@@ -107,7 +107,7 @@ ELSEWHERE = (
     Elsewhere(module="export.to_onnx", options="--case --no-check", test="test_export.test_a_golden_rollout_is_met"),
     Elsewhere(
         module="export.to_onnx",
-        options="--config --networks --dtype --out",
+        options="--config --models --dtype --out",
         test="test_commands.test_graphs_become_plans",
     ),
     Elsewhere(module="export.to_tensorrt", options="--library --out", test="test_commands.test_graphs_become_plans"),

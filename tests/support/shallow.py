@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks whose DiT has its first layers alone: an export takes seconds for each, and they are all alike."""
+"""Models whose DiT has its first layers alone: an export takes seconds for each, and they are all alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def shallow(source: Source, layers: int) -> Source:
     """The same with so many layers of its DiT."""
 
     def load(name: str, dtype: torch.dtype) -> nn.Module:
-        network = source.load(name, dtype)
-        if isinstance(network, CausalDiT):
-            network.blocks = network.blocks[:layers]
-        return network
+        model = source.load(name, dtype)
+        if isinstance(model, CausalDiT):
+            model.blocks = model.blocks[:layers]
+        return model
 
     sizes = dataclasses.replace(source.sizes, dit=dataclasses.replace(source.sizes.dit, num_layers=layers))
     return dataclasses.replace(source, sizes=sizes, load=load)

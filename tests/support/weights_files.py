@@ -22,10 +22,10 @@ from longlive_serve.weights.loader import (
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     VAE_FILE,
-    Networks,
+    Models,
     adapters_of,
-    load_network,
-    load_networks,
+    load_model,
+    load_models,
 )
 
 TINY = PRESETS["tiny"]
@@ -34,18 +34,18 @@ State = dict[str, Tensor]
 
 
 @functools.cache
-def networks() -> Networks:
-    """Networks whose weights are not the random ones."""
-    made = load_networks(TINY, "random", "cpu", torch.float32)
-    for network in (made.dit, made.vae_decoder, made.text_encoder):
-        for parameter in network.parameters():
+def models() -> Models:
+    """Models whose weights are not the random ones."""
+    made = load_models(TINY, "random", "cpu", torch.float32)
+    for model in (made.dit, made.vae_decoder, made.text_encoder):
+        for parameter in model.parameters():
             parameter.data.add_(0.01)
     return made
 
 
 def state_of(name: str) -> State:
-    network: nn.Module = getattr(networks(), name)
-    return {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    model: nn.Module = getattr(models(), name)
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
 def wan_text_names() -> State:
@@ -117,11 +117,11 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> State:
 
 
 def loaded(name: str, folder: Path | str, dtype: torch.dtype = torch.float32, **settings: object) -> State:
-    """The state of a network as a server of the folder has it; `settings` of serve.toml."""
+    """The state of a model as a server of the folder has it; `settings` of serve.toml."""
     config = ServeConfig(preset="tiny", weights=str(folder), **settings)  # type: ignore[arg-type]
     adapters = adapters_of(config)
-    network: nn.Module = load_network(name, TINY, str(folder), "cpu", dtype, adapters=adapters, use_ema=config.use_ema)
-    return dict(network.state_dict())
+    model: nn.Module = load_model(name, TINY, str(folder), "cpu", dtype, adapters=adapters, use_ema=config.use_ema)
+    return dict(model.state_dict())
 
 
 def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

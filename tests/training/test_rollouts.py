@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in the network's own videos: it is the server's model runner that is trained, towards what should come
+"""Training in the model's own videos: it is the server's model runner that is trained, towards what should come
 next."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longlive_serve.config.presets import PRESETS, VAE_DECODER
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, Session
 from longlive_serve.models.dit.kv_cache import Window
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from tests.support.tolerance import Float64, error
 from training.latents import Encoder
 from training.quality.__main__ import SHIPPED
@@ -55,15 +55,15 @@ def runner() -> ModelRunner:
 def in_float64(runner: ModelRunner) -> ModelRunner:
     """The same with another DiT, for `Float64`."""
     assert isinstance(runner.backends.dit, TorchDiT)
-    dit = TorchDiT(copy.deepcopy(runner.backends.dit.network).double(), DEMO, 1, "base")
-    few = load_network(VAE_DECODER, PRESETS["tiny"], "random", "cpu", torch.float32)  # nobody looks at the frames
+    dit = TorchDiT(copy.deepcopy(runner.backends.dit.model).double(), DEMO, 1, "base")
+    few = load_model(VAE_DECODER, PRESETS["tiny"], "random", "cpu", torch.float32)  # nobody looks at the frames
     backends = dataclasses.replace(runner.backends, dit=dit, vae_decoder=TorchVAEDecoder(few, DEMO), dtype="float64")
     return ModelRunner(backends, DEMO, "base")
 
 
 def rollout_of(runner: ModelRunner, encoder: Encoder) -> Rollout:
     assert isinstance(runner.backends.dit, TorchDiT)
-    return Rollout(runner.backends.dit.network, Window(DEMO.window), runner.backends.dit.tables, encoder)
+    return Rollout(runner.backends.dit.model, Window(DEMO.window), runner.backends.dit.tables, encoder)
 
 
 def embedded(runner: ModelRunner, text: str) -> PromptKV:
@@ -136,7 +136,7 @@ def test_a_shape_is_found_where_it_was_drawn(encoder: Encoder, number: int) -> N
     assert all(abs((f - d + 32) % 64 - 32) <= 1 for f, d in zip(found, drawn, strict=True)), (found, drawn)
 
 
-def test_the_target_goes_on_from_the_networks_own_frames(runner: ModelRunner, encoder: Encoder) -> None:
+def test_the_target_goes_on_from_the_models_own_frames(runner: ModelRunner, encoder: Encoder) -> None:
     rollout = rollout_of(runner, encoder)
     before, after = ALL[0], ALL[-1]
     assert (before.motion, after.motion) == ("right", "still")

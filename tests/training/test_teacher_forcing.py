@@ -21,10 +21,10 @@ pytestmark = pytest.mark.numeric
 def test_all_chunks_at_once_equal_one_after_the_other(step: int) -> None:
     config = PRESETS["tiny"]
     torch.manual_seed(0)
-    network = CausalDiT(config.dit).eval().double()
+    model = CausalDiT(config.dit).eval().double()
     clean, noisy = torch.randn(2, 1, 18, 16, config.latent_height, config.latent_width).double()
     text = torch.randn(1, config.dit.text_len, config.dit.text_dim)
-    dit, window = TorchDiT(network, config, 1, "base"), Window(config.window)
+    dit, window = TorchDiT(model, config, 1, "base"), Window(config.window)
     with Float64():
         keys, values = prompt_kv = dit.embed_prompt(text, text.shape[1])
         expected = []
@@ -34,5 +34,5 @@ def test_all_chunks_at_once_equal_one_after_the_other(step: int) -> None:
             dit.update_kv_cache(clean[:, frames], prompt_kv, 0, placement)
         timesteps = dit.timesteps[step].expand(1, 18)
         view = TeacherForcingView(window, dit.tables, range(6))
-        got = flows(network, clean, noisy, timesteps, (keys, values), view)
+        got = flows(model, clean, noisy, timesteps, (keys, values), view)
     assert error(got, torch.cat(expected, 1)) < 1e-10

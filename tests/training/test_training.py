@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training recipe's parts: a run that can be resumed, latents, clips, the tokenizer, where a network starts."""
+"""The training recipe's parts: a run that can be resumed, latents, clips, the tokenizer, where a model starts."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Regression(Run):
 
     def __init__(self, steps: int) -> None:
         torch.manual_seed(0)
-        network = nn.Linear(6, 4)
-        super().__init__(network, [*network.parameters()][:1], 0.05, steps, 0, "cpu")
+        model = nn.Linear(6, 4)
+        super().__init__(model, [*model.parameters()][:1], 0.05, steps, 0, "cpu")
 
     def rate(self) -> float:
         return 1 - self.step / self.steps
 
     def losses(self) -> dict[str, Tensor]:
         x = torch.randn(32, 6) * self.generator.random()
-        return {"error": (self.network(x) - x[:, :4]).square().mean()}
+        return {"error": (self.model(x) - x[:, :4]).square().mean()}
 
 
 def test_a_resumed_run_goes_on_exactly_where_it_was(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_the_tokenizer_knows_every_caption(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_a_network_starts_close_to_passing_its_input_through() -> None:
+def test_a_model_starts_close_to_passing_its_input_through() -> None:
     torch.manual_seed(0)
     config = DiTConfig(dim=128, num_heads=4, num_layers=2, ffn_dim=128, freq_dim=64, text_len=8, text_dim=16)
-    network = passing_through(config)
+    model = passing_through(config)
     view = TeacherForcingView(Window(DEMO.window), RotaryTables(32, 4, 4, 3), range(2))
     clean, noisy = torch.randn(2, 1, 6, 16, 8, 8)
-    prompt_kv = network.embed_prompt(torch.randn(1, 8, 16))
-    flow = flows(network, clean, noisy, torch.full((1, 6), 900.0), prompt_kv, view)
+    prompt_kv = model.embed_prompt(torch.randn(1, 8, 16))
+    flow = flows(model, clean, noisy, torch.full((1, 6), 900.0), prompt_kv, view)
     assert torch.corrcoef(torch.stack([flow.flatten(), noisy.flatten()]))[0, 1] > 0.7

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo network shows, read off its frames."""
+"""What the demo model shows, read off its frames."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what the demo network shows and writes it down: `python -m training.quality FOLDER --out JSON`.
+"""Measures what the demo model shows and writes it down: `python -m training.quality FOLDER --out JSON`.
 
 With `--table` it prints a file of such figures as the tables of training/README.md.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo network shows, read off its frames: attributes, prompt switches, drift, the decoder's PSNR.
+"""What the demo model shows, read off its frames: attributes, prompt switches, drift, the decoder's PSNR.
 
 Used by `quality`. The videos come out of the server's model runner itself: streamed decode, KV cache, recache.
 """
@@ -18,7 +18,7 @@ from longlive_serve.backends.torch_backend import TorchVAEDecoder
 from longlive_serve.config.presets import PRESETS, VAE_DECODER
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.protocol.session_options import CLEAR, KEEP, RECACHE
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.quality.reader import read
 from training.quality.workers import Script, Workers, video
@@ -162,8 +162,8 @@ def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
 
 def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
     """Mean PSNR of 33-frame clips that training did not see, decoded as a stream; half are held-out combinations."""
-    generator, encoder, network = random.Random(seed), Encoder.fit(), PRESETS["demo"]
-    decoder = TorchVAEDecoder(load_network(VAE_DECODER, network, str(folder), "cpu", torch.float32), network)
+    generator, encoder, model = random.Random(seed), Encoder.fit(), PRESETS["demo"]
+    decoder = TorchVAEDecoder(load_model(VAE_DECODER, model, str(folder), "cpu", torch.float32), model)
     psnr: dict[str, list[float]] = {"vae_psnr_db": [], "vae_psnr_db_held_out_combinations": []}
     for number in range(clips):
         held_out = number % 2 == 1

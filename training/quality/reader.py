@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads shape, colour, motion and background off video frames: the exact measure of what a demo video shows.
 
-Used by the quality measure. It knows the world's drawing rules and nothing of the networks.
+Used by the quality measure. It knows the world's drawing rules and nothing of the models.
 """
 
 from __future__ import annotations

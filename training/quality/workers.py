@@ -42,7 +42,7 @@ class Script:
 
 def build_model_runner(folder: Path) -> ModelRunner:
     config = ServeConfig(preset="demo", weights=str(folder), device="cpu")
-    return ModelRunner(build_backends(config), config.network, config.variant)
+    return ModelRunner(build_backends(config), config.model_config, config.variant)
 
 
 def video(runner: ModelRunner, script: Script, chunks: int) -> list[Tensor]:
@@ -58,7 +58,7 @@ def video(runner: ModelRunner, script: Script, chunks: int) -> list[Tensor]:
 
 
 class Workers:
-    """Processes for `with`, each with the networks in `folder` and one core.
+    """Processes for `with`, each with the models in `folder` and one core.
 
     `prepare`, a function of a module, may change each model runner before its first video.
     """

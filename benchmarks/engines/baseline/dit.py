@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.engines.baseline.kv_cache import LayerCache, Slot, Span, Update, plan
 from longlive_serve.backends.base import PromptKV
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.dit.causal_dit import PATCH, Attention, Block, CausalDiT, gated, modulate, time_features
 from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
 from longlive_serve.models.dit.kv_cache import KVCachePlan
@@ -29,16 +29,16 @@ from longlive_serve.models.dit.rope import MAX_FRAMES, axis_angles, split_pairs
 class EagerDiT:
     """The causal DiT as `backends/base.py` has it. Its prompt is the text's embeddings; all else is per slot."""
 
-    def __init__(self, network: CausalDiT, config: NetworkConfig, slots: int) -> None:
-        weight = network.patch_embedding.weight
-        self.network, self.config = network, config
+    def __init__(self, model: CausalDiT, config: ModelConfig, slots: int) -> None:
+        weight = model.patch_embedding.weight
+        self.model, self.config = model, config
         self.dtype = self.cache_dtype = weight.dtype
         self.sink = config.window.sink * config.tokens_per_frame
         self.rotary = ComplexRotary(config, weight.device)
         self.timesteps = FlowMatchScheduler(weight.device).timesteps
         self.clean_timestep = torch.zeros((), device=weight.device)
         self.slots = [
-            Slot(layers=[LayerCache(config, weight) for _ in network.blocks], recent=self._no_chunks())
+            Slot(layers=[LayerCache(config, weight) for _ in model.blocks], recent=self._no_chunks())
             for _ in range(slots)
         ]
 
@@ -88,18 +88,18 @@ class EagerDiT:
 
     def _forward(self, latents: Tensor, timestep: Tensor, text: Tensor, state: Slot, span: Span) -> Tensor:
         """[1, F, channels, h, w] -> the flow, of the same shape."""
-        network, frames = self.network, latents.shape[1]
-        x = network.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
+        model, frames = self.model, latents.shape[1]
+        x = model.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
         features = time_features(timestep.expand(1, frames), self.config.dit.freq_dim).to(self.dtype)
-        time = network.time_embedding(features)
-        modulation = network.time_projection(time).unflatten(-1, (6, -1))
-        context = network.text_embedding(text)
+        time = model.time_embedding(features)
+        modulation = model.time_projection(time).unflatten(-1, (6, -1))
+        context = model.text_embedding(text)
         if state.text is not text:
             state.text = text
             for layer in state.layers:
                 layer.prompt = None
         updates = []
-        for block, layer in zip(network.blocks, state.layers, strict=True):
+        for block, layer in zip(model.blocks, state.layers, strict=True):
             x, update = self._block(block, x, modulation, context, layer, span)
             updates.append(update)
         for layer, update in zip(state.layers, updates, strict=True):
@@ -107,7 +107,7 @@ class EagerDiT:
             if not update.recompute:
                 layer.global_end.fill_(update.global_end)
                 layer.local_end.fill_(update.local_end)
-        return network._unpatchify(network.head(x, time), latents.shape)
+        return model._unpatchify(model.head(x, time), latents.shape)
 
     def _block(
         self, block: Block, x: Tensor, modulation: Tensor, context: Tensor, layer: LayerCache, span: Span
@@ -143,7 +143,7 @@ class EagerDiT:
 class ComplexRotary:
     """RoPE in complex float64, its factors put together anew in every call, as the reference does it."""
 
-    def __init__(self, config: NetworkConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.grid = config.latent_height // PATCH, config.latent_width // PATCH
         angles = [axis_angles(MAX_FRAMES, pairs).to(device) for pairs in split_pairs(config.dit.head_dim)]
         self.factors = [torch.polar(torch.ones_like(angle), angle) for angle in angles]

@@ -13,13 +13,13 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 
 
 class LayerCache:
     """Keys (rotated) and values of one layer and session, [1, window tokens, H, d], in the order of time."""
 
-    def __init__(self, config: NetworkConfig, like: Tensor) -> None:
+    def __init__(self, config: ModelConfig, like: Tensor) -> None:
         dit = config.dit
         shape = (1, config.window.window * config.tokens_per_frame, dit.num_heads, dit.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)

@@ -50,10 +50,10 @@ def pad_and_convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(F.pad(x, (side, side, side, side, 0, 0)), weight, bias)
 
 
-def as_reference(network: VAEDecoder) -> VAEDecoder:
-    """`network` itself, with these operators in the places of its own and the same weights. In contiguous memory."""
+def as_reference(model: VAEDecoder) -> VAEDecoder:
+    """`model` itself, with these operators in the places of its own and the same weights. In contiguous memory."""
     kinds = {CausalConv3d: PaddedConv3d, RMSNorm: NormalizeRMSNorm, nn.Upsample: WideUpsample}
-    for name, module in list(network.named_modules()):
+    for name, module in list(model.named_modules()):
         if type(module) in kinds:
-            network.set_submodule(name, kinds[type(module)](module))
-    return network
+            model.set_submodule(name, kinds[type(module)](module))
+    return model

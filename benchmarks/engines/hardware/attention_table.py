@@ -25,14 +25,14 @@ from longlive_serve.backends.fused.attention_autotune import (
     fp8_candidates,
     in_fp8,
 )
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 
 DEFAULT = "torch's choice"
 Call = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
 """What is timed, and what makes [1, H, L, d] in float32 of its result."""
 
 
-def measure_attention(config: NetworkConfig, device: str, dtype: str, flex: bool) -> dict[str, Any]:
+def measure_attention(config: ModelConfig, device: str, dtype: str, flex: bool) -> dict[str, Any]:
     """Seconds, operations per second and relative error of every kernel; of those that do not run here the reason."""
     on_cuda = device.startswith("cuda")
     heads, size = config.dit.num_heads, config.dit.head_dim

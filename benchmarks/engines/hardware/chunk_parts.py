@@ -22,7 +22,7 @@ from benchmarks.engines.hardware.roofline import to_fp8
 from benchmarks.engines.hardware.timing import seconds_of
 from longlive_serve.backends.fused.attention_autotune import CANDIDATES, Attend, example, fp8_candidates, in_fp8, sizes
 from longlive_serve.backends.fused.cudnn_library import relative_error
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.kernels.norm_silu import norm_silu
 from longlive_serve.kernels.norms import residual_norm, rms_norm
 from longlive_serve.kernels.quantize import gelu, quantize_rows
@@ -33,7 +33,7 @@ from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
 class Machine:
     """What is measured on, and how often."""
 
-    config: NetworkConfig
+    config: ModelConfig
     device: str
     dtype: torch.dtype
     runs: int = 20

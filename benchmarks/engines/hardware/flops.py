@@ -10,24 +10,24 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longlive_serve.config.presets import TINY, NetworkConfig
+from longlive_serve.config.presets import TINY, ModelConfig
 from longlive_serve.models.dit.flow_match_scheduler import DENOISING_STEPS
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
 
 
-def dit_pass(config: NetworkConfig, frames: int, window: int) -> float:
+def dit_pass(config: ModelConfig, frames: int, window: int) -> float:
     """One forward of `frames` latent frames that attends to `window` of them, its own included."""
     return config.dit.num_layers * (_linear(config, frames) + _attention(config, frames, window))
 
 
-def kv_cache_update(config: NetworkConfig, frames: int, window: int) -> float:
+def kv_cache_update(config: ModelConfig, frames: int, window: int) -> float:
     """Like `dit_pass`, but the last layer stops after its keys and values, as nothing else is wanted of it."""
     last = _linear(config, frames) + _attention(config, frames, window)
     return dit_pass(config, frames, window) - last + 2 * _projection(config, frames)
 
 
-def dit_chunk(config: NetworkConfig, whole_update: bool) -> float:
+def dit_chunk(config: ModelConfig, whole_update: bool) -> float:
     """The denoising steps and the KV-cache update of a chunk, with a full window. `whole_update`: with all of the last
     layer."""
     size = config.window.chunk, config.window.window
@@ -35,35 +35,35 @@ def dit_chunk(config: NetworkConfig, whole_update: bool) -> float:
     return len(DENOISING_STEPS) * dit_pass(config, *size) + last
 
 
-def recache(config: NetworkConfig, whole: bool) -> float:
+def recache(config: ModelConfig, whole: bool) -> float:
     """A recache under a full window. `whole`: of all its frames and layers, as the reference does it, though the
     sink's keys and values are kept and the last layer's output is not used."""
     window, sink = config.window.window, config.window.sink
     return dit_pass(config, window, window) if whole else kv_cache_update(config, window - sink, window)
 
 
-def decoder_chunk(config: NetworkConfig, decoder: str) -> float:
+def decoder_chunk(config: ModelConfig, decoder: str) -> float:
     """The decoder on the latents of one chunk in the middle of a video: counted on tensors without storage."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = TinyDecoder(config.tiny_decoder) if decoder == TINY else VAEDecoder(config.vae).to("meta")
+        model = TinyDecoder(config.tiny_decoder) if decoder == TINY else VAEDecoder(config.vae).to("meta")
         size = config.latent_height, config.latent_width
         latents = torch.empty(1, config.window.chunk, config.dit.channels, *size)
-        network(latents, network.initial_cache(1, *size, "meta", torch.float32), opening=False)
+        model(latents, model.initial_cache(1, *size, "meta", torch.float32), opening=False)
     return float(counter.get_total_flops())
 
 
-def _projection(config: NetworkConfig, frames: int) -> float:
+def _projection(config: ModelConfig, frames: int) -> float:
     """A layer of the DiT's width."""
     return 2 * frames * config.tokens_per_frame * config.dit.dim**2
 
 
-def _linear(config: NetworkConfig, frames: int) -> float:
+def _linear(config: ModelConfig, frames: int) -> float:
     """A block's own: queries, keys, values and output of self-attention, queries and output of cross-attention, FFN."""
     ffn = 4 * frames * config.tokens_per_frame * config.dit.dim * config.dit.ffn_dim
     return 6 * _projection(config, frames) + ffn
 
 
-def _attention(config: NetworkConfig, frames: int, window: int) -> float:
+def _attention(config: ModelConfig, frames: int, window: int) -> float:
     """Self- and cross-attention of a block; the latter to all rows of the prompt, as the reference does it."""
     keys = window * config.tokens_per_frame + config.dit.text_len
     return 4 * frames * config.tokens_per_frame * keys * config.dit.dim

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.engines.hardware import flops
 from benchmarks.engines.hardware.timing import seconds_of
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8, to_8_bit
 
 FP8 = "float8_e4m3fn"
@@ -19,7 +19,7 @@ FP8 = "float8_e4m3fn"
 def measure_roofline(device: str, dtype: str) -> dict[str, Any]:
     """Operations per second of matrix products, and bytes per second that a copy reads and writes.
 
-    `dtype`: that of the networks; bfloat16 and FP8 are measured in any case. What does not run here is None, and
+    `dtype`: that of the models; bfloat16 and FP8 are measured in any case. What does not run here is None, and
     `reasons` says why.
     """
     on_cuda = device.startswith("cuda")
@@ -65,7 +65,7 @@ def _copy(size: int, device: str, runs: int) -> dict[str, Any]:
     return {"copy_bytes_per_s": 2 * size / seconds["median"], "copy_seconds": seconds}
 
 
-def achieved(figures: dict[str, Any], config: NetworkConfig, decoder: str, baseline: bool) -> dict[str, float]:
+def achieved(figures: dict[str, Any], config: ModelConfig, decoder: str, baseline: bool) -> dict[str, float]:
     """Operations per second of a row's parts, by the work that its backend does: the baseline does some for nothing."""
     work = {
         "dit": (flops.dit_chunk(config, whole_update=baseline), figures["dit_s"]),

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER, NetworkConfig
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER, ModelConfig
 from longlive_serve.models.vae.decoder import VAEDecoder
 
 PROMPT_KV, VAE_OPENING, VAE_STEADY = "prompt_kv", "vae_opening", "vae_steady"
 GRAPHS_OF = {TEXT_ENCODER: (TEXT_ENCODER,), DIT: (PROMPT_KV, DIT), VAE_DECODER: (VAE_OPENING, VAE_STEADY)}
-"""The graphs of every network."""
+"""The graphs of every model."""
 
 BATCH, FRAMES, USED = "batch", "frames", "used"  # sessions; latent frames in the forward; those attended to
 WEIGHTS, FLOAT32, INT64 = "weights", "float32", "int64"  # dtypes; the first is the one that the graph's weights have
@@ -65,7 +65,7 @@ class GraphIO:
         return dims
 
 
-def graph_io(config: NetworkConfig, variant: str) -> dict[str, GraphIO]:
+def graph_io(config: ModelConfig, variant: str) -> dict[str, GraphIO]:
     """The table: every graph of a LongLive of these sizes."""
     dit = config.dit
     tokens = (BATCH, dit.text_len)
@@ -85,7 +85,7 @@ def graph_io(config: NetworkConfig, variant: str) -> dict[str, GraphIO]:
     }
 
 
-def _dit_io(config: NetworkConfig, variant: str, prompt_kv: tuple[GraphTensor, ...]) -> GraphIO:
+def _dit_io(config: ModelConfig, variant: str, prompt_kv: tuple[GraphTensor, ...]) -> GraphIO:
     """One graph for denoising steps, KV-cache updates and recaches: they differ in how many frames go in."""
     dit, positions = config.dit, config.tokens_per_frame
     picture = (dit.channels, config.latent_height, config.latent_width)
@@ -121,7 +121,7 @@ def cache_names(layers: int) -> list[str]:
     return [f"{kind}.{layer}" for kind in ("keys", "values") for layer in range(layers)]
 
 
-def _vae_io(config: NetworkConfig, name: str, frames: int) -> GraphIO:
+def _vae_io(config: ModelConfig, name: str, frames: int) -> GraphIO:
     """One latent frame per call: it fills a GPU, and early frames need it."""
     with torch.device("meta"):
         size = (config.latent_height, config.latent_width)

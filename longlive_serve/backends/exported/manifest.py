@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -39,7 +39,7 @@ class Manifest:
     backend: str
     """What runs the files: `onnxruntime` or `tensorrt`."""
     sizes: dict[str, Any]
-    """The network configuration, as `dataclasses.asdict` gives it."""
+    """The model configuration, as `dataclasses.asdict` gives it."""
     variant: str
     graphs: dict[str, GraphFile]
     versions: dict[str, str]
@@ -64,7 +64,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
-    def check(self, folder: Path, backend: str, config: NetworkConfig, variant: str) -> None:
+    def check(self, folder: Path, backend: str, config: ModelConfig, variant: str) -> None:
         """Raises ValueError when these are not graphs for `backend` of a LongLive of these sizes and this variant."""
         expected = sizes_of(config)
         wrong = [
@@ -80,7 +80,7 @@ class Manifest:
             raise ValueError(f"{folder}: graphs of another LongLive: {'; '.join(wrong)}. Export them again")
 
 
-def sizes_of(config: NetworkConfig) -> dict[str, Any]:
+def sizes_of(config: ModelConfig) -> dict[str, Any]:
     """The sizes of all that can be a graph, as JSON gives them back."""
     sizes: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     del sizes["tiny_decoder"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three networks as exported graphs, whatever runs them: tensors by name, addresses instead of copies.
+"""The three models as exported graphs, whatever runs them: tensors by name, addresses instead of copies.
 
 Built by `build_backends` on the graphs of `onnxruntime_session.py` or `tensorrt_session.py`.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from longlive_serve.backends.base import EncodedPrompt, PromptKV
 from longlive_serve.backends.device import to_device
 from longlive_serve.backends.exported.io_spec import PROMPT_KV, VAE_OPENING, VAE_STEADY, GraphIO, cache_names
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, NetworkConfig
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, ModelConfig
 from longlive_serve.models.dit.causal_dit import PATCH, time_features
 from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
 from longlive_serve.models.dit.kv_cache import KVCache, KVCachePlan
@@ -63,7 +63,7 @@ class GraphTextEncoder:
 class GraphDiT:
     """The causal DiT as two graphs, and the KV cache of all slots, which they write in place."""
 
-    def __init__(self, graphs: Mapping[str, Graph], config: NetworkConfig, slots: int, variant: str) -> None:
+    def __init__(self, graphs: Mapping[str, Graph], config: ModelConfig, slots: int, variant: str) -> None:
         self.prompt_kv, self.dit = graphs[PROMPT_KV], graphs[DIT]
         self.dtype = self.cache_dtype = self.dit.dtype
         self.relative = variant == "infinity"

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longlive_serve.backends.fused.cudnn_attention import CudnnAttention
 from longlive_serve.backends.fused.cudnn_library import relative_error
 from longlive_serve.backends.start_up import CHOOSE, phase
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8, to_8_bit
 
@@ -81,7 +81,7 @@ class Trial(NamedTuple):
 
 
 @phase(CHOOSE)
-def fastest_attention(config: NetworkConfig, device: torch.device, dtype: torch.dtype) -> Attend:
+def fastest_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Attend:
     """The fastest of CANDIDATES for a chunk against a full window; on a device without CUDA PyTorch's own choice."""
     if device.type != "cuda":
         return F.scaled_dot_product_attention
@@ -99,7 +99,7 @@ def fastest_attention(config: NetworkConfig, device: torch.device, dtype: torch.
 
 
 @phase(CHOOSE)
-def fastest_fp8_attention(config: NetworkConfig, device: torch.device) -> AttendFP8:
+def fastest_fp8_attention(config: ModelConfig, device: torch.device) -> AttendFP8:
     """The fastest of those that take FP8, or our own kernel where none can be timed."""
     candidates = fp8_candidates(device)
     there = {name: attend for name, attend in candidates.items() if not isinstance(attend, Exception)}
@@ -123,7 +123,7 @@ def fastest_fp8_attention(config: NetworkConfig, device: torch.device) -> Attend
     return there[best or "triton fp8"]
 
 
-def _build(cudnn: CudnnAttention, trial: Trial, config: NetworkConfig) -> None:
+def _build(cudnn: CudnnAttention, trial: Trial, config: ModelConfig) -> None:
     try:
         with cudnn.noting():
             for size in sizes(config):
@@ -132,7 +132,7 @@ def _build(cudnn: CudnnAttention, trial: Trial, config: NetworkConfig) -> None:
         log.info("attention in FP8: cuDNN: %s", error)  # it fails once more when it is tried
 
 
-def sizes(config: NetworkConfig) -> list[tuple[int, int]]:
+def sizes(config: ModelConfig) -> list[tuple[int, int]]:
     """(queries, keys) of every call that a session can come to; that of a step with a full window is the first."""
     window, rows = config.window, config.window.chunk * config.tokens_per_frame
     found = [(rows * chunks, rows * places) for chunks, places in Window(window).calls()]
@@ -141,7 +141,7 @@ def sizes(config: NetworkConfig) -> list[tuple[int, int]]:
 
 
 def example(
-    config: NetworkConfig, device: torch.device, dtype: torch.dtype, frames: int | None = None
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, frames: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random queries of so many latent frames (default: a chunk) and keys and values of a full window,
     [1, H, tokens, d], laid out as in a step."""
@@ -166,7 +166,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def _fastest(
-    what: str, trials: Mapping[str, Trial], config: NetworkConfig, exact: Callable[[int, int], Tensor], most: float
+    what: str, trials: Mapping[str, Trial], config: ModelConfig, exact: Callable[[int, int], Tensor], most: float
 ) -> str | None:
     """The name of the fastest at the first of `sizes` that is right at all of them; None if none is. The log says what
     each took. Of a result `most` may be off."""

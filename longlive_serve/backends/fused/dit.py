@@ -16,7 +16,7 @@ from torch import Tensor
 from longlive_serve.backends.base import PromptKV
 from longlive_serve.backends.fused.attention_autotune import fastest_attention, fastest_fp8_attention
 from longlive_serve.backends.fused.cuda_graph_runner import CudaGraphs, Function
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.dit.adaln import Modulation, modulation
 from longlive_serve.models.dit.causal_dit import PATCH, CausalDiT
@@ -46,15 +46,15 @@ class FusedDiT:
 
     def __init__(
         self,
-        network: CausalDiT,
-        config: NetworkConfig,
+        model: CausalDiT,
+        config: ModelConfig,
         slots: int,
         variant: str,
         fp8: bool = False,
         fp8_attention: bool = False,
     ) -> None:
-        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
-        device, self.dtype = network.patch_embedding.weight.device, network.patch_embedding.weight.dtype
+        """Takes the model's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
+        device, self.dtype = model.patch_embedding.weight.device, model.patch_embedding.weight.dtype
         self.relative, self.fp8 = variant == "infinity", fp8
         self.attend = fastest_attention(config, device, self.dtype)
         self.attend_fp8 = fastest_fp8_attention(config, device) if fp8_attention else None
@@ -65,35 +65,35 @@ class FusedDiT:
         self._calls: dict[Hashable, Call] = {}
         """One of each size that has come before `prepare`; kept until all slots are prepared."""
         self._warming_up = True
-        self._take(network)
+        self._take(model)
 
-    def with_network(self, network: CausalDiT) -> FusedDiT:
-        """As `Exchangeable.with_network`. Takes the network's weights."""
+    def with_model(self, model: CausalDiT) -> FusedDiT:
+        """As `Exchangeable.with_model`. Takes the model's weights."""
         other = copy.copy(self)
         other._calls, other._warming_up = {}, False
-        other._take(network)
+        other._take(model)
         return other
 
     @torch.no_grad()
-    def _take(self, network: CausalDiT) -> None:
-        device = network.patch_embedding.weight.device
+    def _take(self, model: CausalDiT) -> None:
+        device = model.patch_embedding.weight.device
         check_kernels(device)
-        check(network, self.fp8, device, self.dtype)
+        check(model, self.fp8, device, self.dtype)
         timesteps = FlowMatchScheduler(device).timesteps
         levels = [*timesteps, torch.zeros_like(timesteps[0])]
-        self.modulations = [modulation(network, level) for level in levels]
+        self.modulations = [modulation(model, level) for level in levels]
         """Of the denoising steps, and that of a KV-cache update last."""
         attention = None
         if self.attend_fp8 is not None:
-            scales = attention_scales(network, self.modulations)
+            scales = attention_scales(model, self.modulations)
             rows = self.cache.keys.shape[-2]  # a recache of the whole window
             out_scales = scales[:, 2].view(-1, 1, 1).repeat(1, rows, 1)
             attention = FP8Attention(attend=self.attend_fp8, scales=scales, out_scales=out_scales)
-        self.network = FusedCausalDiT(network, self.fp8, self.attend, attention)
+        self.model = FusedCausalDiT(model, self.fp8, self.attend, attention)
         self.graphs = CudaGraphs(device)
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
-        prompt = self.network.embed_prompt(embeds.to(self.dtype), tokens)
+        prompt = self.model.embed_prompt(embeds.to(self.dtype), tokens)
         return (prompt.keys, prompt.values) if prompt.bias is None else (prompt.keys, prompt.values, prompt.bias)
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
@@ -143,7 +143,7 @@ class FusedDiT:
                 key_angles=(angles[2], angles[3]) if self.relative else None,
             )
             rows = PromptRows(keys=prompt[0], values=prompt[1], bias=prompt[2] if len(prompt) > 2 else None)
-            return self.network.run(
+            return self.model.run(
                 latents, Modulation(blocks=blocks, head=head), rows, cache, update_kv_cache=update_kv_cache
             )
 
@@ -151,12 +151,12 @@ class FusedDiT:
         return key, slot, forward, [latents, level.blocks, level.head, *angles, *prompt_kv], len(prompt_kv)
 
 
-def check(network: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
-    if any(isinstance(layer, Quantized) for layer in network.modules()):
+def check(model: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
+    if any(isinstance(layer, Quantized) for layer in model.modules()):
         raise ValueError("dit_backend: got fused with quantized weights, expected plain ones: set `fp8` instead")
     if not fp8:
         return
-    config = network.config
+    config = model.config
     if config.dim % 16 or config.ffn_dim % 16:
         raise ValueError(f"fp8: got dim {config.dim} and ffn_dim {config.ffn_dim}, expected multiples of 16")
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from longlive_serve.backends.fused.cuda_graph_runner import CudaGraphs
 from longlive_serve.backends.fused.cudnn_convolution import CudnnConvolution
 from longlive_serve.backends.fused.cudnn_graphs import NoPlanError
 from longlive_serve.backends.start_up import CHOOSE, phase
-from longlive_serve.config.presets import NetworkConfig
+from longlive_serve.config.presets import ModelConfig
 from longlive_serve.kernels.tiles import check_kernels
 from longlive_serve.models.quantization.int8_fp8_layers import Quantized
 from longlive_serve.models.vae.decoder import VAEDecoder, to_uint8
@@ -41,16 +41,16 @@ class FusedVAEDecoder:
     """
 
     @torch.no_grad()
-    def __init__(self, network: VAEDecoder | TinyDecoder, config: NetworkConfig, fp8: bool = False) -> None:
-        """Takes the network's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
-        if any(isinstance(layer, Quantized) for layer in network.modules()):
+    def __init__(self, model: VAEDecoder | TinyDecoder, config: ModelConfig, fp8: bool = False) -> None:
+        """Takes the model's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
+        if any(isinstance(layer, Quantized) for layer in model.modules()):
             raise ValueError("vae_decoder_backend: got fused with quantized weights, expected plain ones")
-        weight = next(network.parameters())
+        weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_kernels(self.device)
         self.config = config
         convolution = _fp8_convolution() if fp8 else None
-        self.network = FusedTiny(network) if isinstance(network, TinyDecoder) else FusedVAE(network, convolution)
+        self.model = FusedTiny(model) if isinstance(model, TinyDecoder) else FusedVAE(model, convolution)
         self.graphs = CudaGraphs(self.device)
         self._working = self._new_cache()
         self._owner: weakref.ref[StreamCache] | None = None
@@ -72,7 +72,7 @@ class FusedVAEDecoder:
         def run(inputs: Sequence[Tensor]) -> Tensor:
             tf32 = torch.backends.cudnn.allow_tf32
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=PLANS, allow_tf32=tf32):
-                return to_uint8(self.network.decode(inputs[0], self._working, opening))
+                return to_uint8(self.model.decode(inputs[0], self._working, opening))
 
         frames = self.graphs((opening, latents.shape), None, run, [latents])
         assert frames is not None
@@ -89,7 +89,7 @@ class FusedVAEDecoder:
             with convolution.noting():
                 for frames, opening in ((chunk, False), (1, True), (chunk - 1, False), (1, False)):
                     if frames:
-                        self.network.decode(latents[:, :frames], self._working, opening)
+                        self.model.decode(latents[:, :frames], self._working, opening)
         except NoPlanError as error:
             raise ValueError(f"fp8_decoder: got true on {self.device}: {error}") from None
         self._working = self._new_cache()
@@ -106,7 +106,7 @@ class FusedVAEDecoder:
 
     def _new_cache(self) -> list[Tensor]:
         size = (self.config.latent_height, self.config.latent_width)
-        return self.network.initial_cache(*size, self.device, self.dtype)
+        return self.model.initial_cache(*size, self.device, self.dtype)
 
 
 def _fp8_convolution() -> CudnnConvolution:

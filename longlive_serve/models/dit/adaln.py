@@ -24,10 +24,10 @@ class Modulation:
     """[2, D]: shift, scale."""
 
 
-def modulation(network: CausalDiT, timestep: Tensor) -> Modulation:
-    """What the network does at `timestep` (a 0-dim tensor)."""
-    features = time_features(timestep, network.config.freq_dim).to(network.patch_embedding.weight.dtype)
-    time = network.time_embedding(features)
-    shared = network.time_projection(time).unflatten(-1, (6, -1))
-    blocks = torch.cat([block.modulation for block in network.blocks]) + shared
-    return Modulation(blocks=blocks, head=network.head.modulation[0] + time)
+def modulation(model: CausalDiT, timestep: Tensor) -> Modulation:
+    """What the model does at `timestep` (a 0-dim tensor)."""
+    features = time_features(timestep, model.config.freq_dim).to(model.patch_embedding.weight.dtype)
+    time = model.time_embedding(features)
+    shared = model.time_projection(time).unflatten(-1, (6, -1))
+    blocks = torch.cat([block.modulation for block in model.blocks]) + shared
+    return Modulation(blocks=blocks, head=model.head.modulation[0] + time)

@@ -16,7 +16,7 @@ DENOISING_STEPS = (1000, 750, 500, 250)  # as listed in the shipped settings, be
 
 
 def training_sigmas() -> Tensor:
-    """The 1000 noise levels that the network was trained on, float32, from 1 downwards."""
+    """The 1000 noise levels that the model was trained on, float32, from 1 downwards."""
     # In float64 and rounded once: in float32 its last digit depends on the processor, for some levels.
     s = torch.linspace(1.0, 0.0, TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1].float()
     return SHIFT * s / (1 + (SHIFT - 1) * s)
@@ -25,7 +25,7 @@ def training_sigmas() -> Tensor:
 class FlowMatchScheduler:
     """Timesteps and noise levels of the denoising steps, on one device.
 
-    `timesteps` [steps] float32 are what the network is given; a KV-cache update and a recache are at timestep 0.
+    `timesteps` [steps] float32 are what the model is given; a KV-cache update and a recache are at timestep 0.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -122,11 +122,11 @@ class FusedBlock:
 
 
 class FusedCausalDiT:
-    """As `CausalDiT`, for one video. Takes most of the network's weights: it cannot be run any more."""
+    """As `CausalDiT`, for one video. Takes most of the model's weights: it cannot be run any more."""
 
     def __init__(
         self,
-        network: CausalDiT,
+        model: CausalDiT,
         fp8: bool,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         fp8_attention: FP8Attention | None = None,
@@ -137,9 +137,9 @@ class FusedCausalDiT:
         cache instead of it, with `fp8` alone.
         """
         assert fp8 or fp8_attention is None, "FP8 attention is followed by an FP8 product"
-        self.network, self.attend, self.fp8_attention = network, attend, fp8_attention
-        self.config, self.eps = network.config, network.config.eps
-        self.blocks = [FusedBlock(block, FP8Gemm if fp8 else Gemm) for block in network.blocks]
+        self.model, self.attend, self.fp8_attention = model, attend, fp8_attention
+        self.config, self.eps = model.config, model.config.eps
+        self.blocks = [FusedBlock(block, FP8Gemm if fp8 else Gemm) for block in model.blocks]
 
     def embed_prompt(self, text: Tensor, tokens: int) -> PromptRows:
         """Text encoder output [1, text_len, text_dim], zero behind `tokens` -> what cross-attention needs of it.
@@ -149,7 +149,7 @@ class FusedCausalDiT:
         """
         total = text.shape[1]
         rows = SHORT_PROMPT if tokens < SHORT_PROMPT < total else total
-        keys, values = self.network.embed_prompt(text[:, :rows])
+        keys, values = self.model.embed_prompt(text[:, :rows])
         if rows == total:
             return PromptRows(keys=keys, values=values, bias=None)
         bias = torch.zeros(rows, device=text.device)
@@ -168,7 +168,7 @@ class FusedCausalDiT:
 
         With `update_kv_cache` the cache alone is wanted: None, and the last block stops after its keys and values.
         """
-        x = self.network._patchify(latents)[0]
+        x = self.model._patchify(latents)[0]
         update, gate = None, None
         for layer, block in enumerate(self.blocks):
             shift, scale, own_gate, ffn_shift, ffn_scale, ffn_gate = modulation.blocks[layer].unbind()
@@ -187,7 +187,7 @@ class FusedCausalDiT:
         shift, scale = modulation.head.unbind()
         z = residual_norm(x, update, gate, scale, shift, eps=self.eps, one_plus=True)
         assert isinstance(z, Tensor)
-        return self.network._unpatchify(self.network.head.head(z)[None], latents.shape)
+        return self.model._unpatchify(self.model.head.head(z)[None], latents.shape)
 
     def _write_kv(self, block: FusedBlock, layer: int, z: Tensor | Quantized, cache: CacheRows) -> Tensor:
         """Keys and values into the cache; the queries [H, L, d], rotated."""

@@ -16,7 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from longlive_serve.config.presets import NetworkConfig, WindowConfig
+from longlive_serve.config.presets import ModelConfig, WindowConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class KVCache:
     """
 
     def __init__(
-        self, config: NetworkConfig, slots: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+        self, config: ModelConfig, slots: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> None:
         dit = config.dit
         tokens = config.window.window * config.tokens_per_frame
@@ -135,7 +135,7 @@ class KVCache:
         return self.keys[:, slot : slot + 1], self.values[:, slot : slot + 1]
 
     @staticmethod
-    def bytes_of(config: NetworkConfig, slots: int, dtype: torch.dtype) -> int:
+    def bytes_of(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
         """The size of such a cache."""
         tokens = config.window.window * config.tokens_per_frame
         return 2 * config.dit.num_layers * slots * config.dit.dim * tokens * dtype.itemsize

@@ -26,12 +26,12 @@ def silu_scale(norm: RMSNorm) -> Tensor:
     return scale
 
 
-def attention_scales(network: CausalDiT, levels: Sequence[Modulation]) -> Tensor:
+def attention_scales(model: CausalDiT, levels: Sequence[Modulation]) -> Tensor:
     """Of the queries, keys and values of self-attention at any of these noise levels: float32 [layers, 3]."""
     modulations = torch.stack([level.blocks for level in levels]).float()  # [levels, layers, 6, D]
     bounds = [
         (_largest_normed(block.self_attn.norm_q.weight), _largest_normed(block.self_attn.norm_k.weight), value)
-        for block, value in zip(network.blocks, _largest_values(network, modulations), strict=True)
+        for block, value in zip(model.blocks, _largest_values(model, modulations), strict=True)
     ]
     return torch.stack([torch.stack(layer) for layer in bounds]) / LARGEST_FP8
 
@@ -42,11 +42,11 @@ def _largest_normed(weight: Tensor) -> Tensor:
     return largest
 
 
-def _largest_values(network: CausalDiT, modulations: Tensor) -> list[Tensor]:
+def _largest_values(model: CausalDiT, modulations: Tensor) -> list[Tensor]:
     """|w x + b| <= |w| |x| + |b|, where x is a token after LayerNorm, of length sqrt(D) at most, and modulation."""
     shift, scale = modulations[:, :, 0], modulations[:, :, 1]  # [levels, layers, D]
     lengths = math.sqrt(shift.shape[-1]) * (1 + scale).abs().amax(-1) + shift.norm(dim=-1)
-    layers = [block.self_attn.v for block in network.blocks]
+    layers = [block.self_attn.v for block in model.blocks]
     return [
         (layer.weight.float().norm(dim=1) * length + layer.bias.float().abs()).max()
         for layer, length in zip(layers, lengths.amax(0), strict=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers with 8-bit weights, and 8-bit inputs where their scale is known: INT8 or FP8 (E4M3), symmetric.
 
-Made by `quantization/`, put in place by `weights.load_network`. PyTorch simulates them (it rounds to 8 bits and
-computes in the network's dtype); exported, they are QuantizeLinear and DequantizeLinear around the operator, which
+Made by `quantization/`, put in place by `weights.load_model`. PyTorch simulates them (it rounds to 8 bits and
+computes in the model's dtype); exported, they are QuantizeLinear and DequantizeLinear around the operator, which
 TensorRT fuses into 8-bit kernels. Scales are numbers that bfloat16 holds, so that every precision computes with the
 same ones.
 """
@@ -114,7 +114,7 @@ class QuantizedConv2d(Quantized):
 
 
 class QuantizedCausalConv3d(Quantized, CausalConv3d):
-    """Takes the place of a CausalConv3d. Its feature cache stays in the network's dtype."""
+    """Takes the place of a CausalConv3d. Its feature cache stays in the model's dtype."""
 
     def __init__(self, layer: CausalConv3d, state: dict[str, Tensor]) -> None:
         with torch.device("meta"):
@@ -134,14 +134,14 @@ _KINDS: dict[type[nn.Module], type[Quantized]] = {
 }
 
 
-def install(network: nn.Module, states: dict[str, dict[str, Tensor]]) -> None:
+def install(model: nn.Module, states: dict[str, dict[str, Tensor]]) -> None:
     """Put quantized layers in the places that `states` names, with the state of each. Bias and dtype stay.
 
-    Install last: a network that holds such layers must not change its dtype any more.
+    Install last: a model that holds such layers must not change its dtype any more.
     """
     for name, state in states.items():
-        layer = network.get_submodule(name)
-        network.set_submodule(name, _KINDS[type(layer)](layer, state))
+        layer = model.get_submodule(name)
+        model.set_submodule(name, _KINDS[type(layer)](layer, state))
 
 
 def quantized_layers(state: dict[str, Tensor], device: torch.device | str) -> dict[str, dict[str, Tensor]]:

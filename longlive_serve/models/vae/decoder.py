@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Wan2.1 VAE decoder as a streaming network: latents and a feature cache in, video frames and a new cache out.
+"""The Wan2.1 VAE decoder as a streaming model: latents and a feature cache in, video frames and a new cache out.
 
 Called by the backends. Parameter names are those of Wan2.1_VAE.pth (`decoder.*`, `conv2.*`; the encoder is not built).
 It keeps no stream state and does not know what a chunk or a session is.
@@ -222,7 +222,7 @@ class VAEDecoder(nn.Module):
     def forward(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
         """Decode latents [B, F, 16, h, w]; `opening`: the first of them is the first of the video.
 
-        Returns frames [B, T, 3, 8h, 8w], not clamped, in the network's dtype, and the new cache. T is 4F, or 4F - 3
+        Returns frames [B, T, 3, 8h, 8w], not clamped, in the model's dtype, and the new cache. T is 4F, or 4F - 3
         when opening.
         """
         frames = []

@@ -121,32 +121,32 @@ class Sum:
 
 
 class FusedVAE:
-    """As `VAEDecoder`, for one video, with the cache changed in place. Takes weights and biases of the network."""
+    """As `VAEDecoder`, for one video, with the cache changed in place. Takes weights and biases of the model."""
 
-    def __init__(self, network: VAEDecoder, convolve: Convolve | None = None) -> None:
+    def __init__(self, model: VAEDecoder, convolve: Convolve | None = None) -> None:
         """convolve: those of the residual blocks, which do nearly all the work, are FP8, and this computes them."""
-        self.network, self._convolve_fp8 = network, convolve
-        blocks = [block for block in network.modules() if isinstance(block, ResidualBlock)]
+        self.model, self._convolve_fp8 = model, convolve
+        blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
         pairs = [pair for block in blocks for pair in block.normed_convolutions()] if convolve else []
         self._fp8 = {conv: FP8Weights.take(norm, conv) for norm, conv in pairs}
-        for layer in network.modules():
+        for layer in model.modules():
             if isinstance(layer, nn.Conv3d) and layer not in self._fp8:
                 layer.weight = nn.Parameter(layer.weight.contiguous(memory_format=LAST), requires_grad=False)
         self._biases = {}
         """Of convolutions before a norm, which lose their own."""
-        for conv in (network.decoder.conv1, *(conv for block in blocks for _, conv in block.normed_convolutions())):
+        for conv in (model.decoder.conv1, *(conv for block in blocks for _, conv in block.normed_convolutions())):
             if conv not in self._fp8:
                 self._biases[conv], conv.bias = conv.bias, None
         self._doubling = {
             layer: DoublingConv(layer.resample[1])  # type: ignore[arg-type]
-            for layer in network.decoder.upsamples
+            for layer in model.decoder.upsamples
             if isinstance(layer, Upsample)
         }
 
     def initial_cache(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """As `VAEDecoder.initial_cache`, in channels-last memory, and in FP8 what FP8 convolutions read."""
-        tensors = self.network.initial_cache(1, height, width, device, dtype)
-        convs = [module for module in self.network.decoder.modules() if isinstance(module, CausalConv3d)]
+        tensors = self.model.initial_cache(1, height, width, device, dtype)
+        convs = [module for module in self.model.decoder.modules() if isinstance(module, CausalConv3d)]
         dtypes = [torch.float8_e4m3fn if conv in self._fp8 else dtype for conv in convs]
         return [x.to(of).contiguous(memory_format=LAST) for x, of in zip(tensors, dtypes, strict=True)]
 
@@ -156,10 +156,10 @@ class FusedVAE:
         The cache, in channels-last memory, becomes that for the next call. With `opening` F is 1.
         """
         assert not opening or latents.shape[1] == 1
-        mean, std = self.network.mean.to(latents.dtype), self.network.std.to(latents.dtype)
+        mean, std = self.model.mean.to(latents.dtype), self.model.std.to(latents.dtype)
         x = latents / (1.0 / std) + mean
-        x = self.network.conv2(x.transpose(1, 2).contiguous(memory_format=LAST))
-        decoder, histories = self.network.decoder, iter(cache)
+        x = self.model.conv2(x.transpose(1, 2).contiguous(memory_format=LAST))
+        decoder, histories = self.model.decoder, iter(cache)
         stream = self._convolve(decoder.conv1, Sum(x), None, histories)
         for layer in (*decoder.middle, *decoder.upsamples):
             if isinstance(layer, ResidualBlock):

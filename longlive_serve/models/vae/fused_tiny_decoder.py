@@ -21,12 +21,12 @@ LAST = torch.channels_last
 class FusedTiny:
     """As `TinyDecoder`, for one video, with the cache changed in place."""
 
-    def __init__(self, network: TinyDecoder) -> None:
-        self.network = network.to(memory_format=LAST)  # type: ignore[call-overload]
+    def __init__(self, model: TinyDecoder) -> None:
+        self.model = model.to(memory_format=LAST)  # type: ignore[call-overload]
 
     def initial_cache(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """As `TinyDecoder.initial_cache`, in channels-last memory."""
-        tensors = self.network.initial_cache(1, height, width, device, dtype)
+        tensors = self.model.initial_cache(1, height, width, device, dtype)
         return [tensor.contiguous(memory_format=LAST) for tensor in tensors]
 
     def decode(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> Tensor:
@@ -36,7 +36,7 @@ class FusedTiny:
         """
         assert not opening or latents.shape[1] == 1
         x, histories = latents[0].contiguous(memory_format=LAST), iter(cache)  # [T, C, H, W] from here on
-        for layer in self.network.decoder:
+        for layer in self.model.decoder:
             if isinstance(layer, MemoryBlock):
                 x = _with_the_frame_before(layer, x, next(histories))
             elif isinstance(layer, Grow):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TAEHV's decoder as a streaming network: Wan 2.1 latents and a few past frames in, video frames and new past out.
+"""TAEHV's decoder as a streaming model: Wan 2.1 latents and a few past frames in, video frames and new past out.
 
 A stand-in for `decoder.py`, called by the backends in the same way. Parameter names are those of `taew2_1.pth` of
 github.com/madebyollin/taehv (`decoder.*`; the encoder is not built). At 480x832 twelve frames cost 1.58 TFLOP (the Wan
@@ -98,7 +98,7 @@ class TinyDecoder(nn.Module):
     def forward(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
         """Decode latents [B, F, 16, h, w] as the DiT makes them; `opening`: the first of them is the video's first.
 
-        Returns frames [B, T, 3, 8h, 8w], -1 to 1 and somewhat beyond, in the network's dtype, and the new cache. T is
+        Returns frames [B, T, 3, 8h, 8w], -1 to 1 and somewhat beyond, in the model's dtype, and the new cache. T is
         4F, or 4F - 3 when opening.
         """
         frames = []

@@ -55,7 +55,7 @@ class TritonPythonModel:
         self.metrics = TritonMetrics(pb.MetricFamily)
         with measure_start() as seconds:
             seconds[IMPORT] = process_age()
-            runner = ModelRunner(build_backends(config), config.network, config.variant)
+            runner = ModelRunner(build_backends(config), config.model_config, config.variant)
             chunk_s = runner.warm_up()
         log.info("started in %.1f s: %s", process_age(), describe(seconds))
         self.metrics.publish([("start_seconds", (("phase", name),), took) for name, took in seconds.items()])

@@ -87,7 +87,7 @@ class TestPlans:
         with attend.noting():
             noted = attend_at(attend)
         assert Graph.built == [*ALL, *[FASTEST] * 3]
-        assert all(out.float().std() > 0.5 for out in noted[1:]), "what follows in a network has numbers to work on"
+        assert all(out.float().std() > 0.5 for out in noted[1:]), "what follows in a model has numbers to work on"
         got = attend_at(attend)
         assert len(Graph.built) == len(ALL) + 3
         assert all(torch.equal(one, other) for one, other in zip(got, attend_at(CudnnAttention(CPU)), strict=True))

@@ -27,8 +27,8 @@ from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.dit.kv_cache import KVCache, Window
 from longlive_serve.models.quantization.int8_fp8_layers import install, scale_for, to_8_bit
-from longlive_serve.replay import Case, case_network, exact_latents, read_tensors, replay
-from longlive_serve.weights.loader import load_network
+from longlive_serve.replay import Case, case_model, exact_latents, read_tensors, replay
+from longlive_serve.weights.loader import load_model
 from quantization.dynamic_fp8 import simulate, simulate_attention
 from tests.fakes.graphs_on_cpu import Graph, graphs_on_cpu
 from tests.longlive_serve.test_replay import error_of, run_replay
@@ -46,14 +46,14 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def tiny_network() -> CausalDiT:
-    network: CausalDiT = load_network(DIT, TINY, "random", "cpu", torch.float32)
-    return network
+def tiny_model() -> CausalDiT:
+    model: CausalDiT = load_model(DIT, TINY, "random", "cpu", torch.float32)
+    return model
 
 
 def both(fp8: bool = False, fp8_attention: bool = False, variant: str = "base") -> tuple[TorchDiT, FusedDiT]:
-    fused = FusedDiT(tiny_network(), TINY, 1, variant, fp8, fp8_attention)
-    return TorchDiT(tiny_network(), TINY, 1, variant), fused
+    fused = FusedDiT(tiny_model(), TINY, 1, variant, fp8, fp8_attention)
+    return TorchDiT(tiny_model(), TINY, 1, variant), fused
 
 
 def latents(seed: int) -> Tensor:
@@ -73,7 +73,7 @@ def test_it_makes_the_latents_of_the_reference(name: str, tmp_path: Path) -> Non
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
     with graphs_on_cpu():
-        dit = FusedDiT(case_network(case, tensors), case.network, 1, case.variant, fp8=False)
+        dit = FusedDiT(case_model(case, tensors), case.model_config, 1, case.variant, fp8=False)
         got = replay(case, tensors, dit)
     assert_reference(got, tensors["latents"], exact_latents(case, tensors))
     assert Graph.replayed > Graph.captured > 2
@@ -101,8 +101,8 @@ def test_in_bfloat16_it_is_as_near_the_reference_as_the_eager_baseline(tmp_path:
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
     distances = []
     for fused in (False, True):
-        network = case_network(case, tensors).bfloat16()
-        dit = FusedDiT(network, case.network, 1, "base", False) if fused else EagerDiT(network, case.network, 1)
+        model = case_model(case, tensors).bfloat16()
+        dit = FusedDiT(model, case.model_config, 1, "base", False) if fused else EagerDiT(model, case.model_config, 1)
         distances.append((replay(case, tensors, dit) - tensors["latents"]).norm().item())
     # The norms of as many roundings, but others, are within some percent of each other; that of twice as many would be
     # 1.4 times as large.
@@ -112,10 +112,10 @@ def test_in_bfloat16_it_is_as_near_the_reference_as_the_eager_baseline(tmp_path:
 @pytest.mark.parametrize("used", [5, 127, 128])
 def test_a_prompt_without_most_of_its_padding_says_the_same(used: int) -> None:
     sizes = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, text_len=192))
-    network = CausalDiT(sizes.dit).eval()
-    plain = TorchDiT(copy.deepcopy(network), sizes, 1, "base")
-    exact = TorchDiT(copy.deepcopy(network).double(), sizes, 1, "base")
-    fused = FusedDiT(network, sizes, 1, "base", fp8=False)
+    model = CausalDiT(sizes.dit).eval()
+    plain = TorchDiT(copy.deepcopy(model), sizes, 1, "base")
+    exact = TorchDiT(copy.deepcopy(model).double(), sizes, 1, "base")
+    fused = FusedDiT(model, sizes, 1, "base", fp8=False)
     embeds = torch.nn.functional.pad(text(64).repeat(1, 2, 1)[:, :used], (0, 0, 0, 192 - used))
     rows = fused.embed_prompt(embeds, used)
     assert rows[0].shape[3] == (128 if used < 128 else 192)
@@ -142,8 +142,8 @@ def test_fp8_is_close_and_keeps_the_cache_close(fp8_attention: bool, variant: st
     flows = second_chunk(plain, fused)
     assert 1e-4 < error(flows[1], flows[0]) < 0.1
     keys = fused.cache.keys.float()
-    if fused.network.fp8_attention is not None:
-        keys *= fused.network.fp8_attention.scales[:, 1, None, None, None, None]
+    if fused.model.fp8_attention is not None:
+        keys *= fused.model.fp8_attention.scales[:, 1, None, None, None, None]
     assert 1e-4 < error(keys, plain.cache.keys) < 0.1
 
 
@@ -177,15 +177,15 @@ def test_fp8_attention_by_graphs_is_the_same() -> None:
 
 
 def test_what_cannot_be_fused_is_refused() -> None:
-    network = tiny_network()
-    weight = network.get_parameter("blocks.0.ffn.0.weight")
+    model = tiny_model()
+    weight = model.get_parameter("blocks.0.ffn.0.weight")
     scale = scale_for(weight.abs().amax(1), torch.int8)
     install(
-        network,
+        model,
         {"blocks.0.ffn.0": {"quantized_weight": to_8_bit(weight, scale[:, None], torch.int8), "weight_scale": scale}},
     )
     with pytest.raises(ValueError, match="quantized weights"):
-        FusedDiT(network, TINY, 1, "base", fp8=False)
+        FusedDiT(model, TINY, 1, "base", fp8=False)
     sizes = dataclasses.replace(TINY.dit, ffn_dim=120)
     with pytest.raises(ValueError, match="ffn_dim 120, expected multiples of 16"):
         FusedDiT(CausalDiT(sizes), dataclasses.replace(TINY, dit=sizes), 1, "base", fp8=True)
@@ -256,7 +256,7 @@ def test_every_thread_runs_a_function_as_it_is_before_it_captures() -> None:
 def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
     prompts = [text(9), text(9)]
     with graphs_on_cpu():
-        fused = FusedDiT(tiny_network(), TINY, 3, "base")
+        fused = FusedDiT(tiny_model(), TINY, 3, "base")
         for chunk in range(6):  # until the ring has been round once
             second_of(fused, 0, chunk, prompts[0])
         fused.prepare(1)
@@ -268,7 +268,7 @@ def test_what_one_slot_has_warmed_up_is_captured_for_all() -> None:
         assert Graph.captured == captured
         fused.prepare()
         assert Graph.captured == 3 * of_one
-    plain, exact = (TorchDiT(network, TINY, 1, "base") for network in (tiny_network(), tiny_network().double()))
+    plain, exact = (TorchDiT(model, TINY, 1, "base") for model in (tiny_model(), tiny_model().double()))
     for chunk, flow in enumerate(flows):
         with Float64():
             expected = second_of(exact, 0, chunk, prompts[0])
@@ -280,7 +280,7 @@ def test_after_the_warm_up_no_session_waits_for_a_capture(monkeypatch: pytest.Mo
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, num_layers=1)))
     with graphs_on_cpu():
         config = ServeConfig(preset="tiny", backend="fused", decoder="tiny", device="cpu", slots=2)
-        runner = ModelRunner(build_backends(config), config.network)
+        runner = ModelRunner(build_backends(config), config.model_config)
         runner.warm_up()
         captured = Graph.captured
         for switch, early in ((1, True), (3, False), (6, True)):

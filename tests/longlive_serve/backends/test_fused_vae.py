@@ -23,7 +23,7 @@ from longlive_serve.doctor import memory_model
 from longlive_serve.models.vae.decoder import FeatureCache, ResidualBlock, VAEDecoder
 from longlive_serve.models.vae.fused_decoder import LAST, DoublingConv, FusedVAE, Sum
 from longlive_serve.models.vae.fused_tiny_decoder import FusedTiny
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from quantization.dynamic_fp8 import simulate_decoder
 from tests.fakes import cudnn_on_cpu as cudnn_stand_in
 from tests.fakes.cudnn_on_cpu import cudnn_on_cpu
@@ -57,8 +57,8 @@ def frames_of(backend: FusedVAEDecoder | TorchVAEDecoder, latents: list[Tensor])
         yield frames.numpy()
 
 
-def network(name: str = VAE_DECODER) -> nn.Module:
-    made: nn.Module = load_network(name, TINY, "random", "cpu", torch.float32)
+def model(name: str = VAE_DECODER) -> nn.Module:
+    made: nn.Module = load_model(name, TINY, "random", "cpu", torch.float32)
     return made
 
 
@@ -82,7 +82,7 @@ def test_a_convolution_of_a_doubled_picture_is_one_of_the_picture_itself() -> No
 
 @pytest.mark.parametrize("split", [(1, 5), (1, 1, 1, 1, 1, 1), (1, 2, 3)])
 def test_the_tiny_decoder_draws_the_same_frames_by_any_split(split: tuple[int, ...]) -> None:
-    plain, fused = network(TINY_DECODER), FusedTiny(network(TINY_DECODER))  # type: ignore[arg-type]
+    plain, fused = model(TINY_DECODER), FusedTiny(model(TINY_DECODER))  # type: ignore[arg-type]
     latents = torch.cat(video(1, chunks=2), 1)
     size = TINY.latent_height, TINY.latent_width
     begin = plain.initial_cache(1, *size, "cpu", torch.float32)  # type: ignore[operator]
@@ -100,9 +100,9 @@ def test_the_tiny_decoder_draws_the_same_frames_by_any_split(split: tuple[int, .
 @pytest.mark.parametrize("name", [VAE_DECODER, TINY_DECODER])
 def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: bool, name: str) -> None:
     videos = [video(seed, chunks=3) for seed in range(3)]
-    plain = TorchVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
+    plain = TorchVAEDecoder(model(name), TINY)  # type: ignore[arg-type]
     with graphs_on_cpu() if graphs else contextlib.nullcontext():
-        backend = FusedVAEDecoder(network(name), TINY)  # type: ignore[arg-type]
+        backend = FusedVAEDecoder(model(name), TINY)  # type: ignore[arg-type]
         streams = [frames_of(backend, latents) for latents in videos]
         together = [[next(stream) for stream in streams] for _ in range(3)]
         captured, replayed = Graph.captured, Graph.replayed
@@ -119,15 +119,15 @@ def test_streams_that_take_turns_give_the_frames_that_each_gives_alone(graphs: b
 
 
 def test_a_stream_that_has_gone_leaves_nothing_behind() -> None:
-    backend = FusedVAEDecoder(network(), TINY)  # type: ignore[arg-type]
+    backend = FusedVAEDecoder(model(), TINY)  # type: ignore[arg-type]
     one, other = (video(seed, chunks=2) for seed in (1, 2))
     first = list(frames_of(backend, one))
     list(frames_of(backend, other))
     assert all(np.array_equal(a, b) for a, b in zip(frames_of(backend, one), first, strict=True))
 
 
-def blocks_of(network: nn.Module) -> list[ResidualBlock]:
-    return [module for module in network.modules() if isinstance(module, ResidualBlock)]
+def blocks_of(model: nn.Module) -> list[ResidualBlock]:
+    return [module for module in model.modules() if isinstance(module, ResidualBlock)]
 
 
 def of_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -138,13 +138,13 @@ def of_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def test_fp8_convolutions_are_what_the_evaluation_simulates(cudnn_on_cpu: None) -> None:
     """Block by block, where most positions see no number that lies so near the middle of two of FP8's that the order of
     a sum decides. Behind many blocks with random weights, which magnify it, such a number changes every pixel."""
-    plain, exact = (TorchVAEDecoder(network(), TINY) for _ in range(2))  # type: ignore[arg-type]
+    plain, exact = (TorchVAEDecoder(model(), TINY) for _ in range(2))  # type: ignore[arg-type]
     simulate_decoder(SimpleNamespace(backends=SimpleNamespace(vae_decoder=plain)))  # type: ignore[arg-type]
-    fused = FusedVAEDecoder(network(), TINY, fp8=True).network  # type: ignore[arg-type]
+    fused = FusedVAEDecoder(model(), TINY, fp8=True).model  # type: ignore[arg-type]
     assert isinstance(fused, FusedVAE)
     apart: list[float] = []
     off: list[float] = []
-    for ours, simulated, wide in zip(*map(blocks_of, (fused.network, plain.network, exact.network)), strict=True):
+    for ours, simulated, wide in zip(*map(blocks_of, (fused.model, plain.model, exact.model)), strict=True):
         convs = [conv for _, conv in wide.normed_convolutions()]
         empty = [torch.zeros(1, conv.in_channels, 2, 6, 8) for conv in convs]
         x = torch.randn(1, convs[0].in_channels, 4, 6, 8, generator=torch.Generator().manual_seed(len(off)))
@@ -174,7 +174,7 @@ def in_turn(block: ResidualBlock, history: list[Tensor]) -> Callable[[Tensor], T
 
 
 def test_streams_in_fp8_take_turns(cudnn_on_cpu: None) -> None:
-    backend = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    backend = FusedVAEDecoder(model(), TINY, fp8=True)  # type: ignore[arg-type]
     alone = [[*frames_of(backend, video(seed, chunks=2))] for seed in (1, 2)]
     together = zip(*(frames_of(backend, video(seed, chunks=2)) for seed in (1, 2)), strict=True)
     for turn, (first, second) in enumerate(together):
@@ -183,7 +183,7 @@ def test_streams_in_fp8_take_turns(cudnn_on_cpu: None) -> None:
 
 
 def test_a_stream_in_fp8_holds_a_byte_for_what_its_convolutions_read(cudnn_on_cpu: None) -> None:
-    backend = FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+    backend = FusedVAEDecoder(model(), TINY, fp8=True)  # type: ignore[arg-type]
     held = sum(tensor.nbytes for tensor in backend.initial_cache())
     assert (
         held
@@ -198,11 +198,11 @@ def test_a_gpu_that_cudnn_has_no_plan_for_is_refused(cudnn_on_cpu: None, monkeyp
 
     monkeypatch.setattr(cudnn_stand_in.Graph, "validate", refuse)
     with pytest.raises(ValueError, match=r"fp8_decoder: got true on cpu: .* no plan for this here: it is too old"):
-        FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+        FusedVAEDecoder(model(), TINY, fp8=True)  # type: ignore[arg-type]
 
 
 def test_fp8_convolutions_without_cudnns_frontend_are_refused() -> None:
     with pytest.raises(ValueError, match=r"fp8_decoder: got true without .*longlive-serve\[cudnn\]"):
-        FusedVAEDecoder(network(), TINY, fp8=True)  # type: ignore[arg-type]
+        FusedVAEDecoder(model(), TINY, fp8=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fp8_decoder: got true with backend fused and decoder tiny, expected fused"):
         ServeConfig(backend="fused", decoder=TAEHV, fp8_decoder=True)

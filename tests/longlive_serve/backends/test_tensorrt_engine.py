@@ -28,7 +28,7 @@ from longlive_serve.config.serve_config import TENSORRT, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.replay import Case, exact_latents, read_tensors, replay
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from tests.conftest import ExportedGraphs
 from tests.fakes.cuda_on_cpu import Cuda
 from tests.fakes.tensorrt_on_cpu import tensorrt_on_cpu, write_plans
@@ -61,7 +61,7 @@ def open_dit(plans: Path) -> Any:
 
 
 def example(frames: int = 3, used: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
-    graphs = exportable_graphs(load_network(DIT, TINY, "random", "cpu", torch.float32), TINY, "base")
+    graphs = exportable_graphs(load_model(DIT, TINY, "random", "cpu", torch.float32), TINY, "base")
     return graphs[1].example(batch=1, frames=frames, used=used, seed=seed)
 
 
@@ -71,9 +71,9 @@ def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: Callable[[bool], P
     path = write_case(tmp_path, name)
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
-    graphs = open_graphs(DIT, TENSORRT, plans, case.network, case.variant, "cpu")
+    graphs = open_graphs(DIT, TENSORRT, plans, case.model_config, case.variant, "cpu")
     with torch.inference_mode():
-        latents = replay(case, tensors, GraphDiT(graphs, case.network, 1, case.variant))
+        latents = replay(case, tensors, GraphDiT(graphs, case.model_config, 1, case.variant))
     assert_reference(latents, tensors["latents"], exact_latents(case, tensors))
     assert cuda.replayed > cuda.executed, "the calls of a full window are replayed"
 
@@ -84,7 +84,7 @@ def test_a_session_is_that_of_torch_whatever_runs_beside_it(plans: Path) -> None
     for backend in ("torch", "tensorrt"):
         config = ServeConfig(backend=backend, plans=str(plans), slots=2, device="cpu")
         backends = build_backends(config)
-        runner = ModelRunner(backends, config.network, config.variant)
+        runner = ModelRunner(backends, config.model_config, config.variant)
         sessions = [
             Session(id=f"{slot}", prompt=Prompt(index=0, text=text), noise=SeededNoise(slot), slot=slot)
             for slot, text in enumerate(("a red fox runs", "a blue bird sleeps"))
@@ -102,8 +102,8 @@ def test_a_session_is_that_of_torch_whatever_runs_beside_it(plans: Path) -> None
 
 def test_video_is_that_of_torch(plans: Path) -> None:
     graphs = open_graphs(VAE_DECODER, TENSORRT, plans, TINY, "base", "cpu")
-    network = load_network(VAE_DECODER, TINY, "random", "cpu", torch.float32)
-    made, plain = [], TorchVAEDecoder(network, TINY)
+    model = load_model(VAE_DECODER, TINY, "random", "cpu", torch.float32)
+    made, plain = [], TorchVAEDecoder(model, TINY)
     ways = ((GraphVAEDecoder(graphs), False), (plain, False), (plain, True))
     for decoder, exactly in ways:
         shape = (1, 3, 16, TINY.latent_height, TINY.latent_width)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 SHIPPED = ROOT / "model_repository/longlive/1/serve.toml"
 
 
-def test_the_shipped_settings_serve_the_demo_network() -> None:
+def test_the_shipped_settings_serve_the_demo_model() -> None:
     config = ServeConfig.from_toml(SHIPPED)
     assert config.preset == "demo"
     assert Path(config.weights) == SHIPPED.parent / "demo"

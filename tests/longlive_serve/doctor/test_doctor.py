@@ -231,7 +231,7 @@ def test_graphs_and_plans_must_be_of_what_is_served(tmp_path: Path) -> None:
 def test_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "MEASURED", tmp_path / "gpu.json")
     found = memory.memory_results(FULL, NO_BACKEND, "cuda", H200, 64 * GIB)
-    assert levels(found) == {"networks": OK, "a session": OK, "by memory": OK, "by compute": NOTE}
+    assert levels(found) == {"models": OK, "a session": OK, "by memory": OK, "by compute": NOTE}
     assert "5.06 GiB: KV cache 3.21 GiB, prompt 90 MiB, decoder's cache 1.76 GiB" in only(found, "a session").found
     assert only(found, "by memory").found.endswith("23 sessions fit")
     many = ServeConfig(preset="longlive-1.3b", slots=30)

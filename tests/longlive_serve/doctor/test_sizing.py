@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of memory, against the networks, caches and sessions themselves: on tensors without storage."""
+"""What is said of memory, against the models, caches and sessions themselves: on tensors without storage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module", params=list(PRESETS))
-def networks(request: pytest.FixtureRequest) -> tuple[str, dict[str, nn.Module]]:
+def models(request: pytest.FixtureRequest) -> tuple[str, dict[str, nn.Module]]:
     config = PRESETS[request.param]
     with torch.device("meta"):
         return request.param, {
@@ -69,15 +69,15 @@ def networks(request: pytest.FixtureRequest) -> tuple[str, dict[str, nn.Module]]
         }
 
 
-def test_parameters_are_those_of_the_networks(networks: tuple[str, dict[str, nn.Module]]) -> None:
-    preset, built = networks
-    for name, network in built.items():
-        count = sum(parameter.numel() for parameter in network.parameters())
+def test_parameters_are_those_of_the_models(models: tuple[str, dict[str, nn.Module]]) -> None:
+    preset, built = models
+    for name, model in built.items():
+        count = sum(parameter.numel() for parameter in model.parameters())
         assert memory_model.parameters(PRESETS[preset], name) == count, name
 
 
-def test_a_session_holds_what_its_caches_hold(networks: tuple[str, dict[str, nn.Module]]) -> None:
-    preset, built = networks
+def test_a_session_holds_what_its_caches_hold(models: tuple[str, dict[str, nn.Module]]) -> None:
+    preset, built = models
     config, dit = PRESETS[preset], built[DIT]
     session = memory_model.session_memory(config, "bfloat16")
     assert session.kv_slot == KVCache.bytes_of(config, 1, BF16)
@@ -101,35 +101,35 @@ def test_the_full_size_is_as_published() -> None:
 @pytest.mark.parametrize("decoder", [WAN, TINY])
 def test_a_real_session_takes_as_much_as_is_said(decoder: str) -> None:
     config = ServeConfig(preset="tiny", decoder=decoder, slots=2, device="cpu")
-    runner = ModelRunner(build_backends(config), config.network)
+    runner = ModelRunner(build_backends(config), config.model_config)
     alone = Alone(runner, Plan(chunks=1, warmup=0, live_seconds=0, max_sessions=2), lambda what: None)
-    assert alone.session_bytes()["total"] == memory_model.session_memory(config.network, "float32", decoder).total
+    assert alone.session_bytes()["total"] == memory_model.session_memory(config.model_config, "float32", decoder).total
 
 
 def test_fp8_takes_as_much_as_is_said() -> None:
     config = PRESETS["tiny"]
-    network = CausalDiT(config.dit).to(BF16)
+    model = CausalDiT(config.dit).to(BF16)
     with torch.no_grad():
-        fused = FusedCausalDiT(network, True, F.scaled_dot_product_attention)
-    held: list[Tensor] = list(network.parameters())
+        fused = FusedCausalDiT(model, True, F.scaled_dot_product_attention)
+    held: list[Tensor] = list(model.parameters())
     for block in fused.blocks:
         for product in (block.qkv, block.o, block.cross_q, block.cross_o, block.ffn_in, block.ffn_out):
             assert isinstance(product, Gemm | FP8Gemm)
             held += [product.weight, product.bias, *([product.scales] if isinstance(product, FP8Gemm) else [])]
     memory = memory_model.server_memory(config, dtype="bfloat16", fused_dit=True, fp8=True)
-    assert memory.networks[DIT] == sum(tensor.nbytes for tensor in held)
+    assert memory.models[DIT] == sum(tensor.nbytes for tensor in held)
 
 
 def peaks() -> Iterator[tuple[int, int]]:
-    """What is estimated for working, and what full-size networks take in PyTorch without its kernels' own needs."""
+    """What is estimated for working, and what full-size models take in PyTorch without its kernels' own needs."""
     size, frames = (FULL.latent_height, FULL.latent_width), FULL.window.chunk
     with torch.device("meta"), torch.no_grad():
         latents = torch.empty(1, frames, FULL.dit.channels, *size, dtype=BF16)
         wan, tiny = VAEDecoder(FULL.vae).to("meta").to(BF16), TinyDecoder(FULL.tiny_decoder).to(BF16)
-        for name, network in ((WAN, wan), (TINY, tiny)):
-            cache = network.initial_cache(1, *size, "meta", BF16)
+        for name, model in ((WAN, wan), (TINY, tiny)):
+            cache = model.initial_cache(1, *size, "meta", BF16)
             with PeakMemory() as counter:
-                network(latents, cache, opening=False)
+                model(latents, cache, opening=False)
             yield memory_model._decoder_working(FULL, name, False, 2), counter.peak
         cache = wan.initial_cache(1, *size, "meta", BF16)
         with PeakMemory() as counter:  # a whole chunk at once, as the fused backend does it
@@ -139,7 +139,7 @@ def peaks() -> Iterator[tuple[int, int]]:
 
 
 def recache_peak() -> int:
-    network, rows = CausalDiT(FULL.dit).to(BF16), FULL.window.window * FULL.tokens_per_frame
+    model, rows = CausalDiT(FULL.dit).to(BF16), FULL.window.window * FULL.tokens_per_frame
     heads = (FULL.dit.num_layers, 1, FULL.dit.num_heads)
     cache = [torch.empty(*heads, rows, FULL.dit.head_dim, dtype=BF16) for _ in "kv"]
     prompt = torch.empty(*heads, FULL.dit.text_len, FULL.dit.head_dim, dtype=BF16)
@@ -149,7 +149,7 @@ def recache_peak() -> int:
     frames = FULL.window.window
     latents = torch.empty(1, frames, FULL.dit.channels, FULL.latent_height, FULL.latent_width, dtype=BF16)
     with PeakMemory() as counter:
-        network(latents, torch.empty(1, frames), (prompt, prompt), view, update_kv_cache=True)
+        model(latents, torch.empty(1, frames), (prompt, prompt), view, update_kv_cache=True)
     return counter.peak
 
 

@@ -23,7 +23,7 @@ from longlive_serve.engine.session_manager import shutting_down
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.protocol.errors import ServeError
 from longlive_serve.protocol.session_options import Options
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from tests.fakes.service_bench import LIMIT_S, RecordingResponseSender, wait_until
 from tests.longlive_serve.live.test_live_adapters import TOKEN, write_adapter
 
@@ -38,15 +38,15 @@ class At:
         write_adapter(folder / "style.pt")
         config = ServeConfig(preset="tiny", device="cpu", adapters_dir=str(folder), admin_token=TOKEN)
         self.config = dataclasses.replace(config, **settings)
-        self.runner = ModelRunner(build_backends(config), config.network)
+        self.runner = ModelRunner(build_backends(config), config.model_config)
         self.go, self.woken = threading.Event(), threading.Event()
         self.adapters = Adapters(self.runner, self.config, self.woken.set)
 
         def load(*what: Any, **how: Any) -> Any:
             assert self.go.wait(LIMIT_S)
-            return load_network(*what, **how)
+            return load_model(*what, **how)
 
-        monkeypatch.setattr(lora_manager, "load_network", load)
+        monkeypatch.setattr(lora_manager, "load_model", load)
 
 
 def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,15 +90,15 @@ def test_without_a_folder_none_are_changed(tmp_path: Path, monkeypatch: pytest.M
 @torch.inference_mode()
 def test_engines_of_different_weights_share_the_cache(kind: Any) -> None:
     settings = (TINY, 2, "base", False) if kind is FusedDiT else (TINY, 2, "base")
-    network = load_network(DIT, TINY, "random", "cpu", torch.float32)
-    other = load_network(DIT, TINY, "random", "cpu", torch.float32)
+    model = load_model(DIT, TINY, "random", "cpu", torch.float32)
+    other = load_model(DIT, TINY, "random", "cpu", torch.float32)
     other.blocks[0].ffn[0].weight.mul_(1.5)
-    first = kind(network, *settings)
+    first = kind(model, *settings)
     noisy = torch.randn(1, 3, TINY.dit.channels, TINY.latent_height, TINY.latent_width)
     prompt = first.embed_prompt(torch.randn(1, TINY.dit.text_len, TINY.dit.text_dim), TINY.dit.text_len)
     placement = Window(TINY.window).step(0)
     before = first.denoise(noisy, 0, prompt, 0, placement)
-    second = first.with_network(other)
+    second = first.with_model(other)
     assert second.cache is first.cache
     assert not torch.equal(second.denoise(noisy, 0, prompt, 1, placement), before)
     assert torch.equal(first.denoise(noisy, 0, prompt, 0, placement), before)

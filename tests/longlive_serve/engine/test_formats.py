@@ -60,7 +60,7 @@ def test_data_that_is_no_picture_is_refused() -> None:
 
 def test_early_frames_are_those_of_the_whole_chunk_to_the_bit() -> None:
     config = ServeConfig(preset="tiny", device="cpu")
-    runner = ModelRunner(build_backends(config), config.network)
+    runner = ModelRunner(build_backends(config), config.model_config)
 
     def video(early: bool) -> list[FrameChunk]:
         session = Session(id="s", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(1), slot=0)

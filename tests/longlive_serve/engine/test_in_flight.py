@@ -185,7 +185,7 @@ def test_a_device_that_is_lost_ends_the_sessions_and_not_the_service() -> None:
 
 def test_a_last_snapshot_goes_on_after_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "longlive_serve.engine.session_manager.dump", lambda session, network: f"at {session.chunk}".encode()
+        "longlive_serve.engine.session_manager.dump", lambda session, model: f"at {session.chunk}".encode()
     )
     with bench_of_device(slots=2) as (at, device):
         senders = [at.start(name, options=Options(pace="asap", snapshot_every=10**6)) for name in "ab"]
@@ -209,7 +209,7 @@ def test_chunks_in_flight_have_the_frames_that_they_have_alone(
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, num_layers=1)))
     config = ServeConfig(preset="tiny", backend=backend, decoder=decoder, device="cpu", slots=2)
     with graphs_on_cpu() if backend == "fused" else contextlib.nullcontext():
-        runner = ModelRunner(build_backends(config), config.network)
+        runner = ModelRunner(build_backends(config), config.model_config)
         alone = [[frames(runner, session, chunk) for chunk in range(3)] for session in map(new_session, range(2))]
         runner.asynchronous = True
         sessions, together = [new_session(number) for number in range(2)], []
@@ -252,7 +252,7 @@ class NoWaiting(TorchDispatchMode):
 def test_no_launch_waits_for_the_device(backend: str) -> None:
     """Neither the first one nor one with a new prompt: other sessions' frames would wait with it."""
     config = ServeConfig(preset="tiny", backend=backend, device="cpu", slots=2)
-    runner, session = ModelRunner(build_backends(config), config.network), new_session(0)
+    runner, session = ModelRunner(build_backends(config), config.model_config), new_session(0)
     for chunk in range(3):
         if chunk == 2:
             session.add_prompt("a bird", NOW)
@@ -263,7 +263,7 @@ def test_no_launch_waits_for_the_device(backend: str) -> None:
 
 def test_a_chunk_takes_what_it_took_after_the_one_before_it() -> None:
     config = ServeConfig(preset="tiny", backend="torch", device="cpu", slots=2)
-    runner = ModelRunner(build_backends(config), config.network)
+    runner = ModelRunner(build_backends(config), config.model_config)
     runner.asynchronous = True
     launched = [runner.execute_model_async(new_session(slot)) for slot in (0, 1)]
     began = time.monotonic()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.numeric
 @functools.cache
 def runner(variant: str = "base") -> ModelRunner:
     config = ServeConfig(preset="tiny", variant=variant, device="cpu", slots=2)
-    return ModelRunner(build_backends(config), config.network, variant)
+    return ModelRunner(build_backends(config), config.model_config, variant)
 
 
 def new_session(slot: int = 0, seed: int = 0, text: str = "a fox") -> Session:
@@ -59,16 +59,16 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
 def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given to the device behind them; where the host waits for it, the frames have been handed on before."""
     config = ServeConfig(preset="tiny", device="cpu", slots=1)
-    its_own, calls = ModelRunner(build_backends(config), config.network), list[str]()
+    its_own, calls = ModelRunner(build_backends(config), config.model_config), list[str]()
     its_own.asynchronous = asynchronous
-    for network, name in ((its_own.backends.dit, "update_kv_cache"), (its_own.backends.vae_decoder, "decode")):
-        plain = getattr(network, name)
+    for model, name in ((its_own.backends.dit, "update_kv_cache"), (its_own.backends.vae_decoder, "decode")):
+        plain = getattr(model, name)
 
         def noted(*given: Any, name: str = name, plain: Callable[..., Any] = plain) -> Any:
             calls.append(name)
             return plain(*given)
 
-        monkeypatch.setattr(network, name, noted)
+        monkeypatch.setattr(model, name, noted)
     session = new_session()
     for chunk in range(3):
         launched = its_own.execute_model_async(session, early=True)
@@ -173,9 +173,9 @@ def test_unknown_words_are_announced_with_the_known_ones() -> None:
 
     assert notice() == ""
     assert notice(unknown=("dragon", "castle"), known=("cross", "red")) == (
-        "prompt 2 has words that this network does not know: dragon, castle; it knows: cross, red"
+        "prompt 2 has words that this model does not know: dragon, castle; it knows: cross, red"
     )
-    assert notice(unknown=("qzx",)) == "prompt 2 has words that this network does not know: qzx"
+    assert notice(unknown=("qzx",)) == "prompt 2 has words that this model does not know: qzx"
 
 
 def test_the_base_variant_ends_at_its_documented_limit() -> None:

@@ -102,7 +102,7 @@ def test_a_failing_session_ends_with_its_own_error() -> None:
         failing = at.start("b", prompt="explode")
         wait_until(closed(failing))
         assert failing.errors[0].kind == ServeError.INTERNAL
-        assert "a network failed" in failing.errors[0].message
+        assert "a model failed" in failing.errors[0].message
         seen = len(other.chunks)
         wait_until(lambda: len(other.chunks) > seen and at.figures["failed_sessions"] == 1)
         assert at.figures["live_sessions"] == 1

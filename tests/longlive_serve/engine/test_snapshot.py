@@ -122,7 +122,7 @@ def test_what_is_no_snapshot_is_refused(body: bytes) -> None:
         (b'\\"chunk\\": 6', b'\\"chunk\\": 2', "does not describe a session"),
         (b'\\"chunk\\": 6', b'\\"chunk\\": x', "cannot be read"),
         (b'\\"version\\": 2', b'\\"version\\": 9', "of version 9"),
-        (b'\\"network\\": \\"demo\\"', b'\\"network\\": \\"tiny\\"', "expected version 2 and 'demo'"),
+        (b'\\"model\\": \\"demo\\"', b'\\"model\\": \\"tiny\\"', "expected version 2 and 'demo'"),
         (b'\\"on_switch\\": \\"recache\\"', b'\\"on_switch\\": \\"explode\\"', "does not describe a session"),
         (b'\\"first_cached\\": 0', b'\\"first_cached\\": 9', "does not describe a session"),
         (b'\\"prompts\\"', b'\\"prompty\\"', "does not describe a session"),

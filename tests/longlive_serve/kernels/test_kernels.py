@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels on rows give what the networks' own functions give in float64, but for rounding.
+"""Kernels on rows give what the models' own functions give in float64, but for rounding.
 
 In float32 a norm is off by what a sum over its row may be, `gamma(width)`; what has no sum by a few roundings: `FEW`.
 Rounded once more, to bfloat16 or FP8, a number is off by at most half a step of its format besides.

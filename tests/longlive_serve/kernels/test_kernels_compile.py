@@ -73,8 +73,8 @@ def test_a_chunk_has_the_kernels_that_its_layers_come_to(found: dict[str, Any]) 
     assert beside == 4 * 5 + 2  # patches and their bias, and but in the last pass the head: norm, product, frames
     fp8 = chunk[DIT]["fused fp8"]["launches"] - chunk[DIT]["fused"]["launches"]
     assert fp8 == 2 * (5 * layers - 1)  # what attention gives is quantized by a kernel of its own
-    for network in (DIT, VAE_DECODER):
-        eager, fused = chunk[network]["eager baseline"], chunk[network]["fused"]
+    for model in (DIT, VAE_DECODER):
+        eager, fused = chunk[model]["eager baseline"], chunk[model]["fused"]
         assert fused["launches"] < eager["launches"] / 3
         assert fused["bytes"] < eager["bytes"]
 

@@ -30,7 +30,7 @@ from tests.support.live import RawStream, frames_of, metric, play, settled, star
 def server(
     request: pytest.FixtureRequest, exported: ExportedGraphs, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    """The same promises whatever runs the networks."""
+    """The same promises whatever runs the models."""
     backend = {} if request.param == "torch" else {"backend": request.param, "graphs": str(exported("tiny", "base"))}
     with start_server(tmp_path_factory.mktemp("live"), **backend) as running:
         yield running

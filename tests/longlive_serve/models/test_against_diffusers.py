@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our networks against those of diffusers and transformers with the same random weights; names in a WanPipeline.
+"""Our models against those of diffusers and transformers with the same random weights; names in a WanPipeline.
 
 LongLive is Wan 2.1 with a cache: where one forward holds all frames that are attended to, it computes what Wan does.
 """
@@ -25,7 +25,7 @@ from longlive_serve.config.presets import (
     TEXT_ENCODER,
     VAE_DECODER,
     DiTConfig,
-    NetworkConfig,
+    ModelConfig,
     TextEncoderConfig,
     VAEConfig,
 )
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.numeric
 WORDS = 50
 ROUNDED_ONCE = 1e-6
 """What the DiT may be off in float64, for its tables of sines and cosines, which are float32."""
-SMALL = NetworkConfig(
+SMALL = ModelConfig(
     name="small",
     dit=DiTConfig(dim=256, num_heads=2, num_layers=3, ffn_dim=192, freq_dim=64, text_len=16, text_dim=64),
     vae=VAEConfig(base_dim=16, num_res_blocks=1),
@@ -53,17 +53,17 @@ CLASSES = {TEXT_ENCODER: TextEncoder, DIT: CausalDiT, VAE_DECODER: VAEDecoder}
 SIZES = {TEXT_ENCODER: "text_encoder", DIT: "dit", VAE_DECODER: "vae"}
 
 
-def their_network(network: str, config: NetworkConfig) -> Any:
-    """The network of diffusers or transformers in our sizes."""
+def their_model(model: str, config: ModelConfig) -> Any:
+    """The model of diffusers or transformers in our sizes."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel  # seconds: not in each process that shares the tests
     from transformers import UMT5Config, UMT5EncoderModel
 
-    if network == VAE_DECODER:
+    if model == VAE_DECODER:
         vae = config.vae
         return AutoencoderKLWan(
             base_dim=vae.base_dim, z_dim=vae.z_dim, dim_mult=list(vae.dim_mult), num_res_blocks=vae.num_res_blocks
         )
-    if network == DIT:
+    if model == DIT:
         dit = config.dit
         return WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -96,8 +96,8 @@ def their_network(network: str, config: NetworkConfig) -> Any:
     )
 
 
-def our_network(network: str, config: NetworkConfig) -> Any:
-    return CLASSES[network](getattr(config, SIZES[network])).eval()
+def our_model(model: str, config: ModelConfig) -> Any:
+    return CLASSES[model](getattr(config, SIZES[model])).eval()
 
 
 @torch.no_grad()
@@ -117,19 +117,19 @@ def randomise(model: Any) -> None:
 
 
 @functools.cache
-def pair(network: str) -> tuple[Any, Any]:
-    """Their network and ours, with the same random weights."""
-    theirs, ours = their_network(network, SMALL).eval(), our_network(network, SMALL)
+def pair(model: str) -> tuple[Any, Any]:
+    """Their model and ours, with the same random weights."""
+    theirs, ours = their_model(model, SMALL).eval(), our_model(model, SMALL)
     randomise(theirs)
-    load_strictly(ours, from_diffusers(network, theirs.state_dict()), "diffusers")
+    load_strictly(ours, from_diffusers(model, theirs.state_dict()), "diffusers")
     return theirs.requires_grad_(False).double(), ours.requires_grad_(False).double()
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Two implementations of a network agree in it to nearly its last digit, on every processor."""
-    for network in FILES:
-        pair(network)
+    """Two implementations of a model agree in it to nearly its last digit, on every processor."""
+    for model in FILES:
+        pair(model)
     with Float64():
         yield
 
@@ -211,7 +211,7 @@ def test_the_first_chunk_equals_diffusers_at_every_noise_level(dit: TorchDiT, st
 
 def flow_of(dit: TorchDiT, latents: Tensor, timesteps: Tensor, placement: KVCachePlan) -> Tensor:
     view = CacheView(*dit.cache.slot(0), dit.tables, placement, relative=False)
-    flow: Tensor = dit.network(latents, timesteps, dit.embed_prompt(TEXT, TOKENS), view)
+    flow: Tensor = dit.model(latents, timesteps, dit.embed_prompt(TEXT, TOKENS), view)
     return flow
 
 
@@ -235,27 +235,27 @@ def test_a_whole_window_at_once_equals_diffusers_wherever_it_lies_in_the_video(d
     assert relative_error(flow, expected[:, order]) < ROUNDED_ONCE
 
 
-@pytest.mark.parametrize("network", FILES)
-def test_every_name_and_shape_at_full_size_is_one_of_ours(network: str) -> None:
+@pytest.mark.parametrize("model", FILES)
+def test_every_name_and_shape_at_full_size_is_one_of_ours(model: str) -> None:
     config = PRESETS["longlive-1.3b"]
     with torch.device("meta"):
-        theirs, ours = their_network(network, config), our_network(network, config)
-    mapped = from_diffusers(network, theirs.state_dict())
+        theirs, ours = their_model(model, config), our_model(model, config)
+    mapped = from_diffusers(model, theirs.state_dict())
     assert {name: tensor.shape for name, tensor in mapped.items()} == {
         name: tensor.shape for name, tensor in ours.state_dict().items()
     }
 
 
-@pytest.mark.parametrize("network", FILES)
-def test_the_files_that_the_libraries_write_are_found_and_fit(tmp_path: Path, network: str) -> None:
-    theirs, ours = pair(network)
+@pytest.mark.parametrize("model", FILES)
+def test_the_files_that_the_libraries_write_are_found_and_fit(tmp_path: Path, model: str) -> None:
+    theirs, ours = pair(model)
     assert not is_diffusers(tmp_path)
-    theirs.save_pretrained(tmp_path / Path(FILES[network]).parent, max_shard_size="500KB")
+    theirs.save_pretrained(tmp_path / Path(FILES[model]).parent, max_shard_size="500KB")
     assert is_diffusers(tmp_path)
-    files = sorted(tmp_path.glob(FILES[network]))
+    files = sorted(tmp_path.glob(FILES[model]))
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    mapped = from_diffusers(network, state)
-    load_strictly(our_network(network, SMALL), mapped, tmp_path)
+    mapped = from_diffusers(model, state)
+    load_strictly(our_model(model, SMALL), mapped, tmp_path)
     assert all(torch.equal(tensor, mapped[name]) for name, tensor in ours.state_dict().items())
 
 
@@ -269,11 +269,11 @@ def test_a_folder_in_the_published_layout_is_not_one_of_diffusers(tmp_path: Path
 def test_the_embedding_may_have_either_of_its_names(name: str) -> None:
     theirs, _ = pair(TEXT_ENCODER)
     state = {key: tensor for key, tensor in theirs.state_dict().items() if key != name}
-    load_strictly(our_network(TEXT_ENCODER, SMALL), from_diffusers(TEXT_ENCODER, state), "one name")
+    load_strictly(our_model(TEXT_ENCODER, SMALL), from_diffusers(TEXT_ENCODER, state), "one name")
 
 
 @pytest.mark.parametrize(
-    ("network", "name"),
+    ("model", "name"),
     [
         (DIT, "condition_embedder.image_embedder.norm1.weight"),  # of image-to-video
         (DIT, "blocks.0.attn2.add_k_proj.weight"),
@@ -286,8 +286,8 @@ def test_the_embedding_may_have_either_of_its_names(name: str) -> None:
         (TEXT_ENCODER, "encoder.rope.weight"),
     ],
 )
-def test_a_name_that_fits_no_rule_stays_and_is_listed(network: str, name: str) -> None:
-    theirs, ours = pair(network)
-    mapped = from_diffusers(network, theirs.state_dict() | {name: torch.zeros(1)})
-    with pytest.raises(ValueError, match=rf"network:\n  unexpected {re.escape(name)}$"):
+def test_a_name_that_fits_no_rule_stays_and_is_listed(model: str, name: str) -> None:
+    theirs, ours = pair(model)
+    mapped = from_diffusers(model, theirs.state_dict() | {name: torch.zeros(1)})
+    with pytest.raises(ValueError, match=rf"model:\n  unexpected {re.escape(name)}$"):
         load_strictly(ours, mapped, "diffusers")

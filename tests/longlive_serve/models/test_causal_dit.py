@@ -27,14 +27,14 @@ TOKENS = 16  # per frame of the golden latents, a grid of 2 x 8
 
 
 class Forward:
-    """The golden network with an empty cache. In float64 it computes in that alone."""
+    """The golden model with an empty cache. In float64 it computes in that alone."""
 
     def __init__(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> None:
         self.facts, self.tensors = golden("dit_tiny_step")
         config = DiTConfig(**{key: self.facts["config"][key] for key in SIZES})
-        self.network = CausalDiT(config)
-        self.network.load_state_dict(golden("dit_tiny_weights")[1])
-        self.network.to(dtype)
+        self.model = CausalDiT(config)
+        self.model.load_state_dict(golden("dit_tiny_weights")[1])
+        self.model.to(dtype)
         self.mode = Float64() if dtype == torch.float64 else contextlib.nullcontext()
         self.tables = RotaryTables(config.head_dim, 2, 8, 3)
         shape = (config.num_layers, batch, config.num_heads, 12 * TOKENS, config.head_dim)
@@ -47,8 +47,8 @@ class Forward:
     def __call__(self, latents: Tensor, timesteps: Any, prompts: Tensor, chunk: int = 0) -> Tensor | None:
         timesteps = torch.as_tensor(timesteps, dtype=torch.float32).expand(latents.shape[:2])
         with self.mode:
-            prompt_kv = self.network.embed_prompt(prompts)
-            flow: Tensor = self.network(latents, timesteps, prompt_kv, self.view(Window(WindowConfig()).step(chunk)))
+            prompt_kv = self.model.embed_prompt(prompts)
+            flow: Tensor = self.model(latents, timesteps, prompt_kv, self.view(Window(WindowConfig()).step(chunk)))
         return flow
 
     def cache(self, layer: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Forward:
 
 
 class Both:
-    """The golden network in float32 and in float64."""
+    """The golden model in float32 and in float64."""
 
     def __init__(self, batch: int = 1) -> None:
         self.forwards = Forward(batch), Forward(batch, torch.float64)
@@ -106,7 +106,7 @@ def test_a_commit_writes_the_same_cache_as_a_full_forward() -> None:
     x, prompt = full.tensors["x_block0"], full.tensors["prompt_embeds.p0"]
     full(x, 0.0, prompt)
     view = short.view(Window(WindowConfig()).step(0))
-    assert short.network(x, torch.zeros(1, 3), short.network.embed_prompt(prompt), view, update_kv_cache=True) is None
+    assert short.model(x, torch.zeros(1, 3), short.model.embed_prompt(prompt), view, update_kv_cache=True) is None
     assert torch.equal(full.keys, short.keys)
     assert torch.equal(full.values, short.values)
 
@@ -139,10 +139,10 @@ def test_bfloat16_is_as_close_as_the_reference_in_bfloat16() -> None:
 
 @torch.inference_mode()
 def test_prompt_keys_and_values_of_every_layer() -> None:
-    network, tensors = Forward().network, golden("dit_tiny_step")[1]
-    made = network.embed_prompt(tensors["prompt_embeds.p0"])
+    model, tensors = Forward().model, golden("dit_tiny_step")[1]
+    made = model.embed_prompt(tensors["prompt_embeds.p0"])
     with Float64():
-        exact = network.embed_prompt(tensors["prompt_embeds.p0"])
+        exact = model.embed_prompt(tensors["prompt_embeds.p0"])
     for name, ours, wide in zip("kv", made, exact, strict=True):
         for layer in range(3):
             expected = tensors[f"cross_cache.layer{layer}.{name}"]
@@ -167,12 +167,12 @@ ACTIVATIONS = {
 }
 
 
-def test_activations_inside_the_network() -> None:
+def test_activations_inside_the_model() -> None:
     both = Both()
     seen: dict[str, list[Tensor]] = {name: [] for name in ACTIVATIONS}
     for forward in both.forwards:
         for name in ACTIVATIONS:
-            module = forward.network.get_submodule(name)
+            module = forward.model.get_submodule(name)
             module.register_forward_hook(lambda _module, _inputs, output, name=name: seen[name].append(output))
     both(both.tensors["x_block0"], both.tensors["timesteps"][1], both.tensors["prompt_embeds.p0"])
     for name, key in ACTIVATIONS.items():
@@ -203,9 +203,9 @@ def test_time_features_at_full_width() -> None:
 def test_full_size_names_and_shapes_are_the_checkpoint_ones() -> None:
     expected = golden("key_inventory")[0]["dit"]["tensors"]
     with torch.device("meta"):
-        network = CausalDiT(PRESETS["longlive-1.3b"].dit)
-    assert {name: list(tensor.shape) for name, tensor in network.state_dict().items()} == expected
-    assert sum(tensor.numel() for tensor in network.state_dict().values()) == 1_418_996_800
+        model = CausalDiT(PRESETS["longlive-1.3b"].dit)
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 1_418_996_800
 
 
 @torch.inference_mode()
@@ -214,12 +214,12 @@ def test_a_full_size_chunk_and_recache_need_no_value_from_the_device() -> None:
     config = PRESETS["longlive-1.3b"]
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, num_layers=2))  # the others are like them
     with torch.device("meta"):
-        network = CausalDiT(config.dit)
+        model = CausalDiT(config.dit)
         latents = torch.empty(1, 12, 16, config.latent_height, config.latent_width)
         text = torch.empty(1, config.dit.text_len, config.dit.text_dim)
     window = Window(config.window)
     for variant in ("base", "infinity"):
-        dit = TorchDiT(network, config, 1, variant)
+        dit = TorchDiT(model, config, 1, variant)
         prompt_kv = dit.embed_prompt(text, 20)
         for chunk in (0, 5):
             flow = dit.denoise(latents[:, :3], 2, prompt_kv, 0, window.step(chunk))

@@ -17,7 +17,7 @@ from longlive_serve.models.dit.rope import rotate
 from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales, silu_scale
 from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8
 from longlive_serve.models.vae.decoder import RMSNorm
-from longlive_serve.weights.loader import load_network
+from longlive_serve.weights.loader import load_model
 from training.quality.__main__ import SHIPPED
 
 pytestmark = pytest.mark.numeric
@@ -32,9 +32,9 @@ def no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(params=["tiny", "demo"])
-def network(request: pytest.FixtureRequest) -> CausalDiT:
+def model(request: pytest.FixtureRequest) -> CausalDiT:
     weights = str(SHIPPED) if request.param == "demo" else "random"
-    built: CausalDiT = load_network(DIT, PRESETS[request.param], weights, "cpu", torch.float32)
+    built: CausalDiT = load_model(DIT, PRESETS[request.param], weights, "cpu", torch.float32)
     return built
 
 
@@ -48,11 +48,11 @@ def largest(block: Block, x: Tensor, level: Modulation, layer: int) -> Tensor:
     return torch.stack([*turned, block.self_attn.values(z).abs().max()])
 
 
-def test_what_tokens_come_to_is_far_from_the_bounds_and_not_too_far(network: CausalDiT) -> None:
-    levels = [modulation(network, level) for level in LEVELS]
-    bounds = attention_scales(network, levels) * LARGEST_FP8
-    x = torch.randn(1, 300, network.config.dim, generator=torch.Generator().manual_seed(0))
-    for layer, block in enumerate(network.blocks):
+def test_what_tokens_come_to_is_far_from_the_bounds_and_not_too_far(model: CausalDiT) -> None:
+    levels = [modulation(model, level) for level in LEVELS]
+    bounds = attention_scales(model, levels) * LARGEST_FP8
+    x = torch.randn(1, 300, model.config.dim, generator=torch.Generator().manual_seed(0))
+    for layer, block in enumerate(model.blocks):
         found = torch.stack([largest(block, x, level, layer) for level in levels]).amax(0)
         assert (found < bounds[layer]).all()
         assert (found > bounds[layer] / 2**8).all()  # E4M3 has 15 binades
@@ -62,8 +62,8 @@ def test_what_tokens_come_to_is_far_from_the_bounds_and_not_too_far(network: Cau
 def test_no_token_exceeds_a_bound_and_the_worst_one_reaches_it(part: int) -> None:
     """The worst: all of it in the one direction that the projection makes most of."""
     config = DiTConfig(dim=64, num_heads=2, num_layers=1, ffn_dim=64, freq_dim=64, text_len=8, text_dim=8)
-    network = CausalDiT(config)
-    attention = network.blocks[0].self_attn
+    model = CausalDiT(config)
+    attention = model.blocks[0].self_attn
     level = Modulation(blocks=torch.zeros(1, 6, 64), head=torch.zeros(2, 64))
     x = torch.zeros(1, 1, 64)
     x[..., 0], x[..., 1] = 1000.0, -1000.0  # LayerNorm takes away the mean, and leaves a length of sqrt(D)
@@ -71,8 +71,8 @@ def test_no_token_exceeds_a_bound_and_the_worst_one_reaches_it(part: int) -> Non
     projection.weight.zero_()
     projection.bias.zero_()
     projection.weight[5, 0], projection.weight[5, 1] = 2.0, -2.0
-    found = largest(network.blocks[0], x, level, 0)[part]
-    bound = attention_scales(network, [level])[0, part] * LARGEST_FP8
+    found = largest(model.blocks[0], x, level, 0)[part]
+    bound = attention_scales(model, [level])[0, part] * LARGEST_FP8
     assert bound * 0.99 < found < bound * 1.00001
 
 

@@ -48,9 +48,9 @@ def quantized_linear(layer: nn.Linear, x: Tensor, format: Format) -> nn.Module:
     amax = x.flatten(0, -2).abs().amax(0)
     smoothing = None if format.smoothing is None else layer.weight.detach().abs().amax(0).sqrt() / amax.sqrt()
     state = quantized_layer(layer.weight.detach(), format, Observed(amax=amax, smoothing=smoothing))
-    network = nn.Sequential(layer)
-    install(network, {"0": state})
-    return network
+    model = nn.Sequential(layer)
+    install(model, {"0": state})
+    return model
 
 
 @pytest.mark.parametrize(("format", "most"), [(INT8, 0.012), (FP8, 0.04)], ids=str)
@@ -59,10 +59,10 @@ def test_a_quantized_layer_is_close_to_its_original(format: Format, most: float,
     torch.manual_seed(0)
     layer, x = nn.Linear(256, 64).requires_grad_(False), torch.randn(8, 256)
     expected = layer(x)
-    network = quantized_linear(layer, x, dataclasses.replace(format, inputs=inputs))
-    assert isinstance(network[0], QuantizedLinear)  # type: ignore[index]
-    assert (network[0].input_scale is not None) == inputs  # type: ignore[index]
-    assert 1e-4 < relative_error(network(x), expected) < most
+    model = quantized_linear(layer, x, dataclasses.replace(format, inputs=inputs))
+    assert isinstance(model[0], QuantizedLinear)  # type: ignore[index]
+    assert (model[0].input_scale is not None) == inputs  # type: ignore[index]
+    assert 1e-4 < relative_error(model(x), expected) < most
 
 
 def test_smoothing_helps_where_some_channels_stick_out() -> None:
@@ -74,8 +74,8 @@ def test_smoothing_helps_where_some_channels_stick_out() -> None:
         layer = nn.Linear(256, 64).requires_grad_(False)
         layer.weight.data.copy_(weight)
         expected = layer(x)
-        network = quantized_linear(layer, x, dataclasses.replace(INT8, smoothing=smoothing))
-        errors.append(relative_error(network(x), expected))
+        model = quantized_linear(layer, x, dataclasses.replace(INT8, smoothing=smoothing))
+        errors.append(relative_error(model(x), expected))
     assert errors[1] < errors[0] / 4
 
 
@@ -87,7 +87,7 @@ def test_a_quantized_convolution_keeps_its_history(format: Format) -> None:
     with torch.no_grad():
         expected = layer(x, plain)
     state = quantized_layer(layer.weight.detach(), format, Observed(amax=torch.cat([history, x], 2).abs().max()))
-    network = nn.ModuleList([layer])
-    install(network, {"0": state})
-    assert 1e-4 < relative_error(network[0](x, cache), expected) < 0.04
+    model = nn.ModuleList([layer])
+    install(model, {"0": state})
+    assert 1e-4 < relative_error(model[0](x, cache), expected) < 0.04
     assert torch.equal(cache.new[0], plain.new[0])

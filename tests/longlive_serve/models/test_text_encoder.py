@@ -25,7 +25,7 @@ LAYERS = FACTS["config"]["num_layers"]
 @pytest.fixture(scope="module")
 def encoder() -> TextEncoder:
     config = FACTS["config"]
-    network = TextEncoder(
+    model = TextEncoder(
         TextEncoderConfig(
             vocab_size=config["vocab"],
             dim=config["dim"],
@@ -36,8 +36,8 @@ def encoder() -> TextEncoder:
             num_buckets=config["num_buckets"],
         )
     )
-    network.load_state_dict(map_wan_names(WAN_STATE, LAYERS))
-    return network.eval().requires_grad_(False)
+    model.load_state_dict(map_wan_names(WAN_STATE, LAYERS))
+    return model.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(("text", "cleaned"), golden("text_clean")[0]["pairs"])
@@ -107,11 +107,11 @@ def test_a_tokenizer_with_other_special_ids_is_an_error(tmp_path: Path) -> None:
 def test_names_and_shapes_are_those_of_the_checkpoint() -> None:
     config = PRESETS["longlive-1.3b"].text_encoder
     with torch.device("meta"):
-        network = TextEncoder(config)
+        model = TextEncoder(config)
         checkpoint = {name: torch.empty(shape) for name, shape in golden("key_inventory")[0]["t5"]["tensors"].items()}
     mapped = map_wan_names(checkpoint, config.num_layers)
     assert len(mapped) == len(checkpoint)
-    assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in network.state_dict().items()}
+    assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 def test_missing_and_unknown_names_are_an_error_that_lists_them() -> None:

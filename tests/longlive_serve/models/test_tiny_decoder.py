@@ -24,7 +24,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import dump, load_session
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
-from longlive_serve.weights.loader import TINY_DECODER_FILE, load_network, load_strictly
+from longlive_serve.weights.loader import TINY_DECODER_FILE, load_model, load_strictly
 
 pytestmark = pytest.mark.numeric
 
@@ -74,13 +74,13 @@ def recomputed(weights: dict[str, Tensor], latents: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def decoder() -> TinyDecoder:
     """With weights that let every layer be seen: PyTorch's own fade with the depth."""
-    network = TinyDecoder(TinyDecoderConfig(channels=(12, 8, 6, 5))).double().requires_grad_(False)
+    model = TinyDecoder(TinyDecoderConfig(channels=(12, 8, 6, 5))).double().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    for name, weight in network.named_parameters():
+    for name, weight in model.named_parameters():
         scale = (2 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 0.1
         scale /= 2 if name.count(".conv.") and weight.shape[-1] == 3 else 1  # blocks add to what there is
         weight.copy_(scale * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
-    return network
+    return model
 
 
 def new_cache(decoder: TinyDecoder, latents: Tensor = LATENTS) -> list[Tensor]:
@@ -98,12 +98,12 @@ def stream(decoder: TinyDecoder, latents: Tensor, split: tuple[int, ...]) -> lis
 
 def test_names_and_shapes_are_those_of_the_published_file() -> None:
     with torch.device("meta"):
-        network = TinyDecoder(PRESETS["longlive-1.3b"].tiny_decoder)
+        model = TinyDecoder(PRESETS["longlive-1.3b"].tiny_decoder)
         state = {name: torch.empty(shape, dtype=torch.float16) for name, shape in published(FULL).items()}
     assert len(state) == 64
     assert state["decoder.7.conv.weight"].shape == (256, 256, 1, 1)
-    load_strictly(network, state, TINY_DECODER_FILE)
-    assert sum(tensor.numel() for tensor in network.state_dict().values()) == 9_844_611
+    load_strictly(model, state, TINY_DECODER_FILE)
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 9_844_611
 
 
 def test_frames_are_those_of_a_computation_over_the_whole_time_at_once(decoder: TinyDecoder) -> None:
@@ -151,10 +151,10 @@ def test_videos_in_a_batch_do_not_see_each_other(decoder: TinyDecoder) -> None:
         torch.testing.assert_close(alone[0], frames, rtol=0, atol=1e-12)
 
 
-def test_frames_have_the_dtype_of_the_network() -> None:
-    network = TinyDecoder(TINY.tiny_decoder).to(torch.bfloat16).requires_grad_(False)
-    cache = network.initial_cache(1, 2, 3, "cpu", torch.bfloat16)
-    frames, cache = network(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, opening=True)
+def test_frames_have_the_dtype_of_the_model() -> None:
+    model = TinyDecoder(TINY.tiny_decoder).to(torch.bfloat16).requires_grad_(False)
+    cache = model.initial_cache(1, 2, 3, "cpu", torch.bfloat16)
+    frames, cache = model(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, opening=True)
     assert {frames.dtype, *(tensor.dtype for tensor in cache)} == {torch.bfloat16}
 
 
@@ -175,8 +175,8 @@ def checkpoint() -> dict[str, Tensor]:
 
 
 def load(folder: Path | str) -> TinyDecoder:
-    network: TinyDecoder = load_network(TINY_DECODER, TINY, str(folder), "cpu", torch.float32)
-    return network
+    model: TinyDecoder = load_model(TINY_DECODER, TINY, str(folder), "cpu", torch.float32)
+    return model
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -218,7 +218,7 @@ def test_random_weights_are_the_same_every_time() -> None:
 @functools.cache
 def runner() -> ModelRunner:
     config = ServeConfig(preset="tiny", decoder="tiny", device="cpu", slots=2)
-    return ModelRunner(build_backends(config), config.network)
+    return ModelRunner(build_backends(config), config.model_config)
 
 
 def new_session(slot: int) -> Session:
@@ -271,18 +271,18 @@ def test_a_snapshot_brings_the_decoder_back_as_it_was(chunks: int) -> None:
     assert (got.first_frame, got.frames.shape) == (expected.first_frame, expected.frames.shape)
 
 
-def test_the_network_comes_from_where_the_others_do(tmp_path: Path) -> None:
+def test_the_model_comes_from_where_the_others_do(tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text('decoder = "tiny"\ndevice = "cpu"\n')
     asked = []
 
     def watched(name: str, *where: Any) -> Any:
         asked.append(name)
-        return load_network(name, *where)
+        return load_model(name, *where)
 
     built = build_backends(ServeConfig.from_toml(tmp_path / "serve.toml"), watched)
     assert asked == [TEXT_ENCODER, DIT, TINY_DECODER]
     assert isinstance(built.vae_decoder, TorchVAEDecoder)
-    assert isinstance(built.vae_decoder.network, TinyDecoder)
+    assert isinstance(built.vae_decoder.model, TinyDecoder)
 
 
 @pytest.mark.parametrize(("backend", "key"), [("onnxruntime", "graphs"), ("tensorrt", "plans")])

@@ -53,7 +53,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 @functools.cache
 def exact_frames() -> Tensor:
-    """The reference's frames in float64, of the network that they are of."""
+    """The reference's frames in float64, of the model that they are of."""
     vae = golden_decoder()
     with Float64():
         frames: Tensor = vae(LATENTS, new_cache(vae), opening=True)[0]
@@ -114,7 +114,7 @@ def test_videos_in_a_batch_do_not_see_each_other(decoder: VAEDecoder) -> None:
             assert relative_error(frames, alone[0]) < 1e-10
 
 
-# In float64, where only a wrong result differs: in float32 a network of few channels magnifies another order of sums.
+# In float64, where only a wrong result differs: in float32 a model of few channels magnifies another order of sums.
 @pytest.mark.parametrize(("kernel", "frames"), [*itertools.product((1, 3), (1, 2, 4))])
 def test_the_convolution_by_conv2d_equals_conv3d(kernel: int, frames: int) -> None:
     conv = CausalConv3d(5, 7, kernel).double().requires_grad_(False)
@@ -124,7 +124,7 @@ def test_the_convolution_by_conv2d_equals_conv3d(kernel: int, frames: int) -> No
 
 
 @pytest.mark.parametrize("opening", [True, False])
-def test_an_exported_latent_equals_the_network(opening: bool) -> None:
+def test_an_exported_latent_equals_the_model(opening: bool) -> None:
     vae = VAEDecoder(PRESETS["tiny"].vae).double().requires_grad_(False)
     latents = torch.randn(1, 1, 16, 2, 3).double()
     cache = [torch.randn_like(tensor).double() for tensor in new_cache(vae, latents)]
@@ -150,7 +150,7 @@ def test_the_latent_statistics_survive_the_meta_device() -> None:
     assert torch.equal(vae.std.flatten(), TENSORS["std"])
 
 
-def test_frames_have_the_dtype_of_the_network() -> None:
+def test_frames_have_the_dtype_of_the_model() -> None:
     vae = VAEDecoder(PRESETS["tiny"].vae).to(torch.bfloat16).requires_grad_(False)
     cache = vae.initial_cache(1, 2, 3, "cpu", torch.bfloat16)
     frames, cache = vae(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, opening=True)

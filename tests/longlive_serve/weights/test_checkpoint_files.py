@@ -18,7 +18,7 @@ from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, VAE_DECODE
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.protocol.errors import ServerError
 from longlive_serve.weights.layouts import LONGLIVE_FILE
-from longlive_serve.weights.loader import DIT_FILE, TEXT_ENCODER_FILE, VAE_FILE, load_network
+from longlive_serve.weights.loader import DIT_FILE, TEXT_ENCODER_FILE, VAE_FILE, load_model
 from longlive_serve.weights.tensor_files import MOST_LISTED
 from tests.support.live import start_server
 from tests.support.weights_files import loaded, state_of, wan_text_names, write_longlive, write_sharded, write_wan
@@ -126,7 +126,7 @@ def test_tensors_that_do_not_fit_are_listed_with_what_was_expected(folder: Path)
     state["head.tail"] = state.pop("head.modulation")
     save_file(state, folder / DIT_FILE)
     assert refusal(DIT, folder) == (
-        f"{folder / DIT_FILE}: does not fit the network:\n"
+        f"{folder / DIT_FILE}: does not fit the model:\n"
         "  missing head.modulation\n"
         "  unexpected head.tail\n"
         "  head.head.bias: got [3], expected [64]\n"
@@ -142,7 +142,7 @@ def test_of_very_many_problems_the_first_are_listed(folder: Path) -> None:
     assert f"and {70 - MOST_LISTED} more" in text
     assert len(text.splitlines()) == 2 * MOST_LISTED + 4
     with pytest.raises(ValueError, match=r"ffn.0.weight: got \[128, 64\], expected \[8960, 1536\]"):
-        load_network(DIT, PRESETS["longlive-1.3b"], str(write_wan(folder)), "cpu", torch.float32)
+        load_model(DIT, PRESETS["longlive-1.3b"], str(write_wan(folder)), "cpu", torch.float32)
 
 
 def test_the_text_encoder_is_told_of_in_the_names_of_its_file(folder: Path) -> None:

@@ -17,7 +17,7 @@ from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, TEXT_ENCODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.weights.layouts import DIT_FILE, LONGLIVE_FOLDER, LORA_FILE
-from longlive_serve.weights.loader import adapters_of, fingerprint, load_network
+from longlive_serve.weights.loader import adapters_of, fingerprint, load_model
 from longlive_serve.weights.lora import merged_state
 from tests.longlive_serve.models.test_causal_dit import Both
 from tests.support.cases import GOLDEN, golden
@@ -75,12 +75,12 @@ def test_a_merge_gives_the_weights_of_the_reference(tmp_path: Path) -> None:
     assert len(base) - len(changed) == facts["facts"]["unchanged_keys"]
 
 
-def test_the_merged_network_computes_the_flow_of_the_reference(tmp_path: Path) -> None:
+def test_the_merged_model_computes_the_flow_of_the_reference(tmp_path: Path) -> None:
     facts, tensors = golden("lora_merge")
     both, adapter = Both(), Adapter(path=golden_adapter(tmp_path), alpha=facts["alpha"])
     state = merged_state(golden("dit_tiny_weights")[1], [adapter])
     for forward in both.forwards:
-        forward.network.load_state_dict(state)
+        forward.model.load_state_dict(state)
     given = both.tensors
     flow, exact = both(given["x_block0"], given["timesteps"][1], given["prompt_embeds.p0"])
     assert_reference(flow, tensors["flow_merged.t1"], exact)
@@ -121,7 +121,7 @@ def test_a_merge_is_float32_and_rounded_once(tmp_path: Path, adapter: Path, dtyp
     assert_equal(state, cast(expected((lora_state(), 1.0), base=base), dtype))
 
 
-def test_other_networks_have_no_adapters(tmp_path: Path, adapter: Path) -> None:
+def test_other_models_have_no_adapters(tmp_path: Path, adapter: Path) -> None:
     folder = write_wan(tmp_path / "weights")
     assert_equal(loaded(TEXT_ENCODER, folder, lora=(Adapter(path=adapter),)), state_of(TEXT_ENCODER))
 
@@ -131,7 +131,7 @@ def test_random_weights_take_adapters(adapter: Path) -> None:
     assert_equal(loaded(DIT, "random", lora=(Adapter(path=adapter),)), expected((lora_state(), 1.0), base=base))
 
 
-def test_another_network_with_the_same_base_is_made_while_one_is_in_use(tmp_path: Path, adapter: Path) -> None:
+def test_another_model_with_the_same_base_is_made_while_one_is_in_use(tmp_path: Path, adapter: Path) -> None:
     folder = str(write_wan(tmp_path / "weights"))
     config = ServeConfig(
         preset="tiny", weights=folder, lora=(Adapter(path=adapter, scale=0.5),), backend="torch", device="cpu"
@@ -139,10 +139,10 @@ def test_another_network_with_the_same_base_is_made_while_one_is_in_use(tmp_path
     served = build_backends(config).dit
     assert isinstance(served, TorchDiT)
     adapters = [*adapters_of(config), Adapter(path=adapter, scale=-0.5)]
-    again = load_network(DIT, TINY, folder, "cpu", torch.float32, adapters=adapters)
-    plain = load_network(DIT, TINY, folder, "cpu", torch.float32, adapters=[])
+    again = load_model(DIT, TINY, folder, "cpu", torch.float32, adapters=adapters)
+    plain = load_model(DIT, TINY, folder, "cpu", torch.float32, adapters=[])
     assert_equal(plain.state_dict(), state_of(DIT))
-    assert_equal(served.network.state_dict(), expected((lora_state(), 0.5)))
+    assert_equal(served.model.state_dict(), expected((lora_state(), 0.5)))
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, plain.state_dict()[name])
 
@@ -156,7 +156,7 @@ def test_the_lora_beside_longlive_is_merged_and_this_is_said(tmp_path: Path, cap
     assert_equal(loaded(DIT, tmp_path), expected((lora_state(), 1.0)))
     path = tmp_path / LONGLIVE_FOLDER / LORA_FILE
     assert f"dit: {path} goes into 20 layers: rank 4, alpha as rank, scale 1" in caplog.messages
-    assert_equal(load_network(DIT, TINY, str(tmp_path), "cpu", torch.float32).state_dict(), loaded(DIT, tmp_path))
+    assert_equal(load_model(DIT, TINY, str(tmp_path), "cpu", torch.float32).state_dict(), loaded(DIT, tmp_path))
 
 
 def test_adapters_that_are_named_replace_it_and_this_is_said(
@@ -192,7 +192,7 @@ def refusal(path: Path, state: Any) -> str:
     return str(raised.value)
 
 
-def test_an_adapter_of_another_network_is_refused_with_the_layers_that_do_not_fit(tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused_with_the_layers_that_do_not_fit(tmp_path: Path) -> None:
     state = lora_state()
     state["base_model.model.blocks.7.ffn.0.lora_A.weight"] = torch.zeros(4, 64)
     state["base_model.model.blocks.7.ffn.0.lora_B.weight"] = torch.zeros(128, 4)
@@ -204,7 +204,7 @@ def test_an_adapter_of_another_network_is_refused_with_the_layers_that_do_not_fi
     assert text.startswith(f"{tmp_path / 'other.pt'}: not an adapter of this DiT:\n")
     for problem in (
         "unexpected base_model.model.blocks.0.ffn.2.bias",
-        "blocks.7.ffn.0: the network has no such layer",
+        "blocks.7.ffn.0: the model has no such layer",
         "blocks.0.ffn.0: got lora_A [4, 1536] and lora_B [128, 4], expected them for a weight [128, 64]",
         "blocks.0.ffn.2: got lora_A [4, 128] and lora_B [64, 5], expected them for a weight [64, 128]",
         "head.head: got lora_A alone, expected lora_A and lora_B",
@@ -217,7 +217,7 @@ def test_an_adapter_of_another_network_is_refused_with_the_layers_that_do_not_fi
     [
         ({"generator": {}, "step": 1}, "got generator, step, expected the key generator_lora, or tensors"),
         ({}, "expected the key generator_lora"),
-        ({"x.lora_A.weight": torch.zeros(4, 4)}, "x: the network has no such layer"),
+        ({"x.lora_A.weight": torch.zeros(4, 4)}, "x: the model has no such layer"),
     ],
 )
 def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path, state: Any, message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from longlive_serve.config.presets import DIT, NETWORKS, PRESETS, TEXT_ENCODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.weights import tensor_files
 from longlive_serve.weights.checkpoint import build
@@ -26,7 +26,7 @@ from longlive_serve.weights.loader import (
     TEXT_ENCODER_FILE,
     VAE_FILE,
     fingerprint,
-    load_networks,
+    load_models,
     load_tokenizer,
     sha256,
 )
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     return write_wan(tmp_path / "weights")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_random_weights_are_the_same_every_time_and_those_of_their_seed(name: str) -> None:
     state = loaded(name, "random")
     torch.manual_seed(RANDOM_SEED)
@@ -59,10 +59,10 @@ def test_random_weights_are_the_same_every_time_and_those_of_their_seed(name: st
 
 def test_a_preset_whose_vocabulary_is_too_small_has_no_random_weights() -> None:
     with pytest.raises(ValueError, match="got 'random' for preset demo, expected a folder: its vocabulary of 64 words"):
-        load_networks(PRESETS["demo"], "random", "cpu", torch.float32)
+        load_models(PRESETS["demo"], "random", "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_flat_layout_is_loaded(folder: Path, name: str) -> None:
     assert_equal(loaded(name, folder), state_of(name))
 
@@ -73,7 +73,7 @@ def test_the_tokenizer_of_a_folder_is_loaded(folder: Path) -> None:
         assert tokenizer("fox").ids.tolist() == load_tokenizer(TINY, "random")("fox").ids.tolist()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_layout_of_the_reference_is_loaded(tmp_path: Path, name: str) -> None:
     write_reference(tmp_path, lora=False)
     assert_equal(loaded(name, tmp_path, torch.bfloat16), cast(state_of(name), torch.bfloat16))
@@ -115,13 +115,13 @@ def test_shards_are_one_file(folder: Path, name: str) -> None:
     assert fingerprint(name, str(folder)) not in ("", *map(sha256, shards))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shard_size", ["10GB", "30KB"])
 def test_a_pipeline_of_diffusers_is_loaded(tmp_path: Path, name: str, shard_size: str) -> None:
     from longlive_serve.weights.diffusers_mapping import FILES, from_diffusers
-    from tests.longlive_serve.models.test_against_diffusers import randomise, their_network
+    from tests.longlive_serve.models.test_against_diffusers import randomise, their_model
 
-    theirs = their_network(name, TINY)
+    theirs = their_model(name, TINY)
     randomise(theirs)
     theirs.save_pretrained(tmp_path / Path(FILES[name]).parent, max_shard_size=shard_size)
     assert_equal(loaded(name, tmp_path), from_diffusers(name, dict(theirs.state_dict())))
@@ -130,14 +130,14 @@ def test_a_pipeline_of_diffusers_is_loaded(tmp_path: Path, name: str, shard_size
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_files_of_any_float_dtype_are_loaded_in_the_one_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     write_wan(tmp_path, dtype)
-    for name in NETWORKS:
+    for name in MODELS:
         state = loaded(name, tmp_path, torch.bfloat16)
         assert_equal(state, cast(cast(state_of(name), dtype), torch.bfloat16))
 
 
 def test_constants_that_no_file_holds_are_right_and_nothing_is_on_meta(folder: Path) -> None:
-    made, plain = (load_networks(TINY, weights, "cpu", torch.bfloat16) for weights in (str(folder), "random"))
-    for name in NETWORKS:
+    made, plain = (load_models(TINY, weights, "cpu", torch.bfloat16) for weights in (str(folder), "random"))
+    for name in MODELS:
         expected = dict(getattr(plain, name).named_buffers())
         assert_equal(dict(getattr(made, name).named_buffers()), expected)
         assert not any(tensor.is_meta for tensor in getattr(made, name).parameters())
@@ -160,7 +160,7 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_no_copy_in_float32_is_made_on_the_way(tmp_path: Path, name: str) -> None:
     write_wan(tmp_path, torch.bfloat16)
     with Made() as made:
@@ -183,11 +183,11 @@ def test_what_has_been_read_of_a_mapped_file_is_let_go(folder: Path, monkeypatch
     assert len(opened) - often > often + 3
 
 
-def test_a_loaded_network_does_not_depend_on_its_file(folder: Path) -> None:
-    states = {name: loaded(name, folder) for name in NETWORKS}
+def test_a_loaded_model_does_not_depend_on_its_file(folder: Path) -> None:
+    states = {name: loaded(name, folder) for name in MODELS}
     for file in (DIT_FILE, VAE_FILE, TEXT_ENCODER_FILE):
         (folder / file).write_bytes(b"\0" * (folder / file).stat().st_size)
-    for name in NETWORKS:
+    for name in MODELS:
         assert_equal(states[name], state_of(name))
 
 

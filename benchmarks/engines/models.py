@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random networks made where they are to run: no checkpoints, and no copy in float32 on the CPU before.
+"""Random models made where they are to run: no checkpoints, and no copy in float32 on the CPU before.
 
-In the place of `weights.load_network`, for measurements: speed does not depend on what the weights are, as long as
+In the place of `weights.load_model`, for measurements: speed does not depend on what the weights are, as long as
 they are no zeros and nothing overflows.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, NetworkConfig
+from longlive_serve.config.presets import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, ModelConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
 
-KINDS: dict[str, Callable[[NetworkConfig], nn.Module]] = {
+KINDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     TEXT_ENCODER: lambda config: TextEncoder(config.text_encoder),
     DIT: lambda config: CausalDiT(config.dit),
     VAE_DECODER: lambda config: VAEDecoder(config.vae),
@@ -29,24 +29,22 @@ KINDS: dict[str, Callable[[NetworkConfig], nn.Module]] = {
 NEAR = 0.02  # standard deviation of biases around 0 and of the weights of norms around 1
 
 
-def random_network(
-    name: str, config: NetworkConfig, weights: str, device: str, dtype: torch.dtype, seed: int = 0
-) -> Any:
-    """The network `name`, as `weights.load_network` gives it, but with weights drawn on the device in `dtype`.
+def random_model(name: str, config: ModelConfig, weights: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """The model `name`, as `weights.load_model` gives it, but with weights drawn on the device in `dtype`.
 
     `weights` is what the settings say, and not looked at. The same seed gives the same weights on the same device.
     """
     with torch.device("meta"):
-        network = KINDS[name](config)
+        model = KINDS[name](config)
     generator = torch.Generator(device).manual_seed(seed)
-    for module in network.modules():
+    for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             values = torch.empty(parameter.shape, device=device, dtype=dtype)
             setattr(module, key, nn.Parameter(_fill(values, key, generator), requires_grad=False))
-        for key, buffer in list(module.named_buffers(recurse=False)):  # constants, which their networks make themselves
+        for key, buffer in list(module.named_buffers(recurse=False)):  # constants, which their models make themselves
             assert not buffer.is_meta, f"{name}: the buffer {key} has no values"
             setattr(module, key, buffer.to(device, dtype))
-    return network.eval()
+    return model.eval()
 
 
 def _fill(values: Tensor, key: str, generator: torch.Generator) -> Tensor:
