@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.results import SERVER, Measurement, cpu, versions
 from longlive_serve.doctor.start import measure
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = Measurement.begin("benchmarks.start_up", argv)
     try:
         seconds = measure(args.config.absolute())
-    except (ServerError, ValueError) as error:
+    except (ServerStartError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     record = made.header(hardware=cpu(), versions=versions("torch", "transformers"), code=SERVER)

@@ -36,7 +36,7 @@ from longlive_client.cli.health import probe
 from longlive_client.errors import UnavailableError
 from longlive_client.grpc_transport import channel
 from longlive_client.video_stream import VideoStream
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import INPUTS, MAX_PROMPT_BYTES
 from longlive_serve.triton_server.launcher import TritonServer
 
@@ -61,10 +61,10 @@ HOSTILE_TEXTS = (
     b"[" * 9000,
 )
 HOSTILE_JSON = (
-    "[]", "null", '{"pace": 3}', '{"pace": "warp"}', '{"fps": 0}', '{"fps": 1e999}', '{"zoom": 1}', '{"token": "x"}',
-    '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}', '{"on_switch": true}', "[" * 9000,
-    '{"global_sink": null}', '{"fps": 99999999999999999999999999}', '{"pace": NaN}', '{"max_wait_s": 1e999}',
-    '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
+    "[]", "null", '{"pace": 3}', '{"pace": "warp"}', '{"fps": 0}', '{"fps": 1e999}', '{"zoom": 1}',
+    '{"session_token": "x"}', '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}',
+    '{"on_switch": true}', "[" * 9000, '{"global_sink": null}', '{"fps": 99999999999999999999999999}',
+    '{"pace": NaN}', '{"max_wait_s": 1e999}', '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
 )  # fmt: skip
 HOSTILE_NUMBERS = (-1, -(2**31), 2**31 - 1, 7)
 DTYPES = (np.int8, np.int32, np.int64, np.uint8, np.float32, np.float64, np.bool_, np.object_)
@@ -101,7 +101,7 @@ class Mutator:
         return letter
 
     def _start(self) -> Letter:
-        options = {"pace": "asap", "token": "t" * 16}
+        options = {"pace": "asap", "session_token": "t" * 16}
         tensors = {"PROMPT": _text("a fox"), "CHUNKS": np.array([1], np.int32), "OPTIONS": _text(json.dumps(options))}
         return Letter(wire.new_session_id(), tensors, {"start": True, "end": self.random.random() < 0.8})
 
@@ -208,7 +208,7 @@ def faults(letters: Sequence[Letter]) -> Iterator[str]:
 
 
 def _blames_itself(text: str) -> bool:
-    return f"[{ServeError.INTERNAL}]" in text
+    return f"[{RequestError.INTERNAL}]" in text
 
 
 def video(url: str, seed: int, chunks: int, ids: list[str]) -> np.ndarray[Any, Any]:
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def attack(server: TritonServer, args: argparse.Namespace) -> dict[str, Any]:
     url = server.grpc_url
-    with VideoStream("a fox", url=url, chunks=5, pace="asap", token="t" * 16) as stream:
+    with VideoStream("a fox", url=url, chunks=5, pace="asap", session_token="t" * 16) as stream:
         snapshot = list(stream.chunks())[-1].snapshot
     expected = [video(url, seed, args.chunks, []) for seed in range(LIVE)]
     found: collections.Counter[str] = collections.Counter()
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args(argv)
     made = Measurement.begin("stress.fuzz", argv)
-    figures = attempt(run, args, grpc.RpcError, ServeError)
+    figures = attempt(run, args, grpc.RpcError, RequestError)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
         on_top = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from longlive_client.cli.health import probe
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.triton_server.launcher import TritonServer
 from stress.test_pki import Keys
 
@@ -137,7 +137,7 @@ class Cluster:
         tls, token = (None, None) if self._keys is None else (self._keys.client, self._keys.token)
         try:
             probe(url, PROBE_S, tls, token)
-        except ServeError:  # it refuses, so it lives
+        except RequestError:  # it refuses, so it lives
             return True
         except ConnectionError:
             return False

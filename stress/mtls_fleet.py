@@ -111,7 +111,9 @@ def _refused(knock: Callable[[], object]) -> bool:
 
 def steer(url: str, video: AsyncVideoStream, keys: Keys) -> bool:
     """Send the session of `video` a prompt over a connection of its own; whether it was found."""
-    request = Request(session_id=video.session_id, prompt=PROMPTS[0], options=Options(token=video.token))
+    request = Request(
+        session_id=video.session_id, prompt=PROMPTS[0], options=Options(session_token=video.session_token)
+    )
     message = wire.infer_request(video.session_id, "steer", request.to_tensors())
     headers = ((SESSION_HEADER, video.session_id), *bearer(keys.token))
     with channel(url, keys.client) as connection:

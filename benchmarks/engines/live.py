@@ -19,7 +19,7 @@ from longlive_serve.engine.client_stream import Encode
 from longlive_serve.engine.core import EngineCore
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.scheduler import CHUNK_FRAMES, SECOND, Scheduler
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import REALTIME, Options
 
@@ -57,12 +57,12 @@ class DroppingResponseSender:
 
     def __init__(self) -> None:
         self.frames = 0
-        self.error: ServeError | None = None
+        self.error: RequestError | None = None
 
     def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
         self.frames += 0 if chunk is None else len(chunk.frames)
 
-    def fail(self, error: ServeError) -> None:
+    def fail(self, error: RequestError) -> None:
         self.error = error
 
     def is_cancelled(self) -> bool:
@@ -96,7 +96,7 @@ def measure_live(
 
 
 def run_live(runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
-    """`sessions` viewers, who come evenly over the time that a chunk plays. Raises ServeError when one fails."""
+    """`sessions` viewers, who come evenly over the time that a chunk plays. Raises RequestError when one fails."""
     service, senders = Trial(runner, config, chunk_s), [DroppingResponseSender() for _ in range(sessions)]
     try:
         for number, sender in enumerate(senders):
@@ -109,7 +109,7 @@ def run_live(runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: 
     finally:
         service.stop()
     for sender in senders:
-        if sender.error is not None and sender.error.kind != ServeError.SHUTTING_DOWN:
+        if sender.error is not None and sender.error.kind != RequestError.SHUTTING_DOWN:
             raise sender.error
     lateness, unseen = service.scheduler.lateness, sum(not sender.frames for sender in senders)
     return {

@@ -28,7 +28,7 @@ from longlive_client.errors import (
 from longlive_client.grpc_transport import Tls, aio_channel, bearer, turned_away
 from longlive_client.proxies import proxy_hint
 from longlive_client.request_tracker import Exchange, OpenRequest, StreamedChunk
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import RAW, Options
 
@@ -148,7 +148,9 @@ class Connection:
         if request.error is not None:
             raise request.error
         if request.acknowledgement is None:
-            raise VideoStreamError.of(ServeError(ServeError.INTERNAL, "the prompt was answered by no acknowledgement"))
+            raise VideoStreamError.of(
+                RequestError(RequestError.INTERNAL, "the prompt was answered by no acknowledgement")
+            )
         return request.acknowledgement
 
     async def request_chunks(self, count: int) -> None:
@@ -168,7 +170,7 @@ class Connection:
         return int(portion)
 
     def _request(self, *, at_latent_frame: int | None = None, **fields: Any) -> Request:
-        options = Options(token=self._start.options.token, at_latent_frame=at_latent_frame)
+        options = Options(session_token=self._start.options.session_token, at_latent_frame=at_latent_frame)
         return Request(session_id=self._start.session_id, options=options, **fields)
 
     async def _send(self, request: Request) -> OpenRequest:
@@ -217,7 +219,7 @@ class Connection:
             why = rpc_error if self._heard else await self._reason(rpc_error)
             refusal = turned_away(self._settings.url, why.code())
             lost = f"{why.code().name}: {why.details()}"
-            error = ForbiddenError(ServeError.FORBIDDEN, refusal) if refusal else self._lost(lost)
+            error = ForbiddenError(RequestError.FORBIDDEN, refusal) if refusal else self._lost(lost)
         except asyncio.CancelledError:
             error = _cancelled("cancelled by this client")
         self._exchange.fail(error)
@@ -297,4 +299,4 @@ class Connection:
 
 
 def _cancelled(message: str) -> SessionCancelledError:
-    return SessionCancelledError(ServeError.CANCELLED, message)
+    return SessionCancelledError(RequestError.CANCELLED, message)

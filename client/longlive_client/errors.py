@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong with a video stream: one class for each kind of ServeError, and two that only a client sees."""
+"""What can go wrong with a video stream: one class for each kind of RequestError, and two that only a client sees."""
 
 from __future__ import annotations
 
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 
 
-class VideoStreamError(ServeError):
-    """Any failure of a video stream. `kind` and `message` are those of the ServeError that the server sent."""
+class VideoStreamError(RequestError):
+    """Any failure of a video stream. `kind` and `message` are those of the RequestError that the server sent."""
 
     @classmethod
-    def of(cls, error: ServeError) -> VideoStreamError:
+    def of(cls, error: RequestError) -> VideoStreamError:
         """`error` as the class that belongs to its kind."""
         return _CLASSES.get(error.kind, ServerFailedError)(error.kind, error.message)
 
@@ -71,14 +71,14 @@ class ConnectionLostError(VideoStreamError):
 
 
 _CLASSES: dict[str, type[VideoStreamError]] = {
-    ServeError.INVALID_REQUEST: InvalidRequestError,
-    ServeError.FORBIDDEN: ForbiddenError,
-    ServeError.RATE_LIMITED: RateLimitedError,
-    ServeError.UNKNOWN_SESSION: UnknownSessionError,
-    ServeError.SESSION_EXISTS: SessionExistsError,
-    ServeError.FRAME_LIMIT: FrameLimitError,
-    ServeError.CANCELLED: SessionCancelledError,
-    ServeError.SHUTTING_DOWN: ServerShutdownError,
-    ServeError.UNAVAILABLE: UnavailableError,
-    ServeError.INTERNAL: ServerFailedError,
+    RequestError.INVALID_REQUEST: InvalidRequestError,
+    RequestError.FORBIDDEN: ForbiddenError,
+    RequestError.RATE_LIMITED: RateLimitedError,
+    RequestError.UNKNOWN_SESSION: UnknownSessionError,
+    RequestError.SESSION_EXISTS: SessionExistsError,
+    RequestError.FRAME_LIMIT: FrameLimitError,
+    RequestError.CANCELLED: SessionCancelledError,
+    RequestError.SHUTTING_DOWN: ServerShutdownError,
+    RequestError.UNAVAILABLE: UnavailableError,
+    RequestError.INTERNAL: ServerFailedError,
 }

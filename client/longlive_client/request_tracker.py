@@ -20,7 +20,7 @@ from longlive_client.errors import (
     UnknownSessionError,
     VideoStreamError,
 )
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import RAW
 
@@ -91,10 +91,10 @@ class Exchange:
             tensors = request.to_tensors()
             if self._check:
                 Request.from_tensors(request.session_id, request.start, request.end, tensors)
-        except ServeError as error:
+        except RequestError as error:
             raise VideoStreamError.of(error) from None
         except (UnicodeEncodeError, OverflowError) as error:  # the text or number does not fit its tensor
-            raise InvalidRequestError(ServeError.INVALID_REQUEST, f"request: cannot be sent ({error})") from None
+            raise InvalidRequestError(RequestError.INVALID_REQUEST, f"request: cannot be sent ({error})") from None
         self._sent += 1
         due = request.chunks or (math.inf if request.start else 0)
         opened = OpenRequest(start=request.start, due=due, streams=due > 0)
@@ -110,14 +110,14 @@ class Exchange:
         if request is None:
             return  # the empty final response after an error
         if response.error_message:
-            self._refuse(request_id, VideoStreamError.of(ServeError.parse(response.error_message)))
+            self._refuse(request_id, VideoStreamError.of(RequestError.parse(response.error_message)))
             return
         try:
             chunk = wire.frame_chunk(response)
             if chunk is not None and chunk.encoded and self._decoder is not None:
                 chunk = self._decoder.decode(chunk)
         except (ValueError, IndexError) as error:
-            self.fail(ServerFailedError(ServeError.INTERNAL, f"the response cannot be read: {error}"))
+            self.fail(ServerFailedError(RequestError.INTERNAL, f"the response cannot be read: {error}"))
             return
         if chunk is not None:
             self._take(request, chunk)

@@ -22,7 +22,7 @@ from longlive_client.grpc_transport import DEFAULT_URL, Tls
 from longlive_client.request_tracker import StreamedChunk
 from longlive_client.resume_state import ResumeState, SentPrompt
 from longlive_client.retry_policy import MAX_ATTEMPTS, RESUMABLE, RetryPolicy
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import Request
 from longlive_serve.protocol.session_options import Options
 
@@ -54,7 +54,7 @@ class ResumableStream:
         heartbeat_s: float = 300.0,
         check: bool = True,
         session_id: str | None = None,
-        token: str | None = None,
+        session_token: str | None = None,
         tls: Tls | None = None,
         access_token: str | None = None,
     ) -> None:
@@ -77,13 +77,13 @@ class ResumableStream:
             to go on elsewhere, with the next frame; 0: raise at once. There may be a slight jump at the seam.
         snapshot_every: every so many chunks `StreamedChunk.snapshot` holds the whole session, as bytes (default: 1
             where the session can be resumed, else never).
-        snapshot: such bytes, and `token` that of their session: it goes on behind that chunk, on any server with the
-            same weights. `chunks` counts from there.
+        snapshot: such bytes, and `session_token` that of their session: it goes on behind that chunk, on any server
+            with the same weights. `chunks` counts from there.
         stall_timeout: seconds of silence, while an answer is due, that raise StallError; None: wait for ever. After
             half of it a heartbeat goes out: a server that lives answers it, also while the session waits for a slot.
         heartbeat_s: an empty request goes out this often, because Triton forgets a sequence that sends none.
         check: refuse a wrong request here, at once; False leaves it to the server.
-        token: every request of the session repeats it, so that nobody else can steer it (default: a random one).
+        session_token: every request of the session repeats it: nobody else can steer it (default: a random one).
         access_token: by which a proxy lets this client in, if there is one that asks.
         """
         _check_count("chunks", chunks)
@@ -91,7 +91,7 @@ class ResumableStream:
         _check_count("max_attempts", max_attempts)
         self.session_id = wire.new_session_id() if session_id is None else session_id
         """The one in force: every connection has another."""
-        self.token = wire.new_session_id() if token is None else token
+        self.session_token = wire.new_session_id() if session_token is None else session_token
         self.resumed = 0
         """How often the session went on over another connection."""
         self._settings = Settings(
@@ -111,7 +111,7 @@ class ResumableStream:
             snapshot_every=1 if snapshot_every is None and resume_for else snapshot_every,
             format=frame_format,
             stream_partial_chunks=stream_partial_chunks,
-            token=self.token,
+            session_token=self.session_token,
         )
         start = Request(
             session_id=self.session_id, start=True, prompt=prompt, seed=seed, options=options, snapshot=snapshot
@@ -138,7 +138,7 @@ class ResumableStream:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         if self._ended:
-            raise SessionCancelledError(ServeError.CANCELLED, "cancelled by this client")
+            raise SessionCancelledError(RequestError.CANCELLED, "cancelled by this client")
         await self._begin(self._connection)
 
     async def _close(self) -> None:
@@ -261,4 +261,4 @@ class ResumableStream:
 
 def _check_count(name: str, value: int | None) -> None:
     if value is not None and not 1 <= value < 2**31:
-        raise InvalidRequestError(ServeError.INVALID_REQUEST, f"{name}: got {value}, expected 1 to {2**31 - 1}")
+        raise InvalidRequestError(RequestError.INVALID_REQUEST, f"{name}: got {value}, expected 1 to {2**31 - 1}")

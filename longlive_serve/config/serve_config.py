@@ -108,8 +108,8 @@ class ServeConfig:
     """Requests of one session in a second; more are refused."""
     max_sessions_per_client: int = 0
     """Sessions of one client, where a proxy says in the gRPC header `x-client-id` whose they are; 0: any number."""
-    require_token: bool = False
-    """Every session has to begin with a token, which its later requests repeat (some clients cannot)."""
+    require_session_token: bool = False
+    """Every session has to begin with a session token, which its later requests repeat (some clients cannot)."""
 
     adapters_dir: str = ""
     """A folder: LoRA files in it may be merged into the DiT of sessions to come, while others are live; empty: never.

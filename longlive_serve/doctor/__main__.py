@@ -23,7 +23,7 @@ from longlive_serve.config.serve_config import AUTO, ServeConfig
 from longlive_serve.doctor import backends, gpu, machine, memory, settings, software
 from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, Section, lines_of, paint, wrap
 from longlive_serve.doctor.ports import ports, tls
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG, DEFAULT_PORTS, add_server_arguments
 from longlive_serve.triton_server.tls_files import TlsFiles
 
@@ -79,7 +79,7 @@ def with_start(report: Report, path: Path) -> Report:
 
     try:
         seconds = start.measure(path)
-    except ServerError as error:
+    except ServerStartError as error:
         failure = start.failure(error)
         section, summary = Section("Start", [failure]), f"cannot serve here: {failure.subject}: {failure.found}"
         return dataclasses.replace(report, sections=[*report.sections, section], can_serve=False, summary=summary)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from longlive_serve.doctor.check_result import OK, PROBLEM, CheckResult, split
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.addresses import PORT_NAMES, Address, choose_ports, find_address
 from longlive_serve.triton_server.tls_files import TlsFiles
 
@@ -20,11 +20,11 @@ def ports(host: str, wanted: Mapping[str, int]) -> list[CheckResult]:
     """`wanted`: by the names of `PORT_NAMES`; 0 is a free one."""
     try:
         address = find_address(host)
-    except ServerError as error:
+    except ServerStartError as error:
         return [CheckResult(PROBLEM, "host", str(error).removeprefix("host: "), "name another with --host")]
     try:
         choose_ports(address, wanted)
-    except ServerError as error:
+    except ServerStartError as error:
         taken = [(name, port, message) for name, port in wanted.items() if (message := _refusal(address, name, port))]
         if not taken:
             return [
@@ -39,7 +39,7 @@ def _refusal(address: Address, name: str, port: int) -> str:
     """Why the server could not listen there; empty: it could."""
     try:
         choose_ports(address, {name: port})
-    except ServerError as error:
+    except ServerStartError as error:
         return str(error)
     return ""
 

@@ -18,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, split
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.find_triton import PACKAGE_PARENT, WHEEL, TritonInstall, find_install
 
 PROJECT = "longlive-serve"
@@ -120,7 +120,7 @@ def triton_server() -> list[CheckResult]:
     with tempfile.TemporaryDirectory(prefix="longlive-doctor-") as scratch:
         try:
             install = find_install(Path(scratch))
-        except (ServerError, OSError, ImportError) as error:
+        except (ServerStartError, OSError, ImportError) as error:
             found, action = split(str(error))
             action = pip_install("triton") if "pip install" in action else action
             return [CheckResult(PROBLEM, "server", found, action or pip_install("triton"))]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from longlive_serve.backends.start_up import PHASES, describe
 from longlive_serve.doctor.check_result import OK, PROBLEM, CheckResult
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.launcher import TritonServer
 
 COLD, CACHED = "cold", "cached"
@@ -27,7 +27,10 @@ CACHES = {"XDG_CACHE_HOME": "cudnn", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_P
 
 
 def measure(config: Path) -> dict[str, dict[str, float]]:
-    """Seconds of a start COLD and CACHED: until it is READY, of that TRITON's own, and by phase. Raises ServerError."""
+    """Seconds of a start COLD and CACHED: until it is READY, of that TRITON's own, and by phase.
+
+    Raises ServerStartError.
+    """
     with tempfile.TemporaryDirectory(prefix="longlive-caches-") as folder, _caches_in(Path(folder)):
         return {name: _start(config) for name in (COLD, CACHED)}
 
@@ -41,7 +44,7 @@ def results(starts: Mapping[str, Mapping[str, float]]) -> list[CheckResult]:
     return found
 
 
-def failure(error: ServerError) -> CheckResult:
+def failure(error: ServerStartError) -> CheckResult:
     return CheckResult(PROBLEM, "start", str(error), "what its log says there")
 
 

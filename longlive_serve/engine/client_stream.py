@@ -18,7 +18,7 @@ import numpy as np
 
 from longlive_serve.engine.session import MAX_PENDING, Session
 from longlive_serve.observability.tracing import Phase, Trace
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 
 RATE_WINDOW_S = 1.0
@@ -33,7 +33,7 @@ class ResponseSender(Protocol):
         """Send a chunk (or only the end, without one), encoded by `encode` first if that is given."""
         ...
 
-    def fail(self, error: ServeError) -> None:
+    def fail(self, error: RequestError) -> None:
         """Send an error and close."""
         ...
 
@@ -101,17 +101,17 @@ class ClientStream:
                 self.trace.add(phase, "phases")
 
     def check(self, request: Request, max_per_s: int) -> None:
-        """Raises ServeError when `request`, a later one of this session, must not be taken."""
-        own, token = self.session.token, request.options.token or ""
-        if own and not hmac.compare_digest(own.encode(), token.encode()):
-            text = f"OPTIONS.token: got {'another' if token else 'none'}, expected the one that START carried"
-            raise ServeError(ServeError.FORBIDDEN, f"session {self.session.id}: {text}")
+        """Raises RequestError when `request`, a later one of this session, must not be taken."""
+        own, theirs = self.session.token, request.options.session_token or ""
+        if own and not hmac.compare_digest(own.encode(), theirs.encode()):
+            text = f"OPTIONS.session_token: got {'another' if theirs else 'none'}, expected the one that START carried"
+            raise RequestError(RequestError.FORBIDDEN, f"session {self.session.id}: {text}")
         now = time.monotonic()
         while self.request_times and now - self.request_times[0] > RATE_WINDOW_S:
             self.request_times.popleft()
         if len(self.request_times) >= max_per_s:
             text = f"got more than {max_per_s} requests in a second; wait {RATE_WINDOW_S:g} s"
-            raise ServeError(ServeError.RATE_LIMITED, f"session {self.session.id}: {text}")
+            raise RequestError(RequestError.RATE_LIMITED, f"session {self.session.id}: {text}")
         self.request_times.append(now)
         for given, pending, what in (
             (request.prompt, self.session.pending, "PROMPT: got one while {} others wait for their time"),
@@ -119,7 +119,7 @@ class ClientStream:
         ):
             if given is not None and len(pending) >= MAX_PENDING:
                 text = f"{what.format(len(pending))}, expected fewer than {MAX_PENDING}"
-                raise ServeError(ServeError.INVALID_REQUEST, text)
+                raise RequestError(RequestError.INVALID_REQUEST, text)
 
     def note_request(self) -> None:
         """The client has spoken, and so it has read what it was sent."""

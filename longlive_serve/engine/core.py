@@ -26,7 +26,7 @@ from longlive_serve.engine.scheduler import SECOND
 from longlive_serve.engine.session_manager import SessionManager, shutting_down
 from longlive_serve.engine.snapshot import dump_later, read_tensors
 from longlive_serve.observability.metrics import Change
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class EngineCore:
         self._worker = threading.Thread(target=self._run, name="longlive-worker", daemon=True)
         self._worker.start()
 
-    def submit(self, request: Request | ServeError, sender: ResponseSender) -> None:
+    def submit(self, request: Request | RequestError, sender: ResponseSender) -> None:
         """Take a request (or the error that stands in its place) from any thread; the answer goes to `sender`."""
         self._mail.put(request, QueuedResponseSender(sender, self._writer))
 
@@ -93,7 +93,7 @@ class EngineCore:
                 log.exception("the worker failed; every session ends")
                 text = f"the server failed: {type(error).__name__}: {error}"
                 self._in_flight = None
-                self._sessions.end_all(ServeError(ServeError.INTERNAL, text))
+                self._sessions.end_all(RequestError(RequestError.INTERNAL, text))
         self._step()
 
     def _step(self) -> None:
@@ -142,17 +142,17 @@ class EngineCore:
         timeout = self._time_to_wait()
         for request, sender in self._mail.take_all(timeout):
             try:
-                if isinstance(request, ServeError):
+                if isinstance(request, RequestError):
                     raise request
                 if request.sets_adapters:
                     self._adapters.change(request.options, sender)
                 else:
                     self._sessions.handle(request, sender, self._draining.is_set())
-            except ServeError as error:
+            except RequestError as error:
                 sender.fail(error)
             except Exception as error:  # a request's boundary
                 log.exception("a request failed")
-                sender.fail(ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}"))
+                sender.fail(RequestError(RequestError.INTERNAL, f"{type(error).__name__}: {error}"))
 
     def _launch(self, stream: ClientStream) -> Launched | None:
         with self._boundary_of(stream):
@@ -194,12 +194,12 @@ class EngineCore:
         """Whatever fails within ends this session alone: the server outlives any session."""
         try:
             yield
-        except ServeError as error:
+        except RequestError as error:
             self._sessions.end(stream, error)
         except Exception as error:
             log.exception("failed at chunk %d", stream.session.chunk, extra=stream.named)
             text = f"the session failed: {type(error).__name__}: {error}"
-            self._sessions.end(stream, ServeError(ServeError.INTERNAL, text))
+            self._sessions.end(stream, RequestError(RequestError.INTERNAL, text))
 
     def _publish(self) -> None:
         changes = self._sessions.collect_metrics()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from longlive_serve.engine.client_stream import Encode
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import H264, JPEG, RAW
 
@@ -28,7 +28,7 @@ H264_ENCODERS = {  # the first that opens on this machine
 def make_encode(frame_format: str | None, size: tuple[int, int], fps: int) -> Encode | None:
     """What turns a session's chunks into its format; None for raw ones. `size`: height and width of a frame.
 
-    Raises ServeError INVALID_REQUEST when this server cannot encode.
+    Raises RequestError INVALID_REQUEST when this server cannot encode.
     """
     if frame_format in (None, RAW):
         return None
@@ -36,8 +36,8 @@ def make_encode(frame_format: str | None, size: tuple[int, int], fps: int) -> En
         open_context = {JPEG: _open_jpeg, H264: _open_h264}[frame_format]
         return Encoder(open_context(size, fps)).encode
     except ImportError:
-        raise ServeError(
-            ServeError.INVALID_REQUEST,
+        raise RequestError(
+            RequestError.INVALID_REQUEST,
             f"OPTIONS.format: got {frame_format!r}, expected {RAW!r}: this server has no PyAV "
             "(pip install 'longlive-serve[encode]' there)",
         ) from None
@@ -85,7 +85,9 @@ def _h264_encoder(size: tuple[int, int]) -> str:
             return name
         except (av.FFmpegError, ValueError):
             continue
-    raise ServeError(ServeError.INVALID_REQUEST, "OPTIONS.format: got 'h264', expected another: no encoder for it here")
+    raise RequestError(
+        RequestError.INVALID_REQUEST, "OPTIONS.format: got 'h264', expected another: no encoder for it here"
+    )
 
 
 def _open(codec: str, size: tuple[int, int], fps: int, pixels: str, options: dict[str, str]) -> Any:

@@ -23,7 +23,7 @@ from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.engine.client_stream import ResponseSender, notice_chunk
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CausalDiT
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
 from longlive_serve.weights.loader import adapters_of, load_model
 
@@ -38,21 +38,23 @@ class Adapters:
         self._runner, self._config, self._wake = runner, config, wake
         self._asked: ResponseSender | None = None
         """Waits for what is being loaded."""
-        self._loaded: CausalDiT | ServeError | None = None
+        self._loaded: CausalDiT | RequestError | None = None
         self._said = ""
 
     def change(self, options: Options, sender: ResponseSender) -> None:
-        """Begin to load; the answer goes to `sender` when it is done. Raises ServeError for what cannot be done."""
+        """Begin to load; the answer goes to `sender` when it is done. Raises RequestError for what cannot be done."""
         config, wanted, dit = self._config, options.adapters or {}, self._runner.backends.dit
         if not config.adapters_dir:
-            raise ServeError(ServeError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
-        if not hmac.compare_digest(config.admin_token.encode(), (options.token or "").encode()):
-            raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: expected the admin_token of the server's settings")
+            raise RequestError(RequestError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
+        if not hmac.compare_digest(config.admin_token.encode(), (options.admin_token or "").encode()):
+            raise RequestError(
+                RequestError.FORBIDDEN, "OPTIONS.admin_token: expected the admin_token of the server's settings"
+            )
         if not isinstance(dit, Exchangeable):
             text = f"OPTIONS.adapters: got backend {self._runner.backends.name}, expected torch or fused for the DiT"
-            raise ServeError(ServeError.INVALID_REQUEST, text)
+            raise RequestError(RequestError.INVALID_REQUEST, text)
         if self._asked is not None:
-            raise ServeError(ServeError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
+            raise RequestError(RequestError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
         adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in wanted.items()]
         scales = [f"{name}={scale:g}" for name, scale in wanted.items()]
         self._said = ", ".join(scales) or "none but those of the settings"
@@ -65,7 +67,7 @@ class Adapters:
         if loaded is None or sender is None:
             return
         self._asked = self._loaded = None
-        if isinstance(loaded, ServeError):
+        if isinstance(loaded, RequestError):
             sender.fail(loaded)
             return
         backends = self._runner.backends
@@ -74,7 +76,7 @@ class Adapters:
         log.info("adapters of sessions to come: %s", self._said)
         sender.send(notice_chunk(self._config.model_config.video_size, f"adapters: {self._said}"), final=True)
 
-    def abandon(self, error: ServeError) -> None:
+    def abandon(self, error: RequestError) -> None:
         """Answer whoever waits with `error`; what is loaded still is not taken."""
         if self._asked is not None:
             self._asked.fail(error)
@@ -87,7 +89,9 @@ class Adapters:
         found = files.get(name.encode(errors="replace"))
         if found is None:
             there = sorted(file.decode(errors="replace") for file in files)
-            raise ServeError(ServeError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {there}")
+            raise RequestError(
+                RequestError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {there}"
+            )
         return found
 
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
@@ -98,8 +102,8 @@ class Adapters:
             together = [*adapters_of(config), *adapters]
             self._loaded = load_model(*what, adapters=together, use_ema=config.use_ema)
         except ValueError as error:
-            self._loaded = ServeError(ServeError.INVALID_REQUEST, str(error))
+            self._loaded = RequestError(RequestError.INVALID_REQUEST, str(error))
         except Exception as error:  # the boundary of the thread
             log.exception("adapters failed")
-            self._loaded = ServeError(ServeError.INTERNAL, f"{type(error).__name__}: {error}")
+            self._loaded = RequestError(RequestError.INTERNAL, f"{type(error).__name__}: {error}")
         self._wake()

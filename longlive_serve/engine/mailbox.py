@@ -7,7 +7,7 @@ import queue
 from collections.abc import Iterator
 
 from longlive_serve.engine.client_stream import ResponseSender
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import Request
 
 
@@ -15,9 +15,9 @@ class Mailbox:
     """Requests, or the errors that stand in their place, each with the sender for its answer."""
 
     def __init__(self) -> None:
-        self._entries: queue.SimpleQueue[tuple[Request | ServeError, ResponseSender] | None] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[tuple[Request | RequestError, ResponseSender] | None] = queue.SimpleQueue()
 
-    def put(self, request: Request | ServeError, sender: ResponseSender) -> None:
+    def put(self, request: Request | RequestError, sender: ResponseSender) -> None:
         self._entries.put((request, sender))
 
     def wake(self) -> None:
@@ -27,7 +27,7 @@ class Mailbox:
     def empty(self) -> bool:
         return self._entries.empty()
 
-    def take_all(self, timeout: float | None) -> Iterator[tuple[Request | ServeError, ResponseSender]]:
+    def take_all(self, timeout: float | None) -> Iterator[tuple[Request | RequestError, ResponseSender]]:
         """All that has come; when nothing has, wait up to `timeout` seconds (None: for ever) for something."""
         try:
             entry = self._entries.get(timeout != 0.0, timeout)

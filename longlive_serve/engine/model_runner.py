@@ -26,7 +26,7 @@ from longlive_serve.models.dit.flow_match_scheduler import FlowMatchScheduler
 from longlive_serve.models.dit.kv_cache import KVCachePlan, Window
 from longlive_serve.models.dit.rope import MAX_FRAMES
 from longlive_serve.observability.tracing import Phase
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import CLEAR, RECACHE
 
@@ -64,7 +64,7 @@ class ModelRunner:
         launched before this one is finished, the session's own not. On an error its state is undefined: end it.
 
         `early`: frames come in parts, one for every latent frame.
-        Raises ServeError FRAME_LIMIT when the base variant has no position left for another chunk.
+        Raises RequestError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
         began, number, phases = time.monotonic(), session.chunk, session.phases or Phases(self._timer)
         self._check_limit(number)
@@ -180,8 +180,8 @@ class ModelRunner:
     def _check_limit(self, chunk: int) -> None:
         if self.max_chunks is not None and chunk >= self.max_chunks:
             latent_frames = self.max_chunks * self.config.window.chunk
-            raise ServeError(
-                ServeError.FRAME_LIMIT,
+            raise RequestError(
+                RequestError.FRAME_LIMIT,
                 f"the base variant ends after {latent_frames} latent frames ({self.first_frame(chunk)} video frames): "
                 'its RoPE has no position for more. Start a new session, or serve with variant = "infinity"',
             )

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from longlive_serve.engine.client_stream import Encode, ResponseSender
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class QueuedResponseSender:
     def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
         self._writer.put(lambda: self._send(chunk, final, encode))
 
-    def fail(self, error: ServeError) -> None:
+    def fail(self, error: RequestError) -> None:
         self._writer.put(lambda: self._fail(error))
 
     def is_cancelled(self) -> bool:
@@ -76,9 +76,9 @@ class QueuedResponseSender:
         except Exception as error:
             log.exception("an answer could not be sent")
             text = f"the answer could not be sent: {type(error).__name__}: {error}"
-            self._fail(ServeError(ServeError.INTERNAL, text))
+            self._fail(RequestError(RequestError.INTERNAL, text))
 
-    def _fail(self, error: ServeError) -> None:
+    def _fail(self, error: RequestError) -> None:
         """The client is told once, if it can be; the worker then sees the sender as one whose client has left."""
         if not self._broken:
             self._broken = True

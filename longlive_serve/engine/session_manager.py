@@ -23,13 +23,17 @@ from longlive_serve.engine.snapshot import dump, load_session
 from longlive_serve.models.dit.kv_cache import KVCache
 from longlive_serve.observability.metrics import Change, Statistics
 from longlive_serve.observability.tracing import Trace
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import READY, FrameChunk, Request
 from longlive_serve.protocol.session_options import ASAP, RECACHE
 
 log = logging.getLogger(__name__)
 
-NO_FAILURE = (ServeError.CANCELLED, ServeError.SHUTTING_DOWN, ServeError.UNAVAILABLE)  # ends that are nobody's fault
+NO_FAILURE = (
+    RequestError.CANCELLED,
+    RequestError.SHUTTING_DOWN,
+    RequestError.UNAVAILABLE,
+)  # ends that are nobody's fault
 
 DRAIN_CHUNKS, DRAIN_S = 2, 5.0  # every viewer is sent so much more before the server goes, if it takes no longer
 COST_MARGIN = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
@@ -66,7 +70,7 @@ class SessionManager:
         return len(self._streams)
 
     def handle(self, request: Request, sender: ResponseSender, draining: bool) -> None:
-        """Take a request. Raises ServeError when it cannot be taken; its session, if any, goes on."""
+        """Take a request. Raises RequestError when it cannot be taken; its session, if any, goes on."""
         if draining and request.start:
             raise shutting_down()
         if request.probes:
@@ -76,11 +80,11 @@ class SessionManager:
         if request.start:
             if stream is not None:
                 text = f"session {request.session_id} is live; START with a new id"
-                raise ServeError(ServeError.SESSION_EXISTS, text)
+                raise RequestError(RequestError.SESSION_EXISTS, text)
             self._start(request, sender)
         elif stream is None:
             text = "is not live here: it has ended, failed or never started; send a START"
-            raise ServeError(ServeError.UNKNOWN_SESSION, f"session {request.session_id} {text}")
+            raise RequestError(RequestError.UNKNOWN_SESSION, f"session {request.session_id} {text}")
         else:
             self._update(stream, request, sender)
 
@@ -96,7 +100,7 @@ class SessionManager:
         for stream in list(self._streams.values()):
             silent = now - stream.last_activity > self._config.idle_timeout_s
             if stream.disconnected:
-                self.end(stream, ServeError(ServeError.CANCELLED, "the client cancelled the request"))
+                self.end(stream, RequestError(RequestError.CANCELLED, "the client cancelled the request"))
             elif not stream.chunk_requests and silent:
                 log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.named)
                 self.end(stream)
@@ -104,7 +108,7 @@ class SessionManager:
                 text = (
                     f"{stream.unacked} chunks were sent and no request came since: expected one, if only an empty one"
                 )
-                self.end(stream, ServeError(ServeError.CANCELLED, f"the client does not read: {text}"))
+                self.end(stream, RequestError(RequestError.CANCELLED, f"the client does not read: {text}"))
 
     def notify_waiting(self) -> None:
         """Refuse those who wait no longer, and those for whom the queue is too long; tell the others their place."""
@@ -141,7 +145,7 @@ class SessionManager:
         elif not stream.chunk_requests or stream.unacked >= self._config.max_unacked:
             self.scheduler.rest(stream.session.id)
 
-    def end(self, stream: ClientStream, error: ServeError | None = None) -> None:
+    def end(self, stream: ClientStream, error: RequestError | None = None) -> None:
         """Free the session's slot and close what is still open of it, with the error if there is one."""
         del self._streams[stream.session.id]
         self.scheduler.remove(stream.session.id)
@@ -156,7 +160,7 @@ class SessionManager:
         if stream.trace is not None:
             log.info("trace in %s", stream.trace.write(Path(self._config.trace_dir)), extra=stream.named)
 
-    def end_all(self, error: ServeError) -> None:
+    def end_all(self, error: RequestError) -> None:
         for stream in list(self._streams.values()):
             self.end(stream, error)
 
@@ -200,13 +204,13 @@ class SessionManager:
 
     def _start(self, request: Request, sender: ResponseSender) -> None:
         options = request.options
-        if self._config.require_token and options.token is None:
-            text = "OPTIONS.token: got none, expected a secret that later requests of the session repeat"
-            raise ServeError(ServeError.FORBIDDEN, text)
+        if self._config.require_session_token and options.session_token is None:
+            text = "OPTIONS.session_token: got none, expected a secret that later requests of the session repeat"
+            raise RequestError(RequestError.FORBIDDEN, text)
         self._check_client(request.client)
         session = self._from_snapshot(request) if request.snapshot is not None else _new_session(request)
         session.dit = self._runner.backends.dit
-        session.client, session.token = request.client, options.token or ""
+        session.client, session.token = request.client, options.session_token or ""
         chunk_requests = deque([ChunkRequest(sender, request.chunks or None)])
         own, most = options.max_wait_s, self._config.max_wait_s
         stream = ClientStream(
@@ -231,11 +235,11 @@ class SessionManager:
         if client and most and own >= most:
             self.statistics.add("refused_sessions")
             text = f"client {client!r} has {own} sessions, expected at most {most}; end one first"
-            raise ServeError(ServeError.RATE_LIMITED, text)
+            raise RequestError(RequestError.RATE_LIMITED, text)
 
     def _from_snapshot(self, request: Request) -> Session:
         assert request.snapshot is not None
-        backends, token = self._runner.backends, request.options.token or ""
+        backends, token = self._runner.backends, request.options.session_token or ""
         device, dtype = backends.device, self._runner.dtype
         return load_session(request.snapshot, request.session_id, token, self._model_config, device, dtype)
 
@@ -247,7 +251,7 @@ class SessionManager:
         else:
             self.statistics.add("refused_sessions")
             hint = f"try again in {self._config.max_wait_s:g} s"
-        self.end(stream, ServeError(ServeError.UNAVAILABLE, f"{why}; {hint}"))
+        self.end(stream, RequestError(RequestError.UNAVAILABLE, f"{why}; {hint}"))
 
     def _update(self, stream: ClientStream, request: Request, sender: ResponseSender) -> None:
         session = stream.session
@@ -281,8 +285,8 @@ class SessionManager:
         return self._runner.config
 
 
-def shutting_down() -> ServeError:
-    return ServeError(ServeError.SHUTTING_DOWN, "the server is shutting down; connect again later")
+def shutting_down() -> RequestError:
+    return RequestError(RequestError.SHUTTING_DOWN, "the server is shutting down; connect again later")
 
 
 def _new_session(request: Request) -> Session:

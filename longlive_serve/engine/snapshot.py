@@ -25,7 +25,7 @@ from torch import Tensor
 from longlive_serve.backends.device import AsyncD2HCopy
 from longlive_serve.config.presets import ModelConfig, WindowConfig
 from longlive_serve.engine.session import MAX_PENDING, NOW, Prompt, SeededNoise, Session, SinkChunk
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import MAX_PROMPT_BYTES
 from longlive_serve.protocol.session_options import ON_SWITCH
 
@@ -72,7 +72,7 @@ def _write(facts: str, tensors: Mapping[str, AsyncD2HCopy]) -> bytes:
 def load_session(
     data: bytes, session_id: str, token: str, model_config: ModelConfig, device: str, dtype: torch.dtype
 ) -> Session:
-    """The session that `dump` wrote, under a new id. Raises ServeError: FORBIDDEN unless `token` is that of the
+    """The session that `dump` wrote, under a new id. Raises RequestError: FORBIDDEN unless `token` is that of the
     session, INVALID_REQUEST for anything that `dump` did not write."""
     body = data[SUM_BYTES:]
     if hashlib.sha256(body).digest() != data[:SUM_BYTES]:
@@ -87,7 +87,9 @@ def load_session(
             f"expected version {VERSION} and {model_config.name!r}"
         )
     if not hmac.compare_digest(str(facts.get("token")).encode(), _hashed(token).encode()):
-        raise ServeError(ServeError.FORBIDDEN, "OPTIONS.token: got another than that of the SNAPSHOT's session")
+        raise RequestError(
+            RequestError.FORBIDDEN, "OPTIONS.session_token: got another than that of the SNAPSHOT's session"
+        )
     try:
         return _session(session_id, facts, tensors, model_config, device, dtype)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -179,5 +181,5 @@ def _hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _invalid(why: str) -> ServeError:
-    return ServeError(ServeError.INVALID_REQUEST, f"SNAPSHOT: {why}")
+def _invalid(why: str) -> RequestError:
+    return RequestError(RequestError.INVALID_REQUEST, f"SNAPSHOT: {why}")

@@ -8,11 +8,11 @@ import re
 from typing import ClassVar
 
 
-class ServerError(RuntimeError):
+class ServerStartError(RuntimeError):
     """The server cannot be found, started or reached; the message says what to do about it."""
 
 
-class ServeError(Exception):
+class RequestError(Exception):
     """An error that crosses the wire as `[kind] message`; the client raises it again under the same kind."""
 
     INVALID_REQUEST: ClassVar[str] = "invalid_request"
@@ -33,9 +33,9 @@ class ServeError(Exception):
         self.message = message
 
     @classmethod
-    def parse(cls, text: str) -> ServeError:
+    def parse(cls, text: str) -> RequestError:
         """The error that `text` (an error message off the wire) carries; INTERNAL when it is not one of ours."""
-        kinds = {value for name, value in vars(ServeError).items() if name.isupper()}
+        kinds = {value for name, value in vars(RequestError).items() if name.isupper()}
         found = re.search(rf"\[({'|'.join(sorted(kinds))})\] (.*)", text, re.DOTALL)  # Triton may put words before it
         if found:
             return cls(found[1], found[2])
@@ -46,9 +46,9 @@ class ServeError(Exception):
         return cls(cls.INTERNAL, text)
 
 
-def invalid(message: str) -> ServeError:
+def invalid(message: str) -> RequestError:
     """The error for a request that is wrong; `message` says what was got and what was expected."""
-    return ServeError(ServeError.INVALID_REQUEST, message)
+    return RequestError(RequestError.INVALID_REQUEST, message)
 
 
 def _without_surrogates(text: str) -> str:

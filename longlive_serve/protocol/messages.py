@@ -91,7 +91,7 @@ class Request:
     def from_tensors(
         cls, session_id: str, start: bool, end: bool, tensors: Mapping[str, np.ndarray[Any, Any]], client: str = ""
     ) -> Request:
-        """The request that `tensors` (by wire name) describe. Raises ServeError INVALID_REQUEST."""
+        """The request that `tensors` (by wire name) describe. Raises RequestError INVALID_REQUEST."""
         prompt = _text(tensors, PROMPT, MAX_PROMPT_BYTES)
         options = _text(tensors, OPTIONS, MAX_PROMPT_BYTES)
         request = cls(
@@ -166,7 +166,7 @@ class Request:
     @property
     def sets_adapters(self) -> bool:
         """The request changes the adapters of sessions to come."""
-        options = Options(adapters=self.options.adapters, token=self.options.token)
+        options = Options(adapters=self.options.adapters, admin_token=self.options.admin_token)
         alone = Request(session_id=self.session_id, start=True, end=True, client=self.client, options=options)
         return options.adapters is not None and self == alone
 

@@ -40,13 +40,15 @@ class Options:
     max_wait_s: float | None = None
     """START only: how long to wait for a slot, at most; the server's own `max_wait_s` holds as well (the smaller).
     0: be refused at once where there is none."""
-    token: str | None = None
-    """A secret of the client's. What START carried, every later request of the session must repeat, and so must a
+    session_token: str | None = None
+    """A secret of the client\'s. What START carried, every later request of the session must repeat, and so must a
     START with its snapshot."""
     at_latent_frame: int | None = None
     """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
     adapters: dict[str, float] | None = None
-    """Of the server, not of a session: adapter files by name, with their scales. `token` is then the server's."""
+    """Of the server, not of a session: adapter files by name, with their scales."""
+    admin_token: str | None = None
+    """With `adapters`: the `admin_token` of the server\'s settings."""
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -56,7 +58,9 @@ class Options:
             raise invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("on_switch", "pace", "token", "format"), (str,))
+        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(
+            ("on_switch", "pace", "format", "session_token", "admin_token"), (str,)
+        )
         kinds |= dict.fromkeys(("global_sink", "stream_partial_chunks"), (bool,))
         kinds |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
         kinds |= {"max_wait_s": (int, float), "adapters": (dict,)}
@@ -70,7 +74,7 @@ class Options:
         return options
 
     def _check(self) -> None:
-        """Raises ServeError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
+        """Raises RequestError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
         for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
             if getattr(self, key) not in (None, *choices):
                 raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
@@ -81,9 +85,11 @@ class Options:
                 raise invalid(f"OPTIONS.{key}: got {number}, expected {expected_range}")
         if self.max_wait_s is not None and not 0 <= self.max_wait_s < math.inf:
             raise invalid(f"OPTIONS.max_wait_s: got {self.max_wait_s}, expected a finite number, 0 or more")
-        if self.token is not None and not TOKEN_LENGTHS[0] <= len(self.token) <= TOKEN_LENGTHS[1]:
+        if self.session_token is not None and not TOKEN_LENGTHS[0] <= len(self.session_token) <= TOKEN_LENGTHS[1]:
             expected_length = f"{TOKEN_LENGTHS[0]} to {TOKEN_LENGTHS[1]}"
-            raise invalid(f"OPTIONS.token: got {len(self.token)} characters, expected {expected_length}")
+            raise invalid(
+                f"OPTIONS.session_token: got {len(self.session_token)} characters, expected {expected_length}"
+            )
         for name, scale in (self.adapters or {}).items():
             if type(scale) not in (int, float) or not -MAX_SCALE <= scale <= MAX_SCALE:
                 raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, at most {MAX_SCALE:g}")

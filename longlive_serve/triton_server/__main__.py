@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.arguments import server_parser
 from longlive_serve.triton_server.launcher import TritonServer
 from longlive_serve.triton_server.standard_outputs import StandardOutputs, reserve_standard_descriptors
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(server, args.drain_timeout_s, outputs)
     except KeyboardInterrupt:
         return 0
-    except (ServerError, ValueError, OSError) as error:  # a full disk, a trace_dir that cannot be made
+    except (ServerStartError, ValueError, OSError) as error:  # a full disk, a trace_dir that cannot be made
         outputs.tell(f"error: {error}")
         return 1
     finally:

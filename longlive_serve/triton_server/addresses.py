@@ -13,7 +13,7 @@ import ipaddress
 import socket
 from collections.abc import Mapping
 
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 
 PORT_NAMES = {"grpc": "gRPC", "http": "HTTP", "metrics": "metrics"}
 EXPECTED = "expected an address of this machine: 127.0.0.1 or ::1 for itself alone, 0.0.0.0 or :: for all that reach it"
@@ -51,32 +51,34 @@ class Address:
 
 
 def find_address(host: str) -> Address:
-    """The address that `host` names; IPv4 where it has both. Raises ServerError."""
+    """The address that `host` names; IPv4 where it has both. Raises ServerStartError."""
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not bare.strip():
-        raise ServerError(f"host: got {host!r}, {EXPECTED}")
+        raise ServerStartError(f"host: got {host!r}, {EXPECTED}")
     try:
         found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ServerError(f"host: got {host!r}, {EXPECTED} ({error})") from None
+        raise ServerStartError(f"host: got {host!r}, {EXPECTED} ({error})") from None
     found = [one for one in found if one[0] in (socket.AF_INET, socket.AF_INET6)]
     found.sort(key=lambda one: one[0] != socket.AF_INET)
     if not found:
-        raise ServerError(f"host: got {host!r}, {EXPECTED}")
+        raise ServerStartError(f"host: got {host!r}, {EXPECTED}")
     text = str(found[0][4][0]).partition("%")[0]
     if "%" in bare:
-        raise ServerError(f"host: got {host!r}, expected an address without a zone, which Triton does not take")
+        raise ServerStartError(f"host: got {host!r}, expected an address without a zone, which Triton does not take")
     ip = ipaddress.ip_address(text)
     if ip.is_unspecified and bare not in ("0.0.0.0", "::"):
-        raise ServerError(f"host: got {host!r}, which is every address of this machine; say 0.0.0.0 or :: to mean it")
+        raise ServerStartError(
+            f"host: got {host!r}, which is every address of this machine; say 0.0.0.0 or :: to mean it"
+        )
     return Address(ip)
 
 
 def choose_ports(address: Address, ports: Mapping[str, int]) -> dict[str, int]:
-    """The ports with each 0 replaced by a free one. Raises ServerError."""
+    """The ports with each 0 replaced by a free one. Raises ServerStartError."""
     given = [port for port in ports.values() if port]
     if len(set(given)) < len(given):
-        raise ServerError(f"ports: got {dict(ports)}, expected three different ones")
+        raise ServerStartError(f"ports: got {dict(ports)}, expected three different ones")
     chosen = {}
     with contextlib.ExitStack() as stack:  # all stay bound until the last is chosen, so that they differ
         for name, port in ports.items():
@@ -86,7 +88,7 @@ def choose_ports(address: Address, ports: Mapping[str, int]) -> dict[str, int]:
                 listener.bind((str(address.ip), port))
                 listener.listen()  # with SO_REUSEADDR, only listening tells a free port from one in use
             except (OSError, OverflowError) as error:
-                raise ServerError(_port_error(name, port, address, error)) from None
+                raise ServerStartError(_port_error(name, port, address, error)) from None
             chosen[name] = listener.getsockname()[1]
     return chosen
 

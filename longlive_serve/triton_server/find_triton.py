@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.python_version import NUMPY_1, InterpreterError, libpython
 from longlive_serve.triton_server.safe_paths import SafePaths
 
@@ -52,7 +52,7 @@ class TritonInstall:
 def find_install(scratch: Path) -> TritonInstall:
     """The `tritonserver` of this machine if there is one, else the wheel's, put together in `scratch`.
 
-    Raises ServerError.
+    Raises ServerStartError.
     """
     on_path = shutil.which("tritonserver")
     if on_path is not None:
@@ -61,7 +61,7 @@ def find_install(scratch: Path) -> TritonInstall:
         return TritonInstall(binary=SYSTEM_SERVER)
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
-        raise ServerError(
+        raise ServerStartError(
             f"no Triton server: looked for `tritonserver` on PATH, for {SYSTEM_SERVER} and for the wheel {WHEEL}; "
             "pip install 'longlive-serve[triton]'"
         )
@@ -94,7 +94,7 @@ def _assemble(pytriton: Path, scratch: Path) -> TritonInstall:
 def _check_numpy() -> None:
     version = importlib.metadata.version("numpy")
     if int(version.split(".", 1)[0]) >= 2:
-        raise ServerError(
+        raise ServerStartError(
             f"numpy: got {version}, expected below 2: {NUMPY_1}; "
             "with Python 3.11 or 3.12: pip install 'longlive-serve[triton]'"
         )
@@ -106,7 +106,7 @@ def _stub(stubs: Path) -> Path:
     stub = stubs / wanted / "triton_python_backend_stub"
     if not stub.is_file():
         present = sorted((path.name for path in stubs.iterdir()), key=lambda name: int(name.partition(".")[2]))
-        raise ServerError(
+        raise ServerStartError(
             f"Python {wanted}: {WHEEL} has no backend stub for it, only for {', '.join(present)}; "
             "run the server with one of those"
         )
@@ -118,7 +118,7 @@ def _libpython() -> Path | None:
     try:
         return libpython()
     except InterpreterError as error:
-        raise ServerError(str(error)) from None
+        raise ServerStartError(str(error)) from None
 
 
 def _prepend(environment: dict[str, str], name: str, *folders: Path) -> None:

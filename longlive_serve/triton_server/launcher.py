@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.observability.metrics import sessions_at
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.protocol.messages import CLIENT_HEADER, MODEL_NAME
 from longlive_serve.triton_server.addresses import Address, choose_ports, find_address
 from longlive_serve.triton_server.arguments import DEFAULT_REPOSITORY, check_seconds
@@ -44,7 +44,7 @@ class TritonServer:
     freely. On exit, clients have `drain_timeout_s` to leave, and new sessions are refused; then connections break.
     With `tls_cert` and `tls_key` (PEM files) gRPC speaks TLS alone, with `tls_client_ca` only to clients that this
     authority has signed; Triton's HTTP knows no TLS and then answers for health alone.
-    Entering raises ServerError, or ValueError for a wrong serve.toml. The `*_url` are `host:port`.
+    Entering raises ServerStartError, or ValueError for a wrong serve.toml. The `*_url` are `host:port`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TritonServer:
         config = ServeConfig.from_toml(self.config)
         self._tls.check()
         if not (self._repository / MODEL_NAME / "config.pbtxt").is_file():
-            raise ServerError(
+            raise ServerStartError(
                 f"{self._repository}: got no {MODEL_NAME}/config.pbtxt in it, expected this project's model "
                 "repository; name it with --model-repository"
             )
@@ -234,7 +234,7 @@ class TritonServer:
         self._fail(f"the model was not ready after {self._ready_timeout_s:g} s (--ready-timeout)")
 
     def _check_alive(self, when: str) -> None:
-        """Raises ServerError, with the last words of what has ended."""
+        """Raises ServerStartError, with the last words of what has ended."""
         assert self._group is not None
         group, log = self._group, self._group.log
         if group.lost_child():
@@ -244,14 +244,14 @@ class TritonServer:
             time.sleep(POLL_S)
         if lost and group.process.poll() is None:
             group.close()
-            raise ServerError(f"the model's process {lost} {when}:\n{log.errors() or log.words_of_the_model()}")
+            raise ServerStartError(f"the model's process {lost} {when}:\n{log.errors() or log.words_of_the_model()}")
         if (status := group.process.poll()) is not None:
             self._fail(f"Triton ended with exit status {status} {when}")
 
     def _fail(self, what: str) -> NoReturn:
         assert self._group is not None
         self._group.close()
-        raise ServerError(f"{what}:\n{self._group.log.errors() or self._group.log.last_lines()}")
+        raise ServerStartError(f"{what}:\n{self._group.log.errors() or self._group.log.last_lines()}")
 
 
 def _write_settings(config: ServeConfig, paths: SafePaths, scratch: Path) -> Path:

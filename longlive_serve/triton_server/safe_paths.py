@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 
 SAFE = re.compile(r"[A-Za-z0-9_./+=@%-]+")
 SCRATCH_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # after the one that TMPDIR names
@@ -29,7 +29,7 @@ def is_safe(path: Path | str) -> bool:
 
 
 def make_scratch() -> Path:
-    """A new folder at a safe path. Raises ServerError."""
+    """A new folder at a safe path. Raises ServerStartError."""
     tried = []
     for folder in dict.fromkeys((os.environ.get("TMPDIR") or SCRATCH_FOLDERS[0], *SCRATCH_FOLDERS)):
         if is_safe(Path(folder).absolute()):
@@ -39,7 +39,9 @@ def make_scratch() -> Path:
                 tried.append(f"{folder} ({error.strerror})")
         else:
             tried.append(f"{folder} (Triton takes no path with other characters than A-Z a-z 0-9 _ . / + = @ % -)")
-    raise ServerError(f"no folder for temporary files: tried {', '.join(tried)}; set TMPDIR to one that can be written")
+    raise ServerStartError(
+        f"no folder for temporary files: tried {', '.join(tried)}; set TMPDIR to one that can be written"
+    )
 
 
 class SafePaths:

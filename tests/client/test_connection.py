@@ -64,7 +64,7 @@ def test_heartbeats_are_sent_while_nothing_else_is(stream: Open) -> None:
         start = conversation.next()
         for _ in range(3):
             heartbeat = conversation.next()
-            assert heartbeat.options == Options(token=start.options.token)
+            assert heartbeat.options == Options(session_token=start.options.session_token)
             assert not (heartbeat.prompt)
             assert not (heartbeat.chunks)
             assert not (heartbeat.start)

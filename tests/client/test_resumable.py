@@ -44,7 +44,7 @@ def test_a_broken_session_goes_on_with_the_next_frame() -> None:
     assert (second.prompt, second.snapshot, second.chunks) == (None, b"after 1", 3)
     assert (third.snapshot, third.chunks) == (b"after 2", 2)
     assert len({start.session_id for start in script.starts}) == 3
-    assert {start.options.token for start in script.starts} == {video.token}
+    assert {start.options.session_token for start in script.starts} == {video.session_token}
     assert "SEED" in first.tensors
     assert "SEED" not in second.tensors
 

@@ -53,7 +53,7 @@ def test_a_server_without_a_slot_is_left_for_another_under_a_new_id(stream: Open
     assert [(start.prompt, start.tensors["SEED"].tolist(), start.chunks) for start in script.starts] == [
         ("a fox", [4], 2)
     ] * 3
-    assert {start.options.token for start in script.starts} == {video.token}
+    assert {start.options.session_token for start in script.starts} == {video.session_token}
 
 
 def test_a_session_that_is_refused_is_ended() -> None:

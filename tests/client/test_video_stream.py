@@ -12,7 +12,7 @@ import pytest
 
 from longlive_client import errors
 from longlive_client.connection import AHEAD, CONFIRM_EVERY
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.scripted_triton import (
     Conversation,
@@ -66,7 +66,7 @@ def test_the_start_says_what_was_asked_for_and_closing_says_end(stream: Open) ->
     assert (start.start, start.end, start.empty_final) == (True, False, True)
     assert (start.prompt, start.chunks, start.tensors["SEED"].tolist()) == ("ein Fuchs läuft", 1, [5])
     assert start.options.global_sink is False
-    assert (end.start, end.end, end.options) == (False, True, Options(token=video.token))
+    assert (end.start, end.end, end.options) == (False, True, Options(session_token=video.session_token))
     assert start.session_id == end.session_id == video.session_id
     assert len(bytes.fromhex(video.session_id)) == 16
 
@@ -182,7 +182,7 @@ def test_an_empty_first_prompt_needs_no_server_to_be_refused(stream: Open) -> No
     ],
 )
 def test_an_error_has_the_class_of_its_kind_and_comes_after_the_chunks_before_it(
-    stream: Open, text: str, expected: type[ServeError]
+    stream: Open, text: str, expected: type[RequestError]
 ) -> None:
     def script(conversation: Conversation) -> Iterator[Any]:
         start = conversation.next()
@@ -211,7 +211,7 @@ def test_a_failed_session_is_ended_too_but_not_that_of_somebody_else(stream: Ope
 
     with ScriptedTriton(recorded(script, seen)) as server:
         video = stream("a fox", url=server.url)
-        with pytest.raises(ServeError, match="no"), video:
+        with pytest.raises(RequestError, match="no"), video:
             indices(video)
     assert [request.end for request in seen] == ([False, True] if ended else [False])
 

@@ -23,7 +23,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Session
 from longlive_serve.observability.metrics import Change
 from longlive_serve.observability.tracing import Phase
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import Options
 
@@ -117,7 +117,7 @@ class RecordingResponseSender:
 
     def __init__(self, *, broken: bool = False) -> None:
         self.chunks: list[FrameChunk] = []
-        self.errors: list[ServeError] = []
+        self.errors: list[RequestError] = []
         self.closed = 0
         self.cancelled = False
         self.broken = broken
@@ -132,7 +132,7 @@ class RecordingResponseSender:
             self.chunks.append(chunk)
         self.closed += final
 
-    def fail(self, error: ServeError) -> None:
+    def fail(self, error: RequestError) -> None:
         self.threads.add(threading.current_thread().name)
         assert not self.closed, "failed after the end"
         self.errors.append(error)

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server import find_triton, python_version
 from longlive_serve.triton_server.python_version import InterpreterError
 
@@ -63,7 +63,9 @@ def test_a_python_that_cannot_make_an_environment_is_refused(monkeypatch: pytest
 
 
 def test_the_server_says_which_package_brings_the_library_of_python(no_library: Path) -> None:
-    with pytest.raises(ServerError, match=r"got no libpython3\.99\.so\.1\.0, .*; apt-get install libpython3\.99, or "):
+    with pytest.raises(
+        ServerStartError, match=r"got no libpython3\.99\.so\.1\.0, .*; apt-get install libpython3\.99, or "
+    ):
         find_triton._libpython()
 
 

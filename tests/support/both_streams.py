@@ -19,7 +19,7 @@ class BlockingAsyncVideoStream:
     def __init__(self, prompt: str, **settings: Any) -> None:
         self._stream = AsyncVideoStream(prompt, **settings)
         self._runner = asyncio.Runner()
-        self.token, self.cancel = self._stream.token, self._stream.cancel
+        self.session_token, self.cancel = self._stream.session_token, self._stream.cancel
 
     @property
     def session_id(self) -> str:

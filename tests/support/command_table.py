@@ -50,7 +50,7 @@ class Skipped:
 
 SMOKES = (
     Smoke(command="benchmarks.start_up --config {tiny} --json {out}/startup.json"),
-    Smoke(command="longlive_client.cli.set_lora --url {url} --token {token} style.pt=0.8"),
+    Smoke(command="longlive_client.cli.set_lora --url {url} --admin-token {token} style.pt=0.8"),
     Smoke(command="benchmarks.serving --url {url} --metrics-url {metrics} --viewers 1,2 --seconds 1"),
     Smoke(command=f"longlive_client.cli.generate --url {{url}} --prompt {PROMPT} --seconds 1"),
     Smoke(

@@ -26,7 +26,7 @@ from longlive_client.grpc_transport import (
     turned_away,
 )
 from longlive_client.proxies import proxy_hint
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import READY, Request
 
 
@@ -38,7 +38,7 @@ def probe(url: str, timeout_s: float, tls: Tls | None = None, access_token: str 
 def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
     """The NOTICE that answers a request of no session.
 
-    Raises ConnectionError when no answer comes within `timeout_s`, and ServeError when the model refuses.
+    Raises ConnectionError when no answer comes within `timeout_s`, and RequestError when the model refuses.
     """
     message = wire.infer_request(wire.new_session_id(), "ask", request.to_tensors(), start=True, end=True)
     with channel(url, tls) as connection:
@@ -58,8 +58,8 @@ def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, ac
 
 def _told(text: str) -> Exception:
     """The model's own refusal, or Triton's word that there is no model to ask."""
-    error = ServeError.parse(text)
-    return ConnectionError(text) if error.kind == ServeError.INTERNAL else error
+    error = RequestError.parse(text)
+    return ConnectionError(text) if error.kind == RequestError.INTERNAL else error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         print(f"dead: {error}", file=sys.stderr)
         return 1
-    except ServeError as error:
+    except RequestError as error:
         print(error, file=sys.stderr)
         return 1 if args.ready else 0
     print(answer)

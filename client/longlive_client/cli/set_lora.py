@@ -2,7 +2,7 @@
 """Changes the LoRA adapters of a server while it runs: `python -m longlive_client.cli.set_lora style.safetensors=0.8`.
 
 Sessions that begin later have them; those that are live go on as they are. The adapters named replace those named
-before; none at all takes them away. The files lie in the server's `adapters_dir`; the token is its `admin_token`.
+before; none at all takes them away. The files lie in the server's `adapters_dir`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from longlive_client.cli.health import ask
 from longlive_client.grpc_transport import DEFAULT_URL, Tls, add_access_arguments, tls_from
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import Request
 from longlive_serve.protocol.session_options import Options
 
@@ -24,16 +24,16 @@ TOKEN_VARIABLE = "LONGLIVE_ADMIN_TOKEN"
 def set_adapters(
     url: str,
     adapters: Mapping[str, float],
-    token: str,
+    admin_token: str,
     timeout_s: float = 600.0,
     tls: Tls | None = None,
     access_token: str | None = None,
 ) -> str:
     """Give sessions to come these adapters (file names, with scales); returns when they are in force, with their names.
 
-    Raises ServeError when the server refuses, and ConnectionError when no answer comes within `timeout_s`.
+    Raises RequestError when the server refuses, and ConnectionError when no answer comes within `timeout_s`.
     """
-    options = Options(adapters=dict(adapters), token=token)
+    options = Options(adapters=dict(adapters), admin_token=admin_token)
     return ask(url, Request(session_id="adapters", start=True, end=True, options=options), timeout_s, tls, access_token)
 
 
@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("adapters", nargs="*", metavar="FILE[=SCALE]", help=text)
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
     text = f"the server's admin_token (default: what the environment has as {TOKEN_VARIABLE})"
-    parser.add_argument("--token", default=os.environ.get(TOKEN_VARIABLE, ""), help=text)
+    parser.add_argument("--admin-token", default=os.environ.get(TOKEN_VARIABLE, ""), help=text)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: %(default)g")
     add_access_arguments(parser)
     args = parser.parse_args(argv)
     try:
         adapters = dict(map(_adapter, args.adapters))
         tls = tls_from(parser, args)
-        print(set_adapters(args.url, adapters, args.token, args.timeout, tls, args.access_token))
-    except (ServeError, ConnectionError) as error:
+        print(set_adapters(args.url, adapters, args.admin_token, args.timeout, tls, args.access_token))
+    except (RequestError, ConnectionError) as error:
         print(error, file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from longlive_serve.engine.core import EngineCore
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.observability.log_setup import set_up
 from longlive_serve.observability.triton_metrics import TritonMetrics
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import CLIENT_HEADER, FrameChunk, Request
 from longlive_serve.triton_server.signals import on_sigterm
 
@@ -37,7 +37,7 @@ class TritonResponseSender:
         tensors = [] if chunk is None else [pb.Tensor(name, array) for name, array in chunk.to_tensors().items()]
         self._sender.send(pb.InferenceResponse(tensors) if tensors else None, flags)
 
-    def fail(self, error: ServeError) -> None:
+    def fail(self, error: RequestError) -> None:
         response = pb.InferenceResponse(error=pb.TritonError(str(error)))
         self._sender.send(response, pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -72,13 +72,13 @@ class TritonPythonModel:
         self.service.stop()
 
 
-def _read(request: Any) -> Request | ServeError:
+def _read(request: Any) -> Request | RequestError:
     try:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         start, end = (bool(request.flags() & bit) for bit in (1, 2))
         client = str(json.loads(request.parameters()).get(CLIENT_HEADER, ""))
         return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors, client)
-    except ServeError as error:
+    except RequestError as error:
         return error
     except Exception as error:  # a request's boundary: those beside it go on
-        return ServeError(ServeError.INTERNAL, f"the request cannot be read: {error!r}")
+        return RequestError(RequestError.INTERNAL, f"the request cannot be read: {error!r}")

@@ -109,7 +109,7 @@ def test_settings_that_are_written_are_read_back(tmp_path: Path) -> None:
         Adapter(path=tmp_path / "ü 'x' \"y\" \\ 大\N{GRINNING FACE}.pt", scale=1e-7),
         Adapter(path=tmp_path / "b", alpha=8.0),
     )
-    config = ServeConfig(slots=3, lora=lora, weights=str(tmp_path / "a b"), require_token=True, max_wait_s=0.25)
+    config = ServeConfig(slots=3, lora=lora, weights=str(tmp_path / "a b"), require_session_token=True, max_wait_s=0.25)
     (tmp_path / "serve.toml").write_text(config.to_toml(), encoding="utf-8")
     assert ServeConfig.from_toml(tmp_path / "serve.toml") == config
 

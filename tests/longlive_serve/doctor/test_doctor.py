@@ -22,7 +22,7 @@ from longlive_serve.doctor import __main__ as command
 from longlive_serve.doctor import backends, gpu, memory, settings, software
 from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, Section, lines_of, size
 from longlive_serve.doctor.memory_model import GIB
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.weights.loader import DIT_FILE, QUANTIZED_FILE, TOKENIZER_FOLDER, VAE_FILE
 from tests.longlive_serve.doctor.test_doctor_machine import FULL, fake_nvidia_smi, levels, only
 
@@ -113,7 +113,7 @@ def test_without_a_server_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch
     assert levels(software.triton_server()) == {"server": OK, "Python backend": OK}  # the wheel's
 
     def none(scratch: Path) -> None:
-        raise ServerError("no Triton server: looked everywhere; pip install 'longlive-serve[triton]'")
+        raise ServerStartError("no Triton server: looked everywhere; pip install 'longlive-serve[triton]'")
 
     monkeypatch.setattr(software, "find_install", none)
     (result,) = software.triton_server()

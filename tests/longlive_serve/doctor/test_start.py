@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from longlive_serve.doctor import __main__ as command
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 
 FREE = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
 
@@ -26,7 +26,7 @@ def test_a_start_is_told_by_phase(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_a_start_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(path: Path) -> NoReturn:
-        raise ServerError("the model's process ended")
+        raise ServerStartError("the model's process ended")
 
     monkeypatch.setattr("longlive_serve.doctor.start.measure", fail)
     assert command.main([*FREE, "--start"]) == 1

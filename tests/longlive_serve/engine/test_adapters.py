@@ -21,14 +21,14 @@ from longlive_serve.engine.lora_manager import Adapters
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session_manager import shutting_down
 from longlive_serve.models.dit.kv_cache import Window
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
 from longlive_serve.weights.loader import load_model
 from tests.fakes.service_bench import LIMIT_S, RecordingResponseSender, wait_until
 from tests.longlive_serve.live.test_live_adapters import TOKEN, write_adapter
 
 TINY = PRESETS["tiny"]
-ASKED = Options(adapters={"style.pt": 1.0}, token=TOKEN)
+ASKED = Options(adapters={"style.pt": 1.0}, admin_token=TOKEN)
 
 
 class At:
@@ -53,7 +53,7 @@ def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     at, sender, before = At(tmp_path, monkeypatch), RecordingResponseSender(), None
     before = at.runner.backends.dit
     at.adapters.change(ASKED, sender)
-    with pytest.raises(ServeError, match="others are being loaded"):
+    with pytest.raises(RequestError, match="others are being loaded"):
         at.adapters.change(ASKED, RecordingResponseSender())
     at.adapters.apply()
     assert at.runner.backends.dit is before
@@ -74,13 +74,13 @@ def test_who_waits_when_the_server_goes_is_told_so(tmp_path: Path, monkeypatch: 
     at.go.set()
     wait_until(at.woken.is_set)
     at.adapters.apply()
-    assert [error.kind for error in sender.errors] == [ServeError.SHUTTING_DOWN]
+    assert [error.kind for error in sender.errors] == [RequestError.SHUTTING_DOWN]
     assert at.runner.backends.dit is before
 
 
 def test_without_a_folder_none_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at = At(tmp_path, monkeypatch, adapters_dir="", admin_token="")
-    with pytest.raises(ServeError, match="have no adapters_dir"):
+    with pytest.raises(RequestError, match="have no adapters_dir"):
         at.adapters.change(ASKED, RecordingResponseSender())
     with pytest.raises(ValueError, match="admin_token: got less than 16 characters"):
         ServeConfig(adapters_dir="files")

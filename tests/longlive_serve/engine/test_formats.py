@@ -13,7 +13,7 @@ from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.frame_encoder import make_encode
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 
 pytestmark = pytest.mark.numeric
@@ -48,7 +48,7 @@ def test_raw_needs_no_encoder() -> None:
 
 def test_without_pyav_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ServeError, match=r"OPTIONS.format: got 'jpeg', expected 'raw'.*longlive-serve\[encode\]"):
+    with pytest.raises(RequestError, match=r"OPTIONS.format: got 'jpeg', expected 'raw'.*longlive-serve\[encode\]"):
         make_encode("jpeg", SIZE, 16)
 
 

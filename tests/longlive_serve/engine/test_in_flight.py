@@ -21,7 +21,7 @@ from longlive_serve.engine import core
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import SUM_BYTES, _facts, read_tensors
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.graphs_on_cpu import WAITS, graphs_on_cpu
@@ -164,7 +164,7 @@ def test_a_chunk_that_fails_in_flight_ends_its_own_session() -> None:
         failing, other = at.start("a"), at.start("b")
         wait_until(closed(failing))
         error = failing.errors[0]
-        assert error.kind == ServeError.INTERNAL
+        assert error.kind == RequestError.INTERNAL
         assert "the session failed: RuntimeError: the device failed" in str(error)
         seen = len(other.chunks)
         wait_until(lambda: len(other.chunks) > seen + 2)

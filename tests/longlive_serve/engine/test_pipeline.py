@@ -16,7 +16,7 @@ from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner, prompt_notice
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 
 pytestmark = pytest.mark.numeric
@@ -184,6 +184,6 @@ def test_the_base_variant_ends_at_its_documented_limit() -> None:
     session.chunk = 340  # as if it had run for 255 seconds
     last = runner().advance(session)
     assert last.first_frame + len(last.frames) == 4089
-    with pytest.raises(ServeError, match="1023 latent frames \\(4089 video frames\\)") as raised:
+    with pytest.raises(RequestError, match="1023 latent frames \\(4089 video frames\\)") as raised:
         runner().advance(session)
-    assert raised.value.kind == ServeError.FRAME_LIMIT
+    assert raised.value.kind == RequestError.FRAME_LIMIT

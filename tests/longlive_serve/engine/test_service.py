@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.service_bench import Clock, CountingModelRunner, RecordingResponseSender, bench, closed, wait_until
 
@@ -85,12 +85,12 @@ def test_requests_that_cannot_be_taken_disturb_nobody() -> None:
         again = at.start("a")
         unknown = at.ask("b", prompt="a bird")
         refused = RecordingResponseSender()
-        at.service.submit(ServeError(ServeError.INVALID_REQUEST, "CHUNKS: got -1"), refused)
+        at.service.submit(RequestError(RequestError.INVALID_REQUEST, "CHUNKS: got -1"), refused)
         wait_until(closed(again, unknown, refused))
         assert [sender.errors[0].kind for sender in (again, unknown, refused)] == [
-            ServeError.SESSION_EXISTS,
-            ServeError.UNKNOWN_SESSION,
-            ServeError.INVALID_REQUEST,
+            RequestError.SESSION_EXISTS,
+            RequestError.UNKNOWN_SESSION,
+            RequestError.INVALID_REQUEST,
         ]
         seen = len(video.chunks)
         wait_until(lambda: len(video.chunks) > seen)
@@ -101,7 +101,7 @@ def test_a_failing_session_ends_with_its_own_error() -> None:
         other = at.start("a")
         failing = at.start("b", prompt="explode")
         wait_until(closed(failing))
-        assert failing.errors[0].kind == ServeError.INTERNAL
+        assert failing.errors[0].kind == RequestError.INTERNAL
         assert "a model failed" in failing.errors[0].message
         seen = len(other.chunks)
         wait_until(lambda: len(other.chunks) > seen and at.figures["failed_sessions"] == 1)
@@ -139,7 +139,7 @@ def test_an_idle_session_gives_its_slot_to_one_that_waits(clock: Clock) -> None:
         assert not waiting.errors
         late = at.ask("a", prompt="anyone?")
         wait_until(closed(late))
-        assert late.errors[0].kind == ServeError.UNKNOWN_SESSION
+        assert late.errors[0].kind == RequestError.UNKNOWN_SESSION
 
 
 def test_a_heartbeat_keeps_an_idle_session(clock: Clock) -> None:
@@ -159,7 +159,7 @@ def test_stopping_tells_every_session() -> None:
         live, waiting = at.start("a"), at.start("b")
         wait_until(lambda: bool(live.chunks))
         at.service.stop()
-        assert live.errors[0].kind == waiting.errors[0].kind == ServeError.SHUTTING_DOWN
+        assert live.errors[0].kind == waiting.errors[0].kind == RequestError.SHUTTING_DOWN
 
 
 def test_a_draining_service_refuses_whoever_comes() -> None:
@@ -170,7 +170,7 @@ def test_a_draining_service_refuses_whoever_comes() -> None:
         wait_until(closed(live))
         late = at.start("b")
         wait_until(closed(late))
-        assert live.errors[0].kind == late.errors[0].kind == ServeError.SHUTTING_DOWN
+        assert live.errors[0].kind == late.errors[0].kind == RequestError.SHUTTING_DOWN
 
 
 def test_one_thread_does_every_send() -> None:

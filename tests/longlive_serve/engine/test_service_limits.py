@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.service_bench import Clock, bench, closed, has_chunks, wait_until
 
@@ -45,7 +45,7 @@ def test_a_session_may_not_pile_up_prompts() -> None:
         senders = [at.ask("a", prompt="later", options=Options(at_latent_frame=300 + n)) for n in range(70)]
         wait_until(closed(*senders))
         assert [bool(sender.errors) for sender in senders] == [False] * 64 + [True] * 6
-        assert senders[-1].errors[0].kind == ServeError.INVALID_REQUEST
+        assert senders[-1].errors[0].kind == RequestError.INVALID_REQUEST
         beat, end = at.ask("a"), at.ask("a", end=True)
         wait_until(closed(beat, end))
         assert not beat.errors + end.errors, "neither adds to what waits"
@@ -66,18 +66,18 @@ def test_a_probe_is_answered_by_the_worker_and_leaves_no_session() -> None:
         at.service.drain()
         probe = at.ask("p", start=True, end=True)
         wait_until(closed(probe))
-        assert probe.errors[0].kind == ServeError.SHUTTING_DOWN
+        assert probe.errors[0].kind == RequestError.SHUTTING_DOWN
 
 
 def test_only_who_knows_the_token_has_a_say() -> None:
-    own = Options(token="s" * 16)
+    own = Options(session_token="s" * 16)
     with bench() as at:
         wait_until(closed(at.start("a", chunks=1, options=dataclasses.replace(own, pace="asap"))))
         for token in (None, "w" * 16):
             for request in ({}, {"prompt": "a cat"}, {"chunks": 1}, {"end": True}):
-                stranger = at.ask("a", **request, options=Options(token=token))
+                stranger = at.ask("a", **request, options=Options(session_token=token))
                 wait_until(closed(stranger))
-                assert stranger.errors[0].kind == ServeError.FORBIDDEN
+                assert stranger.errors[0].kind == RequestError.FORBIDDEN
         more = at.ask("a", prompt="a bird", chunks=2, options=own)
         wait_until(closed(more))
         assert [(chunk.first_frame, chunk.prompt_index) for chunk in more.chunks] == [(9, 1), (21, 1)]
@@ -100,7 +100,7 @@ def test_requests_come_only_so_often(clock: Clock) -> None:
         answers = [at.ask("a") for _ in range(4)]
         wait_until(closed(*answers))
         kinds = [error.kind for answer in answers for error in answer.errors]
-        assert kinds == [ServeError.RATE_LIMITED] * 2
+        assert kinds == [RequestError.RATE_LIMITED] * 2
         other = at.start("b", chunks=1, end=True)
         clock.go_on(1.1)
         later = at.ask("a")
@@ -126,7 +126,7 @@ def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> 
         )
         assert last.snapshot == f"at {len(with_snapshots.chunks) - 1}".encode()
         assert len(without.chunks[-1].frames)
-        assert {sender.errors[0].kind for sender in (with_snapshots, without)} == {ServeError.SHUTTING_DOWN}
+        assert {sender.errors[0].kind for sender in (with_snapshots, without)} == {RequestError.SHUTTING_DOWN}
 
 
 def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile(clock: Clock) -> None:
@@ -140,7 +140,7 @@ def test_a_server_that_goes_first_gives_viewers_something_to_watch_meanwhile(clo
         wait_until(closed(waiting, playing, soon))
         assert [len(sender.chunks) for sender in (playing, soon)] == [4, 4]
         assert not any(len(chunk.frames) for chunk in waiting.chunks)
-        assert {sender.errors[0].kind for sender in (playing, soon, waiting)} == {ServeError.SHUTTING_DOWN}
+        assert {sender.errors[0].kind for sender in (playing, soon, waiting)} == {RequestError.SHUTTING_DOWN}
 
 
 def test_it_does_not_work_ahead_for_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

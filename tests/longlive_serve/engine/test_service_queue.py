@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.service_bench import FAST, Clock, bench, closed, wait_until
 
@@ -41,7 +41,7 @@ def test_beyond_the_queue_a_session_is_refused_with_a_hint() -> None:
         wait_until(lambda: at.figures["waiting_sessions"] == 1)
         refused = at.start("c")
         wait_until(closed(refused))
-        assert refused.errors[0].kind == ServeError.UNAVAILABLE
+        assert refused.errors[0].kind == RequestError.UNAVAILABLE
         assert refused.errors[0].message == "1 sessions are waiting for a slot already; try again in 7.5 s"
         wait_until(lambda: at.figures["refused_sessions"] == 1)
         assert at.figures["failed_sessions"] == 0
@@ -54,7 +54,7 @@ def test_who_has_waited_too_long_is_refused(clock: Clock) -> None:
         wait_until(lambda: bool(waiting.chunks))
         clock.go_on(0.2)
         wait_until(closed(waiting))
-        assert waiting.errors[0].kind == ServeError.UNAVAILABLE
+        assert waiting.errors[0].kind == RequestError.UNAVAILABLE
         assert "no slot became free in 0.2 s" in waiting.errors[0].message
 
 
@@ -66,7 +66,7 @@ def test_who_would_not_wait_is_refused_at_once_and_told_what_to_do() -> None:
         refused = at.start("c", options=AT_ONCE)
         wait_until(closed(refused))
         assert not refused.chunks, "it was told a place in the queue"
-        assert refused.errors[0].kind == ServeError.UNAVAILABLE
+        assert refused.errors[0].kind == RequestError.UNAVAILABLE
         what_to_do = "START with a new session id, for another server, or without OPTIONS.max_wait_s, to wait here"
         assert refused.errors[0].message == f"no slot is free; {what_to_do}"
         wait_until(lambda: at.figures["redirected_sessions"] == 1)
@@ -82,7 +82,7 @@ def test_who_would_not_wait_is_admitted_where_there_is_room() -> None:
             too_many = at.start("c", chunks=1, end=True, options=AT_ONCE)
         wait_until(closed(last, too_many))
         assert [len(chunk.frames) for chunk in last.chunks] == [9]
-        assert [error.kind for error in too_many.errors] == [ServeError.UNAVAILABLE]
+        assert [error.kind for error in too_many.errors] == [RequestError.UNAVAILABLE]
 
 
 def test_a_slot_that_becomes_free_in_the_same_turn_is_room() -> None:

@@ -16,7 +16,7 @@ from longlive_serve.config.presets import PRESETS
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import SUM_BYTES, dump, load_session
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from training.quality.__main__ import SHIPPED
 from training.quality.workers import build_model_runner
 
@@ -105,14 +105,14 @@ def test_a_snapshot_is_small() -> None:
 def test_a_damaged_snapshot_is_refused(place: int, flip: int) -> None:
     data = bytearray(snapshot())
     data[place % len(data)] ^= flip
-    with pytest.raises(ServeError, match="checksum is wrong") as raised:
+    with pytest.raises(RequestError, match="checksum is wrong") as raised:
         load_again(bytes(data))
-    assert raised.value.kind == ServeError.INVALID_REQUEST
+    assert raised.value.kind == RequestError.INVALID_REQUEST
 
 
 @given(st.binary(max_size=300))
 def test_what_is_no_snapshot_is_refused(body: bytes) -> None:
-    with pytest.raises(ServeError, match="SNAPSHOT: it cannot be read"):
+    with pytest.raises(RequestError, match="SNAPSHOT: it cannot be read"):
         load_again(hashlib.sha256(body).digest() + body)
 
 
@@ -133,26 +133,26 @@ def test_a_forged_snapshot_is_refused(old: bytes, new: bytes, message: str) -> N
     assert body.count(old) >= 1
     assert len(old) == len(new)
     forged = body.replace(old, new)
-    with pytest.raises(ServeError, match=message):
+    with pytest.raises(RequestError, match=message):
         load_again(hashlib.sha256(forged).digest() + forged)
 
 
 def test_a_snapshot_that_would_leave_a_place_unwritten_is_refused() -> None:
     session = played(9)
     session.sink.clear()  # its place would still hold another session's keys
-    with pytest.raises(ServeError, match="got 0 chunks of the sink"):
+    with pytest.raises(RequestError, match="got 0 chunks of the sink"):
         load_again(dump(session, DEMO))
     session = played(9)
     session.context_latents.popleft()
-    with pytest.raises(ServeError, match="got 3 recent chunks before chunk 9"):
+    with pytest.raises(RequestError, match="got 3 recent chunks before chunk 9"):
         load_again(dump(session, DEMO))
 
 
 def test_a_snapshot_may_not_carry_what_a_request_may_not() -> None:
     session = played(1)
     session.pending = [Prompt(index=n, text=RED, at_latent_frame=300) for n in range(65)]
-    with pytest.raises(ServeError, match="65 prompts to come"):
+    with pytest.raises(RequestError, match="65 prompts to come"):
         load_again(dump(session, DEMO))
     session.pending = [Prompt(index=1, text="fox " * 20_000, at_latent_frame=300)]
-    with pytest.raises(ServeError, match="got a prompt of 80000 characters"):
+    with pytest.raises(RequestError, match="got a prompt of 80000 characters"):
         load_again(dump(session, DEMO))

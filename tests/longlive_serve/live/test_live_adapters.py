@@ -14,7 +14,7 @@ from longlive_client.cli.health import probe
 from longlive_client.cli.set_lora import main, set_adapters
 from longlive_client.video_stream import VideoStream
 from longlive_serve.config.presets import PRESETS
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import READY
 from longlive_serve.triton_server.launcher import TritonServer
 from tests.fakes.service_bench import LIMIT_S
@@ -63,7 +63,7 @@ def test_sessions_begun_before_keep_their_frames_and_later_ones_have_the_adapter
 @pytest.mark.parametrize(
     ("adapters", "token", "said"),
     [
-        ({"style.pt": 1.0}, "not that admin's token", "[forbidden] OPTIONS.token: expected the admin_token"),
+        ({"style.pt": 1.0}, "not that admin's token", "[forbidden] OPTIONS.admin_token: expected the admin_token"),
         ({"none.pt": 1.0}, TOKEN, "got 'none.pt', expected some of ['broken.pt', 'other_model.pt', 'other_size.pt', "),
         ({"../serve.toml": 1.0}, TOKEN, "got '../serve.toml', expected some of"),
         ({"style.pt": 1e9}, TOKEN, "OPTIONS.adapters.style.pt: got 1000000000.0, expected a scale"),
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     server: TritonServer, adapters: dict[str, float], token: str, said: str
 ) -> None:
     plain = frames_of(play(server, seed=6, chunks=2))
-    with pytest.raises(ServeError) as refused:
+    with pytest.raises(RequestError) as refused:
         set_adapters(server.grpc_url, adapters, token)
     assert said in str(refused.value)
     assert np.array_equal(frames_of(play(server, seed=6, chunks=2)), plain)
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
 
 
 def test_the_command_says_what_is_in_force(server: TritonServer, capsys: pytest.CaptureFixture[str]) -> None:
-    url = ["--url", server.grpc_url, "--token", TOKEN]
+    url = ["--url", server.grpc_url, "--admin-token", TOKEN]
     assert main([*url, "style.pt=0.5"]) == 0
     assert capsys.readouterr().out == "adapters: style.pt=0.5\n"
     assert main([*url, "nothing.pt"]) == 1

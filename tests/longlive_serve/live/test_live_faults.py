@@ -21,7 +21,7 @@ from longlive_client.cli.health import main, probe
 from longlive_client.errors import ConnectionLostError, ForbiddenError, InvalidRequestError, ServerShutdownError
 from longlive_client.grpc_transport import VARIABLES
 from longlive_client.video_stream import Tls, VideoStream
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import MAX_SNAPSHOT_BYTES
 from longlive_serve.triton_server.launcher import TritonServer
 from tests.fakes.service_bench import LIMIT_S, wait_until
@@ -62,10 +62,10 @@ def test_a_session_goes_on_from_a_snapshot_on_another_server(server: TritonServe
         video.request_chunks(11)
         chunks = list(video.chunks())
     assert [bool(chunk.snapshot) for chunk in chunks] == [False, True] * 6
-    snapshot, token = chunks[7].snapshot, video.token
+    snapshot, token = chunks[7].snapshot, video.session_token
     with (
         start_server(tmp_path) as other,
-        VideoStream(None, url=other.grpc_url, snapshot=snapshot, token=token, chunks=4, pace="asap") as video,
+        VideoStream(None, url=other.grpc_url, snapshot=snapshot, session_token=token, chunks=4, pace="asap") as video,
     ):
         resumed = list(video.chunks())
         assert metric(other, "resumed_sessions") == 1
@@ -133,29 +133,29 @@ def test_strangers_cannot_steer_or_end_a_session(server: TritonServer) -> None:
         made = [next(stream)]
         stranger = RawStream(server, video.session_id)
         for tensors in ({}, {"PROMPT": text("a cat")}, {"PROMPT": text("a cat"), "OPTIONS": token("0")}):
-            assert ServeError.parse(stranger.ask(tensors)).kind == ServeError.FORBIDDEN
+            assert RequestError.parse(stranger.ask(tensors)).kind == RequestError.FORBIDDEN
         stranger.close()
         made += list(stream)
     assert np.array_equal(frames_of(made), frames_of(alone))
 
 
 def token(digit: str) -> np.ndarray[Any, Any]:
-    return text(json.dumps({"token": digit * 32}))
+    return text(json.dumps({"session_token": digit * 32}))
 
 
 def test_a_server_may_insist_on_tokens_and_on_few_requests(tmp_path: Path) -> None:
-    with start_server(tmp_path, require_token=True, max_requests_per_s=3, max_sessions_per_client=1) as server:
+    with start_server(tmp_path, require_session_token=True, max_requests_per_s=3, max_sessions_per_client=1) as server:
         stranger = RawStream(server)
-        assert "OPTIONS.token: got none" in stranger.ask({"PROMPT": text("a cat")}, start=True)
+        assert "OPTIONS.session_token: got none" in stranger.ask({"PROMPT": text("a cat")}, start=True)
         stranger.close()
         with VideoStream("a fox", url=server.grpc_url, chunks=1, pace="asap") as video:
             assert len(list(video.chunks())) == 1
             hasty = RawStream(server, video.session_id)
-            answers = list(hasty.answers(50, {"OPTIONS": text(json.dumps({"token": video.token}))}))
+            answers = list(hasty.answers(50, {"OPTIONS": text(json.dumps({"session_token": video.session_token}))}))
             hasty.close()
             assert answers.count("") >= 3
             refused = {answer for answer in answers if answer}
-            assert {ServeError.parse(answer).kind for answer in refused} == {ServeError.RATE_LIMITED}
+            assert {RequestError.parse(answer).kind for answer in refused} == {RequestError.RATE_LIMITED}
             assert all("got more than 3 requests in a second; wait 1 s" in answer for answer in refused)
             time.sleep(1.1)
             video.request_chunks(1)

@@ -19,7 +19,7 @@ import pytest
 
 from longlive_client.errors import FrameLimitError, InvalidRequestError, UnavailableError, VideoStreamError
 from longlive_client.video_stream import StreamedChunk, VideoStream
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.triton_server.launcher import TritonServer
 from tests.conftest import ExportedGraphs
 from tests.fakes.service_bench import wait_until
@@ -179,11 +179,11 @@ def test_a_live_id_cannot_be_taken_and_a_finished_one_is_unknown(server: TritonS
         stream = video.chunks()
         next(stream)
         intruder = RawStream(server, "mine")
-        assert ServeError.SESSION_EXISTS in intruder.ask({"PROMPT": text("a cat")}, start=True)
+        assert RequestError.SESSION_EXISTS in intruder.ask({"PROMPT": text("a cat")}, start=True)
         intruder.close()
         assert len(list(stream)) == 3
     late = RawStream(server, "mine")
-    assert ServeError.parse(late.ask({"PROMPT": text("more")})).kind == ServeError.UNKNOWN_SESSION
+    assert RequestError.parse(late.ask({"PROMPT": text("more")})).kind == RequestError.UNKNOWN_SESSION
     late.close()
 
 
@@ -235,7 +235,7 @@ def test_an_idle_session_is_reaped(tmp_path: Path) -> None:
         wait_until(lambda: metric(server, "live_sessions") == 0)
         with pytest.raises(VideoStreamError) as raised:
             video.switch_prompt("anyone?")
-        assert raised.value.kind == ServeError.UNKNOWN_SESSION
+        assert raised.value.kind == RequestError.UNKNOWN_SESSION
 
 
 @pytest.mark.parametrize("variant", ["base", "infinity"])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longlive_serve.protocol.errors import ServeError
+from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import MAX_PROMPT_BYTES, FrameChunk, Request
 from longlive_serve.protocol.session_options import Options
 
@@ -85,16 +85,16 @@ def test_a_request_survives_the_wire() -> None:
     ],
 )
 def test_a_wrong_request_is_refused(tensors: dict[str, Any], how: dict[str, Any], message: str) -> None:
-    with pytest.raises(ServeError, match=re.escape(message)) as raised:
+    with pytest.raises(RequestError, match=re.escape(message)) as raised:
         read(tensors, **how)
-    assert raised.value.kind == ServeError.INVALID_REQUEST
+    assert raised.value.kind == RequestError.INVALID_REQUEST
 
 
 @given(
     st.dictionaries(st.sampled_from(["PROMPT", "OPTIONS", "SEED", "CHUNKS"]), st.binary()), st.booleans(), st.booleans()
 )
 def test_arbitrary_bytes_are_read_or_refused(values: dict[str, bytes], start: bool, end: bool) -> None:
-    with contextlib.suppress(ServeError):
+    with contextlib.suppress(RequestError):
         read({name: text(value) for name, value in values.items()}, start=start, end=end)
 
 
@@ -107,9 +107,9 @@ def test_a_chunk_survives_the_wire() -> None:
 
 
 def test_errors_keep_their_kind_over_the_wire() -> None:
-    error = ServeError(ServeError.FRAME_LIMIT, "got [1] too many")
-    assert ServeError.parse(str(error)).kind == ServeError.FRAME_LIMIT
-    assert ServeError.parse(str(error)).message == "got [1] too many"
-    assert ServeError.parse("something else").kind == ServeError.INTERNAL
+    error = RequestError(RequestError.FRAME_LIMIT, "got [1] too many")
+    assert RequestError.parse(str(error)).kind == RequestError.FRAME_LIMIT
+    assert RequestError.parse(str(error)).message == "got [1] too many"
+    assert RequestError.parse("something else").kind == RequestError.INTERNAL
     triton = "inference request for sequence 'x' to model 'longlive' must specify the START flag on the first request"
-    assert ServeError.parse(triton).kind == ServeError.UNKNOWN_SESSION
+    assert RequestError.parse(triton).kind == RequestError.UNKNOWN_SESSION

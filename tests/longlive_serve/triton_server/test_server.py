@@ -20,7 +20,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import longlive_serve
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.protocol.messages import INPUTS, MODEL_NAME, OUTPUTS, TensorSpec
 from longlive_serve.triton_server import find_triton
 from longlive_serve.triton_server.addresses import Address, choose_ports
@@ -103,7 +103,7 @@ def test_a_killed_launcher_takes_everything_with_it(launch: Callable[..., Launch
 def test_a_model_that_does_not_load_is_reported_with_its_own_words(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text('preset = "tiny"\nweights = "missing"\n')
     server = TritonServer(model_repository=repository, config=tmp_path / "serve.toml")
-    with pytest.raises(ServerError, match=r"(?s)before the model was ready:.*there are no weights"), server:
+    with pytest.raises(ServerStartError, match=r"(?s)before the model was ready:.*there are no weights"), server:
         pass
 
 
@@ -111,7 +111,7 @@ def test_a_triton_that_dies_is_an_error(repository: Path) -> None:
     server = TritonServer(model_repository=repository)
     with server:
         os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises(ServerError, match="ended with exit status -9 by itself"):
+        with pytest.raises(ServerStartError, match="ended with exit status -9 by itself"):
             server.wait()
 
 
@@ -120,14 +120,17 @@ def test_a_port_in_use_is_named(name: str, words: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         expected = rf"port {port} \({words}\): in use on 127.0.0.1; stop what listens there or .* --{name}-port"
-        with pytest.raises(ServerError, match=expected), TritonServer(**{f"{name}_port": port}):
+        with pytest.raises(ServerStartError, match=expected), TritonServer(**{f"{name}_port": port}):
             pass
 
 
 def test_ports_must_differ_and_exist() -> None:
-    with pytest.raises(ServerError, match="expected three different ones"), TritonServer(grpc_port=9, http_port=9):
+    with pytest.raises(ServerStartError, match="expected three different ones"), TritonServer(grpc_port=9, http_port=9):
         pass
-    with pytest.raises(ServerError, match=r"port 70000 \(HTTP\): expected 0 to 65535"), TritonServer(http_port=70000):
+    with (
+        pytest.raises(ServerStartError, match=r"port 70000 \(HTTP\): expected 0 to 65535"),
+        TritonServer(http_port=70000),
+    ):
         pass
 
 
@@ -135,7 +138,7 @@ def test_a_missing_server_is_reported_with_what_to_install(monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(find_triton, "SYSTEM_SERVER", tmp_path / "tritonserver")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ServerError, match=r"on PATH.*pip install 'longlive-serve\[triton\]'"):
+    with pytest.raises(ServerStartError, match=r"on PATH.*pip install 'longlive-serve\[triton\]'"):
         find_triton.find_install(tmp_path)
 
 
@@ -151,14 +154,16 @@ def test_a_server_on_the_path_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_python_without_a_stub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(find_triton, "SYSTEM_SERVER", tmp_path / "tritonserver")
     monkeypatch.setattr(sys, "version_info", SimpleNamespace(major=3, minor=99))
-    with pytest.raises(ServerError, match=r"Python 3\.99: nvidia-pytriton has no backend stub for it, only for 3\.8, "):
+    with pytest.raises(
+        ServerStartError, match=r"Python 3\.99: nvidia-pytriton has no backend stub for it, only for 3\.8, "
+    ):
         find_triton.find_install(tmp_path)
 
 
 def test_numpy_2_is_refused_before_it_kills_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(find_triton, "SYSTEM_SERVER", tmp_path / "tritonserver")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0")
-    with pytest.raises(ServerError, match=r"numpy: got 2\.1\.0, expected below 2"):
+    with pytest.raises(ServerStartError, match=r"numpy: got 2\.1\.0, expected below 2"):
         find_triton.find_install(tmp_path)
 
 
@@ -174,7 +179,7 @@ def test_wrong_settings_name_the_file_and_the_key(tmp_path: Path, capsys: pytest
 def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text("")
     server = TritonServer(model_repository=tmp_path, config=tmp_path / "serve.toml")
-    with pytest.raises(ServerError, match=rf"got no {MODEL_NAME}/config.pbtxt in it"), server:
+    with pytest.raises(ServerStartError, match=rf"got no {MODEL_NAME}/config.pbtxt in it"), server:
         pass
 
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from longlive_client.proxies import open_http
 from longlive_serve.doctor import __main__ as doctor
 from longlive_serve.doctor.check_result import PROBLEM
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.protocol.messages import MODEL_NAME
 from longlive_serve.triton_server.__main__ import main
 from longlive_serve.triton_server.addresses import find_address
@@ -81,7 +81,7 @@ def test_a_model_that_ends_ends_the_start_with_its_own_words(
 ) -> None:
     model = f"import os, sys\nclass TritonPythonModel:\n    def initialize(self, args):\n        {code}\n"
     (repository / MODEL_NAME / "1" / "model.py").write_text(model, encoding="utf-8")
-    with pytest.raises(ServerError) as raised, TritonServer(model_repository=repository, ready_timeout_s=3600):
+    with pytest.raises(ServerStartError) as raised, TritonServer(model_repository=repository, ready_timeout_s=3600):
         pass
     assert re.search(rf"{how}.* before the model was ready:\n", str(raised.value)), raised.value
     assert words in str(raised.value)
@@ -89,7 +89,7 @@ def test_a_model_that_ends_ends_the_start_with_its_own_words(
 
 def test_a_model_that_cannot_even_be_started_ends_the_start(repository: Path) -> None:
     (repository / MODEL_NAME / "1" / "model.py").write_text("class TritonPythonModel\n", encoding="utf-8")
-    with pytest.raises(ServerError, match=r"(?s)before the model was ready:.*SyntaxError"):
+    with pytest.raises(ServerStartError, match=r"(?s)before the model was ready:.*SyntaxError"):
         TritonServer(model_repository=repository, ready_timeout_s=3600).__enter__()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from longlive_client.cli.set_lora import set_adapters
 from longlive_serve.config.serve_config import RANDOM_WEIGHTS, Adapter, ServeConfig
 from longlive_serve.doctor import __main__ as doctor
-from longlive_serve.protocol.errors import ServeError, ServerError
+from longlive_serve.protocol.errors import RequestError, ServerStartError
 from longlive_serve.triton_server.launcher import TritonServer
 from longlive_serve.triton_server.safe_paths import SafePaths, is_safe, make_scratch
 from tests.fakes.echo_server import EchoStream
@@ -67,7 +67,7 @@ def test_a_server_whose_files_lie_at_awkward_paths_serves(
         said = set_adapters(server.grpc_url, {"später, 大.pt": 2.0}, TOKEN)
         assert said == "adapters: später, 大.pt=2"
         assert not np.array_equal(frames_of(play(server, seed=1, chunks=3)), plain)
-        with pytest.raises(ServeError, match=r"got 'ü\.pt', expected some of \['später, 大\.pt'\]"):
+        with pytest.raises(RequestError, match=r"got 'ü\.pt', expected some of \['später, 大\.pt'\]"):
             set_adapters(server.grpc_url, {"ü.pt": 1.0}, TOKEN)
     assert len(list((folder / "spuren" / "ü").glob("*.json"))) == 2
     assert list((folder / "tmp").iterdir()) == []
@@ -78,7 +78,7 @@ def test_a_file_that_is_wrong_is_called_by_its_own_name(tmp_path: Path) -> None:
     folder.mkdir()
     settings = write_settings(folder)
     (folder / "stil, 大.safetensors").write_bytes(b"no adapter")
-    with pytest.raises(ServerError) as raised, TritonServer(config=settings):
+    with pytest.raises(ServerStartError) as raised, TritonServer(config=settings):
         pass
     assert f"{folder / 'stil, 大.safetensors'}: cannot be read as tensors" in str(raised.value)
 
@@ -165,7 +165,7 @@ def test_the_scratch_folder_goes_past_an_awkward_tmpdir(tmp_path: Path, monkeypa
         assert is_safe(scratch)
         scratch.rmdir()
     monkeypatch.setattr("longlive_serve.triton_server.safe_paths.SCRATCH_FOLDERS", (str(tmp_path / "none"),))
-    with pytest.raises(ServerError, match=r"no folder for temporary .*none \(No such file.*set TMPDIR to one"):
+    with pytest.raises(ServerStartError, match=r"no folder for temporary .*none \(No such file.*set TMPDIR to one"):
         make_scratch()
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.protocol.errors import ServerError
+from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.weights.layouts import LONGLIVE_FILE
 from longlive_serve.weights.loader import DIT_FILE, TEXT_ENCODER_FILE, VAE_FILE, load_model
 from longlive_serve.weights.tensor_files import MOST_LISTED
@@ -179,7 +179,7 @@ def test_nothing_is_built_of_a_folder_with_one_wrong_file(folder: Path) -> None:
 def test_a_server_with_a_truncated_file_refuses_to_start_and_says_why(folder: Path, tmp_path: Path) -> None:
     size = cut_off(folder / VAE_FILE, 0.7)
     server = start_server(tmp_path, weights=str(folder))
-    with pytest.raises(ServerError) as raised, server:
+    with pytest.raises(ServerStartError) as raised, server:
         pass
     expected = f"{folder / VAE_FILE}: cannot be read as tensors: it is cut off: got {size} bytes"
     assert "before the model was ready" in str(raised.value)
