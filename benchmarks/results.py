@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside figures in a file of results: command, commit, date, hardware, versions, and the code in question.
+"""The one writer of results/*.json: results with the command, commit, date, hardware, versions and code behind them.
 
 Every command that measures begins a `Measurement`; what it measured, this module does not know.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,48 @@ class Measurement:
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         return cls(command=shlex.join(words), commit=commit(), date=date)
 
-    def header(self, *, hardware: str, versions: Mapping[str, str], code: Sequence[str]) -> dict[str, Any]:
-        """The KEYS of a record. `code`: files and folders whose change makes the figures old, as git names paths."""
-        return dataclasses.asdict(self) | {"hardware": hardware, "versions": dict(versions), "code": list(code)}
+    def header(self, *, code: Sequence[str], hardware: str = "", versions: Mapping[str, str]) -> dict[str, Any]:
+        """The KEYS of a record. `code`: files and folders whose change makes the results stale, as git names paths.
+        `hardware`: this machine's CPU by default."""
+        return dataclasses.asdict(self) | {
+            "hardware": hardware or cpu(),
+            "versions": dict(versions),
+            "code": list(code),
+        }
+
+    def write(
+        self,
+        path: Path,
+        results: Mapping[str, Any],
+        *,
+        code: Sequence[str],
+        hardware: str = "",
+        versions: Mapping[str, str],
+        section: str = "",
+        top_level: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the header and `results` to a JSON file; dataclasses become objects.
+
+        With a `section` they go there, `top_level` beside it, and all else in the file stays. The file is replaced
+        whole, so a reader never sees half of it.
+        """
+        header = self.header(code=code, hardware=hardware, versions=versions)
+        record = header | dict(results) | header  # the header first, also where `results` are those of an older file
+        if section:
+            record = {**read_results(path), **(top_level or {}), section: record}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(record, indent=2, default=dataclasses.asdict) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a file of results holds; nothing if there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def commit(root: Path = ROOT) -> str:
@@ -70,5 +111,9 @@ def cpu() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of packages that are installed."""
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+    """Of Python, and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -9,30 +9,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import SERVER, Measurement, cpu, versions
+from benchmarks.command_line import exit_code
+from benchmarks.results import SERVER, Measurement, versions
 from longlive_serve.doctor.start import measure
-from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 
 
+@exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
     text = "serve.toml (default: the shipped one, the demo model)"
     parser.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
-    made = Measurement.begin("benchmarks.start_up", argv)
-    try:
-        seconds = measure(args.config.absolute())
-    except (ServerStartError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    record = made.header(hardware=cpu(), versions=versions("torch", "transformers"), code=SERVER)
-    text = json.dumps(record | {"seconds": seconds}, indent=2)
-    print(text)
+    measurement = Measurement.begin("benchmarks.start_up", argv)
+    results = {"seconds": measure(args.config.absolute())}
+    print(json.dumps(results, indent=2))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        measurement.write(args.json, results, code=SERVER, versions=versions("torch", "transformers"))
     return 0
 
 

@@ -8,7 +8,6 @@ forwards, the error of whole videos, and what an exact reader of frames sees. Si
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from benchmarks.results import SERVER, Measurement, cpu, versions
+from benchmarks.results import SERVER, Measurement, cpu, read_results, versions
 from longlive_serve.config.presets import DIT, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
@@ -170,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=count, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
-        record = json.loads(arguments.table.read_text(encoding="utf-8"))
+        record = read_results(arguments.table)
         print(markdown(record))
     else:
         record = _measure_and_write(arguments, Measurement.begin("quantization.evaluate", argv))
@@ -180,15 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure_and_write(arguments: argparse.Namespace, made: Measurement) -> dict[str, Any]:
+def _measure_and_write(arguments: argparse.Namespace, measurement: Measurement) -> dict[str, Any]:
     counts = {name: getattr(arguments, name) for name in ("captions", "switches", "rollouts")}
     record: dict[str, Any] = {}
     if arguments.json is not None and arguments.json.exists() and arguments.columns != COLUMNS:
-        record = json.loads(arguments.json.read_text(encoding="utf-8"))
+        record = read_results(arguments.json)
         if record["counts"] != counts:
             raise SystemExit(f"{arguments.json}: was measured with {record['counts']}, expected {counts}")
     record |= {
-        **made.header(hardware=f"{cpu()}, no GPU", versions=versions(*PACKAGES), code=CODE),
         "network": "demo",
         "rollout_bounded_means": f"latent std within {STD_BOUNDS} of the unquantized one's in every chunk, and the "
         f"mean error of the last 15 s of 60 at most {GROWTH_BOUND} times that of the second 15 s",
@@ -197,10 +195,10 @@ def _measure_and_write(arguments: argparse.Namespace, made: Measurement) -> dict
     with tempfile.TemporaryDirectory() as temporary:
         for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
             for name in arguments.columns:  # those of an earlier run keep theirs
-                record["recipes"][name]["commit"] = made.commit
+                record["recipes"][name]["commit"] = measurement.commit
             if arguments.json is not None:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                hardware = f"{cpu()}, no GPU"
+                measurement.write(arguments.json, record, code=CODE, hardware=hardware, versions=versions(*PACKAGES))
     return record
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import platform
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.results import Measurement, versions
 from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, MODELS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, WAN
 from longlive_serve.config.serve_config import TORCH, ServeConfig
@@ -51,7 +48,7 @@ def quantize(
     recipes: Sequence[str],
     prompts: list[str],
     out: Path,
-    command: str = "",
+    argv: Sequence[str] | None = None,
     on_session: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Calibrate, and write the folder. Returns what quantization.json then holds.
@@ -59,6 +56,7 @@ def quantize(
     `on_session` hears how many sessions have been watched. Raises ValueError for weights that cannot be quantized, or
     when `out` holds a calibration of something else.
     """
+    measurement = Measurement.begin("quantization.quantize", argv)
     formats = combined(recipes)
     _check(config, formats, prompts, out)
     sources = {model: fingerprint(model, config.weights) for model in MODELS}
@@ -73,10 +71,9 @@ def quantize(
     runner = ModelRunner(backends, config.model_config, config.variant)
     observed = calibrate(models, layers, runner, prompts, seen, on_session)
     record = {
-        "command": command,
+        **dataclasses.asdict(measurement),
+        "versions": versions(*PACKAGES),
         "recipe": " ".join(recipes),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "sources": sources,
         "calibration": {"prompts": prompts, "chunks_of_session": chunks_of_session(runner)},
         "layers": {name: _facts(layers[name], observed[name]) for name in formats},
@@ -192,7 +189,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "quantization.quantize", *(sys.argv[1:] if argv is None else argv)])
     done = 0
     try:
         prompts = read_prompts(arguments.prompts)
@@ -205,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update(task, completed=sessions)
 
             config = ServeConfig.from_toml(arguments.config)
-            record = quantize(config, arguments.recipe, prompts, arguments.out, command, watched)
+            record = quantize(config, arguments.recipe, prompts, arguments.out, argv, watched)
     except ValueError as error:
         print(f"quantize: {error}", file=sys.stderr)
         return 2

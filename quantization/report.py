@@ -10,6 +10,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from benchmarks.results import markdown_table
 from longlive_serve.config.presets import DIT, FPS, TEXT_ENCODER, VAE_DECODER
 
 FRAMES_OF_CHUNK = 12
@@ -65,14 +66,13 @@ def markdown(record: Mapping[str, Any]) -> str:
     heading, *body = rows(record)
     counts = record["counts"]
     heading[0] = f"{counts['captions']} captions, {counts['switches']} switches, {counts['rollouts']} videos of 60 s"
-    lines = [heading, ["---"] * len(heading), *body]
     blocks = _blocks(record)
-    parts = [lines]
+    parts = [markdown_table(heading, body)]
     if blocks:  # of recipes alone
         numbers = ["error of the flow with one block quantized", *map(str, range(1, 1 + len(blocks[0][1])))]
         errors_of = [[name, *(f"{100 * error:.1f} %" for error in errors)] for name, errors in blocks]
-        parts.append([numbers, ["---"] * len(numbers), *errors_of])
-    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in parts)
+        parts.append(markdown_table(numbers, errors_of))
+    return "\n\n".join(parts)
 
 
 def _blocks(record: Mapping[str, Any]) -> list[tuple[str, Sequence[float]]]:

@@ -27,10 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command_line import add_cluster_arguments, exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.__main__ import PROMPTS, server_metrics
-from benchmarks.serving.command import add_cluster_arguments, attempt
-from benchmarks.serving.record import write_record
 from longlive_client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.protocol.session_options import ASAP
 from stress.haproxy_cluster import Cluster
@@ -39,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 FAULTS = ("server", "model", "proxy", "client")
 CHUNKS_AFTERWARDS = 3  # that every viewer still gets when the last kill is over
 RESUME_FOR_S = 240.0
+MUST_BE_ZERO = ("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -240,17 +240,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    made = Measurement.begin("stress.chaos", argv)
+    measurement = Measurement.begin("stress.chaos", argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several servers share the cores
-    figures = attempt(run, args)
-    Console().print_json(data=figures)
-    if args.json is not None:
-        on_top = {"chaos_kills": args.kills, "chaos_lost_frames": figures["lost_frames"]}
-        write_record(args.json, "trials.chaos", "stress/chaos.py", made, figures, on_top)
-    wrong = ("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left")
-    return 1 if any(figures[name] for name in wrong) else 0
+    results = run(args)
+    Console().print_json(data=results)
+    top_level = {"chaos_kills": args.kills, "chaos_lost_frames": results["lost_frames"]}
+    write_serving_results(
+        measurement, args.json, results, section="trials.chaos", code="stress/chaos.py", top_level=top_level
+    )
+    return 1 if any(results[name] for name in MUST_BE_ZERO) else 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,10 +27,9 @@ import numpy as np
 from rich.progress import Progress
 from tritonclient.grpc import service_pb2_grpc
 
+from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.__main__ import server_metrics
-from benchmarks.serving.command import attempt
-from benchmarks.serving.record import write_record
 from longlive_client import wire
 from longlive_client.cli.health import probe
 from longlive_client.errors import UnavailableError
@@ -278,19 +277,21 @@ def attack(server: TritonServer, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@exit_code(grpc.RpcError, RequestError)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stress.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--chunks", type=int, default=20, help="length of the live sessions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other requests (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
-    made = Measurement.begin("stress.fuzz", argv)
-    figures = attempt(run, args, grpc.RpcError, RequestError)
+    measurement = Measurement.begin("stress.fuzz", argv)
+    figures = run(args)
     print(json.dumps(figures, indent=2))
-    if args.json is not None:
-        on_top = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}
-        write_record(args.json, "trials.fuzz", "stress/fuzz.py", made, figures, on_top)
+    top_level = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}
+    write_serving_results(
+        measurement, args.json, figures, section="trials.fuzz", code="stress/fuzz.py", top_level=top_level
+    )
     return 1 if figures["crashes"] or figures["disturbed_videos"] or figures["unexplained"] else 0
 
 

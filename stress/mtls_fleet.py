@@ -23,17 +23,16 @@ import grpc
 from rich.console import Console
 from tritonclient.grpc import service_pb2_grpc
 
+from benchmarks.command_line import add_cluster_arguments, exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.__main__ import PROMPTS, server_metrics
-from benchmarks.serving.command import add_cluster_arguments, attempt
-from benchmarks.serving.record import write_record
 from longlive_client import wire
 from longlive_client.cli.health import probe
 from longlive_client.grpc_transport import Tls, bearer, channel
 from longlive_client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import Options
-from stress.chaos import RESUME_FOR_S, Seen, leaks, left_behind, stream
+from stress.chaos import MUST_BE_ZERO, RESUME_FOR_S, Seen, leaks, left_behind, stream
 from stress.haproxy_cluster import Cluster
 from stress.test_pki import Keys
 
@@ -198,23 +197,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def complaints(figures: dict[str, Any]) -> list[str]:
     """What should not be."""
     wrong = [f"got in: {name}" for name, refused in figures["turned_away"].items() if not refused]
-    names = ("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left")
-    wrong += [f"{name}: {figures[name]}" for name in names if figures[name]]
+    wrong += [f"{name}: {figures[name]}" for name in MUST_BE_ZERO if figures[name]]
     if figures["found_over_another_connection"] < figures["viewers"]:
         wrong.append(f"found over another connection: {figures['found_over_another_connection']} sessions")
     return wrong
 
 
+@exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    made = Measurement.begin("stress.mtls_fleet", argv)
+    measurement = Measurement.begin("stress.mtls_fleet", argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several servers share the cores
-    figures = attempt(run, args)
+    figures = run(args)
     Console().print_json(data=figures)
     for text in complaints(figures):
         print(text, file=sys.stderr)
-    if args.json is not None:
-        write_record(args.json, "trials.fleet", "stress/mtls_fleet.py", made, figures, {})
+    write_serving_results(measurement, args.json, figures, section="trials.fleet", code="stress/mtls_fleet.py")
     return 1 if complaints(figures) else 0
 
 

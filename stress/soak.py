@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.__main__ import PROMPTS, server_metrics, summary
-from benchmarks.serving.command import attempt
-from benchmarks.serving.record import write_record
 from benchmarks.serving.viewer import Seen, Viewer, Watching
 from longlive_serve.config.presets import FPS
 from longlive_serve.triton_server.launcher import TritonServer
@@ -129,6 +128,7 @@ def complaints(figures: dict[str, Any]) -> list[str]:
     return texts
 
 
+@exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stress.soak", description=__doc__)
     for name, kind, default, what in (
@@ -140,14 +140,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: {default})")
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (default: the demo model)")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
-    made = Measurement.begin("stress.soak", argv)
-    figures = attempt(run, args)
+    measurement = Measurement.begin("stress.soak", argv)
+    figures = run(args)
     print(json.dumps(figures, indent=2))
-    if args.json is not None:
-        on_top = {"soak_minutes": args.minutes, "soak_rss_slope_mb_per_h": figures["memory_slope_mb_per_h"]}
-        write_record(args.json, "trials.soak", "stress/soak.py", made, figures, on_top)
+    top_level = {"soak_minutes": args.minutes, "soak_rss_slope_mb_per_h": figures["memory_slope_mb_per_h"]}
+    write_serving_results(
+        measurement, args.json, figures, section="trials.soak", code="stress/soak.py", top_level=top_level
+    )
     found = complaints(figures)
     for text in found:
         print(text, file=sys.stderr)

@@ -12,13 +12,14 @@ import contextlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command_line import at_least
 from benchmarks.engines.measure import Plan
 from benchmarks.engines.record import SECTION, write_record
 from benchmarks.engines.rows import ROWS, exported
@@ -66,7 +67,7 @@ class Bar:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a row failed or none could be measured, 130 after Ctrl-C."""
     args = _arguments(argv)
-    made = Measurement.begin(SECTION, argv)
+    measurement = Measurement.begin(SECTION, argv)
     plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
     by_name = {row.name: row for row in ROWS}
     rows = [by_name[name] for name in args.rows] + exported(args.graphs, args.plans)
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell = Bar(progress, plan.steps).tell
         run = Run(args.preset, args.device, rows, plan, tell, flex=not args.no_flex, check=args.check)
         with contextlib.suppress(KeyboardInterrupt):
-            run.measure(lambda: write_record(args.json, made, run.record) if args.json else None)
+            run.measure(lambda: write_record(args.json, measurement, run.record) if args.json else None)
     record = run.record
     console = Console() if sys.stdout.isatty() else Console(width=120)
     for part in tables(record):
@@ -112,13 +113,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "and a row `tensorrt`, made of such graphs by `python -m export.to_tensorrt`"
     parser.add_argument("--plans", type=Path, metavar="FOLDER", help=text)
     text = "measured per row; half as many first frames and prompt switches (default: %(default)s)"
-    parser.add_argument("--chunks", type=_number(4), default=24, metavar="N", help=text)
+    parser.add_argument("--chunks", type=at_least(4), default=24, metavar="N", help=text)
     text = "of the same video, before them; the window has to be full (default: %(default)s)"
-    parser.add_argument("--warmup", type=_number(0), default=10, metavar="N", help=text)
+    parser.add_argument("--warmup", type=at_least(0), default=10, metavar="N", help=text)
     text = "with each number of live sessions (default: %(default)g)"
     parser.add_argument("--live-seconds", type=float, default=10.0, metavar="S", help=text)
     text = "live at once, at most; each needs its slot (default: 8 on a GPU, 2 on the CPU)"
-    parser.add_argument("--max-sessions", type=_number(1), metavar="N", help=text)
+    parser.add_argument("--max-sessions", type=at_least(1), metavar="N", help=text)
     parser.add_argument("--json", type=Path, help="write the figures to this file, after every row")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the phases of a chunk (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -137,15 +138,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot: there is no matplotlib here")
     return args
-
-
-def _number(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more")
-        return int(text)
-
-    return number
 
 
 if __name__ == "__main__":

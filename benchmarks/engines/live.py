@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.engines.hardware.timing import spread
 from benchmarks.engines.prompts import PROMPTS
+from benchmarks.timing import spread
 from longlive_serve.config.presets import FPS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import Encode

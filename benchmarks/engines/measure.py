@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.engines.hardware.timing import WARM_UP, seconds_of, spread
 from benchmarks.engines.prompts import PROMPTS
+from benchmarks.timing import WARM_UP, seconds_of, spread
 from longlive_serve.config.presets import FRAMES_PER_LATENT
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a run in a JSON file: its own section, and on top those that others look up."""
+"""The results of a run in a JSON file: its own section, and at the top level those that others look up."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.results import Measurement, cpu
+from benchmarks.results import Measurement, versions
 from longlive_serve.config.presets import TINY, WAN
 
 SECTION = "benchmarks.engines"
+PACKAGES = ("numpy", "torch", "transformers", "triton", "onnxruntime", "tensorrt-cu13", "nvidia-cudnn-frontend")
 CODE = ("longlive_serve", ":!longlive_serve/doctor", "benchmarks/engines")
 
 
@@ -52,44 +49,30 @@ def fastest(rows: Sequence[dict[str, Any]], decoder: str) -> dict[str, Any] | No
     return max(ours, key=lambda row: row["fps"], default=None)
 
 
-def write_record(path: Path, made: Measurement, record: dict[str, Any]) -> None:
-    """Put a run's record into its section of the file, and its figures on top; the other sections stay."""
-    whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    whole |= top_figures(record["rows"])
+def write_record(path: Path, measurement: Measurement, record: dict[str, Any]) -> None:
+    """Put a run's record into its section of the file, and its results at the top level; the other sections stay."""
     best = {name: fastest(record["rows"], decoder) for name, decoder in (("full_vae", WAN), ("tiny_vae", TINY))}
-    whole[SECTION] = {
-        **made.header(hardware=hardware(record["device"]), versions=versions(), code=CODE),
-        "figures_of": {name: row and row["name"] for name, row in best.items()},
-        **record,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    measurement.write(
+        path,
+        {"figures_of": {name: row and row["name"] for name, row in best.items()}, **record},
+        code=CODE,
+        hardware=hardware(record["device"]),
+        versions=torch_versions(),
+        section=SECTION,
+        top_level=top_figures(record["rows"]),
+    )
 
 
 def hardware(device: str) -> str:
+    """The GPU; empty for the CPU."""
     if not device.startswith("cuda"):
-        return cpu()
-    facts = torch.cuda.get_device_properties(device)
-    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} multiprocessors"
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {memory:.0f} GiB, {properties.multi_processor_count} multiprocessors"
 
 
-def versions() -> dict[str, str]:
-    """Of what the figures depend on; of Triton only where it is installed."""
-    found = {"python": platform.python_version(), "numpy": np.__version__, "torch": str(torch.__version__)}
-    asked: dict[str, Callable[[], object]] = {
-        "cuda": lambda: torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version,
-        "transformers": lambda: import_module("transformers").__version__,
-        "triton": lambda: import_module("triton").__version__,
-        "onnxruntime": lambda: import_module("onnxruntime").__version__,
-        "tensorrt": lambda: import_module("tensorrt").__version__,
-        "cudnn-frontend": lambda: import_module("cudnn").__version__,
-    }
-    for name, ask in asked.items():
-        try:
-            version = ask()
-        except ImportError:
-            version = None
-        if version is not None:
-            found[name] = str(version)
-    return found
+def torch_versions() -> dict[str, str]:
+    """Of all that the speed of a backend depends on."""
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return versions(*PACKAGES) | {name: str(version) for name, version in libraries.items() if version is not None}

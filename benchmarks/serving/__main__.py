@@ -20,8 +20,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
-from benchmarks.serving.record import write_record
 from benchmarks.serving.viewer import Seen, Watching, watch_together
 from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, tls_from
 from longlive_client.proxies import open_http
@@ -156,30 +156,23 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield server.grpc_url, server.metrics_url
 
 
+@exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = _arguments(argv)
-    made = Measurement.begin("benchmarks.serving", argv)
-    try:
-        with _server(args) as (url, metrics_url):
-            rows = run(args, url, metrics_url)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    measurement = Measurement.begin("benchmarks.serving", argv)
+    with _server(args) as (url, metrics_url):
+        rows = run(args, url, metrics_url)
     Console().print(table(rows))
-    if args.json is not None:
-        on_top = {
-            "sessions_admitted": max(row.get("announced_capacity", row["watched"]) for row in rows),
-            "deadline_misses": sum(row.get("deadline_misses", 0) for row in rows),
-        }
-        write_record(args.json, "client.benchmark", "benchmarks/serving/__main__.py", made, {"runs": rows}, on_top)
-        print(f"wrote {args.json}")
+    top_level = {
+        "sessions_admitted": max(row.get("announced_capacity", row["watched"]) for row in rows),
+        "deadline_misses": sum(row.get("deadline_misses", 0) for row in rows),
+    }
+    code = "benchmarks/serving/__main__.py"
+    write_serving_results(
+        measurement, args.json, {"runs": rows}, section="client.benchmark", code=code, top_level=top_level
+    )
     if args.plot is not None:
         plot(rows, args.plot)
-        print(f"wrote {args.plot}")
     return 1 if any(row["failed"] or row["disordered_chunks"] for row in rows) else 0
 
 

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.__main__ import PROMPTS, summary
-from benchmarks.serving.command import attempt
-from benchmarks.serving.record import write_record
 from benchmarks.serving.viewer import Watching, watch_together
 from longlive_client.proxies import VARIABLES
 from longlive_serve.protocol.messages import MODEL_NAME
@@ -111,25 +110,25 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+@exit_code(subprocess.CalledProcessError)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.perf_analyzer", description=__doc__)
     parser.add_argument("--concurrency", default="1,2,3,4", help="sessions at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement (default: %(default)g)")
     parser.add_argument("--config", type=Path, metavar="TOML", help="of the server (default: the demo model)")
     parser.add_argument("--csv", type=Path, default=Path("results/perf_analyzer.csv"), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
     args.concurrency = [int(part) for part in args.concurrency.split(",")]
-    made = Measurement.begin("benchmarks.serving.perf_analyzer", argv)
-    rows = attempt(run, args, subprocess.CalledProcessError)
+    measurement = Measurement.begin("benchmarks.serving.perf_analyzer", argv)
+    rows = run(args)
     for row in rows:
         theirs, own = (row[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark"))
         text = f"perf_analyzer {theirs:.2f}, benchmark {own:.2f} chunks per s, ratio {row['ratio']:.3f}"
         print(f"{row['concurrency']} sessions: {text}")
-    if args.json is not None:
-        last = rows[-1]
-        on_top = {f"{name}_chunks_per_s": last[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark")}
-        write_record(args.json, "trials.perf", "benchmarks/serving/perf_analyzer.py", made, {"runs": rows}, on_top)
+    top_level = {f"{name}_chunks_per_s": rows[-1][name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark")}
+    code = "benchmarks/serving/perf_analyzer.py"
+    write_serving_results(measurement, args.json, {"runs": rows}, section="trials.perf", code=code, top_level=top_level)
     return 0 if all(abs(row["ratio"] - 1) <= AGREE for row in rows) else 1
 
 

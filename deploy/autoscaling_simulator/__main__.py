@@ -17,17 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.results import Measurement
+from benchmarks.command_line import at_least, exit_code
+from benchmarks.results import Measurement, cpu, versions
 from deploy.autoscaling_simulator import sweep
 from deploy.autoscaling_simulator.arrivals import TRACES
 from deploy.autoscaling_simulator.policy import SHIPPED, Policy
 from deploy.autoscaling_simulator.report.figures import Run, simulate, with_room
 from deploy.autoscaling_simulator.report.plot import plot
-from deploy.autoscaling_simulator.report.record import SECTION, write_record
-from deploy.autoscaling_simulator.report.show import sweep_tables
+from deploy.autoscaling_simulator.report.show import SECTION, sweep_tables
 from deploy.autoscaling_simulator.world import World, capacity
 from longlive_serve.config.presets import DECODERS, WAN
 
+CODE = ("deploy/autoscaling_simulator", "deploy/policy.toml")
 EXAMPLES = """\
 examples
   python -m deploy.autoscaling_simulator --peak-sessions 1000                          # three traces, some seconds
@@ -41,20 +42,13 @@ once the benchmark ran on a GPU (python -m benchmarks.engines), until then it is
 granted besides (lengths of sessions, cold starts, failures), deploy/autoscaling_simulator/world.py says."""
 
 
+@exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = _arguments(argv)
-    made = Measurement.begin(SECTION, argv)
-    try:
-        world, source = _world(args)
-        policy = Policy.from_toml(args.policy)
-        runs, swept = _run(args, world, policy)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    measurement = Measurement.begin(SECTION, argv)
+    world, source = _world(args)
+    policy = Policy.from_toml(args.policy)
+    runs, swept = _run(args, world, policy)
     traces = {name: run.figures for name, run in runs.items()}
     made_with = {
         "peak_sessions": args.peak_sessions,
@@ -68,7 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if swept:
         print(sweep_tables({SECTION: made_with}))
     if args.json is not None:
-        write_record(args.json, made, traces, made_with)
+        args.json.unlink(missing_ok=True)  # traces of another run are not this one's
+        hardware = f"{cpu()}; simulated, no GPU"
+        measurement.write(
+            args.json,
+            made_with,
+            code=CODE,
+            hardware=hardware,
+            versions=versions("simpy", "numpy"),
+            section=SECTION,
+            top_level=traces,
+        )
     if args.plot is not None:
         plot(runs, args.plot)
     return 0
@@ -157,12 +161,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trace", action="append", choices=TRACES, help=f"may be repeated; default: all. {traces}")
     parser.add_argument(
         "--peak-sessions",
-        type=_count,
+        type=at_least(1),
         default=100_000,
         metavar="N",
         help="the most that are wanted at once, on average (default: %(default)s)",
     )
-    parser.add_argument("--capacity", type=_count, metavar="N", help="live sessions of a GPU (default: see below)")
+    parser.add_argument("--capacity", type=at_least(1), metavar="N", help="live sessions of a GPU (default: see below)")
     parser.add_argument(
         "--decoder", choices=DECODERS, default=WAN, help="whose measured capacity to take (default: %(default)s)"
     )
@@ -177,7 +181,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mtbf", type=float, default=World().mtbf_h, metavar="H", help="hours that a pod lives (default: %(default)g)"
     )
-    parser.add_argument("--fixed", type=_count, metavar="PODS", help="so many pods throughout, no autoscaling")
+    parser.add_argument("--fixed", type=at_least(1), metavar="PODS", help="so many pods throughout, no autoscaling")
     parser.add_argument("--policy", type=Path, default=SHIPPED, metavar="TOML", help="default: deploy/policy.toml")
     parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
     text = f"then vary the thresholds, on small fleets: two minutes; of {', '.join(sweep.TABLES)} only these"
@@ -188,13 +192,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.mtbf <= 0:
         parser.error(f"--mtbf: got {args.mtbf:g}, expected more than 0")
     return args
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
-    return count
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.autoscaling_simulator.report.record import RESULTS
-from deploy.autoscaling_simulator.report.show import markdown, sweep_tables, trace_table
+from benchmarks.command_line import exit_code
+from benchmarks.results import ROOT, markdown_table, read_results
+from deploy.autoscaling_simulator.report.show import sweep_tables, trace_table
 from deploy.autoscaling_simulator.world import CHUNK_PLAYS_S, MEASURED
 from deploy.capacity.projection import FP8, FULL, GPUS, PRECISIONS, chunk_seconds, memory_of
 from longlive_serve.config.presets import DECODERS
@@ -23,6 +23,7 @@ from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor.memory_model import server_memory
 from longlive_serve.engine.scheduler import CHUNK_FRAMES
 
+RESULTS = ROOT / "results/autoscaling.json"
 PROJECTED = "projected"
 SECTION = "benchmarks.engines"
 PRICE = 3.0
@@ -66,7 +67,7 @@ def projected(gpu: str, precision: str, decoder: str) -> Row:
 
 def measured(path: Path = MEASURED) -> Iterator[Row]:
     """The fastest of our backends for every precision and decoder. None, where nothing of full size was measured."""
-    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get(SECTION, {}) if path.exists() else {}
+    run: dict[str, Any] = read_results(path).get(SECTION, {})
     if run.get("preset") != FULL.name:
         return
     name, _, _ = str(run["hardware"]).partition(",")
@@ -104,7 +105,7 @@ def rows(path: Path = MEASURED) -> list[Row]:
 
 def fleet_factor(path: Path = RESULTS) -> float:
     """GPU-hours of an autoscaled fleet by those of a perfect one, over a simulated day."""
-    return float(json.loads(path.read_text(encoding="utf-8"))["diurnal"]["gpu_hours_by_perfect"])
+    return float(read_results(path)["diurnal"]["gpu_hours_by_perfect"])
 
 
 def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
@@ -129,12 +130,12 @@ def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
         speed = f"{1e3 * row.chunk_s:.0f}", f"{CHUNK_FRAMES / row.chunk_s:.0f}"
         counts = fit, f"{row.keeps}", f"{row.admits}"
         lines.append((row.gpu, row.precision, row.decoder, *speed, *counts, *costs, row.source))
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def tables(price: float = PRICE) -> dict[str, str]:
     """Those of docs/capacity.md, under the names that its marks have."""
-    record: Mapping[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    record = read_results(RESULTS)
     return {
         "capacity": capacity_table(rows(), price, fleet_factor()),
         "traces": trace_table(record),
@@ -154,6 +155,7 @@ def renew(page: str, tables: Mapping[str, str]) -> str:
     return page
 
 
+@exit_code(KeyError)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.capacity", description=__doc__)
     parser.add_argument("--price", type=float, default=PRICE, help="of a GPU for an hour (default: %(default).2f)")
@@ -161,14 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--page", type=Path, metavar="MD", help="put the tables into this page instead (docs/capacity.md)"
     )
     args = parser.parse_args(argv)
-    try:
-        if args.page is None:
-            print(capacity_table(rows(), args.price, fleet_factor()))
-        else:
-            args.page.write_text(renew(args.page.read_text(encoding="utf-8"), tables(args.price)))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.page is None:
+        print(capacity_table(rows(), args.price, fleet_factor()))
+    else:
+        args.page.write_text(renew(args.page.read_text(encoding="utf-8"), tables(args.price)))
     return 0
 
 

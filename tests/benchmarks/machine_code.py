@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from benchmarks.engines.baseline.dit import EagerDiT
 from benchmarks.engines.baseline.vae import as_reference
 from benchmarks.engines.models import KINDS
-from benchmarks.results import SERVER, Measurement, cpu, versions
+from benchmarks.results import SERVER, Measurement, cpu, read_results, versions
 from longlive_serve.config.presets import DIT, PRESETS, VAE_DECODER, ModelConfig
 from longlive_serve.kernels.attention import attention_fp8
 from longlive_serve.models.dit.adaln import Modulation
@@ -186,16 +185,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="JSON", help="count nothing: print the tables of this file")
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
-        print(tables(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        print(tables(read_results(arguments.table)))
         return 0
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET: got 1, expected 0: interpreted kernels have no machine code")
-    made = Measurement.begin(SECTION, argv)
-    header = made.header(hardware=f"{cpu()}, no GPU", versions=versions("torch", "triton"), code=CODE)
-    record = {**header, **figures(PRESETS[arguments.preset])}
+    measurement, record = Measurement.begin(SECTION, argv), figures(PRESETS[arguments.preset])
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        hardware = f"{cpu()}, no GPU"
+        measurement.write(arguments.json, record, code=CODE, hardware=hardware, versions=versions("torch", "triton"))
     print(tables(record))
     return 0
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from benchmarks.engines.check import CHUNKS, check, make_video
 from benchmarks.engines.hardware import chunk_parts
 from benchmarks.engines.hardware.chunk_parts import Machine
 from benchmarks.engines.models import random_model
+from benchmarks.engines.record import hardware, torch_versions
 from benchmarks.engines.rows import ROWS, with_words
 from benchmarks.results import Measurement
 from longlive_serve.backends.device import use_device
@@ -45,6 +45,7 @@ from longlive_serve.replay import Case, case_model, read_tensors, replay
 from tests.support.cases import ROLLOUTS, shorten, write_case
 
 SECTION = "tests.project.gpu_check"
+CODE = ("longlive_serve", "tests/project/gpu_check.py")
 PRECISIONS = {"float32": 0.01, "bfloat16": 0.05, "fp8": 0.3, "fp8 attention": 0.3}
 """What a golden rollout's latents may be off, by norm: several times what the interpreter makes of them. What is wrong
 is off by more than 1."""
@@ -146,13 +147,9 @@ class Report:
 
     def __init__(self, path: Path, argv: Sequence[str] | None) -> None:
         self._path, self._began = path, time.monotonic()
-        hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        made = Measurement.begin(SECTION, argv)
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        header = made.header(
-            hardware=hardware, versions=versions, code=("longlive_serve", "tests/project/gpu_check.py")
-        )
-        self.record: dict[str, Any] = {**header, "complete": False, "steps": {}}
+        self._measurement = Measurement.begin(SECTION, argv)
+        self._hardware = hardware("cuda") if torch.cuda.is_available() else ""
+        self.record: dict[str, Any] = {"complete": False, "steps": {}}
         self._lock = threading.Lock()
 
     @property
@@ -169,10 +166,9 @@ class Report:
     def save(self) -> None:
         with self._lock:
             self.record["seconds"] = time.monotonic() - self._began
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._path.with_name(f"{self._path.name}.part")
-            part.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
-            part.replace(self._path)
+            self._measurement.write(
+                self._path, self.record, code=CODE, hardware=self._hardware, versions=torch_versions()
+            )
 
 
 def out_of_time(report: Report, limit: float) -> threading.Timer:

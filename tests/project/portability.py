@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -30,8 +29,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.engines.record import versions
-from benchmarks.results import Measurement, cpu
+from benchmarks.engines.record import torch_versions
+from benchmarks.results import Measurement, cpu, read_results
 
 ROOT = Path(__file__).parents[2]
 SECTION = "tests.project.portability"
@@ -138,19 +137,22 @@ def counts(report: Path) -> dict[str, int]:
     return found
 
 
-def write_record(path: Path, made: Measurement, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Put the figures of these settings into the file, beside those of others that are there already."""
-    whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known = {**whole.get(SECTION, {}).get("settings", {}), **settings}
+def write_record(path: Path, measurement: Measurement, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the results of these settings into the file, beside those of others that are there already."""
+    known = {**read_results(path).get(SECTION, {}).get("settings", {}), **settings}
     ordered = {name: known[name] for name in SETTINGS if name in known}
-    whole["failed"] = sum(figures["failed"] for figures in ordered.values())
+    top_level = {"failed": sum(counts["failed"] for counts in ordered.values())}
     if WHOLE in ordered:
-        whole["make_test_minutes"] = ordered[WHOLE]["minutes"]
-    hardware = f"{cpu()}, {processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    whole[SECTION] = {**made.header(hardware=hardware, versions=versions(), code=CODE), "settings": ordered}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    return whole
+        top_level["make_test_minutes"] = ordered[WHOLE]["minutes"]
+    measurement.write(
+        path,
+        {"settings": ordered},
+        code=CODE,
+        hardware=f"{cpu()}, {processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        versions=torch_versions(),
+        section=SECTION,
+        top_level=top_level,
+    )
 
 
 def processor() -> str:
@@ -180,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="portability-"))
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    made = Measurement.begin(SECTION, argv)
+    measurement = Measurement.begin(SECTION, argv)
     table = Table("setting", "passed", "failed", "skipped", "minutes", title=f"pytest's own words: {logs}")
     failed = 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed += figures["failed"]
                 table.add_row(name, *(str(figures[key]) for key in ("passed", "failed", "skipped", "minutes")))
                 if arguments.json:
-                    write_record(arguments.json, made, {name: figures})
+                    write_record(arguments.json, measurement, {name: figures})
     except RuntimeError as error:
         print(f"portability: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import Measurement, cpu, versions
+from benchmarks.results import Measurement, versions
 from tests.support.command_table import ELSEWHERE, SKIPPED, SMOKES, Elsewhere, Skipped, Smoke
 from tests.support.commands import FOLDERS, ROOT, file_of_test, of_make, verbs
 
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.project.smoke", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the list to this file")
     args = parser.parse_args(argv)
-    made = Measurement.begin("tests.project.smoke", argv)
+    measurement = Measurement.begin("tests.project.smoke", argv)
     seconds = Seconds()
     wanted = [
         str(ROOT / "tests/project/test_commands.py"),
@@ -89,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     Console(width=150).print(table, markup=False)
     if args.json is not None:
-        header = made.header(hardware=cpu(), versions=versions("torch", "pytest"), code=[*FOLDERS, "Makefile"])
-        args.json.write_text(json.dumps(header | {"commands": rows(seconds)}, indent=2) + "\n", encoding="utf-8")
+        code_of_commands = [*FOLDERS, "Makefile"]
+        results = {"commands": rows(seconds)}
+        measurement.write(args.json, results, code=code_of_commands, versions=versions("torch", "pytest"))
     return int(code)
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.results import Measurement, cpu, versions
+from benchmarks.results import Measurement, read_results, versions
 
 ROOT = Path(__file__).parents[2]
 FLOORS: Mapping[str, int] = {
@@ -144,17 +143,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.rooms", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures into this file; others in it stay")
     arguments = parser.parse_args(argv)
-    made, found = Measurement.begin("tests.support.rooms", argv), figures()
+    measurement, found = Measurement.begin("tests.support.rooms", argv), figures()
     for folder, names in sorted(entries().items()):
         print(f"{len(names):3} {folder}: {', '.join(sorted(names))}")
     for one, floor in sorted(FLOORS.items(), key=lambda room: room[1]):
         print(f"{floor:3} {one} -> {', '.join(sorted(other for source, other in arrows() if source == one))}")
     print(found)
     if arguments.json is not None:
-        kept = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
-        header = made.header(hardware=cpu(), versions=versions(), code=[*{room.split(".")[0] for room in FLOORS}])
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**kept, **header, **found}, indent=2) + "\n", encoding="utf-8")
+        code = [*{room.split(".")[0] for room in FLOORS}]
+        measurement.write(arguments.json, {**read_results(arguments.json), **found}, code=code, versions=versions())
     return 0
 
 

@@ -11,11 +11,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import SERVER, Measurement, cpu, versions
+from benchmarks.command_line import at_least
+from benchmarks.results import SERVER, Measurement, cpu, read_results, versions
 from longlive_client.cli.scenes import load_scenes
 from longlive_client.cli.timing import Timing
 from longlive_client.video_stream import VideoStream
@@ -110,19 +111,15 @@ def _percent(share: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     if arguments.table is not None:
-        print(tables(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        print(tables(read_results(arguments.table)))
         return 0
-    made = Measurement.begin("training.quality", argv)
-    record = {
-        **made.header(hardware=f"{cpu()}, no GPU", versions=versions("torch"), code=CODE),
-        "counts": {name: getattr(arguments, name) for name in COUNTS},
-        **measure(arguments.folder, arguments),
-    }
-    text = json.dumps(record, indent=2)
-    print(text)
+    measurement = Measurement.begin("training.quality", argv)
+    counts = {name: getattr(arguments, name) for name in COUNTS}
+    results = {"counts": counts, **measure(arguments.folder, arguments)}
+    print(json.dumps(results, indent=2))
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        hardware = f"{cpu()}, no GPU"
+        measurement.write(arguments.out, results, code=CODE, hardware=hardware, versions=versions("torch"))
     return 0
 
 
@@ -135,17 +132,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, (count, least) in COUNTS.items():
         text = f"{least} or more (default: %(default)s)"
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=_at_least(least), default=count, metavar="N", help=text)
+        parser.add_argument(option, type=at_least(least), default=count, metavar="N", help=text)
     return parser.parse_args(argv)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more")
-        return int(text)
-
-    return number
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.engines.hardware.timing import seconds_of
+from benchmarks.timing import seconds_of
 from longlive_serve.backends.fused.attention_autotune import (
     CANDIDATES,
     Attend,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.engines.hardware.attention_table import exact
 from benchmarks.engines.hardware.roofline import to_fp8
-from benchmarks.engines.hardware.timing import seconds_of
+from benchmarks.timing import seconds_of
 from longlive_serve.backends.fused.attention_autotune import CANDIDATES, Attend, example, fp8_candidates, in_fp8, sizes
 from longlive_serve.backends.fused.cudnn_library import relative_error
 from longlive_serve.config.presets import ModelConfig

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.engines.hardware import flops
-from benchmarks.engines.hardware.timing import seconds_of
+from benchmarks.timing import seconds_of
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.quantization.int8_fp8_layers import LARGEST_FP8, to_8_bit
 

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.results import markdown_table
 from deploy.autoscaling_simulator.arrivals import TRACES
-from deploy.autoscaling_simulator.report.record import SECTION
 
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+SECTION = "deploy.autoscaling_simulator"
 
 
 def trace_table(record: Mapping[str, Any]) -> str:
@@ -44,7 +42,7 @@ def trace_table(record: Mapping[str, Any]) -> str:
         counts = f"{trace['lost']:,}", f"{trace['peak_pods']:,}"
         at_once = f"{trace['at_once_share']:.2%}"
         rows.append((name, viewers, at_once, f"{' / '.join(waits)} s", refused, *causes, *counts, *hours))
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def sweep_tables(record: Mapping[str, Any]) -> str:
@@ -64,12 +62,12 @@ def _headroom(rows: Sequence[Mapping[str, Any]]) -> str:
         waits = f"{row['wait_p95_s']:.0f} / {row['wait_p99_s']:.0f} s"
         cells = f"{row['refused_share']:.2%}", waits, f"{row['gpu_hours_by_perfect']:.2f}"
         lines.setdefault(key, []).extend(cells)
-    return markdown(head, ([f"{target:g}", f"{spare}", *cells] for (target, spare), cells in lines.items()))
+    return markdown_table(head, ([f"{target:g}", f"{spare}", *cells] for (target, spare), cells in lines.items()))
 
 
 def _refused(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ("refused viewers count as demand for", "refused", "wait p99", "GPU-hours by perfect")
-    return markdown(
+    return markdown_table(
         head,
         (
             (
@@ -85,7 +83,7 @@ def _refused(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _drain(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ("sent ahead, chunks", "grace period", "sessions moved", "stalls", "GPU-hours by perfect")
-    return markdown(
+    return markdown_table(
         head,
         (
             (
@@ -107,4 +105,6 @@ def _attempts(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cell = f"{row['refused_share']:.2%}; {row['wait_p95_s']:.0f} / {row['wait_p99_s']:.0f} s"
         lines.setdefault(row["max_attempts"], []).append(cell)
-    return markdown(["max_attempts", *columns], ([f"{max_attempts}", *cells] for max_attempts, cells in lines.items()))
+    return markdown_table(
+        ["max_attempts", *columns], ([f"{max_attempts}", *cells] for max_attempts, cells in lines.items())
+    )
