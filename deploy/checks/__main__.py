@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.checks import tools
-from deploy.checks.images import DOCKERFILES, ROOT, faults
+from deploy.checks.images import DOCKERFILES, ROOT, missing_sources
 from deploy.checks.loose_ends import loose_ends
 from deploy.checks.manifests import (
     KUBERNETES,
@@ -101,8 +101,7 @@ def _indented(text: str) -> str:
 def images() -> Iterator[Row]:
     hadolint = tools.find("hadolint")
     for path in DOCKERFILES:
-        right = "versions pinned, not root, files there, health check, entry without a shell"
-        yield row(path.name, faults(path), right)
+        yield row(path.name, missing_sources(path), "what it copies is there, and not ignored")
         if hadolint is None:
             yield skipped(f"{path.name}, hadolint", "hadolint is not here (extra `deploy-check`)")
         else:
@@ -144,7 +143,9 @@ def rules() -> Iterator[Row]:
     yield row("Prometheus: tests of the rules", run([promtool, "test", "rules", "tests.yml"], where), "promtool")
     queries = list(dashboard_queries())
     with tempfile.TemporaryDirectory() as folder:
-        as_rules = "".join(f"  - record: query{n}\n    expr: {one.expression!r}\n" for n, one in enumerate(queries))
+        as_rules = "".join(
+            f"  - record: query{n}\n    expr: {expression!r}\n" for n, (_, expression) in enumerate(queries)
+        )
         Path(folder, "rules.yml").write_text(f"groups:\n- name: dashboard\n  rules:\n{as_rules}", encoding="utf-8")
         wrong = run([promtool, "check", "rules", "rules.yml"], Path(folder))
     yield row("Grafana: dashboard.json", wrong, f"{len(queries)} queries parse (promtool)")

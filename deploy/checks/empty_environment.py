@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from deploy.checks.images import ROOT, Stage, stages
+from deploy.checks.images import ROOT, Stage, load_stages
 from longlive_client.video_stream import VideoStream
 
 DOCKERFILE = ROOT / "deploy/Dockerfile.cpu"
@@ -52,7 +52,7 @@ class Image:
 
     def __init__(self, folder: Path, dockerfile: Path) -> None:
         self._folder = folder
-        self._stages = stages(dockerfile)
+        self._stages = load_stages(dockerfile)
         self.home = Path(self._here(HOME))
         self.final = self._stages[-1]
 

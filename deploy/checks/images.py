@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dockerfiles as stages of instructions, and the rules that ours keep.
+"""Dockerfiles as stages of instructions, and whether what they copy is in the checkout.
 
 Called by `deploy.checks` and by tests; `deploy.checks.empty_environment` does what they say, without Docker.
 """
@@ -38,8 +38,6 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    base: str
-    name: str
     instructions: Sequence[Instruction]
 
     def last(self, keyword: str) -> Instruction | None:
@@ -50,14 +48,12 @@ class Stage:
 
     @property
     def copies(self) -> list[Copy]:
-        found = []
+        copies = []
         for one in self.all("COPY"):
-            stage, words = "", one.words
-            while words[0].startswith("--"):
-                option, _, value = words.pop(0).partition("=")
-                stage = value if option == "--from" else stage
-            found.append(Copy(sources=words[:-1], target=words[-1], stage=stage))
-        return found
+            options = {word.partition("=")[0]: word.partition("=")[2] for word in one.words if word.startswith("--")}
+            *sources, target = (word for word in one.words if not word.startswith("--"))
+            copies.append(Copy(sources=sources, target=target, stage=options.get("--from", "")))
+        return copies
 
     def arguments(self) -> dict[str, str]:
         """The ARGs, with their defaults."""
@@ -69,58 +65,30 @@ class Stage:
         return {name: value for name, _, value in pairs}
 
 
-def stages(path: Path) -> list[Stage]:
-    """The stages, with the ARGs before the first of them put in."""
-    found: list[tuple[str, str, list[Instruction]]] = []
-    defaults: dict[str, str] = {}
+def load_stages(path: Path) -> list[Stage]:
+    """What follows each FROM."""
+    stages: list[list[Instruction]] = []
     for one in _instructions(path.read_text(encoding="utf-8")):
         if one.keyword == "FROM":
-            words = re.sub(r"\$\{(\w+)\}", lambda name: defaults[name[1]], one.text).split()
-            found.append((words[0], words[2] if len(words) > 2 else "", []))
-        elif found:
-            found[-1][2].append(one)
-        else:
-            name, _, value = one.text.partition("=")
-            defaults[name] = value
-    return [Stage(base=base, name=name, instructions=inside) for base, name, inside in found]
+            stages.append([])
+        elif stages:
+            stages[-1].append(one)
+    return [Stage(instructions=instructions) for instructions in stages]
 
 
-def faults(path: Path) -> list[str]:
-    """Where a Dockerfile does not keep our rules."""
-    every = stages(path)
-    names, last = {stage.name for stage in every}, every[-1]
-    found = [f"{stage.base}: no version" for stage in every if stage.base not in names and not _pinned(stage.base)]
-    found += ["ADD: expected COPY" for stage in every for _ in stage.all("ADD")]
-    for stage in every:
-        for copy in stage.copies:
-            if copy.stage and copy.stage not in names:
-                found.append(f"COPY --from={copy.stage}: no such stage")
-            for source in copy.sources if not copy.stage else ():
-                found += [f"COPY {source}: {why}" for why in _unseen(path, source)]
-    user = last.last("USER")
-    if user is None or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", user.text):
-        found.append("USER: expected numbers, and not 0")
-    for keyword in ("ENTRYPOINT", "HEALTHCHECK"):
-        one = last.last(keyword)
-        if one is None or not one.text.partition("CMD ")[2 if keyword == "HEALTHCHECK" else 0].startswith("["):
-            found.append(f"{keyword}: expected one, in brackets, so that no shell stands between")
-    if last.last("STOPSIGNAL") is None:
-        found.append("STOPSIGNAL: expected one")
-    return found
-
-
-def _pinned(base: str) -> bool:
-    return "@sha256:" in base or (":" in base.rpartition("/")[2] and not base.endswith(":latest"))
-
-
-def _unseen(path: Path, source: str) -> Iterator[str]:
-    """Why a build would not see a file of the checkout."""
-    if not (ROOT / source).exists():
-        yield "no such file"
+def missing_sources(path: Path) -> list[str]:
+    """What a Dockerfile copies that a build would not see: hadolint does not know the checkout."""
     lines = path.with_name(f"{path.name}.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line[1:] for line in lines if line.startswith("!")]
-    if not any(source == one or source.startswith(f"{one}/") for one in allowed):
-        yield "the .dockerignore hides it"
+    errors = []
+    for source in (
+        source for stage in load_stages(path) for copy in stage.copies if not copy.stage for source in copy.sources
+    ):
+        if not (ROOT / source).exists():
+            errors.append(f"COPY {source}: no such file")
+        if not any(source == one or source.startswith(f"{one}/") for one in allowed):
+            errors.append(f"COPY {source}: the .dockerignore hides it")
+    return errors
 
 
 def _instructions(text: str) -> Iterator[Instruction]:

@@ -16,7 +16,6 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from deploy.checks import tools
-from deploy.checks.queries import dcgm_counters, rules
 from longlive_client.cli.health import probe
 from longlive_client.errors import ForbiddenError
 from longlive_client.grpc_transport import Tls, bearer, channel
@@ -27,7 +26,7 @@ from longlive_serve.triton_server.launcher import TritonServer
 from stress.haproxy_cluster import STICKY, _free_ports
 from stress.test_pki import Keys
 from tests.fakes.service_bench import LIMIT_S, wait_until
-from tests.support.deployment import PROXY, asked_for, manifests, the
+from tests.support.deployment import PROXY, dcgm_counters, manifests, queried_metrics, recordings, the
 from tests.support.live import metric
 
 HAPROXY = tools.find("haproxy")
@@ -189,20 +188,20 @@ def exported_by_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[
 
 
 def test_every_metric_that_is_asked_for_is_exported_or_recorded(exported: set[str]) -> None:
-    known = exported | dcgm_counters() | EXTERNAL | {rule.record for rule in rules()}
-    missing = {metric: where for metric, where in asked_for().items() if metric not in known}
+    known = exported | dcgm_counters() | EXTERNAL | recordings().keys()
+    missing = {metric: where for metric, where in queried_metrics().items() if metric not in known}
     assert {name for name in missing if not name.startswith("haproxy_")} == set()
 
 
 def test_every_figure_of_ours_is_looked_at(exported: set[str]) -> None:
     ours = {name for name in exported if name.startswith("longlive_")}
-    assert ours - asked_for().keys() <= {
+    assert ours - queried_metrics().keys() <= {
         f"longlive_{name}_seconds_{part}" for name in ("chunk", "first_frame", "switch") for part in ("sum", "count")
     }
 
 
 def test_every_metric_of_the_proxy_is_exported(exported_by_proxy: set[str]) -> None:
-    assert {name for name in asked_for() if name.startswith("haproxy_")} <= exported_by_proxy
+    assert {name for name in queried_metrics() if name.startswith("haproxy_")} <= exported_by_proxy
 
 
 def test_a_drain_counts_the_sessions_of_a_live_server(server: TritonServer) -> None:

@@ -16,7 +16,6 @@ from deploy.checks import tools
 from deploy.checks.images import ROOT
 from deploy.checks.loose_ends import PROBES, loose_ends
 from deploy.checks.manifests import KUBERNETES, VERSIONS, Document, can_validate, overlays, render, schema_faults
-from deploy.checks.queries import rules
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor.machine import region_bytes
@@ -30,6 +29,7 @@ from tests.support.deployment import (
     PROXY,
     compose_services,
     manifests,
+    recordings,
     the,
 )
 
@@ -185,7 +185,7 @@ def test_both_autoscalers_have_the_numbers_of_the_policy(policy: dict[str, Any])
     adapter = yaml.safe_load(ADAPTER.read_text(encoding="utf-8"))
     handed_on = {one["name"]["as"]: one["seriesQuery"] for one in adapter["rules"]["external"]}
     assert handed_on == {name: f"namespace:{name}" for name in targets}
-    recorded = {rule.record: rule.query.expression for rule in rules()}
+    recorded = recordings()
     assert set(handed_on.values()) <= recorded.keys()
     busy = recorded["namespace:longlive_busy_share"]
     assert f"longlive_refused_sessions[{policy['refused_window_s']}s]" in busy

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 from deploy.checks.images import ROOT
 from deploy.checks.manifests import KUBERNETES, Document, documents
-from deploy.checks.queries import dashboard_queries, rules
+from deploy.checks.queries import RULES, dashboard_queries
 
+KEYWORDS = {"by", "without", "on", "ignoring", "and", "or", "unless", "bool", "offset", "inf", "nan"}
 DEPLOY = ROOT / "deploy"
 PROXY = DEPLOY / "proxy"
 GPU_SETTINGS = KUBERNETES / "components/gpu/serve.toml"
@@ -36,7 +38,32 @@ def compose_services() -> dict[str, dict[str, Any]]:
     return services
 
 
-def asked_for() -> dict[str, str]:
-    """Every metric that rules and dashboard ask for, and where."""
-    queries = [*(rule.query for rule in rules()), *dashboard_queries()]
-    return {metric: query.where for query in queries for metric in query.metrics}
+def rules() -> list[dict[str, Any]]:
+    """Prometheus' rules, as they stand."""
+    groups = [group for path in RULES for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def recordings() -> dict[str, str]:
+    return {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
+
+
+def metrics_in(expression: str) -> set[str]:
+    """The metrics of a PromQL expression."""
+    bare = re.sub(r'"(?:\\.|[^"\\])*"', '""', expression)
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", bare)
+    bare = re.sub(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
+    names = re.findall(r"(?<![\w:.])[A-Za-z_:][\w:]*(?!\s*\()(?![\w:])", bare)
+    return {name for name in names if name.lower() not in KEYWORDS}
+
+
+def queried_metrics() -> dict[str, str]:
+    """Every metric of the rules and the dashboard, and where it is."""
+    queries = [*((rule.get("record") or rule["alert"], rule["expr"]) for rule in rules()), *dashboard_queries()]
+    return {metric: name for name, expression in queries for metric in metrics_in(expression)}
+
+
+def dcgm_counters() -> set[str]:
+    """What NVIDIA's exporter is told to export."""
+    lines = (DEPLOY / "prometheus/dcgm-counters.csv").read_text(encoding="utf-8").splitlines()
+    return {line.partition(",")[0] for line in lines if line and not line.startswith("#")}
