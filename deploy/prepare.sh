@@ -1,39 +1,39 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Makes what the server needs before it starts, on the machine with the GPU that will serve: the published checkpoints
-# in one format, and TensorRT plans. What is there already stays. Pods may share $CACHE; they wait for each other.
+# in one format, and TensorRT engines. What is there already stays. Pods may share $CACHE; they wait for each other.
 #
 #   $SOURCE   the checkpoints, in any layout that `python -m export.convert` takes    (/weights)
-#   $CACHE    where all that is made goes: weights/longlive, graphs/, plans/          (/cache)
-#   $PLANS    becomes a link to the plans for this GPU; empty: no plans are made      (/run/longlive/plans)
+#   $CACHE    where all that is made goes: weights/longlive, graphs/, engines/        (/cache)
+#   $ENGINES  becomes a link to the engines for this GPU; empty: no engines are made  (/run/longlive/engines)
 #   $CONFIG   the server's serve.toml, whose `weights` is $CACHE/weights/longlive     (the image's own)
 #   $PRESET   its `preset`                                                            (longlive-1.3b)
-#   $MODELS   those that get plans; the text encoder runs once a prompt, in PyTorch   (dit vae_decoder)
+#   $MODELS   those that get engines; the text encoder runs once a prompt, in PyTorch   (dit vae_decoder)
 set -eu
-: "${SOURCE=/weights}" "${CACHE=/cache}" "${PLANS=/run/longlive/plans}" "${MODELS=dit vae_decoder}"
+: "${SOURCE=/weights}" "${CACHE=/cache}" "${ENGINES=/run/longlive/engines}" "${MODELS=dit vae_decoder}"
 : "${PRESET=longlive-1.3b}" "${CONFIG=/opt/longlive/model_repository/longlive/1/serve.toml}"
 
-mkdir -p "$CACHE/graphs" "$CACHE/plans"
+mkdir -p "$CACHE/graphs" "$CACHE/engines"
 exec 9> "$CACHE/.lock"
 flock 9
 
 weights=$CACHE/weights/longlive
 python3 -m export.convert --preset "$PRESET" --weights "$SOURCE" --out "$weights"
-test -n "$PLANS" || exit 0
+test -n "$ENGINES" || exit 0
 
-# Folders are named by what is in them: graphs by weights, settings and models; plans also by the GPU and TensorRT.
+# Folders are named by what is in them: graphs by weights, settings and models; engines also by the GPU and TensorRT.
 made_of=$(cat "$weights/config.json"; grep -E '^(preset|variant) ' "$CONFIG"; echo "$MODELS")
 name=$(echo "$made_of" | sha256sum | cut -c 1-16)
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)
 tensorrt=$(python3 -c 'import tensorrt; print(tensorrt.__version__)')
 graphs=$CACHE/graphs/$name
-plans=$CACHE/plans/$name-$gpu-$tensorrt
+engines=$CACHE/engines/$name-$gpu-$tensorrt
 
 if ! test -e "$graphs/.complete"; then
   # shellcheck disable=SC2086  # several words
   python3 -m export.to_onnx --config "$CONFIG" --models $MODELS --dtype bfloat16 --no-check --out "$graphs"
   touch "$graphs/.complete"
 fi
-python3 -m export.to_tensorrt "$graphs" --out "$plans"
-mkdir -p "$(dirname "$PLANS")"
-ln -sfn "$plans" "$PLANS"
+python3 -m export.to_tensorrt "$graphs" --out "$engines"
+mkdir -p "$(dirname "$ENGINES")"
+ln -sfn "$engines" "$ENGINES"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ONNX graph -> one TensorRT plan. Import it after `tensorrt_library.use`; it needs no GPU to be imported.
+"""One ONNX graph -> one TensorRT engine. Import it after `tensorrt_library.use`; it needs no GPU to be imported.
 
 Written against what TensorRT 10.16 and 11 and TensorRT for RTX have in common, which `tests/project/tensorrt_types.py`
 checks.
-Every network is strongly typed: a plan computes in the dtypes that the graph says.
+Every network is strongly typed: an engine computes in the dtypes that the graph says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longlive_serve.backends.exported.tensorrt_session import Logger
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How plans are built."""
+    """How engines are built."""
 
     max_batch: int = 1
     """Sessions in one call; the engine runs one at a time."""
@@ -35,10 +35,10 @@ class Options:
     """0 (fast build) to 5; None: TensorRT's own."""
 
 
-def build_plan(
+def build_engine(
     path: Path, io: GraphIO, profiles: list[Sizes], options: Options, timing_cache: Path | None, progress: Progress
 ) -> memoryview:
-    """The plan of the graph in `path`. Raises ValueError that names the node and what TensorRT has against it.
+    """The engine of the graph in `path`. Raises ValueError that names the node and what TensorRT has against it.
 
     timing_cache: a file of TensorRT's that makes the next build faster, read and written; None for a library that does
     not measure kernels while it builds.
@@ -56,13 +56,13 @@ def build_plan(
         if config.add_optimization_profile(optimization_profile(builder, io, sizes)) < 0:
             raise ValueError(f"{path}: TensorRT does not take the sizes {sizes}: {logger.said}")
     timings = None if timing_cache is None else timings_of(config, timing_cache)
-    plan = builder.build_serialized_network(network, config)
+    engine = builder.build_serialized_network(network, config)
     monitor.clear()
-    if plan is None:
+    if engine is None:
         raise ValueError(f"{path}: TensorRT cannot build it: {logger.said}")
     if timing_cache is not None and timings is not None:
         timing_cache.write_bytes(memoryview(timings.serialize()))
-    return memoryview(plan)
+    return memoryview(engine)
 
 
 def apply(options: Options, config: trt.IBuilderConfig) -> None:

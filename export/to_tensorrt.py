@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds TensorRT plans of exported graphs, on the GPU that will run them: `python -m export.to_tensorrt graphs/bf16`.
+"""Builds TensorRT engines from exported graphs, on the GPU that runs them: `python -m export.to_tensorrt graphs/bf16`.
 
 TensorRT 10.16 and 11, and TensorRT for RTX (`--library tensorrt_rtx`, consumer GPUs; it builds without a GPU as well).
-A plan that is there already, built of the same graph by the same TensorRT for the same GPU, stays as it is.
+An engine that is there already, built of the same graph by the same TensorRT for the same GPU, stays as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from longlive_serve.weights.loader import sha256
 if TYPE_CHECKING:
     from export.tensorrt_builder import Options
 
-TIMING_CACHE = "timing.cache"  # of TensorRT, in the folder of plans
+TIMING_CACHE = "timing.cache"  # of TensorRT, in the folder of engines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,18 @@ class Built:
 def build(
     source: Path, out: Path, graphs: list[str], library: str, options: Options, progress: Progress
 ) -> Iterator[Built]:
-    """Build the plans of `graphs` (all of the folder `source`, if empty) into `out`, its manifest after each of them.
+    """Build the engines of `graphs` (all of the folder `source`, if empty) into `out`, its manifest after each of them.
 
     Raises ValueError for folders that do not fit, and for a graph that TensorRT does not take.
     """
     from export.optimization_profiles import profiles_of
-    from export.tensorrt_builder import build_plan
+    from export.tensorrt_builder import build_engine
     from longlive_serve.backends.exported.tensorrt_session import machine
 
     given = _read_graphs(source, graphs)
     sizes = ModelConfig.from_sizes(given.sizes)
     here = {"library": library, **machine(torch.device("cuda"), library), **dataclasses.asdict(options)}
-    made = _plans_there(out, given, sizes)
+    made = _engines_there(out, given, sizes)
     made.versions[library] = here["tensorrt"]
     timing_cache = out / TIMING_CACHE if library == TENSORRT else None
     for name, io in graph_io(sizes, given.variant).items():
@@ -70,9 +70,9 @@ def build(
         reused = _is_there(out, made.graphs.get(name), made_of)
         if not reused:
             task = progress.add_task(name, total=None)
-            plan = build_plan(source / graph.file, io, profiles, options, timing_cache, progress)
+            engine = build_engine(source / graph.file, io, profiles, options, timing_cache, progress)
             progress.remove_task(task)
-            made.graphs[name] = _write(plan, out / f"{name}.plan", graph, made_of)
+            made.graphs[name] = _write(engine, out / f"{name}.engine", graph, made_of)
             made.write(out)
         seconds = time.monotonic() - began
         yield Built(name=name, file=made.graphs[name], profiles=len(profiles), seconds=seconds, reused=reused)
@@ -81,13 +81,13 @@ def build(
 def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
     manifest = Manifest.read(source)
     if manifest.backend != serve_config.ONNXRUNTIME:
-        raise ValueError(f"{source}: got {manifest.backend} plans in it, expected graphs of `python -m export.to_onnx`")
+        raise ValueError(f"{source}: got {manifest.backend} engines, expected graphs of `python -m export.to_onnx`")
     if unknown := sorted(set(wanted) - manifest.graphs.keys()):
         raise ValueError(f"{source}: got no graphs {unknown} in it, expected some of {sorted(manifest.graphs)}")
     return manifest
 
 
-def _plans_there(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
+def _engines_there(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
     """What `out` holds already; without a manifest, nothing."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists():
@@ -104,8 +104,8 @@ def _is_there(out: Path, file: GraphFile | None, made_of: dict[str, Any]) -> boo
     return file.built == made_of | {"sha256": sha256(out / file.file)}
 
 
-def _write(plan: memoryview, path: Path, graph: GraphFile, made_of: dict[str, Any]) -> GraphFile:
-    path.write_bytes(plan)
+def _write(engine: memoryview, path: Path, graph: GraphFile, made_of: dict[str, Any]) -> GraphFile:
+    path.write_bytes(engine)
     return dataclasses.replace(graph, file=path.name, built=made_of | {"sha256": sha256(path)})
 
 
@@ -117,7 +117,7 @@ def _hash_of(path: Path) -> str:
 
 def main() -> int:
     arguments = _arguments()
-    table = Table("graph", "plan, MB", "profiles", "seconds", "")
+    table = Table("graph", "engine, MB", "profiles", "seconds", "")
     try:
         use(arguments.library)
         from export.tensorrt_builder import Options
@@ -145,7 +145,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m export.to_tensorrt", description=__doc__)
     parser.add_argument("graphs", type=Path, metavar="FOLDER", help="made by `python -m export.to_onnx`")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="`plans` in serve.toml")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="`tensorrt_engines` in serve.toml")
     parser.add_argument("--only", nargs="+", metavar="GRAPH", default=[], help="build these graphs (default: all)")
     parser.add_argument("--library", choices=LIBRARIES, default=TENSORRT)
     parser.add_argument("--max-batch", type=int, default=1, help="sessions in one call (default: %(default)s)")

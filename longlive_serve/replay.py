@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=[TORCH, FUSED], default=TORCH, help=text)
     parser.add_argument("--fp8", action="store_true", help="with fused: products in FP8; give a --tolerance")
     parser.add_argument("--fp8-attention", action="store_true", help="with fused: and attention in FP8")
-    text = "run these graphs or plans of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
+    text = "run these graphs or engines of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args(argv)
     if arguments.backend == FUSED and arguments.graphs is not None:

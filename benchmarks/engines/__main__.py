@@ -43,7 +43,7 @@ examples:
   python -m benchmarks.engines                                        # a toy on the CPU, or all of it on a GPU
   python -m benchmarks.engines --json results/gpu.json --plot docs/gpu.png
   python -m benchmarks.engines --rows "eager baseline" "fused fp8" --chunks 100 --live-seconds 60
-  python -m benchmarks.engines --rows torch --plans plans/bf16
+  python -m benchmarks.engines --rows torch --tensorrt-engines engines/bf16
   python -m benchmarks.engines --check --rows fused "fused all fp8"   # do they compute what torch computes?
 """
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measurement = Measurement.begin(SECTION, argv)
     plan = Plan(args.chunks, args.warmup, args.live_seconds, args.max_sessions)
     by_name = {row.name: row for row in ROWS}
-    rows = [by_name[name] for name in args.rows] + exported(args.graphs, args.plans)
+    rows = [by_name[name] for name in args.rows] + exported(args.graphs, args.tensorrt_engines)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
     with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -111,7 +111,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "a row `onnxruntime` of these as well, made by `python -m export.to_onnx` of random weights in this preset"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     text = "and a row `tensorrt`, made of such graphs by `python -m export.to_tensorrt`"
-    parser.add_argument("--plans", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--tensorrt-engines", type=Path, metavar="FOLDER", help=text)
     text = "measured per row; half as many first frames and prompt switches (default: %(default)s)"
     parser.add_argument("--chunks", type=at_least(4), default=24, metavar="N", help=text)
     text = "of the same video, before them; the window has to be full (default: %(default)s)"
@@ -126,10 +126,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     on_cuda = torch.cuda.is_available() if args.device == AUTO else args.device.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no GPU here")
-    for option in ("graphs", "plans"):
+    for option in ("graphs", "tensorrt_engines"):
         folder = getattr(args, option)
         if folder is not None and not (folder / MANIFEST).is_file():
-            parser.error(f"--{option} {folder}: there is no {MANIFEST} in it, expected a folder that the export made")
+            name = option.replace("_", "-")
+            parser.error(f"--{name} {folder}: there is no {MANIFEST} in it, expected a folder that the export made")
     args.device = ("cuda" if on_cuda else "cpu") if args.device == AUTO else args.device
     args.preset = args.preset or ("longlive-1.3b" if on_cuda else "tiny")
     args.max_sessions = args.max_sessions or (8 if on_cuda else 2)

@@ -54,9 +54,9 @@ ROWS = (
 """In the order of measuring; `attention` stands for that in FP8, `tiny` for the decoder: without it the Wan VAE's."""
 
 
-def exported(graphs: Path | None, plans: Path | None) -> list[Row]:
+def exported(graphs: Path | None, tensorrt_engines: Path | None) -> list[Row]:
     """Rows of what was exported: its DiT and its VAE decoder, beside the same text encoder as the others have."""
-    folders = ((ONNXRUNTIME, "graphs", graphs), (TENSORRT, "plans", plans))
+    folders = ((ONNXRUNTIME, "graphs", graphs), (TENSORRT, "tensorrt_engines", tensorrt_engines))
     return [
         Row(name=backend, settings={"backend": backend, "text_encoder_backend": TORCH, key: str(folder)})
         for backend, key, folder in folders

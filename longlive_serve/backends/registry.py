@@ -33,7 +33,7 @@ def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) 
     """The backends that `config` asks for; what `auto` came to, and why, is logged once.
 
     `load` gives the PyTorch models, as `weights.load_model` does, which is the default.
-    Raises ValueError for weights, graphs or plans that do not fit what is served, or the machine.
+    Raises ValueError for weights, graphs or engines that do not fit what is served, or the machine.
     """
     import torch
 
@@ -45,7 +45,7 @@ def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) 
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
-    folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}
+    folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.tensorrt_engines}
     chosen = {model: choose(model, config) for model in MODELS}
     if FUSED in chosen.values():
         _check_triton()
@@ -124,18 +124,18 @@ def _check_triton() -> None:
 
 
 def choose(model: str, config: ServeConfig) -> str:
-    """The backend of a model: the one asked for, or with `auto` what there is of it: a plan, a graph, else torch."""
+    """The backend of a model: the one asked for, or with `auto` what there is of it: an engine, a graph, else torch."""
     asked: str = getattr(config, f"{model}_backend") or config.backend
     why = "as asked for"
     if asked == AUTO:
-        asked, why = TORCH, "as neither `plans` nor `graphs` has it"
-        for backend, folder in ((ONNXRUNTIME, config.graphs), (TENSORRT, config.plans)):
+        asked, why = TORCH, "as neither `tensorrt_engines` nor `graphs` has it"
+        for backend, folder in ((ONNXRUNTIME, config.graphs), (TENSORRT, config.tensorrt_engines)):
             if folder and _has(model, Path(folder)):
                 asked, why = backend, f"as {folder} has it"
     if asked == FUSED and model == TEXT_ENCODER:
         asked, why = TORCH, "as there is no fused one"
     if model == VAE_DECODER and config.decoder == TINY and asked != FUSED:
-        asked, why = TORCH, "as neither graphs nor plans have the tiny decoder"
+        asked, why = TORCH, "as neither graphs nor engines have the tiny decoder"
     log.info("%s: backend %s, %s", model, asked, why)
     return asked
 

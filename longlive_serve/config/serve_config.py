@@ -16,7 +16,7 @@ RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed
 AUTO = "auto"
 TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what a backend runs on
 LORA_EXAMPLE = '[[lora]] path = "style.safetensors", scale = 0.8, alpha = 16, a line each'
-PATHS = ("weights", "graphs", "plans", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
+PATHS = ("weights", "graphs", "tensorrt_engines", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,18 +65,18 @@ class ServeConfig:
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
     backend: str = AUTO
-    """`auto`: for every model a plan if `plans` has one, else a graph if `graphs` has one, else torch. `fused`:
-    torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
+    """`auto`: for every model an engine if `tensorrt_engines` has one, else a graph if `graphs` has one, else torch.
+    `fused`: torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
     text_encoder_backend: str = ""
     """Like `backend`, for this model alone; empty: as `backend` says."""
     dit_backend: str = ""
     vae_decoder_backend: str = ""
     decoder: str = WAN
     """What turns latents into pictures. `wan`: the Wan VAE, as the reference. `tiny`: TAEHV, many times faster, less
-    detail; neither graphs nor plans have it."""
+    detail; neither graphs nor engines have it."""
     graphs: str = ""
     """A folder that `python -m export.to_onnx` made, for the backend onnxruntime. In a file: relative to that file."""
-    plans: str = ""
+    tensorrt_engines: str = ""
     """A folder that `python -m export.to_tensorrt` made, for the backend tensorrt. In a file: relative to that file."""
     fp8: bool = False
     """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
@@ -137,7 +137,7 @@ class ServeConfig:
         for model in MODELS:
             _check_choice(f"{model}_backend", getattr(self, f"{model}_backend"), ("", *self.BACKENDS))
         asked = {self.backend, *(getattr(self, f"{model}_backend") for model in MODELS)}
-        for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
+        for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "tensorrt_engines")):
             if backend in asked and not getattr(self, key):
                 raise ValueError(f"{key}: got nothing, expected the folder of what the backend {backend} is to run")
         self._check_fp8(FUSED in asked, decoded_by)

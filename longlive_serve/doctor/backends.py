@@ -103,7 +103,7 @@ def backend_results(backends: Mapping[str, Reason | str], device: str) -> list[C
 
 def chosen(config: ServeConfig) -> dict[str, str]:
     """The backend of every model; empty where that cannot be told, without PyTorch or for a folder that is none of
-    graphs or plans."""
+    graphs or engines."""
     try:
         return {model: choose(model, config) for model in MODELS}
     except (ImportError, ValueError):
@@ -117,7 +117,7 @@ def chosen_results(
     if not choice and has_torch():
         return []  # what is wrong with the folder is told where files are looked for
     if not choice:
-        text = "`auto` cannot be told without PyTorch where graphs or plans are named"
+        text = "`auto` cannot be told without PyTorch where graphs or engines are named"
         return [CheckResult(WARNING, "backends", text, pip_install("torch"))]
     names = [f"{model} {backend}" for model, backend in choice.items()]
     where = "the CPU" if device == "cpu" else "the GPU"

@@ -140,7 +140,7 @@ def gpu_results(gpus: list[Gpu], used: Gpu | None, device: str) -> list[CheckRes
         text = f"{size(used.memory - used.free)} of it are taken: {size(used.free)} are free"
         results.append(CheckResult(WARNING, "GPU memory", text, "nvidia-smi shows by whom; end it, or serve elsewhere"))
     if used.has_fp8:
-        text = "possible: backend fused with fp8 = true, and fp8_attention = true, or FP8 plans"
+        text = "possible: backend fused with fp8 = true, and fp8_attention = true, or FP8 engines"
         results.append(CheckResult(OK, "FP8", text))
     else:
         action = "serve in bfloat16; FP8 is for Ada, Hopper and later"

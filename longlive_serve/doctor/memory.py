@@ -47,7 +47,7 @@ def precision(config: ServeConfig, choice: Mapping[str, str], device: str) -> st
     if config.dtype != AUTO:
         return config.dtype
     default = "float32" if device == "cpu" else "bfloat16"
-    folder = {ONNXRUNTIME: config.graphs, TENSORRT: config.plans}.get(choice.get(DIT, TORCH), "")
+    folder = {ONNXRUNTIME: config.graphs, TENSORRT: config.tensorrt_engines}.get(choice.get(DIT, TORCH), "")
     with contextlib.suppress(ValueError, KeyError):  # told where files are looked for
         return Manifest.read(Path(folder)).graphs[DIT].dtype if folder else default
     return default

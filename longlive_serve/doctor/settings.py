@@ -22,7 +22,7 @@ FETCH = 'fetch it (docs/weights.md says which layouts there are); weights = "ran
 FETCH_TINY = 'github.com/madebyollin/taehv has it; decoder = "wan" does without'
 MAKE = {
     "graphs": "python -m export.to_onnx --config SETTINGS --out FOLDER makes them",
-    "plans": "python -m export.to_tensorrt GRAPHS --out FOLDER makes them",
+    "tensorrt_engines": "python -m export.to_tensorrt GRAPHS --out FOLDER makes them",
 }
 
 
@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[ServeConfig | None, CheckResult]:
 def files(config: ServeConfig, choice: Mapping[str, str], gpu: Gpu | None) -> list[CheckResult]:
     """`choice`: the backend of every model; empty where that cannot be told: then all checkpoints are looked for."""
     results = [*_weights(config, {name: choice.get(name, TORCH) for name in MODELS})]
-    for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "plans")):
+    for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "tensorrt_engines")):
         if folder := getattr(config, key):
             models = [model for model, used in choice.items() if used == backend]
             wrong = _wrong_graphs(config, backend, Path(folder), models, gpu)

@@ -178,7 +178,7 @@ def test_what_was_exported_is_measured_beside_torch(
     exported: ExportedGraphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, graphs = tmp_path / "gpu.json", str(exported("tiny", "base"))
-    folders = ["--graphs", graphs, "--plans", graphs]
+    folders = ["--graphs", graphs, "--tensorrt-engines", graphs]
     assert command.main([*QUICK, "--max-sessions", "1", "--rows", "torch", *folders, "--json", str(path)]) == 0
     record = json.loads(path.read_text(encoding="utf-8"))["benchmarks.engines"]
     assert [(row["name"], row["backend"]) for row in record["rows"]] == [

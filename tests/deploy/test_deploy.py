@@ -166,15 +166,15 @@ def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Pa
     )
     for tool in tools_of.iterdir():
         tool.chmod(0o755)
-    settings = {"CACHE": str(tmp_path / "cache"), "PLANS": str(tmp_path / "run/plans"), "CONFIG": str(GPU_SETTINGS)}
+    settings = {"CACHE": str(tmp_path / "cache"), "ENGINES": str(tmp_path / "run/engines"), "CONFIG": str(GPU_SETTINGS)}
     environment = settings | {"PATH": f"{tools_of}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
     for _ in range(2):
         subprocess.run(["sh", str(DEPLOY / "prepare.sh")], env=environment, check=True)
     called = [line for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines() if line.startswith("export")]
     assert called == ["export.convert", "export.to_onnx", "export.to_tensorrt", "export.convert", "export.to_tensorrt"]
-    plans = (tmp_path / "run/plans").resolve()
-    assert plans.parent == tmp_path / "cache/plans"
-    assert plans.name.endswith("-NVIDIA-H200-10.16")
+    engines = (tmp_path / "run/engines").resolve()
+    assert engines.parent == tmp_path / "cache/engines"
+    assert engines.name.endswith("-NVIDIA-H200-10.16")
 
 
 def test_the_page_on_deployment_names_what_exists() -> None:

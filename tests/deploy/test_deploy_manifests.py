@@ -147,7 +147,7 @@ def test_the_settings_are_those_of_the_policy(policy: dict[str, Any]) -> None:
     script = (DEPLOY / "prepare.sh").read_text(encoding="utf-8")
     assert settings.preset in script
     assert settings.weights == "/cache/weights/longlive"
-    assert f"PLANS={settings.plans}" in script
+    assert f"ENGINES={settings.tensorrt_engines}" in script
     demo = ServeConfig.from_toml(DEMO_SETTINGS)
     copied = ROOT / Path(demo.weights).relative_to("/opt/longlive")
     assert copied.is_dir(), "the image of the demo has its weights"

@@ -127,7 +127,7 @@ def test_graphs_of_another_variant_or_dtype_are_refused(exported: ExportedGraphs
     with pytest.raises(ValueError, match="expected it in dtype 'float16'"):
         build_backends(ServeConfig(backend="onnxruntime", graphs=folder, dtype="float16"))
     with pytest.raises(ValueError, match="backend 'onnxruntime' instead of 'tensorrt'"):
-        build_backends(ServeConfig(backend="tensorrt", plans=folder))
+        build_backends(ServeConfig(backend="tensorrt", tensorrt_engines=folder))
     with pytest.raises(ValueError, match="not a manifest"):
         build_backends(ServeConfig(backend="onnxruntime", graphs="/nowhere"))
 
@@ -143,7 +143,7 @@ def test_graphs_of_other_weights_are_refused(exported: ExportedGraphs, tmp_path:
 def test_an_engine_without_its_folder_is_an_error() -> None:
     with pytest.raises(ValueError, match="graphs: got nothing"):
         ServeConfig(backend="onnxruntime")
-    with pytest.raises(ValueError, match="plans: got nothing"):
+    with pytest.raises(ValueError, match="tensorrt_engines: got nothing"):
         ServeConfig(dit_backend="tensorrt")
 
 

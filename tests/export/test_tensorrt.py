@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT's own parser and builder on our graphs: TensorRT for RTX has both without a GPU. No plan is run here."""
+"""TensorRT's own parser and builder on our graphs: TensorRT for RTX has both without a GPU. No engine is run here."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def build(graphs: Path, out: Path, only: list[str] | None = None, **options: Any) -> dict[str, bool]:
-    """Build; which plans were there already."""
+    """Build; which engines were there already."""
     from export.tensorrt_builder import Options
-    from export.to_tensorrt import build as build_plans
+    from export.to_tensorrt import build as build_engines
 
     with Progress(disable=True) as progress:
-        done = build_plans(graphs, out, only or [], RTX, Options(**options), progress)
+        done = build_engines(graphs, out, only or [], RTX, Options(**options), progress)
         return {built.name: built.reused for built in done}
 
 
-def test_every_graph_becomes_a_plan(graphs: Path, tmp_path: Path) -> None:
+def test_every_graph_becomes_an_engine(graphs: Path, tmp_path: Path) -> None:
     made = build(graphs, tmp_path, max_batch=2)
     assert made == dict.fromkeys(graph_io(SMALL, "base"), False)
     manifest = Manifest.read(tmp_path)
@@ -104,7 +104,7 @@ def test_every_graph_becomes_a_plan(graphs: Path, tmp_path: Path) -> None:
     assert all(profile["batch"] == [1, 1, 2] for profile in profiles)
 
 
-def test_quantized_graphs_become_plans(quantized: tuple[torch.dtype, Path], tmp_path: Path) -> None:
+def test_quantized_graphs_become_engines(quantized: tuple[torch.dtype, Path], tmp_path: Path) -> None:
     assert build(quantized[1], tmp_path) == {PROMPT_KV: False, DIT: False}
     assert Manifest.read(tmp_path).graphs[DIT].quantization == str(quantized[0])
 
@@ -148,11 +148,11 @@ def write_node(path: Path, operator: str, inputs: Tensors, output: int, constant
 
 
 def build_node(path: Path, inputs: Tensors) -> memoryview:
-    from export.tensorrt_builder import Options, build_plan
+    from export.tensorrt_builder import Options, build_engine
 
     io = GraphIO(name="graph", inputs=tuple(GraphTensor(name, tuple(sizes)) for name, _, sizes in inputs), outputs=())
     with Progress(disable=True) as progress:
-        return build_plan(path, io, [{}], Options(), None, progress)
+        return build_engine(path, io, [{}], Options(), None, progress)
 
 
 def test_a_linear_write_into_the_cache_is_taken_a_circular_one_refused(tmp_path: Path) -> None:
@@ -186,13 +186,13 @@ def test_attention_in_float32_is_refused(tmp_path: Path) -> None:
         build_node(path, inputs)
 
 
-def test_plans_are_built_again_when_what_they_are_made_of_changes(graphs: Path, tmp_path: Path) -> None:
+def test_engines_are_built_again_when_what_they_are_made_of_changes(graphs: Path, tmp_path: Path) -> None:
     assert build(graphs, tmp_path, [PROMPT_KV]) == {PROMPT_KV: False}
     assert build(graphs, tmp_path, [PROMPT_KV]) == {PROMPT_KV: True}
     assert build(graphs, tmp_path, [PROMPT_KV], weights_mb=1, workspace_mb=64) == {PROMPT_KV: False}
     assert build(graphs, tmp_path, [PROMPT_KV], optimization_level=2) == {PROMPT_KV: False}
-    plan = tmp_path / "prompt_kv.plan"
-    plan.write_bytes(plan.read_bytes()[:-1])
+    engine = tmp_path / "prompt_kv.engine"
+    engine.write_bytes(engine.read_bytes()[:-1])
     assert build(graphs, tmp_path, [PROMPT_KV], optimization_level=2) == {PROMPT_KV: False}
     changed = tmp_path / "graphs"
     changed.mkdir()
@@ -206,7 +206,7 @@ def test_plans_are_built_again_when_what_they_are_made_of_changes(graphs: Path, 
 
 def test_folders_that_do_not_fit_are_refused(graphs: Path, tmp_path: Path) -> None:
     build(graphs, tmp_path, [PROMPT_KV])
-    with pytest.raises(ValueError, match="got tensorrt plans in it, expected graphs"):
+    with pytest.raises(ValueError, match="got tensorrt engines, expected graphs"):
         build(tmp_path, tmp_path / "again")
     with pytest.raises(ValueError, match=r"got no graphs \['dots'\] in it, expected some of \['dit'"):
         build(graphs, tmp_path, ["dots"])
@@ -216,7 +216,7 @@ def test_folders_that_do_not_fit_are_refused(graphs: Path, tmp_path: Path) -> No
         build(graphs, tmp_path, [PROMPT_KV])
 
 
-def test_plans_of_another_version_are_refused(graphs: Path, tmp_path: Path) -> None:
+def test_engines_of_another_version_are_refused(graphs: Path, tmp_path: Path) -> None:
     build(graphs, tmp_path, [PROMPT_KV, DIT])
     manifest = Manifest.read(tmp_path)
     for file in manifest.graphs.values():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for TensorRT's runtime: with it and `cuda_on_cpu.py`, `tensorrt_session.py` runs on the CPU.
 
-A plan is a JSON file here, which names the ONNX graph that it was made of and its optimization profiles. Executing it
-runs that graph in ONNX Runtime on whatever lies at the addresses that were set. What TensorRT asks of its caller is
+An engine is a JSON file here, which names the ONNX graph that it was made of and its optimization profiles. Executing
+it runs that graph in ONNX Runtime on whatever lies at the addresses that were set. What TensorRT asks of its caller is
 asked for here as well, so a wrong address, shape, profile or stream gives an error or wrong numbers.
 """
 
@@ -62,7 +62,7 @@ def _forget() -> dict[str, ModuleType]:
     return kept
 
 
-def write_plans(graphs: Path, out: Path, **built: Any) -> Path:
+def write_engines(graphs: Path, out: Path, **built: Any) -> Path:
     """What `export.to_tensorrt` would make of the folder `graphs`; `built` changes what it says it was built for."""
     manifest = Manifest.read(graphs)
     config = ModelConfig.from_sizes(manifest.sizes)
@@ -71,14 +71,14 @@ def write_plans(graphs: Path, out: Path, **built: Any) -> Path:
     here |= {"gpu": GPU, "compute_capability": "{}.{}".format(*CAPABILITY)}
     out.mkdir(exist_ok=True)
     for name, file in manifest.graphs.items():
-        io, plan = table[name], out / f"{name}.plan"
+        io, engine = table[name], out / f"{name}.engine"
         profiles = [
             {tensor.name: [shape(tensor.shape, sizes, which) for which in range(3)] for tensor in io.inputs}
             for sizes in profiles_of(io, config.window)
         ]
         content = {"graph": str(graphs / file.file), "profiles": profiles, "in_place": dict(io.in_place)}
-        plan.write_text(json.dumps(content))
-        files[name] = dataclasses.replace(file, file=plan.name, built=here | {"sha256": sha256(plan)} | built)
+        engine.write_text(json.dumps(content))
+        files[name] = dataclasses.replace(file, file=engine.name, built=here | {"sha256": sha256(engine)} | built)
     dataclasses.replace(manifest, backend=TENSORRT, graphs=files).write(out)
     return out
 
@@ -102,9 +102,9 @@ class Runtime:
     def __init__(self, logger: Logger) -> None:
         self.logger = logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+    def deserialize_cuda_engine(self, engine: bytes) -> Engine | None:
         try:
-            return Engine(self.logger, json.loads(plan))
+            return Engine(self.logger, json.loads(engine))
         except ValueError:
             self.logger.log(Severity.ERROR, "magic tag does not match")
             return None
@@ -115,12 +115,12 @@ class Engine:
 
     weight_streaming_budget_v2 = 1 << 40
 
-    def __init__(self, logger: Logger, plan: dict[str, Any]) -> None:
-        self.logger, self.profiles, self.in_place = logger, plan["profiles"], plan["in_place"]
+    def __init__(self, logger: Logger, engine: dict[str, Any]) -> None:
+        self.logger, self.profiles, self.in_place = logger, engine["profiles"], engine["in_place"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3  # it warns of every write into the cache that it copies
-        self.session = onnxruntime.InferenceSession(plan["graph"], options)
+        self.session = onnxruntime.InferenceSession(engine["graph"], options)
         self.inputs = {node.name: _DTYPES[node.type] for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
         self.num_io_tensors, self.num_optimization_profiles = len(self.inputs) + len(self.outputs), len(self.profiles)

@@ -124,12 +124,12 @@ def test_a_command_runs(smoke: Smoke, tmp_path: Path, request: pytest.FixtureReq
     run([word.format_map(prepared) for word in shlex.split(smoke.command)], tmp_path)
 
 
-def test_graphs_become_plans(tmp_path: Path) -> None:
+def test_graphs_become_engines(tmp_path: Path) -> None:
     """Those of `export.to_onnx` are what `export.to_tensorrt` is given."""
     config, graphs = Prepared(tmp_path, {})["tiny"], f"{tmp_path}/out/graphs"
     of_text = ["--config", config, "--models", "text_encoder", "--dtype", "bfloat16"]
     run(["export.to_onnx", *of_text, "--out", graphs], tmp_path)
-    run(["export.to_tensorrt", graphs, "--library", "tensorrt_rtx", "--out", f"{tmp_path}/out/plans"], tmp_path)
+    run(["export.to_tensorrt", graphs, "--library", "tensorrt_rtx", "--out", f"{tmp_path}/out/engines"], tmp_path)
 
 
 def run(words: list[str], folder: Path) -> None:

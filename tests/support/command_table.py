@@ -108,15 +108,15 @@ ELSEWHERE = (
     Elsewhere(
         module="export.to_onnx",
         options="--config --models --dtype --out",
-        test="test_commands.test_graphs_become_plans",
+        test="test_commands.test_graphs_become_engines",
     ),
-    Elsewhere(module="export.to_tensorrt", options="--library --out", test="test_commands.test_graphs_become_plans"),
+    Elsewhere(module="export.to_tensorrt", options="--library --out", test="test_commands.test_graphs_become_engines"),
     Elsewhere(
         module="benchmarks.serving", options="--serve --json --plot", test="test_benchmark.test_against_a_server"
     ),
     Elsewhere(
         module="benchmarks.engines",
-        options="--graphs --plans",
+        options="--graphs --tensorrt-engines",
         test="test_bench.test_what_was_exported_is_measured_beside_torch",
     ),
     Elsewhere(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs TensorRT plans straight on the memory of torch tensors.
+"""Runs TensorRT engines straight on the memory of torch tensors.
 
-One execution context per optimization profile. All plans of a process run one after the other, on one stream of their
+One execution context per optimization profile. All engines of a process run one after the other, on one stream of their
 own, and share one block of activation memory. The DiT's calls repeat on the same addresses: they become CUDA graphs.
 Import it after `tensorrt_library.use`.
 """
@@ -25,24 +25,24 @@ from longlive_serve.backends.exported.tensorrt_library import TENSORRT_RTX
 
 log = logging.getLogger(__name__)
 
-CUDA_GRAPHS_KEPT = 64  # per plan: slots times windows in use; beyond, the one that was not used for longest goes
+CUDA_GRAPHS_KEPT = 64  # per engine: slots times windows in use; beyond, the one that was not used for longest goes
 
 
 class TensorRTGraph:
-    """One plan. A `modules.Graph`."""
+    """One engine. A `modules.Graph`."""
 
     _stream: ClassVar[torch.cuda.Stream | None] = None  # not the default one: TensorRT would wait for it on every call
-    _activation_bytes: ClassVar[int] = 0  # the most that a plan of this process needs
+    _activation_bytes: ClassVar[int] = 0  # the most that an engine of this process needs
     _activations: ClassVar[Tensor | None] = None
 
     def __init__(self, folder: Path, file: GraphFile, io: GraphIO, device: str) -> None:
-        """Raises ValueError when the plan was built by another TensorRT or for another GPU, and says what to do."""
+        """Raises ValueError when the engine was built by another TensorRT or for another GPU, and says what to do."""
         self.io, self.device, self.dtype = io, torch.device(device), getattr(torch, file.dtype)
         self.path = folder / file.file
         check_fit(self.path, file.built, machine(self.device, file.built["library"]))
         self._logger = Logger()
         self._runtime = trt.Runtime(self._logger)
-        engine = self._runtime.deserialize_cuda_engine(read_plan(self.path, file.built["sha256"]))
+        engine = self._runtime.deserialize_cuda_engine(read_engine(self.path, file.built["sha256"]))
         if engine is None:
             raise ValueError(f"{self.path}: TensorRT cannot load it: {self._logger.said}. Build it again")
         self.engine = engine
@@ -116,7 +116,7 @@ class TensorRTGraph:
         context, taken = self._context(profile), []
         for tensor in self.io.inputs:
             given = tensors[tensor.name]
-            assert given.is_contiguous(), f"{tensor.name}: a plan runs on contiguous tensors"
+            assert given.is_contiguous(), f"{tensor.name}: an engine runs on contiguous tensors"
             assert given.dtype == tensor.torch_dtype(self.dtype), f"{tensor.name}: got {given.dtype}"
             taken.append(context.set_input_shape(tensor.name, tuple(given.shape)))
             taken.append(context.set_tensor_address(tensor.name, given.data_ptr()))
@@ -197,18 +197,18 @@ class Logger(trt.ILogger):
 
 
 def machine(device: torch.device, library: str) -> dict[str, str]:
-    """What a plan is built for: it runs nowhere else. TensorRT for RTX fits a plan to the GPU when it loads it."""
+    """What an engine is built for: it runs nowhere else. TensorRT for RTX fits it to the GPU when it is loaded."""
     if library == TENSORRT_RTX:
         return {"tensorrt": trt.__version__}
     if not torch.cuda.is_available():
-        raise ValueError("got no GPU, expected the one that the plans are to run on (TensorRT cannot build without)")
+        raise ValueError("got no GPU, expected the one that the engines are to run on (TensorRT cannot build without)")
     major, minor = torch.cuda.get_device_capability(device)
     gpu = torch.cuda.get_device_name(device)
     return {"tensorrt": trt.__version__, "gpu": gpu, "compute_capability": f"{major}.{minor}"}
 
 
 def check_fit(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) -> None:
-    """Raises ValueError when a plan was built for another machine than this one."""
+    """Raises ValueError when an engine was built for another machine than this one."""
     differ = [f"{key} {built.get(key)!r}, here {here[key]!r}" for key in here if built.get(key) != here[key]]
     if differ:
         raise ValueError(
@@ -216,12 +216,12 @@ def check_fit(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) -> 
         )
 
 
-def read_plan(path: Path, sha256: str) -> bytes:
+def read_engine(path: Path, sha256: str) -> bytes:
     """Raises ValueError when it is not there, or another one than the manifest describes."""
     try:
-        plan = path.read_bytes()
+        engine = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}. Build it: python -m export.to_tensorrt") from None
-    if hashlib.sha256(plan).hexdigest() != sha256:
-        raise ValueError(f"{path}: is not the plan that the manifest describes. Build it again")
-    return plan
+    if hashlib.sha256(engine).hexdigest() != sha256:
+        raise ValueError(f"{path}: is not the engine that the manifest describes. Build it again")
+    return engine

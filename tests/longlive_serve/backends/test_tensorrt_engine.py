@@ -31,7 +31,7 @@ from longlive_serve.replay import Case, exact_latents, read_tensors, replay
 from longlive_serve.weights.loader import load_model
 from tests.conftest import ExportedGraphs
 from tests.fakes.cuda_on_cpu import Cuda
-from tests.fakes.tensorrt_on_cpu import tensorrt_on_cpu, write_plans
+from tests.fakes.tensorrt_on_cpu import tensorrt_on_cpu, write_engines
 from tests.support.cases import ROLLOUTS, write_case
 from tests.support.tolerance import Float64, assert_as_near, assert_reference
 
@@ -52,12 +52,12 @@ def cuda(graphs: Path) -> Iterator[Cuda]:
 
 
 @pytest.fixture
-def plans(graphs: Path, tmp_path: Path) -> Path:
-    return write_plans(graphs, tmp_path / "plans")
+def engines(graphs: Path, tmp_path: Path) -> Path:
+    return write_engines(graphs, tmp_path / "engines")
 
 
-def open_dit(plans: Path) -> Any:
-    return open_graphs(DIT, TENSORRT, plans, TINY, "base", "cpu")[DIT]
+def open_dit(engines: Path) -> Any:
+    return open_graphs(DIT, TENSORRT, engines, TINY, "base", "cpu")[DIT]
 
 
 def example(frames: int = 3, used: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -67,22 +67,22 @@ def example(frames: int = 3, used: int = 9, seed: int = 0) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: Callable[[bool], Path], cuda: Cuda, name: str) -> None:
-    plans = write_plans(case_graphs(ROLLOUTS[name].get("relative", False)), tmp_path / "plans")
+    engines = write_engines(case_graphs(ROLLOUTS[name].get("relative", False)), tmp_path / "engines")
     path = write_case(tmp_path, name)
     case = Case.load(path)
     tensors = read_tensors(case, path.with_suffix(".safetensors"))
-    graphs = open_graphs(DIT, TENSORRT, plans, case.model_config, case.variant, "cpu")
+    graphs = open_graphs(DIT, TENSORRT, engines, case.model_config, case.variant, "cpu")
     with torch.inference_mode():
         latents = replay(case, tensors, GraphDiT(graphs, case.model_config, 1, case.variant))
     assert_reference(latents, tensors["latents"], exact_latents(case, tensors))
     assert cuda.replayed > cuda.executed, "the calls of a full window are replayed"
 
 
-def test_a_session_is_that_of_torch_whatever_runs_beside_it(plans: Path) -> None:
-    """Text encoder, DiT and VAE as plans: two sessions take turns, one switches its prompt."""
+def test_a_session_is_that_of_torch_whatever_runs_beside_it(engines: Path) -> None:
+    """Text encoder, DiT and VAE as engines: two sessions take turns, one switches its prompt."""
     videos = {}
     for backend in ("torch", "tensorrt"):
-        config = ServeConfig(backend=backend, plans=str(plans), slots=2, device="cpu")
+        config = ServeConfig(backend=backend, tensorrt_engines=str(engines), slots=2, device="cpu")
         backends = build_backends(config)
         runner = ModelRunner(backends, config.model_config, config.variant)
         sessions = [
@@ -100,8 +100,8 @@ def test_a_session_is_that_of_torch_whatever_runs_beside_it(plans: Path) -> None
     assert videos["torch"].std() > 1
 
 
-def test_video_is_that_of_torch(plans: Path) -> None:
-    graphs = open_graphs(VAE_DECODER, TENSORRT, plans, TINY, "base", "cpu")
+def test_video_is_that_of_torch(engines: Path) -> None:
+    graphs = open_graphs(VAE_DECODER, TENSORRT, engines, TINY, "base", "cpu")
     model = load_model(VAE_DECODER, TINY, "random", "cpu", torch.float32)
     made, plain = [], TorchVAEDecoder(model, TINY)
     ways = ((GraphVAEDecoder(graphs), False), (plain, False), (plain, True))
@@ -121,15 +121,15 @@ def test_video_is_that_of_torch(plans: Path) -> None:
         assert_as_near(got, right, exact)
 
 
-def test_repeated_calls_become_a_cuda_graph_that_sees_new_inputs(plans: Path, cuda: Cuda) -> None:
-    dit, inputs = open_dit(plans), example()
+def test_repeated_calls_become_a_cuda_graph_that_sees_new_inputs(engines: Path, cuda: Cuda) -> None:
+    dit, inputs = open_dit(engines), example()
     counts, flows = [], []
     for call in range(5):
         inputs["latents"] = torch.randn(inputs["latents"].shape, generator=torch.Generator().manual_seed(call))
         flows.append(dit(inputs)["flow"])
         counts.append((cuda.executed, cuda.captured, cuda.replayed))
     assert counts == [(1, 0, 0), (2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3)]
-    fresh = open_dit(plans)
+    fresh = open_dit(engines)
     for call, flow in enumerate(flows):
         inputs["latents"] = torch.randn(inputs["latents"].shape, generator=torch.Generator().manual_seed(call))
         assert torch.equal(flow, fresh({name: tensor.clone() for name, tensor in inputs.items()})["flow"])
@@ -137,14 +137,14 @@ def test_repeated_calls_become_a_cuda_graph_that_sees_new_inputs(plans: Path, cu
 
 
 def test_a_cuda_graph_belongs_to_its_slot_and_the_least_used_goes(
-    plans: Path, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    engines: Path, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from longlive_serve.backends.exported import tensorrt_session
 
     monkeypatch.setattr(tensorrt_session, "CUDA_GRAPHS_KEPT", 2)
     slots = [example(seed=seed) for seed in range(3)]
-    expected = [open_dit(plans)({name: tensor.clone() for name, tensor in slot.items()})["flow"] for slot in slots]
-    dit, counts = open_dit(plans), []
+    expected = [open_dit(engines)({name: tensor.clone() for name, tensor in slot.items()})["flow"] for slot in slots]
+    dit, counts = open_dit(engines), []
     for slot in (0, 1, 0, 1, 0, 1, 2, 0):
         before = cuda.executed, cuda.captured, cuda.replayed
         assert torch.equal(dit(slots[slot])["flow"], expected[slot])
@@ -154,27 +154,27 @@ def test_a_cuda_graph_belongs_to_its_slot_and_the_least_used_goes(
     assert counts == [run, run, capture, capture, repeat, repeat, run, run], "the third takes the first one's place"
 
 
-def test_a_call_that_no_profile_has_is_refused(plans: Path) -> None:
+def test_a_call_that_no_profile_has_is_refused(engines: Path) -> None:
     with pytest.raises(ValueError, match=r"got a call with .*'frames': 6, 'used': 12.*Build it again"):
-        open_dit(plans)(example(frames=6, used=12))
+        open_dit(engines)(example(frames=6, used=12))
 
 
-def test_what_tensorrt_says_is_in_the_error(plans: Path, cuda: Cuda) -> None:
-    dit = open_dit(plans)
+def test_what_tensorrt_says_is_in_the_error(engines: Path, cuda: Cuda) -> None:
+    dit = open_dit(engines)
     cuda.fails = True
     with pytest.raises(RuntimeError, match="illegal memory access"):
         dit(example())
 
 
-def test_all_plans_share_one_block_of_memory(plans: Path, cuda: Cuda) -> None:
-    for graph in (open_dit(plans), open_dit(plans)):
+def test_all_engines_share_one_block_of_memory(engines: Path, cuda: Cuda) -> None:
+    for graph in (open_dit(engines), open_dit(engines)):
         for used in (3, 9):
             graph(example(used=used))
     assert len(cuda.blocks) == 1
 
 
 def test_weights_that_stay_with_the_host_are_fetched_through_memory_of_their_own(graphs: Path, tmp_path: Path) -> None:
-    dit = open_dit(write_plans(graphs, tmp_path / "plans", weights_mb=3))
+    dit = open_dit(write_engines(graphs, tmp_path / "engines", weights_mb=3))
     assert dit.engine.weight_streaming_budget_v2 == 3 << 20
     assert set(dit(example())) == {"flow"}
 
@@ -184,39 +184,41 @@ def test_weights_that_stay_with_the_host_are_fetched_through_memory_of_their_own
     [
         ({"tensorrt": "10.15.0"}, "tensorrt '10.15.0', here '10.16.0'. Build it here: python -m export.to_tensorrt"),
         ({"gpu": "NVIDIA L4", "compute_capability": "8.9"}, "gpu 'NVIDIA L4', here 'NVIDIA H200'; compute_capability"),
-        ({"sha256": "0"}, "is not the plan that the manifest describes. Build it again"),
+        ({"sha256": "0"}, "is not the engine that the manifest describes. Build it again"),
     ],
 )
-def test_a_plan_of_another_machine_is_refused(graphs: Path, tmp_path: Path, built: dict[str, str], said: str) -> None:
-    plans = write_plans(graphs, tmp_path / "plans", **built)
+def test_an_engine_of_another_machine_is_refused(
+    graphs: Path, tmp_path: Path, built: dict[str, str], said: str
+) -> None:
+    engines = write_engines(graphs, tmp_path / "engines", **built)
     with pytest.raises(ValueError, match=said):
-        open_dit(plans)
+        open_dit(engines)
 
 
-def test_a_plan_that_is_gone_or_broken_is_refused(plans: Path) -> None:
-    (plans / "dit.plan").unlink()
-    with pytest.raises(ValueError, match=r"dit.plan: cannot be read.*Build it"):
-        open_dit(plans)
-    shutil.copy(plans / "vae_steady.plan", plans / "dit.plan")
-    _take_as_it_is(plans, "dit")
+def test_an_engine_that_is_gone_or_broken_is_refused(engines: Path) -> None:
+    (engines / "dit.engine").unlink()
+    with pytest.raises(ValueError, match=r"dit.engine: cannot be read.*Build it"):
+        open_dit(engines)
+    shutil.copy(engines / "vae_steady.engine", engines / "dit.engine")
+    _take_as_it_is(engines, "dit")
     with pytest.raises(ValueError, match=r"got tensors \['cache.0'.*expected \['flow'"):
-        open_dit(plans)
-    (plans / "dit.plan").write_text("no plan")
-    _take_as_it_is(plans, "dit")
+        open_dit(engines)
+    (engines / "dit.engine").write_text("no engine")
+    _take_as_it_is(engines, "dit")
     with pytest.raises(ValueError, match="cannot load it: magic tag does not match"):
-        open_dit(plans)
+        open_dit(engines)
 
 
-def _take_as_it_is(plans: Path, name: str) -> None:
+def _take_as_it_is(engines: Path, name: str) -> None:
     """Let the manifest describe the file that is there."""
     from longlive_serve.weights.loader import sha256
 
-    manifest = json.loads((plans / "manifest.json").read_text(encoding="utf-8"))
-    manifest["graphs"][name]["built"]["sha256"] = sha256(plans / f"{name}.plan")
-    (plans / "manifest.json").write_text(json.dumps(manifest))
+    manifest = json.loads((engines / "manifest.json").read_text(encoding="utf-8"))
+    manifest["graphs"][name]["built"]["sha256"] = sha256(engines / f"{name}.engine")
+    (engines / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_without_a_gpu_nothing_is_loaded(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_loaded(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="got no GPU"):
-        open_dit(plans)
+        open_dit(engines)

@@ -198,16 +198,16 @@ def test_weights_that_are_no_folder_and_random_ones() -> None:
     assert levels(settings.files(ServeConfig(preset="demo"), NO_BACKEND, None)) == {"weights": PROBLEM}
 
 
-def test_graphs_and_plans_must_be_of_what_is_served(tmp_path: Path) -> None:
+def test_graphs_and_engines_must_be_of_what_is_served(tmp_path: Path) -> None:
     choice = NO_BACKEND | {DIT: "tensorrt"}
-    config = ServeConfig(dit_backend="tensorrt", plans=str(tmp_path))
+    config = ServeConfig(dit_backend="tensorrt", tensorrt_engines=str(tmp_path))
 
     def found(gpu_here: gpu.Gpu | None = None, config: ServeConfig = config) -> CheckResult:
-        return only(settings.files(config, choice, gpu_here), "plans")
+        return only(settings.files(config, choice, gpu_here), "tensorrt_engines")
 
     assert (found().level, "has no manifest.json" in found().found) == (PROBLEM, True)
-    assert only(settings.files(config, NO_BACKEND, None), "plans").level == NOTE  # nobody wants it
-    graph = GraphFile(file="dit.plan", dtype="bfloat16", built={"gpu": "NVIDIA L40S"})
+    assert only(settings.files(config, NO_BACKEND, None), "tensorrt_engines").level == NOTE  # nobody wants it
+    graph = GraphFile(file="dit.engine", dtype="bfloat16", built={"gpu": "NVIDIA L40S"})
     facts: dict[str, Any] = {"backend": "tensorrt", "variant": "base", "versions": {}}
     manifest = Manifest(sizes=sizes_of(PRESETS["demo"]), graphs={"dit": graph}, **facts)
     manifest.write(tmp_path)
@@ -216,12 +216,12 @@ def test_graphs_and_plans_must_be_of_what_is_served(tmp_path: Path) -> None:
     assert found().found.endswith("has no graph prompt_kv")
     graphs = {"dit": graph, "prompt_kv": graph}
     Manifest(sizes=sizes_of(PRESETS["tiny"]), graphs=graphs, **facts).write(tmp_path)
-    assert found().found.endswith("dit.plan is not there")
-    (tmp_path / "dit.plan").write_bytes(b"plan")
+    assert found().found.endswith("dit.engine is not there")
+    (tmp_path / "dit.engine").write_bytes(b"engine")
     assert found().level == OK
     assert memory.precision(config, choice, "cuda") == "bfloat16"
     assert found(H200).found.endswith("was built for NVIDIA L40S, and here is NVIDIA H200")
-    other = ServeConfig(dit_backend="tensorrt", plans=str(tmp_path), dtype="float16")
+    other = ServeConfig(dit_backend="tensorrt", tensorrt_engines=str(tmp_path), dtype="float16")
     assert found(config=other).found.endswith("is in bfloat16, but the settings have dtype float16")
 
 

@@ -285,8 +285,8 @@ def test_the_model_comes_from_where_the_others_do(tmp_path: Path) -> None:
     assert isinstance(built.vae_decoder.model, TinyDecoder)
 
 
-@pytest.mark.parametrize(("backend", "key"), [("onnxruntime", "graphs"), ("tensorrt", "plans")])
-def test_graphs_and_plans_have_no_tiny_decoder(backend: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "key"), [("onnxruntime", "graphs"), ("tensorrt", "tensorrt_engines")])
+def test_graphs_and_engines_have_no_tiny_decoder(backend: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def served(**settings: Any) -> ServeConfig:
         return ServeConfig(decoder="tiny", **({key: "a folder"} | settings))
 
