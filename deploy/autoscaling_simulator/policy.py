@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoscaling policy, as deploy/policy.toml has it. Read by the simulator; no number of it is written elsewhere."""
+"""The autoscaling policy, as deploy/policy.toml has it. Read by the simulator.
+
+Manifests and pages repeat its numbers; `tests.deploy.test_copied_numbers` compares them.
+"""
 
 from __future__ import annotations
 

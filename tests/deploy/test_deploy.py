@@ -140,16 +140,6 @@ def test_every_file_in_compose_exists() -> None:
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["apiVersion"] == 1
 
 
-def test_the_images_are_of_this_version() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    text = "\n".join(
-        path.read_text(encoding="utf-8") for path in (*KUBERNETES.rglob("*.yaml"), *DEPLOY.glob("compose*.yaml"))
-    )
-    tags = set(re.findall(rf"{OWN_IMAGE}(?::|, newTag: )([\w.-]+)", text))
-    assert tags == {version, f"{version}-cpu"}
-    assert len(set(re.findall(r"image: (haproxy:[\w.]+)", text))) == 1
-
-
 def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Path) -> None:
     script = (DEPLOY / "prepare.sh").read_text(encoding="utf-8")
     for module, options in re.findall(r"python3 -m (export\.\w+)((?: .*)?)$", script, re.MULTILINE):
