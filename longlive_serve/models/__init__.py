@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models, in PyTorch: text encoder, DiT, VAE decoders."""

@@ -21,6 +21,7 @@ from deploy.checks.images import DOCKERFILES, ROOT, load_stages, missing_sources
 from deploy.checks.loose_ends import PROBES
 from deploy.checks.manifests import KUBERNETES, documents
 from longlive_serve.triton_server.arguments import server_parser
+from tests.support.commands import read_arguments, verbs
 from tests.support.deployment import (
     ADAPTER,
     DEPLOY,
@@ -76,13 +77,7 @@ def check_command(command: list[str], dockerfile: Path) -> None:
     assert command[:2] == ["python3", "-m"], command
     module = command[2]
     assert module.partition(".")[0] in modules_in(dockerfile), module
-    folder = ROOT / "client" if module.startswith("longlive_client") else ROOT
-    source = folder / f"{module.replace('.', '/')}.py"
-    if module == "longlive_serve.triton_server":
-        server_parser().parse_args(command[3:])
-        return
-    for option in command[3:]:
-        assert f'"{option.partition("=")[0]}"' in source.read_text(encoding="utf-8"), f"{module} has no {option}"
+    assert read_arguments(module, command[3:], whole=True), f"{module} takes arguments"
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -141,16 +136,11 @@ def test_every_file_in_compose_exists() -> None:
 
 
 def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Path) -> None:
-    script = (DEPLOY / "prepare.sh").read_text(encoding="utf-8")
-    for module, options in re.findall(r"python3 -m (export\.\w+)((?: .*)?)$", script, re.MULTILINE):
-        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        for option in re.findall(r"--[a-z-]+", options):
-            assert f'"{option}"' in source, f"{module} has no {option}"
     tools_of = tmp_path / "bin"
     tools_of.mkdir()
     (tools_of / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
     (tools_of / "python3").write_text(
-        '#!/bin/sh\necho "$2" >> "$LOG"\nwhat=$2 out=\nfor word; do test "$out" = --out && out=$word\n'
+        '#!/bin/sh\necho "$@" >> "$LOG"\nwhat=$2 out=\nfor word; do test "$out" = --out && out=$word\n'
         'test "$word" = --out && out=--out\ndone\ncase $what in export.*) mkdir -p "$out" ;; *) echo 10.16 ;; esac\n'
         'test "$what" != export.convert || echo {} > "$out/config.json"\n'
     )
@@ -160,8 +150,12 @@ def test_prepare_runs_conversions_that_exist_and_does_nothing_twice(tmp_path: Pa
     environment = settings | {"PATH": f"{tools_of}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
     for _ in range(2):
         subprocess.run(["sh", str(DEPLOY / "prepare.sh")], env=environment, check=True)
-    called = [line for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines() if line.startswith("export")]
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    commands = [line.split()[1:] for line in lines if line.startswith("-m export.")]
+    called = [module for module, *_ in commands]
     assert called == ["export.convert", "export.to_onnx", "export.to_tensorrt", "export.convert", "export.to_tensorrt"]
+    for module, *arguments in commands:
+        assert read_arguments(module, arguments, whole=True), module
     engines = (tmp_path / "run/engines").resolve()
     assert engines.parent == tmp_path / "cache/engines"
     assert engines.name.endswith("-NVIDIA-H200-10.16")
@@ -174,7 +168,7 @@ def test_the_page_on_deployment_names_what_exists() -> None:
     for name in re.findall(r"`((?:components|overlays|base)/[\w./-]+)`", text):
         assert (KUBERNETES / name).exists(), name
     for verb in re.findall(r"make ([a-z-]+)", text):
-        assert f"\n{verb}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), verb
+        assert verb in verbs()
 
 
 @pytest.mark.parametrize(
