@@ -3,31 +3,30 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results/serving.json"
+from benchmarks.results import ROOT, markdown_table, read_results
+
+RESULTS = ROOT / "results/serving.json"
 
 
-def viewers(record: dict[str, Any]) -> str:
+def viewers_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """What simulated viewers noticed."""
-    runs = record["client.benchmark"]["runs"]
-    lines = [
-        f"| viewers that come (room announced: {record['sessions_admitted']:.0f}) | watch at once | frames/s "
-        "| stalls | late chunks | first frame p50 / p95 | new prompt p50 / p95 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ("viewers", "watch at once", "frames/s", "stalls", "late chunks")
+    latencies = {"first frame": "first_frame_s", "new prompt": "switch_s"}
+    rows = []
     for run in runs:
-        times = (f"{run[name]['p50']:.2f} / {run[name]['p95']:.2f} s" for name in ("first_frame_s", "switch_s"))
-        at_once = run["viewers"] - run["queued"] - run["refused"]
-        counts = (run["viewers"], at_once, f"{run['frames_per_s']:.0f}", run["stalls"], f"{run['deadline_misses']:.0f}")
-        lines.append(f"| {' | '.join(map(str, (*counts, *times)))} |")
-    return "\n".join(lines)
+        watching = run["viewers"] - run["queued"] - run["refused"]
+        late = f"{run['deadline_misses']:.0f}" if "deadline_misses" in run else "-"
+        seconds = (run[key] for key in latencies.values())
+        cells = (f"{value['p50']:.2f} / {value['p95']:.2f} s" if value else "-" for value in seconds)
+        rows.append((run["viewers"], watching, f"{run['frames_per_s']:.0f}", run["stalls"], late, *cells))
+    return markdown_table([*header, *(f"{name} p50 / p95" for name in latencies)], rows)
 
 
-def trials(record: dict[str, Any]) -> str:
+def stress_table(record: dict[str, Any]) -> str:
     """What the service survived."""
     chaos, soak, fuzz, fleet = (record[f"trials.{name}"] for name in ("chaos", "soak", "fuzz", "fleet"))
     kills = ", ".join(f"{count} x {what}" for what, count in sorted(chaos["kills"].items()))
@@ -49,9 +48,7 @@ def trials(record: dict[str, Any]) -> str:
         f"{fuzz['requests']} wrong requests": f"{fuzz['crashes']} crashes, {fuzz['disturbed_videos']} disturbed videos",
         "perf_analyzer and benchmark, chunks per s": f"1 to {len(perf)} sessions: " + ", ".join(perf),
     }
-    return "\n".join(
-        ["| stress test | result |", "| --- | --- |", *(f"| {what} | {result} |" for what, result in rows.items())]
-    )
+    return markdown_table(("stress test", "result"), rows.items())
 
 
 def _fleet(figures: dict[str, Any]) -> str:
@@ -68,8 +65,8 @@ def _fleet(figures: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
-    print(viewers(record), trials(record), sep="\n\n")
+    record = read_results(RESULTS)
+    print(viewers_table(record["client.benchmark"]["runs"]), stress_table(record), sep="\n\n")
     return 0
 
 

@@ -26,7 +26,7 @@ from quantization.dynamic_fp8 import simulate, simulate_attention, simulate_deco
 from quantization.flow_errors import flow_errors
 from quantization.quantize import DEFAULT_PROMPTS, quantize, read_prompts
 from quantization.recipes import RECIPES
-from quantization.report import UNQUANTIZED, markdown, plot, table
+from quantization.report import UNQUANTIZED, markdown, plot
 from quantization.rollouts import GROWTH_BOUND, STD_BOUNDS, Rollout, compare, roll_out
 from quantization.sizes import FULL_SIZE, full_size_bytes, sizes
 from training.quality.__main__ import SHIPPED
@@ -170,10 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
         record = read_results(arguments.table)
-        print(markdown(record))
     else:
         record = _measure_and_write(arguments, Measurement.begin("quantization.evaluate", argv))
-        Console().print(table(record))
+    print(markdown(record))
     if arguments.plot is not None:
         plot(record, arguments.plot)
     return 0

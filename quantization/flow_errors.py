@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from torch import Tensor
 
@@ -100,10 +101,10 @@ def flow_errors(
     blocks = range(config.model_config.dit.num_layers)
     return {
         name: {
-            "flow_rel_error_by_step": [mean(errors) for errors in onlookers.flow[name]],
-            "rel_error_after_block": [mean(errors) for errors in onlookers.blocks[name]],
+            "flow_rel_error_by_step": [fmean(errors) for errors in onlookers.flow[name]],
+            "rel_error_after_block": [fmean(errors) for errors in onlookers.blocks[name]],
             "flow_rel_error_of_block_alone": [
-                mean([mean(step) for step in onlookers.flow[f"{name} {block}"]]) for block in blocks
+                fmean([fmean(step) for step in onlookers.flow[f"{name} {block}"]]) for block in blocks
             ],
         }
         for name in folders
@@ -120,7 +121,3 @@ def with_block(model: CausalDiT, quantized: CausalDiT, block: int) -> CausalDiT:
 def _torch_dit(backend: object) -> TorchDiT:
     assert isinstance(backend, TorchDiT)
     return backend
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

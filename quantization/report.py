@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-
 from benchmarks.results import markdown_table
 from longlive_serve.config.presets import DIT, FPS, TEXT_ENCODER, VAE_DECODER
 
@@ -50,16 +47,6 @@ def rows(record: Mapping[str, Any]) -> list[list[str]]:
         row("attributes right, 1.5 s and 7 s", "attribute_accuracy", "{:.1f} %", 100),
         row("switch adopted in 2 chunks", "switch_adoption_within_2_chunks", "{:.1f} %", 100),
     ]
-
-
-def table(record: Mapping[str, Any]) -> Table:
-    heading, *body = rows(record)
-    grid = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for place, name in enumerate(heading):
-        grid.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in body:
-        grid.add_row(*row)
-    return grid
 
 
 def markdown(record: Mapping[str, Any]) -> str:

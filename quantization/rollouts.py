@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
-from quantization.flow_errors import mean, relative_error
+from quantization.flow_errors import relative_error
 from training.quality.measures import Case
 from training.quality.reader import read
 
@@ -49,14 +50,14 @@ def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence
     """How far the rollouts are apart by chunk, the mean over all; and whether they stay bounded."""
     pairs = list(zip(got, expected, strict=True))
     chunks = range(CHUNKS)
-    errors = [mean([relative_error(a.latents[chunk], b.latents[chunk]) for a, b in pairs]) for chunk in chunks]
-    spread = [mean([(a.latents[chunk].std() / b.latents[chunk].std()).item() for a, b in pairs]) for chunk in chunks]
+    errors = [fmean([relative_error(a.latents[chunk], b.latents[chunk]) for a, b in pairs]) for chunk in chunks]
+    spread = [fmean([(a.latents[chunk].std() / b.latents[chunk].std()).item() for a, b in pairs]) for chunk in chunks]
     right = [
         all(read(torch.cat(a.frames[-2:])).agrees(case.attributes).values()) for a, case in zip(got, cases, strict=True)
     ]
     quarter = CHUNKS // 4
     return {
-        "latent_rel_error": mean(errors),
+        "latent_rel_error": fmean(errors),
         "latent_rel_error_after_chunk_1": errors[0],
         "latent_rel_error_after_chunk_20": errors[19],
         "latent_rel_error_after_60s": errors[-1],
@@ -65,7 +66,7 @@ def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence
         "latent_std_ratio_range": [min(spread), max(spread)],
         "error_growth": growth(errors, quarter),
         "rollout_bounded": bounded(errors, spread),
-        "attributes_right_at_60s": mean([float(good) for good in right]),
+        "attributes_right_at_60s": fmean([float(good) for good in right]),
         "psnr_db_by_chunk": [psnr([(a.frames[chunk], b.frames[chunk]) for a, b in pairs]) for chunk in chunks],
         "psnr_db": psnr([(torch.cat(a.frames), torch.cat(b.frames)) for a, b in pairs]),
     }
@@ -73,8 +74,8 @@ def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence
 
 def growth(errors: Sequence[float], quarter: int) -> float:
     """The mean error of the last quarter as a share of that of the second (the first is that of a cold cache)."""
-    second = mean(errors[quarter : 2 * quarter])
-    return mean(errors[-quarter:]) / second if second else 1.0
+    second = fmean(errors[quarter : 2 * quarter])
+    return fmean(errors[-quarter:]) / second if second else 1.0
 
 
 def bounded(errors: Sequence[float], spread: Sequence[float]) -> bool:
@@ -85,5 +86,5 @@ def bounded(errors: Sequence[float], spread: Sequence[float]) -> bool:
 
 def psnr(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Of uint8 frames, over all pairs together; 99 dB where they are equal."""
-    squares = mean([(a.float() - b.float()).square().mean().item() for a, b in pairs])
+    squares = fmean([(a.float() - b.float()).square().mean().item() for a, b in pairs])
     return min(99.0, -10 * float(torch.tensor(max(squares, 1e-12) / 255**2).log10()))

@@ -8,7 +8,6 @@ with Ctrl-C and run it again: it goes on where it was.
 from __future__ import annotations
 
 import math
-import random
 import sys
 
 import torch
@@ -83,25 +82,12 @@ def decode(model: VAEDecoder, latents: Tensor) -> Tensor:
     return frames
 
 
-@torch.inference_mode()
-def psnr(model: VAEDecoder, encoder: Encoder, clips: int = 24, seed: int = 99) -> float:
-    """Mean over clips that training did not see (of 17 frames, half of which switch), in dB."""
-    generator, values = random.Random(seed), []
-    for _ in range(clips):
-        frames = draw(random_segments(generator, 17), random_start(generator))
-        decoded = decode(model, encoder(frames)[None])[0]
-        error = (decoded.clamp(-1, 1) * 0.5 + 0.5 - frames).square().mean()
-        values.append(-10 * error.log10().item())
-    return sum(values) / len(values)
-
-
 def main() -> int:
     args = arguments("training.train_decoder", __doc__, steps=1600).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run = DecoderRun(PRESETS["demo"].vae, args.steps, args.seed, args.device)
     run.train(args.out / "decoder.checkpoint")
     torch.save(run.decoder.state_dict(), args.out / VAE_FILE)
-    print(f"vae_psnr_db: {psnr(run.decoder, run.encoder):.2f}")
     return 0
 
 

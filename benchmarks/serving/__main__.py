@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.viewer import Seen, Watching, watch_together
+from benchmarks.tables import viewers_table
 from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, tls_from
 from longlive_client.proxies import open_http
 from longlive_serve.config.presets import FPS
@@ -106,21 +104,6 @@ def run(args: argparse.Namespace, url: str, metrics_url: str) -> list[dict[str, 
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Fits a terminal of 80 columns."""
-    grid = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("viewers", "watch", "frames\nper s", "real-time\nfactor", "stalls"):
-        grid.add_column(column, justify="right")
-    for column in ("first frame\np50/p95 s", "chunk gap\np50/p99 s", "switch\np50/p95 s"):
-        grid.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        counts = (str(row[name]) for name in ("viewers", "watched"))
-        speeds = (f"{row['frames_per_s']:.1f}", f"{row['real_time_factor']:.2f}", str(row["stalls"]))
-        pairs = ((row["first_frame_s"], "p95"), (row["chunk_gap_s"], "p99"), (row["switch_s"], "p95"))
-        grid.add_row(*counts, *speeds, *("-" if v is None else f"{v['p50']:.2f}/{v[p]:.2f}" for v, p in pairs))
-    return grid
-
-
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Latencies and stalls against viewers, as PNG."""
     from matplotlib.figure import Figure  # of the extra `bench`
@@ -162,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measurement = Measurement.begin("benchmarks.serving", argv)
     with _server(args) as (url, metrics_url):
         rows = run(args, url, metrics_url)
-    Console().print(table(rows))
+    print(viewers_table(rows))
     top_level = {
         "sessions_admitted": max(row.get("announced_capacity", row["watched"]) for row in rows),
         "deadline_misses": sum(row.get("deadline_misses", 0) for row in rows),

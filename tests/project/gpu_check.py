@@ -26,8 +26,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.engines.check import CHUNKS, check, make_video
-from benchmarks.engines.hardware import chunk_parts
-from benchmarks.engines.hardware.chunk_parts import Machine
 from benchmarks.engines.models import random_model
 from benchmarks.engines.record import hardware, torch_versions
 from benchmarks.engines.rows import ROWS, with_words
@@ -42,6 +40,8 @@ from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.replay import Case, case_model, read_tensors, replay
+from tests.benchmarks import chunk_parts
+from tests.benchmarks.chunk_parts import Machine
 from tests.support.cases import ROLLOUTS, shorten, write_case
 
 SECTION = "tests.project.gpu_check"

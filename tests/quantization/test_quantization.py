@@ -35,7 +35,7 @@ from quantization.checkpoint import Observed, quantized_state
 from quantization.flow_errors import Onlookers, relative_error, with_block
 from quantization.quantize import quantize
 from quantization.recipes import RECIPES, Format, combined, formats_of_layers
-from quantization.report import markdown, plot, table
+from quantization.report import markdown, plot
 from quantization.rollouts import bounded
 from quantization.sizes import bytes_of
 from tests.support.shallow import shallow
@@ -308,7 +308,6 @@ def test_a_rollout_that_drifts_off_is_noticed() -> None:
 def test_columns_that_no_forward_was_measured_of_make_a_table_and_a_picture(tmp_path: Path) -> None:
     record = json.loads((Path(__file__).parents[2] / "results/quantization_long.json").read_text(encoding="utf-8"))
     assert "| attributes right at 60 s | 100.0 % | 100.0 % |" in markdown(record)
-    assert table(record).row_count > 5
     plot(record, tmp_path / "long.png")
     assert (tmp_path / "long.png").stat().st_size > 1000
 

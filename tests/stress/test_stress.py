@@ -112,8 +112,8 @@ def test_perf_analyzer_gets_sequences_that_switch_prompts() -> None:
 def test_the_page_on_performance_shows_the_measured_figures() -> None:
     record = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
     page = (Path(__file__).parents[2] / "docs/performance.md").read_text(encoding="utf-8")
-    assert tables.viewers(record) in page
-    assert tables.trials(record) in page
+    assert tables.viewers_table(record["client.benchmark"]["runs"]) in page
+    assert tables.stress_table(record) in page
 
 
 def test_the_figures_that_others_look_up_stand_on_top() -> None:

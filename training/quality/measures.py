@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
                 right.setdefault(f"{window}_held_out_combinations", []).append(all(agrees.values()))
             for name, good in agrees.items():
                 right.setdefault(f"{window}_{name}", []).append(good)
-    return {name: mean(values) for name, values in right.items()}
+    return {name: fmean(values) for name, values in right.items()}
 
 
 def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float | None]:
@@ -134,10 +134,10 @@ def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float |
     results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
     seams = [(result.seam, result.steady) for result in results if result.seam is not None]
     return {
-        "adoption_first_chunk": mean([good for result in results for good in result.at_once]),
-        "adoption": mean([good for result in results for good in result.changed]),
-        "kept": mean([good for result in results for good in result.kept]),
-        "flicker": mean([seam for seam, _ in seams]) / mean([steady for _, steady in seams]) if seams else None,
+        "adoption_first_chunk": fmean([good for result in results for good in result.at_once]),
+        "adoption": fmean([good for result in results for good in result.changed]),
+        "kept": fmean([good for result in results for good in result.kept]),
+        "flicker": fmean([seam for seam, _ in seams]) / fmean([steady for _, steady in seams]) if seams else None,
     }
 
 
@@ -150,13 +150,13 @@ def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
     """Share of readings with all attributes right after 30 s, and through sessions of 240 s; nothing of 0 sessions."""
     found: dict[str, Any] = {}
     if short:
-        found["drift_30s_accuracy"] = mean(workers.map("30 s", after_30s, held_out_captions(short, seed=2)))
+        found["drift_30s_accuracy"] = fmean(workers.map("30 s", after_30s, held_out_captions(short, seed=2)))
     if long:
         readings = workers.map("240 s", through_240s, held_out_captions(long, seed=3))
-        by_window = [mean(window) for window in zip(*readings, strict=True)]
+        by_window = [fmean(window) for window in zip(*readings, strict=True)]
         last = 20  # windows of 1.5 s: the last 30 s
-        found["drift_240s_accuracy"] = mean(by_window[-last:])
-        found["drift_by_30s"] = [mean(by_window[first : first + last]) for first in range(0, len(by_window), last)]
+        found["drift_240s_accuracy"] = fmean(by_window[-last:])
+        found["drift_by_30s"] = [fmean(by_window[first : first + last]) for first in range(0, len(by_window), last)]
     return found
 
 
@@ -175,8 +175,4 @@ def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
         psnr["vae_psnr_db"].append(-10 * error.log10().item())
         if held_out:
             psnr["vae_psnr_db_held_out_combinations"].append(psnr["vae_psnr_db"][-1])
-    return {name: mean(values) for name, values in psnr.items()}
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return {name: fmean(values) for name, values in psnr.items()}
