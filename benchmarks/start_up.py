@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.command_line import exit_code
 from benchmarks.results import SERVER, Measurement, versions
-from longlive_serve.doctor.start import measure
+from longlive_serve.doctor.start import measure_starts
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
     measurement = Measurement.begin("benchmarks.start_up", argv)
-    results = {"seconds": measure(args.config.absolute())}
+    results = {"seconds": measure_starts(args.config.absolute())}
     print(json.dumps(results, indent=2))
     if args.json is not None:
         measurement.write(args.json, results, code=SERVER, versions=versions("torch", "transformers"))

@@ -51,7 +51,7 @@ def projected(gpu: str, precision: str, decoder: str) -> Row:
     memory = server_memory(
         FULL, dtype="bfloat16", decoder=decoder, fused_dit=True, fused_decoder=True, fp8=precision == FP8
     )
-    fit, keeps = memory.sessions_in(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
+    fit, keeps = memory.max_sessions(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
     admits = max(int(ServeConfig().max_utilization * CHUNK_PLAYS_S / seconds), min(1, keeps))  # the first always
     return Row(
         gpu=gpu,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine lacks to serve, what fits on it, and what to do. It needs nothing but NumPy, and loads no model."""
+"""Checks whether a machine can serve, and how many sessions fit. Needs only NumPy, and loads no model."""

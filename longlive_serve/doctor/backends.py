@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backends this machine can run, and which the settings come to. Nothing is loaded.
+"""Which backends can run on this machine, and which ones the settings select. No model is loaded.
 
 Called by the command line.
 """
@@ -13,140 +13,123 @@ from collections.abc import Mapping
 from longlive_serve.backends.registry import choose
 from longlive_serve.config.presets import MODELS
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH, ServeConfig
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult
-from longlive_serve.doctor.gpu import Gpu
+from longlive_serve.doctor.check_result import ERROR, NOTE, OK, WARNING, CheckResult
+from longlive_serve.doctor.gpu import INSTALL_CUDA_TORCH, Gpu
 from longlive_serve.doctor.memory_model import dit_parameters
 from longlive_serve.doctor.software import pip_install, torch_cuda, version_of
 
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_rtx", "tensorrt_rtx_cu13_bindings")
-
-LARGE = 100_000_000  # parameters of a DiT that no CPU runs in real time
+MAX_CPU_PARAMETERS = 100_000_000  # of a DiT; larger ones are far from real time on any CPU
 
 
 @dataclasses.dataclass(frozen=True)
-class Reason:
+class Unavailable:
     """Why a backend cannot run here, and what to do."""
 
-    why: str
+    reason: str
     action: str
 
 
-ELSEWHERE = "another backend here, or this one on a machine with a GPU"
-TORCHLESS = Reason("PyTorch is not installed, and every backend needs it", pip_install("torch"))
-CUDALESS = Reason("PyTorch is built without CUDA", "install it for CUDA: https://pytorch.org/get-started/locally")
+OTHER_MACHINE = "use another backend, or a machine with an NVIDIA GPU"
+NO_TORCH = Unavailable("PyTorch is not installed", pip_install("torch"))
+NO_CUDA = Unavailable("PyTorch is built without CUDA", INSTALL_CUDA_TORCH)
 
 
-def here(device: str, gpu: Gpu | None) -> dict[str, Reason | str]:
-    """Every backend with the version of what runs it, or with the reason why it cannot. `device`: cpu or cuda."""
-    if not has_torch():
-        return dict.fromkeys((TORCH, FUSED, ONNXRUNTIME, TENSORRT), TORCHLESS)
+def find_backends(device: str, gpu: Gpu | None) -> dict[str, str | Unavailable]:
+    """By backend: the version of its library, or why it cannot run. `device`: cpu or cuda."""
+    if not _is_installed("torch"):
+        return dict.fromkeys((TORCH, FUSED, ONNXRUNTIME, TENSORRT), NO_TORCH)
     return {
-        TORCH: _torch(device, gpu),
-        FUSED: _fused(gpu),
-        ONNXRUNTIME: _onnxruntime(device),
-        TENSORRT: _tensorrt(gpu),
+        TORCH: _find_torch(device, gpu),
+        FUSED: _find_fused(gpu),
+        ONNXRUNTIME: _find_onnxruntime(device),
+        TENSORRT: _find_tensorrt(gpu),
     }
 
 
-def has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
-def _torch(device: str, gpu: Gpu | None) -> Reason | str:
+def _find_torch(device: str, gpu: Gpu | None) -> str | Unavailable:
     if device != "cpu" and gpu is None:
-        return Reason("there is no GPU to be used", 'device = "auto" or "cpu" in the settings')
+        return Unavailable("there is no such GPU", 'device = "auto" or "cpu" in the settings')
     if device != "cpu" and not torch_cuda():
-        return CUDALESS
-    built_for = torch_cuda()
-    return f"PyTorch {version_of('torch')}, built {f'for CUDA {built_for}' if built_for else 'without CUDA'}"
+        return NO_CUDA
+    return f"PyTorch {version_of('torch')}, CUDA {torch_cuda() or 'none'}"
 
 
-def _fused(gpu: Gpu | None) -> Reason | str:
+def _find_fused(gpu: Gpu | None) -> str | Unavailable:
     if gpu is None:
-        return Reason("its kernels need an NVIDIA GPU", ELSEWHERE)
+        return Unavailable("its kernels need an NVIDIA GPU", OTHER_MACHINE)
     if not torch_cuda():
-        return CUDALESS
-    if importlib.util.find_spec("triton") is None:
-        return Reason("it needs the compiler Triton, which PyTorch for CUDA brings", "pip install triton")
-    return f"Triton {version_of('triton') or '(unknown)'} (the compiler)"
+        return NO_CUDA
+    if not _is_installed("triton"):
+        return Unavailable("the compiler Triton is not installed; PyTorch for CUDA brings it", "pip install triton")
+    return f"Triton {version_of('triton')} (the compiler)"
 
 
-def _onnxruntime(device: str) -> Reason | str:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return Reason("ONNX Runtime is not installed", pip_install("onnxruntime"))
-    on_gpu = version_of("onnxruntime-gpu")
-    if device != "cpu" and not on_gpu:
-        return Reason("this ONNX Runtime has nothing for the GPU", "pip install onnxruntime-gpu in its place")
-    return f"ONNX Runtime {on_gpu or version_of('onnxruntime')}"
+def _find_onnxruntime(device: str) -> str | Unavailable:
+    if not _is_installed("onnxruntime"):
+        return Unavailable("ONNX Runtime is not installed", pip_install("onnxruntime"))
+    gpu_version = version_of("onnxruntime-gpu")
+    if device != "cpu" and not gpu_version:
+        return Unavailable("this ONNX Runtime supports CPUs only", "pip install onnxruntime-gpu instead")
+    return f"ONNX Runtime {gpu_version or version_of('onnxruntime')}"
 
 
-def _tensorrt(gpu: Gpu | None) -> Reason | str:
-    found = [f"{package} {version}" for package in TENSORRT_PACKAGES if (version := version_of(package))]
-    if not found:
-        return Reason("TensorRT is not installed", "NVIDIA's container, or pip install tensorrt-cu13")
+def _find_tensorrt(gpu: Gpu | None) -> str | Unavailable:
+    versions = [f"{package} {version}" for package in TENSORRT_PACKAGES if (version := version_of(package))]
+    if not versions:
+        return Unavailable("TensorRT is not installed", "use NVIDIA's container, or pip install tensorrt-cu13")
     if gpu is None:
-        return Reason(f"{found[0]} is here, but it needs an NVIDIA GPU", ELSEWHERE)
-    return found[0] if torch_cuda() else CUDALESS
+        return Unavailable(f"{versions[0]} needs an NVIDIA GPU", OTHER_MACHINE)
+    return versions[0] if torch_cuda() else NO_CUDA
 
 
-def backend_results(backends: Mapping[str, Reason | str], device: str) -> list[CheckResult]:
-    if not has_torch():
-        return [CheckResult(NOTE, "backends", f"none can run: {TORCHLESS.why}", TORCHLESS.action)]
-    where = "the CPU" if device == "cpu" else "the GPU"
+def check_backends(available: Mapping[str, str | Unavailable], device: str) -> list[CheckResult]:
     return [
-        CheckResult(NOTE, backend, f"cannot run: {found.why}", found.action)
-        if isinstance(found, Reason)
-        else CheckResult(OK, backend, f"can run on {where}: {found}")
-        for backend, found in backends.items()
+        CheckResult(NOTE, backend, f"cannot run: {version.reason}", version.action)
+        if isinstance(version, Unavailable)
+        else CheckResult(OK, backend, f"can run on {device}: {version}")
+        for backend, version in available.items()
     ]
 
 
-def chosen(config: ServeConfig) -> dict[str, str]:
-    """The backend of every model; empty where that cannot be told, without PyTorch or for a folder that is none of
-    graphs or engines."""
+def select_backends(config: ServeConfig) -> dict[str, str]:
+    """The backend of each model; empty where it cannot be told: without PyTorch, or with a wrong folder of graphs."""
     try:
         return {model: choose(model, config) for model in MODELS}
     except (ImportError, ValueError):
         return {}
 
 
-def chosen_results(
-    config: ServeConfig, choice: Mapping[str, str], backends: Mapping[str, Reason | str], device: str, gpu: Gpu | None
+def check_selection(
+    config: ServeConfig,
+    selected: Mapping[str, str],
+    available: Mapping[str, str | Unavailable],
+    device: str,
+    gpu: Gpu | None,
 ) -> list[CheckResult]:
-    """What the settings come to for every model, and whether that can run."""
-    if not choice and has_torch():
-        return []  # what is wrong with the folder is told where files are looked for
-    if not choice:
-        text = "`auto` cannot be told without PyTorch where graphs or engines are named"
-        return [CheckResult(WARNING, "backends", text, pip_install("torch"))]
-    names = [f"{model} {backend}" for model, backend in choice.items()]
-    where = "the CPU" if device == "cpu" else "the GPU"
-    asked = {getattr(config, f"{model}_backend") or config.backend for model in MODELS}
-    results = [CheckResult(OK, "backends", f"{', '.join(names)}{' (auto)' if asked == {AUTO} else ''}, on {where}")]
-    for backend in dict.fromkeys(choice.values()):
-        reason = backends[backend]
-        if isinstance(reason, Reason) and reason is not TORCHLESS:  # which is said under Software
-            text = f"is asked for, but cannot run: {reason.why}"
-            results.append(CheckResult(PROBLEM, f"backend {backend}", text, reason.action))
-    if config.fp8 and gpu is not None and not gpu.has_fp8:
-        results.append(CheckResult(PROBLEM, "fp8", f"is asked for, but {gpu.name} has none", "fp8 = false"))
-    if (config.fp8_decoder or config.fp8_attention) and importlib.util.find_spec("cudnn") is None:
-        needed = config.fp8_decoder
-        text = "missing, and fp8_decoder takes it" if needed else "missing: attention in FP8 is by our own kernel"
-        results.append(CheckResult(PROBLEM if needed else NOTE, "cuDNN frontend", text, pip_install("cudnn")))
-    if config.fp8 and config.dtype not in (AUTO, "bfloat16"):
-        text = f"is asked for, with dtype {config.dtype}, but it takes bfloat16"
-        results.append(CheckResult(PROBLEM, "fp8", text, 'dtype = "auto"'))
-    return [*results, *_speed(config, choice, backends, device)]
-
-
-def _speed(
-    config: ServeConfig, choice: Mapping[str, str], backends: Mapping[str, Reason | str], device: str
-) -> list[CheckResult]:
-    if device == "cpu" and dit_parameters(config.model_config.dit) > LARGE:
-        text = f"preset {config.preset} on the CPU takes minutes for every chunk, which plays 0.75 s"
-        return [CheckResult(WARNING, "speed", text, 'serve it on a GPU; preset = "demo" is in real time on a CPU')]
-    if not isinstance(backends[FUSED], Reason) and not {FUSED, TENSORRT} & set(choice.values()):
-        text = f"the backend {FUSED} can run here and is not asked for"
-        return [CheckResult(NOTE, "speed", text, f'backend = "{FUSED}" in the settings')]
-    return []
+    """Which backend the settings select for each model, and whether it can run with these options."""
+    if not selected:
+        return []  # the check of the files reports the wrong folder, that of the software the missing PyTorch
+    names = ", ".join(f"{model} {backend}" for model, backend in selected.items())
+    results = [CheckResult(OK, "backends", f"{names}, on {device}")]
+    for backend in dict.fromkeys(selected.values()):
+        version = available[backend]
+        if isinstance(version, Unavailable) and version is not NO_TORCH:  # the check of the software reports that
+            message = f"selected, but cannot run: {version.reason}"
+            results.append(CheckResult(ERROR, f"backend {backend}", message, version.action))
+    if config.fp8 and gpu is not None and not (gpu.has_fp8 and config.dtype in (AUTO, "bfloat16")):
+        message = f"needs bfloat16 and compute capability 8.9 or later, got dtype {config.dtype} and {gpu.name}"
+        results.append(CheckResult(ERROR, "fp8", message, 'fp8 = false, or dtype = "auto" and another GPU'))
+    if (config.fp8_decoder or config.fp8_attention) and not _is_installed("cudnn"):
+        message = "not installed: fp8_decoder needs it; FP8 attention then uses only this project's kernel"
+        level = ERROR if config.fp8_decoder else NOTE
+        results.append(CheckResult(level, "cuDNN frontend", message, pip_install("cudnn")))
+    if device == "cpu" and dit_parameters(config.model_config.dit) > MAX_CPU_PARAMETERS:
+        message = f"preset {config.preset} takes minutes on a CPU for a chunk of 0.75 s"
+        action = 'serve it on a GPU; preset = "demo" runs in real time on a CPU'
+        results.append(CheckResult(WARNING, "device", message, action))
+    return results

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the doctor finds: one thing each, how grave it is, and what to do about it; and sections of them as text.
+"""The result of one check: how severe it is, what was found and what to do; and results as aligned text.
 
-Made by the other files of this folder, which look at one part of the machine each.
+Made by the other files of this folder, each of which checks one part of the machine.
 """
 
 from __future__ import annotations
@@ -10,64 +10,57 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 
-OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
-"""All is well; something is not there that somebody else may want; it will serve, but badly; it cannot serve."""
-_COLOURS = {OK: "32", NOTE: "36", WARNING: "33", PROBLEM: "1;31"}
+OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
+"""As it should be; missing, but not needed to serve; serves, but not well; cannot serve."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: str
-    subject: str
-    found: str
+    name: str
+    """What was checked."""
+    message: str
     action: str = ""
-    """What to do; empty where all is well."""
+    """What to do; empty at the level OK."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Findings that belong together."""
+    """Results that belong together."""
 
     title: str
     results: Sequence[CheckResult]
 
 
-def lines_of(sections: Sequence[Section], width: int, colours: bool) -> Iterator[str]:
-    """The sections as aligned text of at most `width` columns."""
-    margin = max(len(result.subject) for section in sections for result in section.results) + 13
+def format_sections(sections: Sequence[Section], width: int) -> Iterator[str]:
+    """Lines of aligned text, at most `width` columns wide."""
+    indent = max(len(result.name) for section in sections for result in section.results) + 13
     for section in sections:
-        yield f"\033[1m{section.title}\033[0m" if colours else section.title
+        yield section.title
         for result in section.results:
-            begin = f"  {result.level:<9}{result.subject}".ljust(margin)
-            first, *others = wrap(begin + result.found, width, margin)
-            yield first.replace(result.level, paint(result.level), 1) if colours else first
-            yield from others
+            prefix = f"  {result.level:<9}{result.name}".ljust(indent)
+            yield from wrap(prefix + result.message, width, indent)
             if result.action:
-                yield from wrap(f"{' ' * margin}-> {result.action}", width, margin + 3)
+                yield from wrap(f"{' ' * indent}-> {result.action}", width, indent + 3)
         yield ""
 
 
-def wrap(text: str, width: int, margin: int) -> list[str]:
-    """Paths and commands stay whole."""
-    return textwrap.wrap(text, width, subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False)
+def wrap(text: str, width: int, indent: int) -> list[str]:
+    """Does not break paths and commands."""
+    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
-def paint(level: str) -> str:
-    return f"\033[{_COLOURS[level]}m{level}\033[0m"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
+def format_bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB" if count < 10 else f"{count:,.1f} GiB"
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.2f} GiB" if size < 10 else f"{size:,.1f} GiB"
 
 
-def split(message: str) -> tuple[str, str]:
-    """An error of this package as what was found and what to do: its own last words, behind a semicolon."""
-    found, _, action = message.rpartition("; ")
-    return (found, action) if found else (message, "")
+def split_error(message: str) -> tuple[str, str]:
+    """The message of an error, and the action that it names behind the last semicolon, if any."""
+    text, _, action = message.rpartition("; ")
+    return (text, action) if text else (message, "")

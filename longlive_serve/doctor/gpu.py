@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which NVIDIA GPU there is, asked of whoever can tell: nvidia-smi, NVML's Python package, PyTorch.
+"""The NVIDIA GPUs of this machine, as nvidia-smi or PyTorch reports them, and the one that the server would use.
 
-Called by the command line; the checks of backends and memory are told which GPU would be used.
+Called by the command line. The checks of backends and memory get the GPU that would be used.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import contextlib
 import dataclasses
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, WARNING, CheckResult, size
+from longlive_serve.doctor.check_result import ERROR, NOTE, OK, WARNING, CheckResult, format_bytes
 from longlive_serve.doctor.software import torch_cuda
 
 FIELDS = "name,memory.total,memory.free,driver_version,compute_cap,uuid"
-FP8_FROM = (8, 9)
-DRIVER_FOR = {11: 450, 12: 525, 13: 580}  # the least driver for a major version of CUDA
-PCI, NVIDIA, DISPLAY = Path("/sys/bus/pci/devices"), "0x10de", "0x03"
-BY_BUS = "PCI_BUS_ID"
+MIN_FP8_CAPABILITY = (8, 9)
+MIN_DRIVER = {11: 450, 12: 525, 13: 580}  # by major version of CUDA
+PCI_DEVICES, NVIDIA_ID, DISPLAY_CLASS = Path("/sys/bus/pci/devices"), "0x10de", "0x03"
 MIB = 2**20
-IN_USE = 2**30  # by others: more than a desktop takes
+DESKTOP_MEMORY = 2**30  # more than a desktop uses
+INSTALL_CUDA_TORCH = "install PyTorch for CUDA: https://pytorch.org/get-started/locally"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,49 +34,36 @@ class Gpu:
     driver: str
     capability: tuple[int, int]
     uuid: str = ""
-    visible: bool = False
-    """It is counted among those that CUDA_VISIBLE_DEVICES leaves, and not among all."""
+    is_visible: bool = False
+    """Whether its index counts only the GPUs that CUDA_VISIBLE_DEVICES names."""
 
     @property
     def has_fp8(self) -> bool:
-        return self.capability >= FP8_FROM
+        return self.capability >= MIN_FP8_CAPABILITY
 
 
 def find_gpus() -> list[Gpu]:
-    """All of them, in the driver's order; none also where nobody can tell."""
-    ways: tuple[Callable[[], list[Gpu]], ...] = (_by_nvidia_smi, _by_nvml, _by_torch)
-    for way in ways:
-        with contextlib.suppress(Exception):  # each has its own kinds, and the next one may know
-            if gpus := way():
+    """All GPUs in the driver's order; empty also where neither nvidia-smi nor PyTorch works."""
+    for query in (_query_nvidia_smi, _query_torch):
+        with contextlib.suppress(Exception):  # each raises its own kinds of errors
+            if gpus := query():
                 return gpus
     return []
 
 
-def _by_nvidia_smi() -> list[Gpu]:
+def _query_nvidia_smi() -> list[Gpu]:
     command = ["nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     gpus = []
-    for line in done.stdout.splitlines():
+    for line in result.stdout.splitlines():
         name, memory, free, driver, capability, uuid = (field.strip() for field in line.split(","))
-        gpus.append(_gpu(name, int(memory) * MIB, int(free) * MIB, driver, capability, uuid))
+        major, minor = map(int, capability.split("."))
+        gpu = Gpu(name=name, memory=int(memory) * MIB, free=int(free) * MIB, driver=driver, capability=(major, minor))
+        gpus.append(dataclasses.replace(gpu, uuid=uuid))
     return gpus
 
 
-def _by_nvml() -> list[Gpu]:
-    import pynvml  # of nvidia-ml-py, which other packages bring
-
-    pynvml.nvmlInit()
-    gpus = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        capability = "{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-        name, driver = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion()
-        gpus.append(_gpu(name, memory.total, memory.free, driver, capability, pynvml.nvmlDeviceGetUUID(handle)))
-    return gpus
-
-
-def _by_torch() -> list[Gpu]:
+def _query_torch() -> list[Gpu]:
     if not torch_cuda():
         return []
     import torch
@@ -85,104 +71,83 @@ def _by_torch() -> list[Gpu]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(index)
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
-        gpu = _gpu(torch.cuda.get_device_name(index), memory, free, "unknown", capability, "")
-        gpus.append(dataclasses.replace(gpu, visible=True))
+        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        gpu = Gpu(name=name, memory=memory, free=free, driver="unknown", capability=capability, is_visible=True)
+        gpus.append(gpu)
     return gpus
 
 
-def _gpu(name: str, memory: int, free: int, driver: str, capability: str, uuid: str) -> Gpu:
-    major, _, minor = capability.partition(".")
-    pair = int(major), int(minor)
-    return Gpu(name=name, memory=memory, free=free, driver=driver, capability=pair, uuid=uuid)
+def select_gpu(gpus: list[Gpu], device: str) -> Gpu | None:
+    """The GPU that `device` of the settings selects, among those that CUDA_VISIBLE_DEVICES names."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None and not any(gpu.is_visible for gpu in gpus):
+        by_index = {str(index): gpu for index, gpu in enumerate(gpus)}
+        selected = [by_index.get(name.strip()) or _find_uuid(gpus, name.strip()) for name in names.split(",")]
+        gpus = [gpu for gpu in selected if gpu is not None]
+    suffix = device.partition(":")[2]
+    index = int(suffix) if suffix.isdecimal() else 0
+    return gpus[index] if device != "cpu" and index < len(gpus) else None
 
 
-def used_gpu(gpus: list[Gpu], device: str) -> Gpu | None:
-    """The one that `device` of the settings means, among those that CUDA_VISIBLE_DEVICES leaves."""
-    visible, names = gpus, os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is not None and not any(gpu.visible for gpu in gpus):
-        by_name = {str(number): gpu for number, gpu in enumerate(gpus)}
-        chosen = [by_name.get(name.strip()) or _with_uuid(gpus, name.strip()) for name in names.split(",")]
-        visible = [gpu for gpu in chosen if gpu is not None]
-    index = device.partition(":")[2]
-    number = int(index) if index.isdecimal() else 0
-    return visible[number] if device != "cpu" and number < len(visible) else None
-
-
-def _with_uuid(gpus: list[Gpu], uuid: str) -> Gpu | None:
+def _find_uuid(gpus: list[Gpu], uuid: str) -> Gpu | None:
     return next((gpu for gpu in gpus if uuid and gpu.uuid.startswith(uuid)), None)
 
 
-def gpu_results(gpus: list[Gpu], used: Gpu | None, device: str) -> list[CheckResult]:
-    """`device`: as the settings have it."""
+def check_gpu(gpus: list[Gpu], gpu: Gpu | None, device: str) -> list[CheckResult]:
+    """`gpu`: the selected one; `device`: as in the settings."""
     if not gpus:
-        return [_no_gpu(device)]
-    if used is None and device == "cpu":
-        return [
-            CheckResult(NOTE, "GPU", f"{gpus[0].name}, not used", 'the settings have device = "cpu"; "auto" uses it')
-        ]
-    if used is None:
-        variable = os.environ.get("CUDA_VISIBLE_DEVICES")
-        text = f"device {device} is none of those here (CUDA_VISIBLE_DEVICES={variable})"
-        return [CheckResult(PROBLEM if device != "auto" else WARNING, "GPU", text, "unset it, or name another device")]
-    capability = "{}.{}".format(*used.capability)
-    text = f"{used.name}, {size(used.memory)}, compute capability {capability}, driver {used.driver}"
-    results = [CheckResult(OK, "GPU", text)]
+        return [_check_no_gpu(device)]
+    if gpu is None and device == "cpu":
+        return [CheckResult(NOTE, "GPU", f"{gpus[0].name}, not used: device is cpu", 'device = "auto" uses it')]
+    if gpu is None:
+        message = f"no GPU {device} here (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')})"
+        level = ERROR if device != "auto" else WARNING
+        return [CheckResult(level, "GPU", message, "unset the variable, or name another device")]
+    capability = "{}.{}".format(*gpu.capability)
+    message = f"{gpu.name}, {format_bytes(gpu.memory)}, compute capability {capability}, driver {gpu.driver}"
+    results = [CheckResult(OK, "GPU", message)]
     if len(gpus) > 1:
-        number = gpus.index(used)
-        action = 'one server uses one; CUDA_VISIBLE_DEVICES or device = "cuda:1" chooses another'
-        if len({gpu.name for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != BY_BUS:
-            action += f"; with CUDA_DEVICE_ORDER={BY_BUS} they are numbered as here"
-        results.append(
-            CheckResult(NOTE, "GPUs", f"{len(gpus)} here; number {number} would be used (the first is 0)", action)
-        )
-    if used.memory - used.free > IN_USE:
-        text = f"{size(used.memory - used.free)} of it are taken: {size(used.free)} are free"
-        results.append(CheckResult(WARNING, "GPU memory", text, "nvidia-smi shows by whom; end it, or serve elsewhere"))
-    if used.has_fp8:
-        text = "possible: backend fused with fp8 = true, and fp8_attention = true, or FP8 engines"
-        results.append(CheckResult(OK, "FP8", text))
+        message = f"{len(gpus)} found; a server uses one, here number {gpus.index(gpu)}, counted from 0"
+        action = 'select another with device = "cuda:1" or CUDA_VISIBLE_DEVICES (with CUDA_DEVICE_ORDER=PCI_BUS_ID)'
+        results.append(CheckResult(NOTE, "GPUs", message, action))
+    if gpu.memory - gpu.free > DESKTOP_MEMORY:
+        message = f"{format_bytes(gpu.memory - gpu.free)} in use, {format_bytes(gpu.free)} free"
+        results.append(CheckResult(WARNING, "GPU memory", message, "nvidia-smi lists the processes that use it"))
+    if gpu.has_fp8:
+        results.append(CheckResult(OK, "FP8", "supported: fp8 = true with the backend fused, or FP8 engines"))
     else:
-        action = "serve in bfloat16; FP8 is for Ada, Hopper and later"
-        results.append(
-            CheckResult(NOTE, "FP8", f"not possible: it takes compute capability 8.9, not {capability}", action)
-        )
-    return results + _fit_of_torch(used, device)
+        message = f"not supported: it needs compute capability 8.9 or later, not {capability}"
+        results.append(CheckResult(NOTE, "FP8", message, "serve in bfloat16"))
+    return [*results, _check_torch(gpu, device)]
 
 
-def _no_gpu(device: str) -> CheckResult:
-    level = PROBLEM if device.startswith("cuda") else NOTE
-    if _on_the_bus():
-        text = "an NVIDIA device is on the bus, but no driver answers"
-        return CheckResult(
-            WARNING if level == NOTE else level, "GPU", text, "install its driver; in Docker: --gpus all"
-        )
-    action = "the CPU serves the demo model in real time; the full size takes an NVIDIA GPU"
-    return CheckResult(level, "GPU", "none (asked nvidia-smi, NVML and PyTorch)", action)
+def _check_no_gpu(device: str) -> CheckResult:
+    level = ERROR if device.startswith("cuda") else NOTE
+    if _has_nvidia_device():
+        message, action = "found on the PCI bus, but no driver answers", "install the driver; in Docker: --gpus all"
+        return CheckResult(WARNING if level == NOTE else level, "GPU", message, action)
+    action = "the demo model runs in real time on a CPU; the full size needs an NVIDIA GPU"
+    return CheckResult(level, "GPU", "none found by nvidia-smi and PyTorch", action)
 
 
-def _on_the_bus() -> bool:
+def _has_nvidia_device() -> bool:
     with contextlib.suppress(OSError):
-        for device in PCI.iterdir():
-            vendor, kind = (
-                (device / "vendor").read_text(encoding="utf-8"),
-                (device / "class").read_text(encoding="utf-8"),
-            )
-            if vendor.startswith(NVIDIA) and kind.startswith(DISPLAY):
+        for device in PCI_DEVICES.iterdir():
+            vendor, kind = ((device / name).read_text(encoding="utf-8") for name in ("vendor", "class"))
+            if vendor.startswith(NVIDIA_ID) and kind.startswith(DISPLAY_CLASS):
                 return True
     return False
 
 
-def _fit_of_torch(gpu: Gpu, device: str) -> list[CheckResult]:
+def _check_torch(gpu: Gpu, device: str) -> CheckResult:
     """Whether the installed PyTorch can use the GPU."""
-    built_for = torch_cuda()
-    if not built_for:
-        level = PROBLEM if device.startswith("cuda") else WARNING
-        text = "PyTorch is not installed, or built without CUDA: the GPU would not be used"
-        return [CheckResult(level, "CUDA", text, "install PyTorch for CUDA: https://pytorch.org/get-started/locally")]
-    least, driver = DRIVER_FOR.get(int(built_for.split(".")[0]), 0), gpu.driver.split(".")[0]
-    if driver.isdecimal() and int(driver) < least:
-        text = f"PyTorch is built for CUDA {built_for}, which takes driver {least} or later, not {gpu.driver}"
-        action = "a newer driver, or PyTorch for an older CUDA: https://pytorch.org/get-started/locally"
-        return [CheckResult(PROBLEM, "CUDA", text, action)]
-    return [CheckResult(OK, "CUDA", f"PyTorch is built for CUDA {built_for}")]
+    version = torch_cuda()
+    if not version:
+        level = ERROR if device.startswith("cuda") else WARNING
+        message = "PyTorch is not installed, or built without CUDA: the GPU would not be used"
+        return CheckResult(level, "CUDA", message, INSTALL_CUDA_TORCH)
+    min_driver, driver = MIN_DRIVER.get(int(version.split(".")[0]), 0), gpu.driver.split(".")[0]
+    if driver.isdecimal() and int(driver) < min_driver:
+        message = f"PyTorch is built for CUDA {version}, which needs driver {min_driver} or later, not {gpu.driver}"
+        return CheckResult(ERROR, "CUDA", message, "install a newer driver, or PyTorch for an older CUDA")
+    return CheckResult(OK, "CUDA", f"PyTorch is built for CUDA {version}")

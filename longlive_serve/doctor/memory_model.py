@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory LongLive takes: parameters of the models, bytes of a session, sessions that fit. Pure Python.
+"""Memory that LongLive needs: parameters of the models, bytes of a session, sessions that fit. Pure Python.
 
-Read by the doctor and by who plans for a GPU. It repeats in numbers what `models/` builds; tests hold the two together.
+Used by the doctor and by `deploy.capacity`. It counts what `models/` builds; tests compare the two.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from longlive_serve.config.presets import (
 
 GIB = 2**30
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
-CUDA_CONTEXT = GIB  # what CUDA and its libraries keep for themselves in a process, rounded up
-WIDE_PICTURES = {WAN: 5, TINY: 3}  # of a decoder's widest tensors, how many there are at once; rounded up
+CUDA_CONTEXT = GIB  # of CUDA and its libraries in a process, rounded up
+NUM_WIDE_TENSORS = {WAN: 5, TINY: 3}  # a decoder's largest tensors that exist at the same time, rounded up
 
 
 def dit_parameters(config: DiTConfig) -> int:
     dim, ffn = config.dim, config.ffn_dim
-    attention = 4 * _linear(dim, dim) + 2 * dim  # with the norms of queries and keys
+    attention = 4 * _linear(dim, dim) + 2 * dim  # with the norms of q and k
     block = 2 * attention + 2 * dim + _linear(dim, ffn) + _linear(ffn, dim) + 6 * dim
     patch = 4 * config.channels  # values of 2x2 latent pixels
     text = _linear(config.text_dim, dim) + _linear(dim, dim)
@@ -48,21 +48,20 @@ def text_encoder_parameters(config: TextEncoderConfig) -> int:
 
 def vae_decoder_parameters(config: VAEConfig) -> int:
     layers = list(_vae_layers(config))
-    top = layers[0].outputs
+    dim = layers[0].outputs
     count = _linear(config.z_dim, config.z_dim) + sum(layer.parameters for layer in layers)
-    return count + top + _linear(top, 3 * top) + _linear(top, top)  # the attention
+    return count + dim + _linear(dim, 3 * dim) + _linear(dim, dim)  # the attention
 
 
 def tiny_decoder_parameters(config: TinyDecoderConfig) -> int:
     count = 9 * config.z_dim * config.channels[0] + config.channels[0] + 27 * config.channels[-1] + 3
-    for (channels, following), frames in zip(itertools.pairwise(config.channels), (1, 2, 2), strict=True):
+    for (channels, outputs), frames in zip(itertools.pairwise(config.channels), (1, 2, 2), strict=True):
         memory_block = 9 * 4 * channels**2 + 3 * channels
-        count += 3 * memory_block + frames * channels**2 + 9 * channels * following
+        count += 3 * memory_block + frames * channels**2 + 9 * channels * outputs
     return count
 
 
-def parameters(config: ModelConfig, model: str) -> int:
-    """Of one of the models, or of the tiny decoder."""
+def num_parameters(config: ModelConfig, model: str) -> int:
     if model == DIT:
         return dit_parameters(config.dit)
     if model == TEXT_ENCODER:
@@ -74,15 +73,15 @@ def parameters(config: ModelConfig, model: str) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SessionMemory:
-    """Bytes that one session holds once its window is full."""
+    """Bytes of one session with a full window."""
 
     kv_slot: int
-    """Its share of the KV cache. The shares of all slots are allocated when the server starts."""
+    """Its slot of the KV cache. All slots are allocated when the server starts."""
     prompt_kv: int
-    """Keys and values of its prompt; the fused backend may hold fewer."""
+    """Keys and values of its prompt; the fused backend may need less."""
     decoder_cache: int
     latents: int
-    """Clean ones, of window and sink."""
+    """The clean latents of window and sink."""
 
     @property
     def total(self) -> int:
@@ -98,43 +97,42 @@ def session_memory(
     fp8_decoder: bool = False,
 ) -> SessionMemory:
     size, dit, window = BYTES_OF[dtype], config.dit, config.window
-    per_row = 2 * dit.num_layers * dit.dim  # numbers: a key and a value in every layer
-    picture = dit.channels * config.latent_height * config.latent_width
+    row = 2 * dit.num_layers * dit.dim  # elements: a key and a value in each layer
+    frame = dit.channels * config.latent_height * config.latent_width
     return SessionMemory(
-        kv_slot=window.window * config.tokens_per_frame * per_row * (1 if fp8_attention else size),
-        prompt_kv=dit.text_len * per_row * size,
+        kv_slot=window.window * config.tokens_per_frame * row * (1 if fp8_attention else size),
+        prompt_kv=dit.text_len * row * size,
         decoder_cache=decoder_cache_bytes(config, decoder, size, fp8_decoder),
-        latents=(window.window + window.sink) * picture * size,
+        latents=(window.window + window.sink) * frame * size,
     )
 
 
 def decoder_cache_bytes(config: ModelConfig, decoder: str, size: int, fp8: bool = False) -> int:
-    """The cache of a stream, `size` bytes to a number; with `fp8` one to those of residual blocks."""
+    """`size`: bytes of an element; with `fp8` the residual blocks have one byte."""
     if decoder == TINY:
-        widths = config.tiny_decoder.channels[:-1]
-        per_pixel = sum(3 * channels * size << 2 * stage for stage, channels in enumerate(widths))
+        channels = config.tiny_decoder.channels[:-1]
+        pixel = sum(3 * num_channels * size << 2 * stage for stage, num_channels in enumerate(channels))
     else:
-        per_pixel = sum(
+        pixel = sum(
             2 * sum(layer.cached) * layer.scale**2 * (1 if fp8 and layer.is_residual else size)
             for layer in _vae_layers(config.vae)
         )
-    return per_pixel * config.latent_height * config.latent_width
+    return pixel * config.latent_height * config.latent_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerMemory:
-    """Bytes that a server takes on its device."""
+    """Bytes of a server on its device."""
 
     models: dict[str, int]
-    working: int
-    """What a chunk and a recache take while they are computed: an estimate, rounded up."""
+    workspace: int
+    """Temporary tensors of a chunk and a recache: an estimate, rounded up."""
     session: SessionMemory
 
     def total(self, sessions: int) -> int:
-        return sum(self.models.values()) + self.working + sessions * self.session.total
+        return sum(self.models.values()) + self.workspace + sessions * self.session.total
 
-    def sessions_in(self, memory: int) -> int:
-        """How many sessions fit."""
+    def max_sessions(self, memory: int) -> int:
         return max(0, (memory - self.total(0)) // self.session.total)
 
 
@@ -150,35 +148,35 @@ def server_memory(
     fp8_decoder: bool = False,
     on_cuda: bool = True,
 ) -> ServerMemory:
-    """Of the models in PyTorch. Graphs and plans hold the same weights; what they work in is their own affair."""
+    """For models in PyTorch. The own workspace of graphs and engines is not counted."""
     size = BYTES_OF[dtype]
-    drawn_by = TINY_DECODER if decoder == TINY else VAE_DECODER
-    models = {model: size * parameters(config, model) for model in (TEXT_ENCODER, DIT, drawn_by)}
+    decoder_model = TINY_DECODER if decoder == TINY else VAE_DECODER
+    models = {model: size * num_parameters(config, model) for model in (TEXT_ENCODER, DIT, decoder_model)}
     if fp8:
-        models[DIT] -= _saved_by_fp8(config.dit, size)
+        models[DIT] -= _fp8_savings(config.dit, size)
     if fp8_decoder:
-        models[VAE_DECODER] -= _saved_by_fp8_decoder(config.vae, size)
-    parts = _dit_working(config, size), _decoder_working(config, decoder, fused_decoder, size)
-    # CUDA graphs keep what they worked in; PyTorch itself gives it to who comes next.
-    working = sum(parts) if fused_dit or fused_decoder else max(parts)
+        models[VAE_DECODER] -= _fp8_decoder_savings(config.vae, size)
+    parts = _dit_workspace(config, size), _decoder_workspace(config, decoder, fused_decoder, size)
+    # A CUDA graph keeps its workspace; eager PyTorch uses the same memory for one after the other.
+    workspace = sum(parts) if fused_dit or fused_decoder else max(parts)
     return ServerMemory(
         models=models,
-        working=working + (CUDA_CONTEXT if on_cuda else 0),
+        workspace=workspace + (CUDA_CONTEXT if on_cuda else 0),
         session=session_memory(config, dtype, decoder, fp8_attention=fp8_attention, fp8_decoder=fp8_decoder),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CausalLayers:
-    """The causal convolutions of a residual block or of an upsampling, or one alone."""
+    """A causal convolution, or those of a residual block or of an upsampling."""
 
     cached: tuple[int, ...]
-    """Channels that each of them keeps two past frames of."""
+    """For each convolution, the channels of the two past frames that it keeps."""
     outputs: int
     scale: int
-    """Pixels per latent pixel, in height and in width, where it works."""
+    """Height and width of its input, relative to the latents."""
     parameters: int
-    """Of all that belongs to the block."""
+    """Of the whole block."""
 
     @property
     def is_residual(self) -> bool:
@@ -186,22 +184,22 @@ class _CausalLayers:
 
 
 def _vae_layers(config: VAEConfig) -> Iterator[_CausalLayers]:
-    """All that the VAE decoder caches, in execution order."""
-    widths = [config.base_dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
-    top, base, scale = widths[0], widths[-1], 1
+    """All layers with a cache, in execution order."""
+    dims = [config.base_dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    top, base, scale = dims[0], dims[-1], 1
     yield _CausalLayers(cached=(config.z_dim,), outputs=top, scale=1, parameters=_linear(27 * config.z_dim, top))
     yield _residual_block(top, top, 1)
     yield _residual_block(top, top, 1)
-    for stage, (channels, width) in enumerate(itertools.pairwise(widths)):
+    for stage, (channels, dim) in enumerate(itertools.pairwise(dims)):
         inputs = channels if stage == 0 else channels // 2
         for _ in range(config.num_res_blocks + 1):
-            yield _residual_block(inputs, width, scale)
-            inputs = width
+            yield _residual_block(inputs, dim, scale)
+            inputs = dim
         if stage < 3:
-            doubles_time = stage < 2
-            count = _linear(9 * width, width // 2) + (_linear(3 * width, 2 * width) if doubles_time else 0)
-            cached = (width,) if doubles_time else ()
-            yield _CausalLayers(cached=cached, outputs=width // 2, scale=scale, parameters=count)
+            temporal = stage < 2  # upsamples in time, too
+            count = _linear(9 * dim, dim // 2) + (_linear(3 * dim, 2 * dim) if temporal else 0)
+            cached = (dim,) if temporal else ()
+            yield _CausalLayers(cached=cached, outputs=dim // 2, scale=scale, parameters=count)
             scale *= 2
     yield _CausalLayers(cached=(base,), outputs=3, scale=scale, parameters=base + _linear(27 * base, 3))
 
@@ -218,30 +216,30 @@ def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def _saved_by_fp8(config: DiTConfig, size: int) -> int:
-    """The products of the blocks (but for the prompt's keys and values) take a byte, and a scale for every output."""
+def _fp8_savings(config: DiTConfig, size: int) -> int:
+    """Of the blocks' GEMMs, except the prompt's keys and values: a byte per weight, and a scale per output."""
     dim, ffn = config.dim, config.ffn_dim
     weights = 6 * dim**2 + 2 * dim * ffn
     return config.num_layers * (weights * (size - 1) - 4 * (7 * dim + ffn))
 
 
-def _saved_by_fp8_decoder(config: VAEConfig, size: int) -> int:
-    """As `_saved_by_fp8`, for the two convolutions of every residual block; their biases are float32."""
+def _fp8_decoder_savings(config: VAEConfig, size: int) -> int:
+    """Like `_fp8_savings`, for the two convolutions of each residual block; their biases are float32."""
     blocks = [layer for layer in _vae_layers(config) if layer.is_residual]
     weights = sum(27 * inputs * layer.outputs for layer in blocks for inputs in layer.cached)
     return weights * (size - 1) - sum(2 * layer.outputs * (4 + 4 - size) for layer in blocks)
 
 
-def _dit_working(config: ModelConfig, size: int) -> int:
-    """A recache of the whole window: its rows, twice as wide as the FFN and some times as the model."""
+def _dit_workspace(config: ModelConfig, size: int) -> int:
+    """A recache of the whole window: for each row two tensors of width `ffn_dim` and ten of width `dim`."""
     rows = config.window.window * config.tokens_per_frame
     return rows * (2 * config.dit.ffn_dim + 10 * config.dit.dim) * size
 
 
-def _decoder_working(config: ModelConfig, decoder: str, fused: bool, size: int) -> int:
-    """The caches before and after a latent frame, and pictures. The fused one has a whole chunk of them at once."""
+def _decoder_workspace(config: ModelConfig, decoder: str, fused: bool, size: int) -> int:
+    """The caches before and after a latent frame, and frames; the fused decoder decodes a whole chunk at once."""
     channels = config.tiny_decoder.channels[-1] if decoder == TINY else config.vae.base_dim
     height, width = config.video_size
     frames = 4 * (config.window.chunk if fused else 1)
     caches = (1 if fused else 2) * decoder_cache_bytes(config, decoder, size)
-    return caches + WIDE_PICTURES[decoder] * frames * channels * height * width * size
+    return caches + NUM_WIDE_TENSORS[decoder] * frames * channels * height * width * size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings file, and whether the files that it names are there and look whole. None of them is loaded.
+"""The settings file, and whether the files that it names exist and look complete. No tensor is loaded.
 
 Called by the command line.
 """
@@ -9,144 +9,133 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest
+from longlive_serve.backends.exported.manifest import GraphFile, Manifest
 from longlive_serve.config.presets import DIT, MODELS, TINY, TINY_DECODER, VAE_DECODER
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, RANDOM_WEIGHTS, TENSORRT, TORCH, ServeConfig
-from longlive_serve.doctor.check_result import NOTE, OK, PROBLEM, CheckResult, size
+from longlive_serve.doctor.check_result import ERROR, NOTE, OK, CheckResult, format_bytes
 from longlive_serve.doctor.gpu import Gpu
-from longlive_serve.doctor.memory_model import parameters
+from longlive_serve.doctor.memory_model import num_parameters
 from longlive_serve.doctor.software import pip_install
 
-LFS_POINTER = b"version https://git-lfs"
-FETCH = 'fetch it (docs/weights.md says which layouts there are); weights = "random" needs no files'
-FETCH_TINY = 'github.com/madebyollin/taehv has it; decoder = "wan" does without'
-MAKE = {
-    "graphs": "python -m export.to_onnx --config SETTINGS --out FOLDER makes them",
-    "tensorrt_engines": "python -m export.to_tensorrt GRAPHS --out FOLDER makes them",
+GET_WEIGHTS = 'see the layouts in docs/weights.md; weights = "random" needs no files'
+GET_TINY = 'download it from github.com/madebyollin/taehv, or set decoder = "wan"'
+EXPORT = {
+    "graphs": "python -m export.to_onnx --config SETTINGS --out FOLDER creates them",
+    "tensorrt_engines": "python -m export.to_tensorrt GRAPHS --out FOLDER creates them",
 }
 
 
-def read(path: Path) -> tuple[ServeConfig | None, CheckResult]:
+def read_settings(path: Path) -> tuple[ServeConfig | None, CheckResult]:
     try:
         config = ServeConfig.from_toml(path)
     except ValueError as error:
-        text = str(error).removeprefix(f"{path}: ")
-        explained, example = "longlive_serve/config/serve_config.py", "model_repository/longlive/1/serve.toml"
-        action = f"{explained} explains every key; {example} is an example"
-        return None, CheckResult(PROBLEM, "settings", text, action)
-    text = f"preset {config.preset}, variant {config.variant}, decoder {config.decoder}, {config.slots} slots"
-    return config, CheckResult(OK, "settings", text)
+        message = str(error).removeprefix(f"{path}: ")
+        return None, CheckResult(ERROR, "settings", message, "docs/settings.md explains every key")
+    message = f"preset {config.preset}, variant {config.variant}, decoder {config.decoder}, {config.slots} slots"
+    return config, CheckResult(OK, "settings", message)
 
 
-def files(config: ServeConfig, choice: Mapping[str, str], gpu: Gpu | None) -> list[CheckResult]:
-    """`choice`: the backend of every model; empty where that cannot be told: then all checkpoints are looked for."""
-    results = [*_weights(config, {name: choice.get(name, TORCH) for name in MODELS})]
+def check_files(config: ServeConfig, backends: Mapping[str, str], gpu: Gpu | None) -> list[CheckResult]:
+    """`backends`: by model; where it is empty, all checkpoints are checked."""
+    results = [*_check_weights(config, {model: backends.get(model, TORCH) for model in MODELS})]
     for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "tensorrt_engines")):
         if folder := getattr(config, key):
-            models = [model for model, used in choice.items() if used == backend]
-            wrong = _wrong_graphs(config, backend, Path(folder), models, gpu)
-            text = f"{folder}: {wrong or size(_bytes_in(Path(folder)))}"
-            level = PROBLEM if models or not choice else NOTE  # a folder that no model runs from is not opened
-            results.append(CheckResult(level, key, text, MAKE[key]) if wrong else CheckResult(OK, key, text))
+            models = [model for model, name in backends.items() if name == backend]
+            error = _graphs_error(config, backend, Path(folder), models, gpu)
+            message = f"{folder}: {error or format_bytes(_folder_bytes(Path(folder)))}"
+            level = ERROR if models or not backends else NOTE  # the server does not open a folder that no model uses
+            results.append(CheckResult(level, key, message, EXPORT[key]) if error else CheckResult(OK, key, message))
     return results
 
 
-def _weights(config: ServeConfig, choice: Mapping[str, str]) -> Iterator[CheckResult]:
+def _check_weights(config: ServeConfig, backends: Mapping[str, str]) -> Iterator[CheckResult]:
     folder = Path(config.weights)
     if config.weights == RANDOM_WEIGHTS:
-        yield from _random_weights(config)
+        if config.model_config.text_encoder.vocab_size < 256:  # the random weights' tokenizer has a token per byte
+            message = f"random, but preset {config.preset} needs the files of a tokenizer"
+            yield CheckResult(ERROR, "weights", message, 'weights = "demo", the folder beside the shipped settings')
+        else:
+            yield CheckResult(NOTE, "weights", "random: the videos are noise", "weights = a folder of checkpoints")
     elif not folder.is_dir():
-        action = 'name the folder of the checkpoints, relative to the settings file; "random" for noise'
-        yield CheckResult(PROBLEM, "weights", f"{folder} is not there", action)
+        yield CheckResult(ERROR, "weights", f"{folder} not found", GET_WEIGHTS)
     else:
         try:
-            yield from _checkpoints(config, choice, folder)
-        except ImportError as error:  # of PyTorch or Safetensors, before anything was found
-            text = f"{folder}, {size(_bytes_in(folder))}, not looked into ({error})"
-            yield CheckResult(NOTE, "weights", text, pip_install("torch"))
+            yield from _check_checkpoints(config, backends, folder)
+        except ImportError as error:  # of PyTorch or Safetensors, before the first result
+            message = f"{folder}, {format_bytes(_folder_bytes(folder))}, not checked ({error})"
+            yield CheckResult(NOTE, "weights", message, pip_install("torch"))
 
 
-def _random_weights(config: ServeConfig) -> Iterator[CheckResult]:
-    if config.model_config.text_encoder.vocab_size < 256:  # not even the bytes of a text
-        text = f"random, but the words of preset {config.preset} need a tokenizer's files"
-        yield CheckResult(PROBLEM, "weights", text, 'weights = "demo", the folder beside the shipped settings')
-    else:
-        yield CheckResult(NOTE, "weights", "random: the videos are noise", "weights = a folder of checkpoints")
-
-
-def _checkpoints(config: ServeConfig, choice: Mapping[str, str], folder: Path) -> Iterator[CheckResult]:
-    """Of the models that run from checkpoints; and the tokenizer, which all need."""
+def _check_checkpoints(config: ServeConfig, backends: Mapping[str, str], folder: Path) -> Iterator[CheckResult]:
+    """Of the models that run from checkpoints; and the tokenizer, which every backend needs."""
     from longlive_serve.weights.layouts import QUANTIZED, find, tokenizer_folder
     from longlive_serve.weights.loader import adapters_of
 
-    whole = []
-    for model in (model for model, backend in choice.items() if backend in (TORCH, FUSED)):
+    files = []
+    for model in (model for model, backend in backends.items() if backend in (TORCH, FUSED)):
         name = TINY_DECODER if model == VAE_DECODER and config.decoder == TINY else model
         try:
             file = find(name, config.weights)
             assert file is not None, "the weights are not random"
-            total = _checked_bytes(file.path, parameters(config.model_config, name))
-            if choice[model] == FUSED and file.kind == QUANTIZED:
-                text = f"{file.path} is quantized, which the backend {FUSED} does not take"
+            size = _checkpoint_bytes(file.path, num_parameters(config.model_config, name))
+            if backends[model] == FUSED and file.kind == QUANTIZED:
+                message = f"{file.path} is quantized, which the backend {FUSED} does not support"
                 action = f'{model}_backend = "{TORCH}", or plain weights and fp8 = true'
-                yield CheckResult(PROBLEM, name, text, action)
-            whole.append(f"{file.path.relative_to(folder)} {size(total)}")
+                yield CheckResult(ERROR, name, message, action)
+            files.append(f"{file.path.relative_to(folder)} {format_bytes(size)}")
             if model == DIT:
-                whole += [f"adapter {adapter.path.name}" for adapter in adapters_of(config)]
+                files += [f"adapter {adapter.path.name}" for adapter in adapters_of(config)]
         except ValueError as error:
-            yield CheckResult(PROBLEM, name, str(error), FETCH_TINY if name == TINY_DECODER else FETCH)
-    if whole:
-        yield CheckResult(OK, "weights", f"{folder}: {', '.join(whole)}")
+            yield CheckResult(ERROR, name, str(error), GET_TINY if name == TINY_DECODER else GET_WEIGHTS)
+    if files:
+        yield CheckResult(OK, "weights", f"{folder}: {', '.join(files)}")
     if not tokenizer_folder(folder).is_dir():
-        yield CheckResult(PROBLEM, "tokenizer", f"{tokenizer_folder(folder)} is not there", FETCH)
+        yield CheckResult(ERROR, "tokenizer", f"{tokenizer_folder(folder)} not found", GET_WEIGHTS)
 
 
-def _checked_bytes(path: Path, count: int) -> int:
-    """The size of a checkpoint, or of its shards. Raises ValueError for what cannot hold so many parameters."""
+def _checkpoint_bytes(path: Path, num_parameters: int) -> int:
+    """The size of a checkpoint with all its shards. Raises ValueError where it is too small for the parameters."""
     from longlive_serve.weights.tensor_files import files_of
 
-    total = 0
-    for part in files_of(path):
-        if not part.is_file():
-            raise ValueError(f"{part} is not there")
-        with part.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError(f"{part} is a pointer of Git LFS and not the file itself: git lfs pull")
-        total += part.stat().st_size
-    if total < count:  # a byte each, with 8 bits
-        raise ValueError(f"{path} has {size(total)}: too small for {count:,} parameters, perhaps half a download")
-    return total
+    size = 0
+    for file in files_of(path):
+        if not file.is_file():
+            raise ValueError(f"{file} not found")
+        size += file.stat().st_size
+    if size < num_parameters:  # 8-bit weights have a byte per parameter
+        raise ValueError(
+            f"{path}: got {format_bytes(size)}, expected {num_parameters:,} parameters; perhaps an incomplete "
+            "download, or a pointer of Git LFS (git lfs pull)"
+        )
+    return size
 
 
-def _bytes_in(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _wrong_graphs(config: ServeConfig, backend: str, folder: Path, models: list[str], gpu: Gpu | None) -> str:
-    """What is wrong with a folder of graphs that is to run `models`, seen from outside."""
-    if not (folder / MANIFEST).is_file():
-        return f"has no {MANIFEST}"
+def _graphs_error(config: ServeConfig, backend: str, folder: Path, models: list[str], gpu: Gpu | None) -> str:
+    """Why `models` cannot run from a folder of graphs or engines, as far as its manifest says; empty: they can."""
     try:
         manifest = Manifest.read(folder)
         manifest.check(folder, backend, config.model_config, config.variant)
+        from longlive_serve.backends.exported.io_spec import GRAPHS_OF
     except ValueError as error:
         return str(error).removeprefix(f"{folder}: ")
-    try:
-        from longlive_serve.backends.exported.io_spec import GRAPHS_OF
     except ImportError:  # of PyTorch
         return ""
     names = [graph for model in models for graph in GRAPHS_OF[model]]
     if missing := [name for name in names if name not in manifest.graphs]:
         return f"has no graph {', '.join(missing)}"
-    wrong = (_wrong_graph(folder, manifest.graphs[name], config.dtype, gpu) for name in names)
-    return next(filter(None, wrong), "")
+    errors = (_graph_error(folder, manifest.graphs[name], config.dtype, gpu) for name in names)
+    return next(filter(None, errors), "")
 
 
-def _wrong_graph(folder: Path, graph: GraphFile, dtype: str, gpu: Gpu | None) -> str:
+def _graph_error(folder: Path, graph: GraphFile, dtype: str, gpu: Gpu | None) -> str:
     if not (folder / graph.file).is_file():
-        return f"{graph.file} is not there"
+        return f"{graph.file} not found"
     if dtype not in (AUTO, graph.dtype):
         return f"{graph.file} is in {graph.dtype}, but the settings have dtype {dtype}"
     if gpu is not None and graph.built.get("gpu", gpu.name) != gpu.name:
-        return f"{graph.file} was built for {graph.built['gpu']}, and here is {gpu.name}"
+        return f"{graph.file} was built for {graph.built['gpu']}, but the GPU is {gpu.name}"
     return ""

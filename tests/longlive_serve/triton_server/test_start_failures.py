@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import serialization
 
 from longlive_client.proxies import open_http
 from longlive_serve.doctor import __main__ as doctor
-from longlive_serve.doctor.check_result import PROBLEM
+from longlive_serve.doctor.check_result import ERROR
 from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.protocol.messages import MODEL_NAME
 from longlive_serve.triton_server.__main__ import main
@@ -50,8 +50,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert doctor.main([*FREE, *options, "--json"]) == 1
     sections = json.loads(capsys.readouterr().out)["sections"]
-    told = [result["found"] for section in sections for result in section["results"] if result["level"] == PROBLEM]
-    assert any(found.removeprefix("gRPC: ") in line for found in told), told
+    told = [result["message"] for section in sections for result in section["results"] if result["level"] == ERROR]
+    assert any(message in line for message in told), told
     return line
 
 

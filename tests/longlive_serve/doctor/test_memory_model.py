@@ -73,7 +73,7 @@ def test_parameters_are_those_of_the_models(models: tuple[str, dict[str, nn.Modu
     preset, built = models
     for name, model in built.items():
         count = sum(parameter.numel() for parameter in model.parameters())
-        assert memory_model.parameters(PRESETS[preset], name) == count, name
+        assert memory_model.num_parameters(PRESETS[preset], name) == count, name
 
 
 def test_a_session_holds_what_its_caches_hold(models: tuple[str, dict[str, nn.Module]]) -> None:
@@ -130,12 +130,12 @@ def peaks() -> Iterator[tuple[int, int]]:
             cache = model.initial_cache(1, *size, "meta", BF16)
             with PeakMemory() as counter:
                 model(latents, cache, opening=False)
-            yield memory_model._decoder_working(FULL, name, False, 2), counter.peak
+            yield memory_model._decoder_workspace(FULL, name, False, 2), counter.peak
         cache = wan.initial_cache(1, *size, "meta", BF16)
         with PeakMemory() as counter:  # a whole chunk at once, as the fused backend does it
             wan.decoder(latents.transpose(1, 2), FeatureCache(cache), False)
-        yield memory_model._decoder_working(FULL, WAN, True, 2), counter.peak
-        yield memory_model._dit_working(FULL, 2), recache_peak()
+        yield memory_model._decoder_workspace(FULL, WAN, True, 2), counter.peak
+        yield memory_model._dit_workspace(FULL, 2), recache_peak()
 
 
 def recache_peak() -> int:
@@ -164,6 +164,6 @@ def test_what_is_estimated_for_working_is_enough_and_not_far_too_much(monkeypatc
 
 def test_sessions_fit_until_the_memory_is_full() -> None:
     memory = memory_model.server_memory(FULL, dtype="bfloat16")
-    fit = memory.sessions_in(80 * memory_model.GIB)
+    fit = memory.max_sessions(80 * memory_model.GIB)
     assert memory.total(fit) <= 80 * memory_model.GIB < memory.total(fit + 1)
-    assert memory.sessions_in(memory_model.GIB) == 0
+    assert memory.max_sessions(memory_model.GIB) == 0
