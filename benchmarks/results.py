@@ -87,6 +87,11 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
 
 
+def format_table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown. `columns`: titles, and format strings that take a row's values."""
+    return markdown_table([*columns], ([cell.format_map(row) for cell in columns.values()] for row in rows))
+
+
 def commit(root: Path = ROOT) -> str:
     """The commit of the checkout `root`, ending in DIRTY when its code is another; UNKNOWN outside of a checkout."""
     try:

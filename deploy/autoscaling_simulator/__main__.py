@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks.command_line import at_least, exit_code
 from benchmarks.results import Measurement, cpu, versions
@@ -24,7 +22,7 @@ from deploy.autoscaling_simulator.arrivals import TRACES
 from deploy.autoscaling_simulator.policy import SHIPPED, Policy
 from deploy.autoscaling_simulator.report.figures import Run, simulate, with_room
 from deploy.autoscaling_simulator.report.plot import plot
-from deploy.autoscaling_simulator.report.show import SECTION, sweep_tables
+from deploy.autoscaling_simulator.report.tables import SECTION, sweep_tables, trace_table
 from deploy.autoscaling_simulator.world import World, capacity
 from longlive_serve.config.presets import DECODERS, WAN
 
@@ -58,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "world": world,
         **({"sweep_seeds": sweep.SEEDS, "sweep": swept} if swept else {}),
     }
-    Console().print(_table(traces))
+    print(trace_table(traces))
     if swept:
-        print(sweep_tables({SECTION: made_with}))
+        print(f"\n{sweep_tables(swept)}")
     if args.json is not None:
         args.json.unlink(missing_ok=True)  # traces of another run are not this one's
         hardware = f"{cpu()}; simulated, no GPU"
@@ -118,36 +116,6 @@ def _run(
         wanted = args.sweep or sweep.TABLES
         task = progress.add_task("sweep", total=sum(case.table in wanted for case in sweep.cases(policy)))
         return runs, sweep.run(policy, world, wanted, on_case=lambda: progress.advance(task))
-
-
-def _table(traces: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for every trace. Fits a terminal of 80 columns."""
-    grid = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    grid.add_column()
-    for name in traces:
-        grid.add_column(name, justify="right")
-    for key, label, style in (
-        ("arrived", "viewers who come", ",d"),
-        ("at_once_share", "find a slot at once", ".2%"),
-        ("wait_p50_s", "wait p50, s", ".1f"),
-        ("wait_p95_s", "wait p95, s", ".1f"),
-        ("wait_p99_s", "wait p99, s", ".1f"),
-        ("refused", "refused", ",d"),
-        ("refused_share", "of all who come", ".2%"),
-        ("stalls", "stalls", ",d"),
-        ("lost", "sessions lost", ",d"),
-        ("peak_live", "peak of live sessions", ",d"),
-        ("peak_pods", "peak of pods", ",d"),
-        ("pods_failed", "pods that failed", ",d"),
-        ("gpu_hours", "GPU-hours", ",.0f"),
-        ("perfect_gpu_hours", "of a perfect fleet", ",.0f"),
-        ("fixed_gpu_hours", "of a fixed fleet", ",.0f"),
-    ):
-        grid.add_row(label, *(format(figures[key], style) for figures in traces.values()))
-    for cause in ("pod_failure", "scale_down"):
-        counts = ((figures["moved_by_cause"][cause], figures["stalls_by_cause"][cause]) for figures in traces.values())
-        grid.add_row(f"moved / stalled: {cause}", *(f"{moved:,} / {stalled:,}" for moved, stalled in counts))
-    return grid
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

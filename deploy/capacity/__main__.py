@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import exit_code
-from benchmarks.results import ROOT, markdown_table, read_results
-from deploy.autoscaling_simulator.report.show import sweep_tables, trace_table
+from benchmarks.results import ROOT, format_table, read_results
+from deploy.autoscaling_simulator.report.tables import SECTION as SIMULATOR
+from deploy.autoscaling_simulator.report.tables import sweep_tables, trace_table
 from deploy.autoscaling_simulator.world import CHUNK_PLAYS_S, MEASURED
 from deploy.capacity.projection import FP8, FULL, GPUS, PRECISIONS, chunk_seconds, memory_of
 from longlive_serve.config.presets import DECODERS
@@ -110,27 +111,26 @@ def fleet_factor(path: Path = RESULTS) -> float:
 
 def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
     """`price`: of an hour of a GPU. `factor`: as `fleet_factor` has it."""
-    head = (
-        "GPU",
-        "DiT",
-        "decoder",
-        "ms a chunk",
-        "frames/s",
-        "sessions by memory",
-        "keeps up with",
-        "admits",
-        "an hour of video, GPU full",
-        f"in a fleet (x {factor:.2f})",
-        "source",
-    )
-    lines = []
-    for row in rows:
-        fit = "?" if row.fit is None else f"{row.fit}"
-        costs = (f"{price * times / row.admits:.2f}" if row.admits else "-" for times in (1.0, factor))
-        speed = f"{1e3 * row.chunk_s:.0f}", f"{CHUNK_FRAMES / row.chunk_s:.0f}"
-        counts = fit, f"{row.keeps}", f"{row.admits}"
-        lines.append((row.gpu, row.precision, row.decoder, *speed, *counts, *costs, row.source))
-    return markdown_table(head, lines)
+    columns = {
+        "GPU": "{gpu}",
+        "DiT": "{precision}",
+        "decoder": "{decoder}",
+        "ms a chunk": "{chunk_ms:.0f}",
+        "frames/s": "{fps:.0f}",
+        "sessions by memory": "{memory}",
+        "keeps up with": "{keeps}",
+        "admits": "{admits}",
+        "an hour of video, GPU full": "{cost}",
+        f"in a fleet (x {factor:.2f})": "{fleet_cost}",
+        "source": "{source}",
+    }
+    return format_table(columns, (vars(row) | _computed(row, price, factor) for row in rows))
+
+
+def _computed(row: Row, price: float, factor: float) -> dict[str, Any]:
+    cost, fleet_cost = (f"{price * times / row.admits:.2f}" if row.admits else "-" for times in (1.0, factor))
+    speed = {"chunk_ms": 1e3 * row.chunk_s, "fps": CHUNK_FRAMES / row.chunk_s}
+    return {**speed, "memory": "?" if row.fit is None else row.fit, "cost": cost, "fleet_cost": fleet_cost}
 
 
 def tables(price: float = PRICE) -> dict[str, str]:
@@ -139,7 +139,7 @@ def tables(price: float = PRICE) -> dict[str, str]:
     return {
         "capacity": capacity_table(rows(), price, fleet_factor()),
         "traces": trace_table(record),
-        "sweep": sweep_tables(record),
+        "sweep": sweep_tables(record[SIMULATOR]["sweep"]),
     }
 
 

@@ -21,7 +21,7 @@ from deploy.autoscaling_simulator.hpa import Autoscaler, proposed
 from deploy.autoscaling_simulator.pod import DRAINING
 from deploy.autoscaling_simulator.policy import SHIPPED, Direction, Policy, Rate
 from deploy.autoscaling_simulator.report.figures import Run, simulate, with_room
-from deploy.autoscaling_simulator.report.show import SECTION
+from deploy.autoscaling_simulator.report.tables import SECTION
 from deploy.autoscaling_simulator.report.tally import Tally
 from deploy.autoscaling_simulator.world import World, capacity
 from deploy.capacity.__main__ import RESULTS
