@@ -26,7 +26,7 @@ from longlive_serve.backends.exported.io_spec import (
 from longlive_serve.config.presets import DIT, TEXT_ENCODER, ModelConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT, time_features
 from longlive_serve.models.dit.rope import rotate
-from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLayer
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
 
@@ -137,11 +137,11 @@ class ExportableGraph:
     @property
     def rounds(self) -> bool:
         """Whether it rounds what flows through it to 8 bits."""
-        layers = (layer for layer in self.model.modules() if isinstance(layer, Quantized))
+        layers = (layer for layer in self.model.modules() if isinstance(layer, QuantizedLayer))
         return any(layer.input_scale is not None for layer in layers)
 
     def example(self, batch: int, frames: int, used: int, seed: int = 0) -> dict[str, Tensor]:
-        """Random inputs of these sizes; every session of the batch has its own place in the cache."""
+        """Random inputs of these sizes; every session of the batch has its own block in the cache."""
         generator = torch.Generator().manual_seed(seed)
         dims = {BATCH: batch, FRAMES: frames, USED: used}
         inputs = {}
@@ -176,7 +176,7 @@ def exportable_graphs(model: nn.Module, config: ModelConfig, variant: str) -> li
         graphs = {TEXT_ENCODER: model}
     dtype = next(model.parameters()).dtype
     for layer in model.modules():
-        if isinstance(layer, Quantized):
+        if isinstance(layer, QuantizedLayer):
             layer.hold_scales_in(dtype)
     table = graph_io(config, variant)
     return [ExportableGraph(io=table[name], model=graph, config=config) for name, graph in graphs.items()]

@@ -20,8 +20,8 @@ def profiles_of(io: GraphIO, window: WindowConfig, max_batch: int = 1) -> list[S
 
 
 def dit_calls(window: WindowConfig) -> list[tuple[int, int]]:
-    """`Window.calls` in latent frames."""
-    return [(chunks * window.chunk, places * window.chunk) for chunks, places in Window(window).calls()]
+    """`Window.call_sizes` in latent frames."""
+    return [(chunks * window.chunk, blocks * window.chunk) for chunks, blocks in Window(window).call_sizes()]
 
 
 def shape(tensor_shape: tuple[int | str, ...], sizes: Sizes, which: int) -> tuple[int, ...]:

@@ -32,9 +32,9 @@ from longlive_serve.backends.exported.onnxruntime_session import OnnxRuntimeGrap
 from longlive_serve.backends.float64 import LEAST, Float64, error, may_be
 from longlive_serve.config.presets import DIT, MODELS, ModelConfig
 from longlive_serve.config.serve_config import AUTO, ONNXRUNTIME, ServeConfig
-from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLayer
 from longlive_serve.observability.log_setup import at_level
-from longlive_serve.replay import Case, case_model, read_tensors
+from longlive_serve.replay import ReplayCase, case_model, load_case_tensors
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 from longlive_serve.weights.loader import adapters_of, fingerprint, load_model, recipe
 
@@ -102,8 +102,8 @@ def source_of_config(config: ServeConfig) -> Source:
 
 
 def source_of_case(path: Path) -> Source:
-    case = Case.load(path)
-    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    case = ReplayCase.load(path)
+    tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
     return Source(
         sizes=case.model_config,
         variant=case.variant,
@@ -232,7 +232,7 @@ def both_of_torch(graph: ExportableGraph, inputs: Mapping[str, Tensor]) -> list[
 @contextlib.contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
     """Layers leave their inputs as they are."""
-    scales = {layer: layer.input_scale for layer in model.modules() if isinstance(layer, Quantized)}
+    scales = {layer: layer.input_scale for layer in model.modules() if isinstance(layer, QuantizedLayer)}
     try:
         for layer in scales:
             layer.input_scale = None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_serve.backends.base import Backends, DiT, EncodedPrompt
+from longlive_serve.backends.base import Backends, DiTBackend, EncodedPrompt
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.exported.modules import GraphDiT
 from longlive_serve.backends.float64 import Float64, error, may_be
@@ -34,7 +34,7 @@ from longlive_serve.weights.loader import load_strictly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class ReplayCase:
     """The settings of a case, as its JSON file holds them. Frames are latent frames."""
 
     config: DiTConfig
@@ -49,7 +49,7 @@ class Case:
     sink: int = 3
 
     @classmethod
-    def load(cls, path: Path) -> Case:
+    def load(cls, path: Path) -> ReplayCase:
         """Read CASE.json. Raises ValueError that names the file and the key."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -121,14 +121,14 @@ class NoDecoder:
         return torch.empty((0, 0, 0, 3), dtype=torch.uint8), cache
 
 
-def case_model(case: Case, tensors: dict[str, Tensor]) -> CausalDiT:
+def case_model(case: ReplayCase, tensors: dict[str, Tensor]) -> CausalDiT:
     """The DiT with the weights of a case, float32 on the CPU."""
     model = CausalDiT(case.config)
     load_strictly(model, _with_prefix(tensors, "weights."), "weights")
     return model.eval()
 
 
-def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu") -> Tensor:
+def replay(case: ReplayCase, tensors: dict[str, Tensor], dit: DiTBackend, device: str = "cpu") -> Tensor:
     """Run a case through the model runner, on `dit`; returns its clean latents [1, 3n, C, h, w] in float32 on the
     CPU."""
     backends = Backends(
@@ -156,20 +156,20 @@ def replay(case: Case, tensors: dict[str, Tensor], dit: DiT, device: str = "cpu"
     return torch.cat(latents, 1)
 
 
-def exact_latents(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+def exact_latents(case: ReplayCase, tensors: dict[str, Tensor]) -> Tensor:
     """As `replay` of PyTorch on the CPU, in float64: what every float32 result is a rounding of."""
     dit = TorchDiT(case_model(case, tensors).double(), case.model_config, 1, case.variant)
     with torch.inference_mode(), Float64():
         return replay(case, tensors, dit)
 
 
-def rounding(case: Case, tensors: dict[str, Tensor]) -> float:
+def rounding(case: ReplayCase, tensors: dict[str, Tensor]) -> float:
     """What float32 may do to the latents of a case, by what it does to them here in PyTorch on the CPU."""
     latents = replay(case, tensors, TorchDiT(case_model(case, tensors), case.model_config, 1, case.variant))
     return may_be(latents, exact_latents(case, tensors))
 
 
-def read_tensors(case: Case, path: Path) -> dict[str, Tensor]:
+def load_case_tensors(case: ReplayCase, path: Path) -> dict[str, Tensor]:
     """Read CASE.safetensors. Raises ValueError that names what is missing or of another shape."""
     try:
         tensors = load_file(path)
@@ -192,7 +192,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _dit(case: Case, tensors: dict[str, Tensor], arguments: argparse.Namespace) -> DiT:
+def _dit(case: ReplayCase, tensors: dict[str, Tensor], arguments: argparse.Namespace) -> DiTBackend:
     if arguments.graphs is None:
         model = case_model(case, tensors).to(arguments.device, getattr(torch, arguments.dtype))
         if arguments.backend == TORCH:
@@ -231,8 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (arguments.fp8 or arguments.fp8_attention) and arguments.backend != FUSED:
         parser.error(f"--fp8: got --backend {arguments.backend}, expected {FUSED}")
     try:
-        case = Case.load(arguments.case)
-        tensors = read_tensors(case, arguments.case.with_suffix(".safetensors"))
+        case = ReplayCase.load(arguments.case)
+        tensors = load_case_tensors(case, arguments.case.with_suffix(".safetensors"))
         latents = replay(case, tensors, _dit(case, tensors, arguments), arguments.device)
         tolerance = rounding(case, tensors) if arguments.tolerance is None else arguments.tolerance
     except (ValueError, RuntimeError) as refusal:  # a RuntimeError: a device that torch cannot use

@@ -38,10 +38,10 @@ class Watched:
         for block in backend.model.blocks:
             block.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
 
-    def denoise(self, noisy: Tensor, step: int, slot: int, placement: KVCachePlan) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, slot: int, plan: KVCachePlan) -> Tensor:
         assert self.prompt_kv is not None
         self.outputs.clear()
-        return self.backend.denoise(noisy, step, self.prompt_kv, slot, placement)
+        return self.backend.denoise(noisy, step, self.prompt_kv, slot, plan)
 
 
 class Onlookers:
@@ -63,19 +63,19 @@ class Onlookers:
         assert self.leader.prompt_kv is not None
         return self.leader.prompt_kv
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
         cache = self.leader.backend.cache
-        flow = self.leader.denoise(noisy, step, slot, placement)
+        flow = self.leader.denoise(noisy, step, slot, plan)
         for name, other in self.others.items():
-            other.backend.cache.keys.copy_(cache.keys)  # its own place it writes itself
+            other.backend.cache.keys.copy_(cache.keys)  # its own block it writes itself
             other.backend.cache.values.copy_(cache.values)
-            self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, placement), flow))
+            self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, plan), flow))
             for block, (got, expected) in enumerate(zip(other.outputs, self.leader.outputs, strict=True)):
                 self.blocks[name][block].append(relative_error(got, expected))
         return flow
 
-    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
-        self.leader.backend.update_kv_cache(clean, prompt_kv, slot, placement)
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
+        self.leader.backend.update_kv_cache(clean, prompt_kv, slot, plan)
 
 
 def flow_errors(

@@ -17,7 +17,7 @@ from torch import Tensor
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from quantization.flow_errors import relative_error
-from training.quality.measures import Case
+from training.quality.measures import QualityCase
 from training.quality.reader import read
 
 CHUNKS = 80  # 957 frames, 60 s
@@ -35,7 +35,7 @@ class Rollout:
     """Per chunk, uint8 [9 or 12, height, width, 3]."""
 
 
-def roll_out(runner: ModelRunner, case: Case) -> Rollout:
+def roll_out(runner: ModelRunner, case: QualityCase) -> Rollout:
     """One video of 60 s."""
     first = Prompt(index=0, text=case.script.prompts[0])
     session = Session(id="rollout", prompt=first, noise=SeededNoise(case.script.seed), slot=0)
@@ -46,7 +46,7 @@ def roll_out(runner: ModelRunner, case: Case) -> Rollout:
     return Rollout(latents=torch.stack(latents), frames=frames)
 
 
-def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence[Case]) -> dict[str, Any]:
+def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence[QualityCase]) -> dict[str, Any]:
     """How far the rollouts are apart by chunk, the mean over all; and whether they stay bounded."""
     pairs = list(zip(got, expected, strict=True))
     chunks = range(CHUNKS)

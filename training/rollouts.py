@@ -30,11 +30,11 @@ MIDDLE = (SIZE / 2, SIZE / 2)
 
 
 class LiveCache:
-    """Keys and values by layer and place, as the last forwards left them, with what autograd needs of them."""
+    """Keys and values by layer and block, as the last forwards left them, with what autograd needs of them."""
 
-    def __init__(self, layers: int, places: int) -> None:
-        self.keys = [[torch.empty(0)] * places for _ in range(layers)]
-        self.values = [[torch.empty(0)] * places for _ in range(layers)]
+    def __init__(self, layers: int, num_blocks: int) -> None:
+        self.keys = [[torch.empty(0)] * num_blocks for _ in range(layers)]
+        self.values = [[torch.empty(0)] * num_blocks for _ in range(layers)]
 
     def detach(self) -> None:
         """Forget where the rows came from: the next chunk learns from the last KV-cache update or recache alone."""
@@ -45,16 +45,16 @@ class LiveCache:
 class LiveView(CacheView):
     """A `LiveCache` as one forward of a batch of sessions sees it (absolute RoPE)."""
 
-    def __init__(self, cache: LiveCache, tables: RotaryTables, placement: KVCachePlan) -> None:
-        self.cache, self.placement, self.rows = cache, placement, tables.tokens_per_chunk
-        self.query_angles = tables.of_chunks(placement.chunks)
+    def __init__(self, cache: LiveCache, tables: RotaryTables, plan: KVCachePlan) -> None:
+        self.cache, self.plan, self.rows = cache, plan, tables.tokens_per_chunk
+        self.query_angles = tables.of_chunks(plan.chunks)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        own = slice(self.placement.first_block, self.placement.first_block + len(self.placement.chunks))
+        own = slice(self.plan.first_block, self.plan.first_block + len(self.plan.chunks))
         in_use = []
         for rows, new in ((self.cache.keys[layer], rotate(k, *self.query_angles)), (self.cache.values[layer], v)):
             rows[own] = new.split(self.rows, 2)
-            in_use.append(torch.cat(rows[: self.placement.places], 2))
+            in_use.append(torch.cat(rows[: self.plan.num_blocks], 2))
         return in_use[0], in_use[1]
 
 
@@ -136,16 +136,16 @@ class Rollout:
     def _stack(self, latents: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(latents))
 
-    def _commit(self, prompt_kv: PromptKV, placement: KVCachePlan) -> None:
+    def _commit(self, prompt_kv: PromptKV, plan: KVCachePlan) -> None:
         latents = self.context_latents[-1]
-        view = LiveView(self.cache, self.tables, placement)
+        view = LiveView(self.cache, self.tables, plan)
         self.model(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
     def _recache(self, prompt_kv: PromptKV, keep_sink: bool) -> None:
-        placement = self.window.recache(self.chunk, keep_sink)
+        plan = self.window.recache(self.chunk, keep_sink)
         oldest = self.chunk - len(self.context_latents)
-        latents = torch.cat([self.context_latents[chunk - oldest] for chunk in placement.chunks], 1)
-        view = LiveView(self.cache, self.tables, placement)
+        latents = torch.cat([self.context_latents[chunk - oldest] for chunk in plan.chunks], 1)
+        view = LiveView(self.cache, self.tables, plan)
         self.model(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
 

@@ -37,13 +37,13 @@ class EncodedPrompt:
     """All the words that it knows, where they are few."""
 
 
-class TextEncoder(Protocol):
+class TextEncoderBackend(Protocol):
     """Prompt -> embeddings: cleaning, tokenizer and umT5."""
 
     def encode(self, prompt: str) -> EncodedPrompt: ...
 
 
-class DiT(Protocol):
+class DiTBackend(Protocol):
     """The causal DiT with the KV cache of every slot."""
 
     dtype: torch.dtype
@@ -56,14 +56,14 @@ class DiT(Protocol):
         takes."""
         ...
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
         """The flow of one chunk [1, frames, channels, h, w] at denoising step `step`.
 
-        Overwrites the chunk's own place in the slot's cache, which is not clean until `update_kv_cache`.
+        Overwrites the chunk's own block in the slot's cache, which is not clean until `update_kv_cache`.
         """
         ...
 
-    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
         """Write the clean keys and values of `clean` [1, frames, channels, h, w] to the slot's cache.
 
         With one chunk this is a chunk's KV-cache update, with the chunks of `Window.recache` it is a recache.
@@ -81,7 +81,7 @@ class Preparable(Protocol):
 
 
 @runtime_checkable
-class Exchangeable(DiT, Protocol):
+class Exchangeable(DiTBackend, Protocol):
     """A DiT whose weights can be others for sessions to come."""
 
     def with_model(self, model: CausalDiT) -> Exchangeable:
@@ -89,7 +89,7 @@ class Exchangeable(DiT, Protocol):
         ...
 
 
-class VAEDecoder(Protocol):
+class VAEDecoderBackend(Protocol):
     """Latents of any dtype -> video frames, one stream at a time; the stream's state is the caller's."""
 
     def initial_cache(self) -> list[Tensor]:
@@ -108,9 +108,9 @@ class VAEDecoder(Protocol):
 class Backends:
     """The three models of one LongLive, ready to run, and what they were built as."""
 
-    text_encoder: TextEncoder
-    dit: DiT
-    vae_decoder: VAEDecoder
+    text_encoder: TextEncoderBackend
+    dit: DiTBackend
+    vae_decoder: VAEDecoderBackend
     name: str
     """The backend."""
     device: str

@@ -14,7 +14,7 @@ from longlive_serve.config.presets import DIT, MODELS, TEXT_ENCODER, TINY, TINY_
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH
 
 if TYPE_CHECKING:
-    from longlive_serve.backends.base import Backends, DiT, TextEncoder, VAEDecoder
+    from longlive_serve.backends.base import Backends, DiTBackend, TextEncoderBackend, VAEDecoderBackend
     from longlive_serve.backends.exported.modules import Graph
     from longlive_serve.config.presets import ModelConfig
     from longlive_serve.config.serve_config import ServeConfig
@@ -78,7 +78,7 @@ def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) 
     return backends
 
 
-def _text_encoder(backend: str, tokenizer: Tokenizer, model: Models, graphs: Graphs) -> TextEncoder:
+def _text_encoder(backend: str, tokenizer: Tokenizer, model: Models, graphs: Graphs) -> TextEncoderBackend:
     from longlive_serve.backends.exported.modules import GraphTextEncoder
     from longlive_serve.backends.torch_backend import TorchTextEncoder
 
@@ -87,7 +87,7 @@ def _text_encoder(backend: str, tokenizer: Tokenizer, model: Models, graphs: Gra
     return GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
 
 
-def _dit(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> DiT:
+def _dit(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> DiTBackend:
     from longlive_serve.backends.exported.modules import GraphDiT
     from longlive_serve.backends.torch_backend import TorchDiT
 
@@ -101,7 +101,7 @@ def _dit(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> Di
     return GraphDiT(graphs(DIT), *where)
 
 
-def _vae_decoder(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> VAEDecoder:
+def _vae_decoder(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> VAEDecoderBackend:
     from longlive_serve.backends.exported.modules import GraphVAEDecoder
     from longlive_serve.backends.torch_backend import TorchVAEDecoder
 

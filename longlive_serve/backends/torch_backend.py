@@ -65,14 +65,14 @@ class TorchDiT:
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         return self.model.embed_prompt(embeds.to(self.dtype))
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
         timesteps = self.timesteps[step].expand(noisy.shape[:2])
-        flow: Tensor = self.model(noisy, timesteps, prompt_kv, self._view(slot, placement))
+        flow: Tensor = self.model(noisy, timesteps, prompt_kv, self._view(slot, plan))
         return flow
 
-    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
         timesteps = self.clean_timestep.expand(clean.shape[:2])
-        self.model(clean, timesteps, prompt_kv, self._view(slot, placement), update_kv_cache=True)
+        self.model(clean, timesteps, prompt_kv, self._view(slot, plan), update_kv_cache=True)
 
     def with_model(self, model: CausalDiT) -> TorchDiT:
         """As `Exchangeable.with_model`."""
@@ -80,8 +80,8 @@ class TorchDiT:
         other.model = model
         return other
 
-    def _view(self, slot: int, placement: KVCachePlan) -> CacheView:
-        return CacheView(*self.cache.slot(slot), self.tables, placement, self.relative)
+    def _view(self, slot: int, plan: KVCachePlan) -> CacheView:
+        return CacheView(*self.cache.slot(slot), self.tables, plan, self.relative)
 
 
 class TorchVAEDecoder:

@@ -24,7 +24,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.response_writer import QueuedResponseSender, ResponseWriter
 from longlive_serve.engine.scheduler import SECOND
 from longlive_serve.engine.session_manager import SessionManager, shutting_down
-from longlive_serve.engine.snapshot import dump_later, read_tensors
+from longlive_serve.engine.snapshot import copy_to_host, dump_later
 from longlive_serve.observability.metrics import Change
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
@@ -158,7 +158,7 @@ class EngineCore:
         with self._boundary_of(stream):
             self._sessions.scheduler.begin(stream.session.id, time.monotonic_ns())
             chunk = self._runner.execute_model_async(stream.session, stream.stream_partial_chunks)
-            return Launched(stream, chunk, read_tensors(stream.session) if stream.wants_snapshot else {})
+            return Launched(stream, chunk, copy_to_host(stream.session) if stream.wants_snapshot else {})
         return None
 
     def _collect_output(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longlive_serve.backends.base import Backends, DiT, EncodedPrompt, Preparable, PromptKV
+from longlive_serve.backends.base import Backends, DiTBackend, EncodedPrompt, Preparable, PromptKV
 from longlive_serve.backends.device import AsyncD2HCopy, to_device
 from longlive_serve.backends.device_timer import DeviceTimer
 from longlive_serve.backends.start_up import WARM_UP, phase
@@ -72,11 +72,11 @@ class ModelRunner:
             if session.context_latents and session.prompt_kv is None:  # it comes from a snapshot
                 self.restore(session)
             notice = self._apply_prompts(session)
-        placement = self.window.step(number, session.first_cached)
-        latents = self._denoise(session, placement, phases)
+        plan = self.window.step(number, session.first_cached)
+        latents = self._denoise(session, plan, phases)
         denoised = self._timer.record()
         parts = latents.split(1, dim=1) if early else (latents,)
-        frames = self._complete(session, latents, placement, self._decode(session, parts, number == 0, phases))
+        frames = self._complete(session, latents, plan, self._decode(session, parts, number == 0, phases))
         return InflightChunk(
             frames=iter([*frames]) if self.asynchronous else frames,
             parts=len(parts),
@@ -113,14 +113,14 @@ class ModelRunner:
             first_frame, notice = first_frame + len(part.frames), ""
 
     def _complete(
-        self, session: Session, latents: Tensor, placement: KVCachePlan, frames: Iterator[AsyncD2HCopy]
+        self, session: Session, latents: Tensor, plan: KVCachePlan, frames: Iterator[AsyncD2HCopy]
     ) -> Iterator[AsyncD2HCopy]:
         """The frames, and then the KV-cache update, for which nobody needs to wait: it is for the next chunk."""
         yield from frames
         assert session.prompt_kv is not None
         began, session.phases = time.monotonic(), Phases(self._timer)
         with session.phases.of("kv_cache_update"):
-            self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, placement)
+            self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, plan)
         if not self.asynchronous:
             self._updating += time.monotonic() - began
 
@@ -203,7 +203,7 @@ class ModelRunner:
         encoded = self.backends.text_encoder.encode(prompt.text)
         return encoded, self._dit(session).embed_prompt(encoded.embeds, encoded.tokens)
 
-    def _dit(self, session: Session) -> DiT:
+    def _dit(self, session: Session) -> DiTBackend:
         return session.dit or self.backends.dit
 
     def _switch_cache(self, session: Session) -> None:
@@ -215,19 +215,19 @@ class ModelRunner:
 
     def _recache(self, session: Session, keep_sink: bool) -> None:
         """Rebuild the cache from recent clean latents under the prompt in force (docs/semantics.md, section 6.1)."""
-        placement = self.window.recache(session.chunk, keep_sink, session.first_cached)
+        plan = self.window.recache(session.chunk, keep_sink, session.first_cached)
         oldest = session.chunk - len(session.context_latents)
-        latents = torch.cat([session.context_latents[chunk - oldest] for chunk in placement.chunks], dim=1)
+        latents = torch.cat([session.context_latents[chunk - oldest] for chunk in plan.chunks], dim=1)
         assert session.prompt_kv is not None
-        self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, placement)
-        self._note_sink(session, latents, placement)
+        self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, plan)
+        self._note_sink(session, latents, plan)
 
-    def _note_sink(self, session: Session, latents: Tensor, placement: KVCachePlan) -> None:
-        """Remember what the sink's places are given."""
+    def _note_sink(self, session: Session, latents: Tensor, plan: KVCachePlan) -> None:
+        """Remember what the sink's blocks are given."""
         parts = latents.split(self.config.window.chunk, 1)
-        for place, (chunk, part) in enumerate(zip(placement.chunks, parts, strict=True), placement.first_block):
-            if place < self.window.sink:
-                session.sink[place:] = [SinkChunk(chunk=chunk, latents=part, prompt=session.prompt)]
+        for block, (chunk, part) in enumerate(zip(plan.chunks, parts, strict=True), plan.first_block):
+            if block < self.window.sink:
+                session.sink[block:] = [SinkChunk(chunk=chunk, latents=part, prompt=session.prompt)]
 
     @torch.inference_mode()
     def restore(self, session: Session) -> None:
@@ -237,10 +237,10 @@ class ModelRunner:
         """
         kept = session.chunk - session.first_cached
         if kept > self.window.capacity:
-            for place, one in enumerate(session.sink):
-                placement = dataclasses.replace(self.window.step(place), chunks=(one.chunk,))
+            for block, one in enumerate(session.sink):
+                plan = dataclasses.replace(self.window.step(block), chunks=(one.chunk,))
                 prompt_kv = self._embed(session, one.prompt)[1]
-                self._dit(session).update_kv_cache(one.latents, prompt_kv, session.slot, placement)
+                self._dit(session).update_kv_cache(one.latents, prompt_kv, session.slot, plan)
         _, session.prompt_kv = self._embed(session, session.prompt)
         if kept:
             self._recache(session, keep_sink=True)
@@ -249,18 +249,18 @@ class ModelRunner:
         for number, latents in enumerate(session.context_latents, oldest):
             _, session.decoder_cache = self.backends.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
-    def _denoise(self, session: Session, placement: KVCachePlan, phases: Phases) -> Tensor:
+    def _denoise(self, session: Session, plan: KVCachePlan, phases: Phases) -> Tensor:
         """Four steps: the chunk's clean latents [1, frames, channels, h, w]. All but its KV-cache update is noted."""
         assert session.prompt_kv is not None
         dit, schedule = self._dit(session), self.schedule
         with phases.of("denoise"):
             x, *noises = self._draw(session)
             for step in range(schedule.steps):
-                flow = dit.denoise(x, step, session.prompt_kv, session.slot, placement)
+                flow = dit.denoise(x, step, session.prompt_kv, session.slot, plan)
                 clean = schedule.convert_flow_pred_to_x0(x, flow, step)
                 if step + 1 < schedule.steps:
                     x = schedule.add_noise(clean, noises[step], step + 1)
-        self._note_sink(session, clean, placement)
+        self._note_sink(session, clean, plan)
         session.noise.prepare(self._noise_shape, schedule.steps, self.backends.device.startswith("cuda"))
         session.context_latents.append(clean)
         if len(session.context_latents) > self.window.capacity:

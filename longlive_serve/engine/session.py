@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longlive_serve.backends.base import DiT, PromptKV
+from longlive_serve.backends.base import DiTBackend, PromptKV
 from longlive_serve.engine.inflight import Phases
 from longlive_serve.protocol.session_options import RECACHE
 
@@ -129,7 +129,7 @@ class Session:
     decoder_cache: list[Tensor] | None = None
     phases: Phases | None = None
     """Of its next chunk: so far the KV-cache update of the last one, which nobody has waited for."""
-    dit: DiT | None = None
+    dit: DiTBackend | None = None
     """The one that it began with, where that may be exchanged for later sessions; None: the model runner's."""
 
     def add_prompt(self, text: str, at_latent_frame: int = NOW) -> Prompt:

@@ -34,7 +34,7 @@ SUM_BYTES = hashlib.sha256().digest_size
 _PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
 
 
-def read_tensors(session: Session) -> dict[str, AsyncD2HCopy]:
+def copy_to_host(session: Session) -> dict[str, AsyncD2HCopy]:
     """What there is of tensors in `session` after the chunk that was launched last, on its way to the host. Its noise
     must be a SeededNoise."""
     assert isinstance(session.noise, SeededNoise)
@@ -47,7 +47,7 @@ def read_tensors(session: Session) -> dict[str, AsyncD2HCopy]:
 
 def dump(session: Session, model_config: ModelConfig) -> bytes:
     """`session`, between two chunks, as bytes."""
-    return dump_later(session, model_config, read_tensors(session))()
+    return dump_later(session, model_config, copy_to_host(session))()
 
 
 def dump_later(session: Session, model_config: ModelConfig, tensors: Mapping[str, AsyncD2HCopy]) -> Callable[[], bytes]:

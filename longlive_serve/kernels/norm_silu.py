@@ -57,20 +57,20 @@ def _norm_silu_kernel(
     inside = (rows < positions) & (columns < channels)
     frame = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    places = rows.to(tl.int64) * channels + columns
+    offs = rows.to(tl.int64) * channels + columns
     x_ptr += batch * x_batch + frame * x_frame
-    x = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + columns, mask=columns < channels, other=0.0).to(tl.float32)
     if added_ptr is not None:
         added_ptr += batch * added_batch + frame * added_frame
-        x += tl.load(added_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(added_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     if KEEP:
-        tl.store(x_ptr + places, x, mask=inside)
+        tl.store(x_ptr + offs, x, mask=inside)
     gamma = tl.load(gamma_ptr + columns, mask=columns < channels, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
     y = x * (root / tl.maximum(norm, 1e-12))[:, None] * gamma
     y *= tl.sigmoid(y)
     if scale is not None:
         y = scaled(y, scale)
-    tl.store(out_ptr + batch * out_batch + frame * out_frame + places, y, mask=inside)
+    tl.store(out_ptr + batch * out_batch + frame * out_frame + offs, y, mask=inside)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longlive_serve.kernels.quantize import Quantized, output_for, scale_of, scaled
+from longlive_serve.kernels.quantize import QuantizedRows, output_for, scale_of, scaled
 from longlive_serve.kernels.tiles import tile_of
 
 
@@ -25,7 +25,7 @@ def residual_norm(
     eps: float,
     one_plus: bool,
     fp8: bool = False,
-) -> Tensor | Quantized:
+) -> Tensor | QuantizedRows:
     """The end of one part of a block and the norm at the start of the next. Source: docs/semantics.md, section 2.1.
 
     x [L, D], contiguous, becomes x + gate * update in place, where there is an update [L, D], contiguous; gate [D], or
@@ -41,7 +41,7 @@ def residual_norm(
         x, update, gate, scale, shift, values, scales, length, width, eps,
         ONE_PLUS=one_plus, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
     )  # fmt: skip
-    return values if scales is None else Quantized(values, scales)
+    return values if scales is None else QuantizedRows(values, scales)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

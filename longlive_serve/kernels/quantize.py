@@ -19,7 +19,7 @@ LARGEST = tl.constexpr(448.0)  # of E4M3
 TINY = tl.constexpr(1e-12)  # stands for the largest value of a row of zeros, so that its scale has an inverse
 
 
-class Quantized(NamedTuple):
+class QuantizedRows(NamedTuple):
     """A matrix [L, N] that is values * scales."""
 
     values: Tensor
@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
     """float32 [L, 1]: the largest absolute value of each row / 448."""
 
 
-def quantize_rows(x: Tensor) -> Quantized:
+def quantize_rows(x: Tensor) -> QuantizedRows:
     """x [L, N] of any float dtype, rows contiguous -> FP8, each row with the scale that its largest value asks for."""
     assert x.stride(1) == 1, f"rows of stride {x.stride(1)}"
     values, scales = output_for(x, fp8=True)
@@ -38,10 +38,10 @@ def quantize_rows(x: Tensor) -> Quantized:
     _quantize_kernel[(triton.cdiv(length, tile.rows),)](
         x, values, scales, length, width, x.stride(0), ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps
     )
-    return Quantized(values, scales)
+    return QuantizedRows(values, scales)
 
 
-def gelu(x: Tensor, *, fp8: bool = False) -> Tensor | Quantized:
+def gelu(x: Tensor, *, fp8: bool = False) -> Tensor | QuantizedRows:
     """GELU, tanh formula, of x [L, N], contiguous, in x's dtype or, with `fp8`, quantized by rows.
 
     A row is taken as two powers of two, a large and a small one: in a single one, 8960 numbers would leave nearly half
@@ -56,7 +56,7 @@ def gelu(x: Tensor, *, fp8: bool = False) -> Tensor | Quantized:
     _gelu_kernel[(triton.cdiv(length, tile.rows),)](
         x, values, scales, length, width, ROWS=tile.rows, HEAD=head, REST=rest, num_warps=tile.num_warps
     )
-    return values if scales is None else Quantized(values, scales)
+    return values if scales is None else QuantizedRows(values, scales)
 
 
 def output_for(x: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:

@@ -105,22 +105,22 @@ def _norm_rotate_write_kernel(
     cos = tl.load(cos_ptr + angles, mask=in_pairs, other=0.0)
     sin = tl.load(sin_ptr + angles, mask=in_pairs, other=0.0)
     heads = (columns // SIZE).to(tl.int64)
-    places = columns % SIZE
+    offs_d = columns % SIZE
     qkv_ptr += rows * stride
     q = _rotate(_normed(qkv_ptr, q_weight_ptr, columns, inside, width, eps), cos, sin, ROWS, BLOCK)
     if scales_ptr is not None:
         q = scaled(q, tl.load(scales_ptr))
-    tl.store(q_ptr + heads * q_head + rows * q_row + places, q, mask=inside)
+    tl.store(q_ptr + heads * q_head + rows * q_row + offs_d, q, mask=inside)
     k = _normed(qkv_ptr + width, k_weight_ptr, columns, inside, width, eps)
     if ROTATE_KEYS:
         k = _rotate(k, cos, sin, ROWS, BLOCK)
     if scales_ptr is not None:
         k = scaled(k, tl.load(scales_ptr + 1))
-    tl.store(k_ptr + heads * k_head + rows * k_row + places, k, mask=inside)
+    tl.store(k_ptr + heads * k_head + rows * k_row + offs_d, k, mask=inside)
     v = tl.load(qkv_ptr + 2 * width + columns, mask=inside, other=0.0)
     if scales_ptr is not None:
         v = scaled(v.to(tl.float32), tl.load(scales_ptr + 2))
-    tl.store(v_ptr + heads * v_head + rows * v_row + places, v, mask=inside)
+    tl.store(v_ptr + heads * v_head + rows * v_row + offs_d, v, mask=inside)
 
 
 @triton.jit

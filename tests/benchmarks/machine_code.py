@@ -77,7 +77,7 @@ class Chunk:
 
     def eager_dit(self) -> Callable[[], object]:
         dit = EagerDiT(self.model(DIT), self.config, 1)
-        before, placement = self.window.step(CHUNK - 1), self.window.step(CHUNK)
+        before, plan = self.window.step(CHUNK - 1), self.window.step(CHUNK)
         for layer in dit.slots[0].layers:  # the host reads these counters
             layer.global_end, layer.local_end = (
                 torch.full((1,), chunks * self.rows) for chunks in (CHUNK - 1, self.window.capacity)
@@ -86,8 +86,8 @@ class Chunk:
 
         def run() -> None:
             for step in range(STEPS):
-                dit.denoise(self.latents, step, prompt, 0, placement)
-            dit.update_kv_cache(self.latents, prompt, 0, placement)
+                dit.denoise(self.latents, step, prompt, 0, plan)
+            dit.update_kv_cache(self.latents, prompt, 0, plan)
 
         dit.denoise(self.latents, 0, prompt, 0, before)  # the prompt's keys and values, once
         return run

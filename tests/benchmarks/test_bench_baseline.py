@@ -18,7 +18,7 @@ from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.models.vae.decoder import CausalConv3d, VAEDecoder
-from longlive_serve.replay import Case, case_model, exact_latents, read_tensors, replay
+from longlive_serve.replay import ReplayCase, case_model, exact_latents, load_case_tensors, replay
 from longlive_serve.weights.loader import load_model
 from tests.longlive_serve.models.test_vae_decoder import exact_frames
 from tests.support.cases import golden, write_case
@@ -52,8 +52,8 @@ def test_the_operations_of_the_full_size_are_as_known(got: float, tera: float) -
 )
 def test_the_baseline_meets_the_reference(tmp_path: Path, name: str) -> None:
     path = write_case(tmp_path, name)
-    case = Case.load(path)
-    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    case = ReplayCase.load(path)
+    tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
     latents = replay(case, tensors, EagerDiT(case_model(case, tensors), case.model_config, 1))
     assert_reference(latents, tensors["latents"], exact_latents(case, tensors))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_serve.replay import Case, exact_latents, main, read_tensors, rounding
+from longlive_serve.replay import ReplayCase, exact_latents, load_case_tensors, main, rounding
 from tests.support.cases import ROLLOUTS, write_case
 from tests.support.tolerance import GOLDEN, error
 
@@ -40,8 +40,8 @@ def test_a_golden_rollout_is_met(tmp_path: Path, name: str) -> None:
     path = write_case(tmp_path, name)
     done = run_replay(path)
     assert done.returncode == 0, done.stdout + done.stderr
-    case = Case.load(path)
-    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    case = ReplayCase.load(path)
+    tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
     assert error(tensors["latents"], exact_latents(case, tensors)) <= GOLDEN
     assert GOLDEN < rounding(case, tensors) < 1e-4, "or a wrong setting would not be seen"
 

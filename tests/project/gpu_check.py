@@ -39,7 +39,7 @@ from longlive_serve.config.presets import PRESETS, TINY, WAN
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
-from longlive_serve.replay import Case, case_model, read_tensors, replay
+from longlive_serve.replay import ReplayCase, case_model, load_case_tensors, replay
 from tests.benchmarks import chunk_parts
 from tests.benchmarks.chunk_parts import Machine
 from tests.support.cases import ROLLOUTS, shorten, write_case
@@ -94,8 +94,8 @@ class Checks:
                 path = write_case(Path(folder), name)
                 if self.toy:
                     shorten(path, 2)
-                case = Case.load(path)
-                tensors = read_tensors(case, path.with_suffix(".safetensors"))
+                case = ReplayCase.load(path)
+                tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
                 for precision in PRECISIONS:
                     try:
                         off: float | str = self.rollout(case, tensors, precision)
@@ -107,7 +107,7 @@ class Checks:
             raise StepError(f"{', '.join(wrong)}: {found[wrong[0]]}", found)
         return found
 
-    def rollout(self, case: Case, tensors: dict[str, Tensor], precision: str) -> float:
+    def rollout(self, case: ReplayCase, tensors: dict[str, Tensor], precision: str) -> float:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
         model = case_model(case, tensors).to(self.device, dtype)
         fp8 = precision.startswith("fp8"), precision == "fp8 attention"

@@ -18,7 +18,7 @@ from longlive_serve.protocol.session_options import CLEAR, RECACHE
 from training.latents import HELD_OUT
 from training.quality.__main__ import tables
 from training.quality.measures import (
-    Case,
+    QualityCase,
     after_30s,
     after_switch,
     early_and_late,
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 class Exact:
     """Stands where a model runner does and draws what the prompts ask for; on CLEAR it begins again in the middle."""
 
-    def __init__(self, case: Case, ruined_from: int = 1000) -> None:
+    def __init__(self, case: QualityCase, ruined_from: int = 1000) -> None:
         self.looks = [look for look in (case.before, case.attributes) if look is not None]
         self.ruined_from, self.place = ruined_from, (32.0, 32.0)
 
@@ -56,7 +56,7 @@ class Exact:
         return FrameChunk(frames=np.ascontiguousarray(pictures), first_frame=0, prompt_index=0, seconds=0.0)
 
 
-def exact(case: Case, **how: Any) -> ModelRunner:
+def exact(case: QualityCase, **how: Any) -> ModelRunner:
     return cast(ModelRunner, Exact(case, **how))
 
 
@@ -96,7 +96,7 @@ def test_a_switch_is_judged_by_what_it_changes(number: int) -> None:
     assert len(result.changed) == sum(vars(case.before)[name] != value for name, value in vars(case.attributes).items())
     assert len(result.changed) + len(result.kept) == 4
     assert all(result.changed + result.kept)
-    stays = Case(script=case.script, attributes=case.attributes, before=case.before)
+    stays = QualityCase(script=case.script, attributes=case.attributes, before=case.before)
     unmoved = Exact(stays)
     unmoved.looks[1] = case.before  # the prompt is ignored
     ignored = after_switch(cast(ModelRunner, unmoved), stays)
@@ -110,7 +110,7 @@ def test_a_cleared_cache_flickers_at_the_seam() -> None:
     seams = []
     for on_switch in (RECACHE, CLEAR):
         cleared = type(script)(prompts=script.prompts, seed=0, on_switch=on_switch)
-        case = Case(script=cleared, attributes=look, before=look)
+        case = QualityCase(script=cleared, attributes=look, before=look)
         result = after_switch(exact(case), case)
         assert result.seam is not None
         seams.append(result.seam / result.steady)

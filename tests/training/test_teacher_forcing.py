@@ -29,9 +29,9 @@ def test_all_chunks_at_once_equal_one_after_the_other(step: int) -> None:
         keys, values = prompt_kv = dit.embed_prompt(text, text.shape[1])
         expected = []
         for chunk in range(6):
-            placement, frames = window.step(chunk), slice(3 * chunk, 3 * chunk + 3)
-            expected.append(dit.denoise(noisy[:, frames], step, prompt_kv, 0, placement))
-            dit.update_kv_cache(clean[:, frames], prompt_kv, 0, placement)
+            plan, frames = window.step(chunk), slice(3 * chunk, 3 * chunk + 3)
+            expected.append(dit.denoise(noisy[:, frames], step, prompt_kv, 0, plan))
+            dit.update_kv_cache(clean[:, frames], prompt_kv, 0, plan)
         timesteps = dit.timesteps[step].expand(1, 18)
         view = TeacherForcingView(window, dit.tables, range(6))
         got = flows(model, clean, noisy, timesteps, (keys, values), view)

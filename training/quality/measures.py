@@ -30,7 +30,7 @@ STEADY = 24  # frames before a switch that the seam is compared with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class QualityCase:
     """A video and what it should show."""
 
     script: Script
@@ -39,18 +39,18 @@ class Case:
     """With a switch: what it shows up to chunk SWITCH_AT."""
 
 
-def held_out_captions(count: int, seed: int) -> list[Case]:
+def held_out_captions(count: int, seed: int) -> list[QualityCase]:
     """New wordings and noise; the combinations that training never showed are among them."""
     generator = random.Random(seed)
     asked = generator.sample(sorted(HELD_OUT, key=str), min(count // 4, len(HELD_OUT)))
     asked += generator.sample([look for look in ALL if look not in HELD_OUT], count - len(asked))
     return [
-        Case(script=Script(prompts={0: caption(look, generator)}, seed=seed * 1000 + number), attributes=look)
+        QualityCase(script=Script(prompts={0: caption(look, generator)}, seed=seed * 1000 + number), attributes=look)
         for number, look in enumerate(asked)
     ]
 
 
-def switches(count: int, seed: int, on_switch: str) -> list[Case]:
+def switches(count: int, seed: int, on_switch: str) -> list[QualityCase]:
     """Random pairs of combinations, the held-out ones among them."""
     generator = random.Random(seed)
     cases = []
@@ -58,23 +58,23 @@ def switches(count: int, seed: int, on_switch: str) -> list[Case]:
         before, after = generator.sample(ALL, 2)
         prompts = {0: caption(before, generator), SWITCH_AT: caption(after, generator)}
         script = Script(prompts=prompts, seed=seed * 1000 + number, on_switch=on_switch)
-        cases.append(Case(script=script, attributes=after, before=before))
+        cases.append(QualityCase(script=script, attributes=after, before=before))
     return cases
 
 
-def early_and_late(runner: ModelRunner, case: Case) -> dict[str, dict[str, bool]]:
+def early_and_late(runner: ModelRunner, case: QualityCase) -> dict[str, dict[str, bool]]:
     chunks = video(runner, case.script, 10)
     windows = {"chunks_1_2": chunks[1:3], "chunks_8_9": chunks[8:10]}
     return {name: read(torch.cat(window)).agrees(case.attributes) for name, window in windows.items()}
 
 
-def after_30s(runner: ModelRunner, case: Case) -> bool:
+def after_30s(runner: ModelRunner, case: QualityCase) -> bool:
     """Whether all attributes are right in the two chunks that end at 30 s."""
     chunks = video(runner, case.script, CHUNKS_30S)
     return all(read(torch.cat(chunks[-2:])).agrees(case.attributes).values())
 
 
-def through_240s(runner: ModelRunner, case: Case) -> list[bool]:
+def through_240s(runner: ModelRunner, case: QualityCase) -> list[bool]:
     """Whether all attributes are right, for every two chunks (1.5 s) of a session of 240 s."""
     chunks = video(runner, case.script, CHUNKS_240S)
     windows = [torch.cat(chunks[first : first + 2]) for first in range(1, CHUNKS_240S, 2)]
@@ -97,7 +97,7 @@ class Switched:
     """The median of those differences over the frames before the switch."""
 
 
-def after_switch(runner: ModelRunner, case: Case) -> Switched:
+def after_switch(runner: ModelRunner, case: QualityCase) -> Switched:
     before, after = case.before, case.attributes
     assert before is not None
     chunks = video(runner, case.script, SWITCH_AT + 2)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.engines.baseline.kv_cache import LayerCache, Slot, Span, Update, plan
+from benchmarks.engines.baseline.kv_cache import LayerCache, Slot, Span, Update, plan_update
 from longlive_serve.backends.base import PromptKV
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.dit.causal_dit import PATCH, Attention, Block, CausalDiT, gated, modulate, time_features
@@ -45,24 +45,24 @@ class EagerDiT:
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
         return (embeds.to(self.dtype),)
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
-        state, (chunk,) = self.slots[slot], placement.chunks
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
+        state, (chunk,) = self.slots[slot], plan.chunks
         if chunk == step == 0:
             self._begin(state)
         return self._forward(noisy, self.timesteps[step], prompt_kv[0], state, self._span(noisy, chunk))
 
-    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
-        state, newest = self.slots[slot], max(placement.chunks)
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
+        state, newest = self.slots[slot], max(plan.chunks)
         if newest < state.committed:
-            self._recache(state, prompt_kv[0], placement)
+            self._recache(state, prompt_kv[0], plan)
             return
         self._forward(clean, self.clean_timestep, prompt_kv[0], state, self._span(clean, newest))
         state.committed = newest + 1
         state.recent.append(clean)
 
-    def _recache(self, state: Slot, text: Tensor, placement: KVCachePlan) -> None:
+    def _recache(self, state: Slot, text: Tensor, plan: KVCachePlan) -> None:
         """All recent chunks in the order of time; where the sink is kept, those that fall on it are for nothing."""
-        latents, keep_sink = torch.cat([*state.recent], dim=1), placement.first_block > 0
+        latents, keep_sink = torch.cat([*state.recent], dim=1), plan.first_block > 0
         if not keep_sink and state.committed > len(state.recent):
             for layer in state.layers:
                 layer.keys.zero_()
@@ -121,7 +121,7 @@ class EagerDiT:
     def _self_attention(self, attn: Attention, x: Tensor, layer: LayerCache, span: Span) -> tuple[Tensor, Update]:
         q = self.rotary(_heads(attn.norm_q(attn.q(x)), attn), span)
         k = self.rotary(_heads(attn.norm_k(attn.k(x)), attn), span)
-        update = plan(layer, span, k, _heads(attn.v(x), attn), self.sink)
+        update = plan_update(layer, span, k, _heads(attn.v(x), attn), self.sink)
         keys, values = layer.keys.clone(), layer.values.clone()
         update.apply(keys, values, self.sink)
         end, sink = update.local_end, self.sink

@@ -49,7 +49,7 @@ class Span:
     start: int
     end: int
     keep_sink: bool = False
-    """A recache writes nothing to the sink's places."""
+    """A recache writes nothing to the sink."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Update:
             cache[:, self.start : self.local_end] = new[:, new.shape[1] - (self.local_end - self.start) :]
 
 
-def plan(layer: LayerCache, span: Span, keys: Tensor, values: Tensor, sink: int) -> Update:
+def plan_update(layer: LayerCache, span: Span, keys: Tensor, values: Tensor, sink: int) -> Update:
     """Roll when the new tokens do not fit, else write them where they belong.
 
     Each `item` waits for the device, as often as in the reference.

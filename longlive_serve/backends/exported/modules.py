@@ -84,31 +84,31 @@ class GraphDiT:
         out = self.prompt_kv({"embeds": embeds.to(self.prompt_kv.dtype)})
         return out["prompt_keys"], out["prompt_values"]
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
-        return self._run(noisy, step, prompt_kv, slot, placement)
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
+        return self._run(noisy, step, prompt_kv, slot, plan)
 
-    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
-        self._run(clean, -1, prompt_kv, slot, placement)
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
+        self._run(clean, -1, prompt_kv, slot, plan)
 
     def _slot(self, slot: int) -> dict[str, Tensor]:
         layers = [part[layer] for part in self.cache.slot(slot) for layer in range(len(part))]
         return dict(zip(cache_names(len(layers) // 2), layers, strict=True))
 
-    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
+    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
         frames = latents.shape[1]
         inputs = {
             "latents": latents.contiguous(),
             "time_features": self.time_features[step].expand(1, frames, -1).contiguous(),
             "prompt_keys": prompt_kv[0],
             "prompt_values": prompt_kv[1],
-            "write_index": self.write_index[placement.first_block : placement.first_block + 1],
+            "write_index": self.write_index[plan.first_block : plan.first_block + 1],
             **self.slots[slot],
         }
         if self.relative:
-            inputs |= self._angles("query", placement.query_positions) | self._angles("key", placement.key_positions)
+            inputs |= self._angles("query", plan.query_positions) | self._angles("key", plan.key_positions)
         else:
-            inputs |= self._angles("query", placement.chunks)
-            inputs["window"] = self.window[: placement.places * self.chunk]
+            inputs |= self._angles("query", plan.chunks)
+            inputs["window"] = self.window[: plan.num_blocks * self.chunk]
         return self.dit(inputs)["flow"]
 
     def _angles(self, name: str, chunks: tuple[int, ...]) -> dict[str, Tensor]:

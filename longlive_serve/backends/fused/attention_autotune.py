@@ -135,7 +135,7 @@ def _build(cudnn: CudnnAttention, trial: Trial, config: ModelConfig) -> None:
 def sizes(config: ModelConfig) -> list[tuple[int, int]]:
     """(queries, keys) of every call that a session can come to; that of a step with a full window is the first."""
     window, rows = config.window, config.window.chunk * config.tokens_per_frame
-    found = [(rows * chunks, rows * places) for chunks, places in Window(window).calls()]
+    found = [(rows * chunks, rows * blocks) for chunks, blocks in Window(window).call_sizes()]
     usual = rows, window.window * config.tokens_per_frame
     return sorted(found, key=lambda size: size != usual)
 

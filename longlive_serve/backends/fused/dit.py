@@ -25,7 +25,7 @@ from longlive_serve.models.dit.fused_dit import CacheRows, FP8Attention, FusedCa
 from longlive_serve.models.dit.kv_cache import KVCache, KVCachePlan
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.quantization.fp8_scale_bounds import attention_scales
-from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLayer
 
 KV_CACHE_UPDATE = -1  # the step of a KV-cache update or recache
 
@@ -37,7 +37,7 @@ class Call:
     latents: Tensor
     step: int
     prompt_kv: PromptKV
-    placement: KVCachePlan
+    plan: KVCachePlan
 
 
 class FusedDiT:
@@ -96,13 +96,13 @@ class FusedDiT:
         prompt = self.model.embed_prompt(embeds.to(self.dtype), tokens)
         return (prompt.keys, prompt.values) if prompt.bias is None else (prompt.keys, prompt.values, prompt.bias)
 
-    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor:
-        flow = self._run(noisy, step, prompt_kv, slot, placement)
+    def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
+        flow = self._run(noisy, step, prompt_kv, slot, plan)
         assert flow is not None
         return flow
 
-    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> None:
-        self._run(clean, KV_CACHE_UPDATE, prompt_kv, slot, placement)
+    def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
+        self._run(clean, KV_CACHE_UPDATE, prompt_kv, slot, plan)
 
     def prepare(self, slots: int | None = None) -> None:
         """Capture graphs of what any slot has run: a session in a fresh slot then waits for none."""
@@ -113,8 +113,8 @@ class FusedDiT:
         if slots is None:
             self._calls = {}
 
-    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, placement: KVCachePlan) -> Tensor | None:
-        call = Call(latents=latents, step=step, prompt_kv=prompt_kv, placement=placement)
+    def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor | None:
+        call = Call(latents=latents, step=step, prompt_kv=prompt_kv, plan=plan)
         graph = self._graph(call, slot)
         if self._warming_up:
             self._calls.setdefault(graph[0], call)
@@ -122,13 +122,13 @@ class FusedDiT:
 
     def _graph(self, call: Call, slot: int) -> tuple[Hashable, int, Function, list[Tensor], int]:
         """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
-        latents, prompt_kv, placement = call.latents, call.prompt_kv, call.placement
+        latents, prompt_kv, plan = call.latents, call.prompt_kv, call.plan
         rows, level = self.tables.tokens_per_chunk, self.modulations[call.step]
-        first, used = placement.first_block * rows, placement.places * rows
-        order = placement.query_positions if self.relative else placement.chunks
+        first, used = plan.first_block * rows, plan.num_blocks * rows
+        order = plan.query_positions if self.relative else plan.chunks
         angles = [*self.tables.of_chunks(order)]
         if self.relative:
-            angles += self.tables.of_chunks(placement.key_positions)
+            angles += self.tables.of_chunks(plan.key_positions)
         update_kv_cache = call.step == KV_CACHE_UPDATE
 
         def forward(inputs: Sequence[Tensor]) -> Tensor | None:
@@ -152,7 +152,7 @@ class FusedDiT:
 
 
 def check(model: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
-    if any(isinstance(layer, Quantized) for layer in model.modules()):
+    if any(isinstance(layer, QuantizedLayer) for layer in model.modules()):
         raise ValueError("dit_backend: got fused with quantized weights, expected plain ones: set `fp8` instead")
     if not fp8:
         return

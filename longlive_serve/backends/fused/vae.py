@@ -18,7 +18,7 @@ from longlive_serve.backends.fused.cudnn_graphs import NoPlanError
 from longlive_serve.backends.start_up import CHOOSE, phase
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.kernels.tiles import check_kernels
-from longlive_serve.models.quantization.int8_fp8_layers import Quantized
+from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLayer
 from longlive_serve.models.vae.decoder import VAEDecoder, to_uint8
 from longlive_serve.models.vae.fused_decoder import FusedVAE
 from longlive_serve.models.vae.fused_tiny_decoder import FusedTiny
@@ -43,7 +43,7 @@ class FusedVAEDecoder:
     @torch.no_grad()
     def __init__(self, model: VAEDecoder | TinyDecoder, config: ModelConfig, fp8: bool = False) -> None:
         """Takes the model's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
-        if any(isinstance(layer, Quantized) for layer in model.modules()):
+        if any(isinstance(layer, QuantizedLayer) for layer in model.modules()):
             raise ValueError("vae_decoder_backend: got fused with quantized weights, expected plain ones")
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype

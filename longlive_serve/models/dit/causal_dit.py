@@ -88,22 +88,22 @@ class CacheView:
 
     mask: Tensor | None = None
 
-    def __init__(self, keys: Tensor, values: Tensor, tables: RotaryTables, placement: KVCachePlan, relative: bool):
+    def __init__(self, keys: Tensor, values: Tensor, tables: RotaryTables, plan: KVCachePlan, relative: bool):
         rows = tables.tokens_per_chunk
         self.keys, self.values = keys, values  # [layers, B, H, window tokens, d]
-        self.first = placement.first_block * rows
-        self.end = self.first + len(placement.chunks) * rows
-        self.used = placement.places * rows
+        self.first = plan.first_block * rows
+        self.end = self.first + len(plan.chunks) * rows
+        self.used = plan.num_blocks * rows
         self.relative = relative
-        order = placement.query_positions if relative else placement.chunks
+        order = plan.query_positions if relative else plan.chunks
         self.query_angles = tables.of_chunks(order)
-        self.key_angles = tables.of_chunks(placement.key_positions) if relative else self.query_angles
+        self.key_angles = tables.of_chunks(plan.key_positions) if relative else self.query_angles
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `Cache.update`.
 
         The base variant stores rotated keys; the infinity variant stores plain ones and rotates all of them by
-        their place in time on every call.
+        their position in time on every call.
         """
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, self.first : self.end] = k if self.relative else rotate(k, *self.key_angles)
@@ -197,7 +197,7 @@ class CausalDiT(nn.Module):
         cache: Cache,
         update_kv_cache: bool = False,
     ) -> Tensor | None:
-        """One forward of whole chunks, in the order of their places.
+        """One forward of whole chunks, in the order of their blocks.
 
         latents [B, F, channels, h, w]; timesteps [B, F] float32; prompt_kv as `embed_prompt` returns it. The keys
         and values of the new frames are written to the cache. Returns the flow, shaped like latents; with

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from longlive_serve.kernels.attention import attention as attention_with_bias
 from longlive_serve.kernels.norms import residual_norm, rms_norm
-from longlive_serve.kernels.quantize import Quantized, gelu, quantize_rows
+from longlive_serve.kernels.quantize import QuantizedRows, gelu, quantize_rows
 from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
 from longlive_serve.models.dit.adaln import Modulation
 from longlive_serve.models.dit.causal_dit import Angles, Block, CausalDiT
@@ -73,7 +73,7 @@ class Gemm:
     def __init__(self, *layers: nn.Linear) -> None:
         self.weight, self.bias = _take(layers)
 
-    def __call__(self, x: Tensor | Quantized) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)
 
@@ -88,8 +88,8 @@ class FP8Gemm:
         quantized = quantize_rows(weight)
         self.weight, self.scales = quantized.values.t(), quantized.scales.t()
 
-    def __call__(self, x: Tensor | Quantized) -> Tensor:
-        assert isinstance(x, Quantized)
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+        assert isinstance(x, QuantizedRows)
         return torch._scaled_mm(
             x.values,
             self.weight,
@@ -189,7 +189,7 @@ class FusedCausalDiT:
         assert isinstance(z, Tensor)
         return self.model._unpatchify(self.model.head.head(z)[None], latents.shape)
 
-    def _write_kv(self, block: FusedBlock, layer: int, z: Tensor | Quantized, cache: CacheRows) -> Tensor:
+    def _write_kv(self, block: FusedBlock, layer: int, z: Tensor | QuantizedRows, cache: CacheRows) -> Tensor:
         """Keys and values into the cache; the queries [H, L, d], rotated."""
         qkv, own = block.qkv(z), block.own
         heads = len(qkv), self.config.num_heads, self.config.head_dim
@@ -209,10 +209,10 @@ class FusedCausalDiT:
         if self.fp8_attention is not None:
             scales = self.fp8_attention.scales[layer]
             small = self.fp8_attention.attend(q, keys, values, scales)
-            return block.o(Quantized(small, self.fp8_attention.out_scales[layer, : len(small)]))
+            return block.o(QuantizedRows(small, self.fp8_attention.out_scales[layer, : len(small)]))
         return _project(block.o, self.attend(q[None], keys[None], values[None])[0].transpose(0, 1).flatten(1))
 
-    def _attend_to_prompt(self, block: FusedBlock, layer: int, y: Tensor | Quantized, prompt: PromptRows) -> Tensor:
+    def _attend_to_prompt(self, block: FusedBlock, layer: int, y: Tensor | QuantizedRows, prompt: PromptRows) -> Tensor:
         keys, values = prompt.keys[layer], prompt.values[layer]
         q = rms_norm(block.cross_q(y), block.cross.norm_q.weight, eps=self.eps)
         q = q.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)

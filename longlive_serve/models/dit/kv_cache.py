@@ -3,8 +3,8 @@
 
 Called by the model runner and the backends. It does not know what keys and values mean.
 
-A cache of `window` latent frames is a row of *places*, one chunk each. The first places hold the sink; behind them
-is a ring: a new chunk overwrites the oldest one in place, so nothing is ever moved and the rows in use are always
+A slot's cache of `window` latent frames is a row of *blocks*, one chunk each. The first blocks hold the sink; behind
+them is a ring: a new chunk overwrites the oldest one in place, so nothing is ever moved and the rows in use are always
 `[0, rows)`. Attention does not care in which order keys lie; only relative RoPE needs to know the order in time,
 which `KVCachePlan.key_positions` gives.
 """
@@ -23,19 +23,19 @@ from longlive_serve.config.presets import ModelConfig, WindowConfig
 class KVCachePlan:
     """Where one forward of whole chunks reads and writes the cache. Every number counts chunks.
 
-    The forward's chunks lie in the order of their places, not of time: `first_block` and the following ones.
+    The forward's chunks lie in the order of their blocks, not of time: `first_block` and the following ones.
     """
 
     chunks: tuple[int, ...]
     """Number, from the start of the video, of every chunk in the forward."""
     first_block: int
-    """The place that `chunks[0]` is written to; the others follow it without a gap."""
-    places: int
-    """The forward attends to places [0, places): all that are in use, its own included."""
+    """The block that `chunks[0]` is written to; the others follow it without a gap."""
+    num_blocks: int
+    """The forward attends to blocks [0, num_blocks): all that are in use, its own included."""
     query_positions: tuple[int, ...]
-    """For relative RoPE: place in time (0 = oldest kept) of every chunk in the forward."""
+    """For relative RoPE: position in time (0 = oldest cached) of every chunk in the forward."""
     key_positions: tuple[int, ...]
-    """For relative RoPE: place in time of every place in [0, places)."""
+    """For relative RoPE: position in time of every block in [0, num_blocks)."""
 
 
 class Window:
@@ -45,79 +45,78 @@ class Window:
         self.capacity = config.window // config.chunk
         self.sink = config.sink // config.chunk
 
-    def place(self, chunk: int) -> int:
-        """The place of a chunk: its own number at first, then round the ring behind the sink."""
+    def block_of(self, chunk: int) -> int:
+        """The block of a chunk: its own number at first, then round the ring behind the sink."""
         if chunk < self.capacity:
             return chunk
         return self.sink + (chunk - self.sink) % (self.capacity - self.sink)
 
-    def step(self, chunk: int, first: int = 0) -> KVCachePlan:
-        """Denoising steps and the KV-cache update of chunk number `chunk`; it takes the place of the oldest one.
+    def step(self, chunk: int, first_cached: int = 0) -> KVCachePlan:
+        """Denoising steps and the KV-cache update of chunk number `chunk`; it takes the block of the oldest one.
 
-        `first` is the first chunk that the cache knows of: more than 0 once it has been cleared.
+        `first_cached` is the first chunk that the cache knows of: more than 0 once it has been cleared.
         """
-        kept = chunk - first
-        places = min(kept + 1, self.capacity)
-        key_positions = self._positions_in_time(kept)
-        place = self.place(kept)
+        num_cached = chunk - first_cached
+        key_positions = self._positions_in_time(num_cached)
+        block = self.block_of(num_cached)
         return KVCachePlan(
             chunks=(chunk,),
-            first_block=place,
-            places=places,
-            query_positions=(key_positions[place],),
+            first_block=block,
+            num_blocks=min(num_cached + 1, self.capacity),
+            query_positions=(key_positions[block],),
             key_positions=key_positions,
         )
 
-    def recache(self, done: int, keep_sink: bool, first: int = 0) -> KVCachePlan:
-        """The recache before chunk number `done`: every kept chunk again, under the new prompt.
+    def recache(self, done: int, keep_sink: bool, first_cached: int = 0) -> KVCachePlan:
+        """The recache before chunk number `done`: every cached chunk again, under the new prompt.
 
         With `keep_sink` the sink stays as it is, unless nothing has left the window yet: then the reference
-        renews the sink too. Without it, the sink's places take the oldest chunks of the last `window` frames.
-        `first` is the first chunk that the cache knows of, as in `step`.
+        renews the sink too. Without it, the sink's blocks take the oldest chunks of the last `window` frames.
+        `first_cached` is the first chunk that the cache knows of, as in `step`.
         """
-        assert done > first, "nothing to recache before the first chunk"
-        kept = done - first
-        places = min(kept, self.capacity)
-        begin = self.sink if keep_sink and kept > self.capacity else 0
-        chunks = [0] * places
-        for chunk in range(kept - places, kept):
-            chunks[self.place(chunk)] = first + chunk
-        if kept > self.capacity:
-            for place in range(self.sink):
-                chunks[place] = done - self.capacity + place
-        key_positions = self._positions_in_time(kept - 1)
+        assert done > first_cached, "nothing to recache before the first chunk"
+        num_cached = done - first_cached
+        num_blocks = min(num_cached, self.capacity)
+        first_block = self.sink if keep_sink and num_cached > self.capacity else 0
+        chunks = [0] * num_blocks
+        for chunk in range(num_cached - num_blocks, num_cached):
+            chunks[self.block_of(chunk)] = first_cached + chunk
+        if num_cached > self.capacity:
+            for block in range(self.sink):
+                chunks[block] = done - self.capacity + block
+        key_positions = self._positions_in_time(num_cached - 1)
         return KVCachePlan(
-            chunks=tuple(chunks[begin:]),
-            first_block=begin,
-            places=places,
-            query_positions=key_positions[begin:],
+            chunks=tuple(chunks[first_block:]),
+            first_block=first_block,
+            num_blocks=num_blocks,
+            query_positions=key_positions[first_block:],
             key_positions=key_positions,
         )
 
-    def calls(self) -> list[tuple[int, int]]:
+    def call_sizes(self) -> list[tuple[int, int]]:
         """(chunks in the forward, chunks attended to) of every step, KV-cache update and recache that a session can
         come to.
 
         While the window fills, a call attends to as many as there are: nothing is computed to be masked.
         """
         full = 2 * self.capacity
-        placements = [self.step(chunk) for chunk in range(full)]
-        placements += [self.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
-        return sorted({(len(placement.chunks), placement.places) for placement in placements})
+        plans = [self.step(chunk) for chunk in range(full)]
+        plans += [self.recache(done, keep_sink) for done in range(1, full) for keep_sink in (True, False)]
+        return sorted({(len(plan.chunks), plan.num_blocks) for plan in plans})
 
     def _positions_in_time(self, newest: int) -> tuple[int, ...]:
-        """For every place in use after chunk `newest` was placed: how many kept chunks are older than its own."""
+        """For every block in use after chunk `newest` was written: how many cached chunks are older than its own."""
         if newest < self.capacity:
             return tuple(range(newest + 1))
-        ring = {self.place(newest - age): self.capacity - 1 - age for age in range(self.capacity - self.sink)}
-        return tuple(range(self.sink)) + tuple(ring[place] for place in range(self.sink, self.capacity))
+        ring = {self.block_of(newest - age): self.capacity - 1 - age for age in range(self.capacity - self.sink)}
+        return tuple(range(self.sink)) + tuple(ring[block] for block in range(self.sink, self.capacity))
 
 
 class KVCache:
     """Keys and values of every slot, allocated once: [layers, slots, heads, window tokens, head_dim] each.
 
-    Only clean keys and values stay in it: the noisy ones of the chunk in progress lie in that chunk's own place
-    and its KV-cache update overwrites them. A slot needs no clearing between sessions: only places in use are ever
+    Only clean keys and values stay in it: the noisy ones of the chunk in progress lie in that chunk's own block
+    and its KV-cache update overwrites them. A slot needs no clearing between sessions: only blocks in use are ever
     read.
     """
 

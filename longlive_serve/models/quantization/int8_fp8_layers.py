@@ -35,7 +35,7 @@ def to_8_bit(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
-class Quantized(nn.Module):
+class QuantizedLayer(nn.Module):
     """What such layers share. The buffers are named as in a quantized checkpoint."""
 
     quantized_weight: Tensor
@@ -90,7 +90,7 @@ class Quantized(nn.Module):
         return weight.to(dtype) * scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-class QuantizedLinear(Quantized):
+class QuantizedLinear(QuantizedLayer):
     """Takes the place of an nn.Linear."""
 
     def __init__(self, layer: nn.Linear, state: dict[str, Tensor]) -> None:
@@ -101,7 +101,7 @@ class QuantizedLinear(Quantized):
         return F.linear(self.quantize(x), self.weight_in(x.dtype), self.bias)
 
 
-class QuantizedConv2d(Quantized):
+class QuantizedConv2d(QuantizedLayer):
     """Takes the place of an nn.Conv2d."""
 
     def __init__(self, layer: nn.Conv2d, state: dict[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ class QuantizedConv2d(Quantized):
         return F.conv2d(self.quantize(x), self.weight_in(x.dtype), self.bias, padding=self.padding)
 
 
-class QuantizedCausalConv3d(Quantized, CausalConv3d):
+class QuantizedCausalConv3d(QuantizedLayer, CausalConv3d):
     """Takes the place of a CausalConv3d. Its feature cache stays in the model's dtype."""
 
     def __init__(self, layer: CausalConv3d, state: dict[str, Tensor]) -> None:
@@ -127,7 +127,7 @@ class QuantizedCausalConv3d(Quantized, CausalConv3d):
         return self.convolve(x, self.weight_in(x.dtype))
 
 
-_KINDS: dict[type[nn.Module], type[Quantized]] = {
+_KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
     CausalConv3d: QuantizedCausalConv3d,

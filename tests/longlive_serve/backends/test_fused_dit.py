@@ -27,7 +27,7 @@ from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.dit.kv_cache import KVCache, Window
 from longlive_serve.models.quantization.int8_fp8_layers import install, scale_for, to_8_bit
-from longlive_serve.replay import Case, case_model, exact_latents, read_tensors, replay
+from longlive_serve.replay import ReplayCase, case_model, exact_latents, load_case_tensors, replay
 from longlive_serve.weights.loader import load_model
 from quantization.dynamic_fp8 import simulate, simulate_attention
 from tests.fakes.graphs_on_cpu import Graph, graphs_on_cpu
@@ -70,8 +70,8 @@ def text(rows: int) -> Tensor:
 @pytest.mark.parametrize("name", ["dit_tiny_rollout", "dit_tiny_switch_mid_sinkF", "dit_tiny_infinity_switch"])
 def test_it_makes_the_latents_of_the_reference(name: str, tmp_path: Path) -> None:
     path = write_case(tmp_path, name)
-    case = Case.load(path)
-    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    case = ReplayCase.load(path)
+    tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
     with graphs_on_cpu():
         dit = FusedDiT(case_model(case, tensors), case.model_config, 1, case.variant, fp8=False)
         got = replay(case, tensors, dit)
@@ -97,8 +97,8 @@ def test_replay_runs_it_in_fp8(options: list[str], tmp_path: Path) -> None:
 
 def test_in_bfloat16_it_is_as_near_the_reference_as_the_eager_baseline(tmp_path: Path) -> None:
     path = write_case(tmp_path, "dit_tiny_rollout")
-    case = Case.load(path)
-    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    case = ReplayCase.load(path)
+    tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
     distances = []
     for fused in (False, True):
         model = case_model(case, tensors).bfloat16()
@@ -294,9 +294,9 @@ def test_after_the_warm_up_no_session_waits_for_a_capture(monkeypatch: pytest.Mo
 
 def second_of(dit: TorchDiT | FusedDiT, slot: int, chunk: int, prompt: Tensor) -> Tensor:
     """The flow of a chunk at the second step; then it is committed."""
-    prompt_kv, placement = dit.embed_prompt(prompt, 9), WINDOW.step(chunk)
-    flow = dit.denoise(latents(chunk), 1, prompt_kv, slot, placement)
-    dit.update_kv_cache(latents(chunk + 10), prompt_kv, slot, placement)
+    prompt_kv, plan = dit.embed_prompt(prompt, 9), WINDOW.step(chunk)
+    flow = dit.denoise(latents(chunk), 1, prompt_kv, slot, plan)
+    dit.update_kv_cache(latents(chunk + 10), prompt_kv, slot, plan)
     return flow
 
 

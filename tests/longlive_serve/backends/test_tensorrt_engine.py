@@ -27,7 +27,7 @@ from longlive_serve.config.presets import DIT, PRESETS, VAE_DECODER
 from longlive_serve.config.serve_config import TENSORRT, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
-from longlive_serve.replay import Case, exact_latents, read_tensors, replay
+from longlive_serve.replay import ReplayCase, exact_latents, load_case_tensors, replay
 from longlive_serve.weights.loader import load_model
 from tests.conftest import ExportedGraphs
 from tests.fakes.cuda_on_cpu import Cuda
@@ -69,8 +69,8 @@ def example(frames: int = 3, used: int = 9, seed: int = 0) -> dict[str, torch.Te
 def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: Callable[[bool], Path], cuda: Cuda, name: str) -> None:
     engines = write_engines(case_graphs(ROLLOUTS[name].get("relative", False)), tmp_path / "engines")
     path = write_case(tmp_path, name)
-    case = Case.load(path)
-    tensors = read_tensors(case, path.with_suffix(".safetensors"))
+    case = ReplayCase.load(path)
+    tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
     graphs = open_graphs(DIT, TENSORRT, engines, case.model_config, case.variant, "cpu")
     with torch.inference_mode():
         latents = replay(case, tensors, GraphDiT(graphs, case.model_config, 1, case.variant))

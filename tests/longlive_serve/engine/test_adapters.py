@@ -96,9 +96,9 @@ def test_engines_of_different_weights_share_the_cache(kind: Any) -> None:
     first = kind(model, *settings)
     noisy = torch.randn(1, 3, TINY.dit.channels, TINY.latent_height, TINY.latent_width)
     prompt = first.embed_prompt(torch.randn(1, TINY.dit.text_len, TINY.dit.text_dim), TINY.dit.text_len)
-    placement = Window(TINY.window).step(0)
-    before = first.denoise(noisy, 0, prompt, 0, placement)
+    plan = Window(TINY.window).step(0)
+    before = first.denoise(noisy, 0, prompt, 0, plan)
     second = first.with_model(other)
     assert second.cache is first.cache
-    assert not torch.equal(second.denoise(noisy, 0, prompt, 1, placement), before)
-    assert torch.equal(first.denoise(noisy, 0, prompt, 0, placement), before)
+    assert not torch.equal(second.denoise(noisy, 0, prompt, 1, plan), before)
+    assert torch.equal(first.denoise(noisy, 0, prompt, 0, plan), before)

@@ -20,7 +20,7 @@ from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine import core
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
-from longlive_serve.engine.snapshot import SUM_BYTES, _facts, read_tensors
+from longlive_serve.engine.snapshot import SUM_BYTES, _facts, copy_to_host
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import Options
@@ -105,13 +105,13 @@ def test_the_device_has_the_next_sessions_work_before_a_chunk_is_waited_for() ->
 def test_a_snapshot_is_read_before_the_next_sessions_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device does one thing after the other: what is read later would wait for that chunk."""
     with bench_of_device(slots=3) as (at, device):
-        read = read_tensors
+        read = copy_to_host
 
         def note(session: Session) -> dict[str, AsyncD2HCopy]:
             device.calls.append(("read", session.id))
             return read(session)
 
-        monkeypatch.setattr(core, "read_tensors", note)
+        monkeypatch.setattr(core, "copy_to_host", note)
         with busy(at, device):
             options = Options(pace="asap", snapshot_every=2)
             senders = [at.start("a", chunks=4, end=True, options=options), at.start("b", chunks=4, end=True)]

@@ -137,9 +137,9 @@ def test_a_forged_snapshot_is_refused(old: bytes, new: bytes, message: str) -> N
         load_again(hashlib.sha256(forged).digest() + forged)
 
 
-def test_a_snapshot_that_would_leave_a_place_unwritten_is_refused() -> None:
+def test_a_snapshot_that_would_leave_a_block_unwritten_is_refused() -> None:
     session = played(9)
-    session.sink.clear()  # its place would still hold another session's keys
+    session.sink.clear()  # its block would still hold another session's keys
     with pytest.raises(RequestError, match="got 0 chunks of the sink"):
         load_again(dump(session, DEMO))
     session = played(9)

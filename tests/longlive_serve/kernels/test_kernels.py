@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longlive_serve.kernels.norm_silu import norm_silu
 from longlive_serve.kernels.norms import residual_norm, rms_norm
-from longlive_serve.kernels.quantize import Quantized, gelu, quantize_rows
+from longlive_serve.kernels.quantize import QuantizedRows, gelu, quantize_rows
 from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
 from longlive_serve.models.dit.causal_dit import RMSNorm, gated, modulate
 from longlive_serve.models.dit.rope import rotate
@@ -40,9 +40,9 @@ def bfloat16_error(got: Tensor, wanted: Tensor) -> float:
     return float(((got.double() - wanted).abs() / (wanted.abs() * 2**-8 + before)).max())
 
 
-def fp8_error(got: Tensor | Quantized, wanted: Tensor) -> float:
+def fp8_error(got: Tensor | QuantizedRows, wanted: Tensor) -> float:
     """In halves of the largest step of E4M3 around a number: at most 1 after one rounding. Scales are checked."""
-    assert isinstance(got, Quantized)
+    assert isinstance(got, QuantizedRows)
     assert got.values.dtype == torch.float8_e4m3fn
     scales, before = wanted.abs().amax(1, keepdim=True) / 448, gamma(wanted.shape[1])
     assert error(got.scales, scales) < before

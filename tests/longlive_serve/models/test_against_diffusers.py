@@ -209,8 +209,8 @@ def test_the_first_chunk_equals_diffusers_at_every_noise_level(dit: TorchDiT, st
     assert relative_error(flow, expected) < ROUNDED_ONCE
 
 
-def flow_of(dit: TorchDiT, latents: Tensor, timesteps: Tensor, placement: KVCachePlan) -> Tensor:
-    view = CacheView(*dit.cache.slot(0), dit.tables, placement, relative=False)
+def flow_of(dit: TorchDiT, latents: Tensor, timesteps: Tensor, plan: KVCachePlan) -> Tensor:
+    view = CacheView(*dit.cache.slot(0), dit.tables, plan, relative=False)
     flow: Tensor = dit.model(latents, timesteps, dit.embed_prompt(TEXT, TOKENS), view)
     return flow
 
@@ -226,11 +226,9 @@ def test_every_frame_with_a_timestep_of_its_own_equals_diffusers(dit: TorchDiT) 
 @pytest.mark.usefixtures("float64", "exact_sinusoids")
 @pytest.mark.parametrize("done", [4, 6])
 def test_a_whole_window_at_once_equals_diffusers_wherever_it_lies_in_the_video(dit: TorchDiT, done: int) -> None:
-    placement = WINDOW.recache(done, keep_sink=False)
-    order = [
-        3 * chunk + frame for chunk in placement.query_positions for frame in range(3)
-    ]  # places are not in time order
-    flow = flow_of(dit, NOISY[:, order], torch.full((1, 12), 750.0), placement)
+    plan = WINDOW.recache(done, keep_sink=False)
+    order = [3 * chunk + frame for chunk in plan.query_positions for frame in range(3)]  # places are not in time order
+    flow = flow_of(dit, NOISY[:, order], torch.full((1, 12), 750.0), plan)
     expected = flow_of_diffusers(NOISY, torch.tensor([750.0]))
     assert relative_error(flow, expected[:, order]) < ROUNDED_ONCE
 

@@ -40,8 +40,8 @@ class Forward:
         shape = (config.num_layers, batch, config.num_heads, 12 * TOKENS, config.head_dim)
         self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
-    def view(self, placement: KVCachePlan) -> CacheView:
-        return CacheView(self.keys, self.values, self.tables, placement, relative=False)
+    def view(self, plan: KVCachePlan) -> CacheView:
+        return CacheView(self.keys, self.values, self.tables, plan, relative=False)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor, timesteps: Any, prompts: Tensor, chunk: int = 0) -> Tensor | None:

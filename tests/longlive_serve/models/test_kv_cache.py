@@ -39,17 +39,17 @@ class Recorder:
 
     def __init__(self, config: WindowConfig) -> None:
         self.window = Window(config)
-        self.places: list[int | None] = [None] * self.window.capacity
+        self.blocks: list[int | None] = [None] * self.window.capacity
 
     def step(self, chunk: int) -> list[int | None]:
         """Place a chunk; returns what it attends to, oldest first."""
-        placement = self.window.step(chunk)
-        assert placement.chunks == (chunk,)
-        self.places[placement.first_block] = chunk
-        assert placement.query_positions == (placement.key_positions[placement.first_block],)
-        in_time: list[int | None] = [None] * placement.places
-        for place, slot in enumerate(placement.key_positions):
-            in_time[slot] = self.places[place]
+        plan = self.window.step(chunk)
+        assert plan.chunks == (chunk,)
+        self.blocks[plan.first_block] = chunk
+        assert plan.query_positions == (plan.key_positions[plan.first_block],)
+        in_time: list[int | None] = [None] * plan.num_blocks
+        for block, position in enumerate(plan.key_positions):
+            in_time[position] = self.blocks[block]
         return in_time
 
 
@@ -63,23 +63,23 @@ def test_a_chunk_attends_to_sink_and_newest_chunks_in_order_of_time(config: Wind
 @given(windows, st.integers(1, 60), st.booleans())
 def test_a_recache_covers_every_chunk_of_the_window_once(config: WindowConfig, done: int, keep_sink: bool) -> None:
     window = Window(config)
-    placement = window.recache(done, keep_sink)
+    plan = window.recache(done, keep_sink)
     kept = kept_in_order_of_time(config, done)
     if done <= window.capacity:
-        assert list(placement.chunks) == kept
+        assert list(plan.chunks) == kept
     elif keep_sink:
-        assert sorted(placement.chunks) == kept[window.sink :]
-        assert placement.first_block == window.sink
+        assert sorted(plan.chunks) == kept[window.sink :]
+        assert plan.first_block == window.sink
     else:
-        assert sorted(placement.chunks) == list(range(done - window.capacity, done))
-    assert placement.first_block + len(placement.chunks) == placement.places == len(kept)
-    for offset, chunk in enumerate(placement.chunks):
-        place = placement.first_block + offset
-        assert placement.query_positions[offset] == placement.key_positions[place]
-        if place >= window.sink:
-            assert window.place(chunk) == place
-    order = sorted(range(len(placement.chunks)), key=lambda i: placement.query_positions[i])
-    assert [placement.chunks[i] for i in order] == sorted(placement.chunks)
+        assert sorted(plan.chunks) == list(range(done - window.capacity, done))
+    assert plan.first_block + len(plan.chunks) == plan.num_blocks == len(kept)
+    for offset, chunk in enumerate(plan.chunks):
+        block = plan.first_block + offset
+        assert plan.query_positions[offset] == plan.key_positions[block]
+        if block >= window.sink:
+            assert window.block_of(chunk) == block
+    order = sorted(range(len(plan.chunks)), key=lambda i: plan.query_positions[i])
+    assert [plan.chunks[i] for i in order] == sorted(plan.chunks)
 
 
 @given(windows, st.integers(0, 30), st.integers(0, 30))
@@ -88,9 +88,9 @@ def test_a_cleared_cache_fills_as_a_new_one_does(config: WindowConfig, first: in
     assert window.step(first + age, first) == dataclasses.replace(window.step(age), chunks=(first + age,))
 
 
-def test_a_place_stays_the_same_until_it_is_overwritten() -> None:
+def test_a_block_stays_the_same_until_it_is_overwritten() -> None:
     window = Window(WindowConfig())
-    assert [window.place(chunk) for chunk in range(11)] == [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
+    assert [window.block_of(chunk) for chunk in range(11)] == [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -101,18 +101,18 @@ def test_the_reference_trace_is_met(name: str) -> None:
     calls = json.loads((GOLDEN / "window_trace.json").read_text(encoding="utf-8"))["traces"][name]
     keep_sink = not name.endswith("sinkF")
     window = Window(WindowConfig())
-    places: list[list[str] | None] = [None] * window.capacity
+    blocks: list[list[str] | None] = [None] * window.capacity
     for call in calls:
         start, frames = call["current_start_frame"], call["frames"]
         recache = call["kind"].startswith("recache")
-        placement = window.recache((start + frames) // CHUNK, keep_sink) if recache else window.step(start // CHUNK)
-        for offset, chunk in enumerate(placement.chunks):
+        plan = window.recache((start + frames) // CHUNK, keep_sink) if recache else window.step(start // CHUNK)
+        for offset, chunk in enumerate(plan.chunks):
             producer = f"{call['kind']}/p{call['prompt']}"
-            places[placement.first_block + offset] = [f"{CHUNK * chunk + i}:{producer}" for i in range(CHUNK)]
-        in_time: list[Any] = [None] * placement.places
-        for place, slot in enumerate(placement.key_positions):
-            in_time[slot] = places[place]
-        assert [frame for place in in_time for frame in place] == call["window"], call
+            blocks[plan.first_block + offset] = [f"{CHUNK * chunk + i}:{producer}" for i in range(CHUNK)]
+        in_time: list[Any] = [None] * plan.num_blocks
+        for block, position in enumerate(plan.key_positions):
+            in_time[position] = blocks[block]
+        assert [frame for chunk_frames in in_time for frame in chunk_frames] == call["window"], call
 
 
 def test_windows_that_do_not_fit_chunks_are_refused() -> None:
