@@ -64,6 +64,7 @@ HOSTILE_JSON = (
     '{"session_token": "x"}', '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}',
     '{"on_switch": true}', "[" * 9000, '{"global_sink": null}', '{"fps": 99999999999999999999999999}',
     '{"pace": NaN}', '{"max_wait_s": 1e999}', '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
+    '{"command": "stop"}', '{"command": "health", "fps": 3}',
 )  # fmt: skip
 HOSTILE_NUMBERS = (-1, -(2**31), 2**31 - 1, 7)
 DTYPES = (np.int8, np.int32, np.int64, np.uint8, np.float32, np.float64, np.bool_, np.object_)

@@ -28,6 +28,7 @@ from longlive_serve.engine.snapshot import copy_to_host, dump_later
 from longlive_serve.observability.metrics import Change
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
+from longlive_serve.protocol.session_options import SET_LORA
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class EngineCore:
             try:
                 if isinstance(request, RequestError):
                     raise request
-                if request.sets_adapters:
+                if request.options.command == SET_LORA:
                     self._adapters.change(request.options, sender)
                 else:
                     self._sessions.handle(request, sender, self._draining.is_set())

@@ -25,7 +25,7 @@ from longlive_serve.observability.metrics import Change, Statistics
 from longlive_serve.observability.tracing import Trace
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import READY, FrameChunk, Request
-from longlive_serve.protocol.session_options import ASAP, RECACHE
+from longlive_serve.protocol.session_options import ASAP, HEALTH, RECACHE
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ class SessionManager:
         """Take a request. Raises RequestError when it cannot be taken; its session, if any, goes on."""
         if draining and request.start:
             raise shutting_down()
-        if request.probes:
-            self._answer_probe(sender)
+        if request.options.command == HEALTH:
+            self._send_health(sender)
             return
         stream = self._streams.get(request.session_id)
         if request.start:
@@ -196,7 +196,7 @@ class SessionManager:
         statistics.set("playback_lead_seconds", scheduler.shortest_slack(time.monotonic_ns()) / SECOND)
         return statistics.take_changes()
 
-    def _answer_probe(self, sender: ResponseSender) -> None:
+    def _send_health(self, sender: ResponseSender) -> None:
         scheduler = self.scheduler
         full = f"full: {scheduler.live} sessions are live, {scheduler.waiting} wait"
         notice = READY if scheduler.has_room(FPS) else full

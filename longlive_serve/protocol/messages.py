@@ -14,10 +14,9 @@ A session is one Triton sequence of the model `longlive`; its id is the sequence
   keeps what it has sent until all of a request is answered.
 * Every other request is answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response
   to any request is FINAL.
-* START and END together with no tensors at all ask whether the model is there: the answer's NOTICE is `ready`, or
-  says why a new session would have to wait. No session comes of it.
-* START and END together with OPTIONS.adapters and no other tensor change the LoRA adapters of sessions to come; the
-  answer's NOTICE says what they are now. Sessions that are live go on as they are.
+* START and END together with OPTIONS.command ask something of the server, and no session comes of it; the answer is
+  its NOTICE. `health`: `ready`, or why a new session would have to wait. `set_lora` changes the LoRA adapters of
+  sessions to come: what they are now.
 * With `stream_partial_chunks`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 but in the last.
 * With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
   anew with each START.
@@ -34,12 +33,13 @@ from typing import Any
 import numpy as np
 
 from longlive_serve.protocol.errors import invalid
-from longlive_serve.protocol.session_options import Options
+from longlive_serve.protocol.session_options import HEALTH, SET_LORA, Options
 
 MODEL_NAME = "longlive"
 CLIENT_HEADER = "x-client-id"  # of gRPC: who the client is, as a proxy that knows it says
 SESSION_HEADER = "x-session-id"  # of gRPC: for proxies that keep a session on one server
-READY = "ready"  # the NOTICE that answers a probe when a new session would start at once
+READY = "ready"  # the NOTICE that answers the command `health` when a new session would start at once
+COMMAND_OPTIONS = {HEALTH: (), SET_LORA: ("adapters", "admin_token")}  # the options that each command takes
 MAX_SNAPSHOT_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
 
@@ -111,10 +111,12 @@ class Request:
     def _check(self) -> None:
         if not self.session_id:
             raise invalid("session id: got none, expected a non-empty string as the sequence's correlation id")
-        if self.probes or self.sets_adapters:
+        if self.options.command is not None:
+            self._check_command(self.options.command)
             return
-        if self.options.adapters is not None:
-            raise invalid("OPTIONS.adapters: got it with a session's request, expected START and END and nothing else")
+        for key in COMMAND_OPTIONS[SET_LORA]:
+            if getattr(self.options, key) is not None:
+                raise invalid(f"OPTIONS.{key}: got it without a command, expected the command {SET_LORA!r} with it")
         if self.prompt is not None and not self.prompt.strip():
             raise invalid("PROMPT: got an empty prompt, expected a description of the video")
         if self.chunks is not None and self.chunks < 0:
@@ -132,21 +134,25 @@ class Request:
         if not self.start:
             self._check_after_start()
 
+    def _check_command(self, command: str) -> None:
+        if not (self.start and self.end):
+            raise invalid(f"OPTIONS.command: got {command!r} without START and END, expected both")
+        tensors = {"PROMPT": self.prompt, "SEED": self.seed, "CHUNKS": self.chunks, "SNAPSHOT": self.snapshot}
+        for name, value in tensors.items():
+            if value is not None:
+                raise invalid(f"{name}: got it with the command {command!r}, expected no tensor but OPTIONS")
+        for key in self.options.given():
+            if key not in ("command", *COMMAND_OPTIONS[command]):
+                expected = " and ".join(COMMAND_OPTIONS[command]) or "no other option"
+                raise invalid(f"OPTIONS.{key}: got it with the command {command!r}, expected {expected}")
+        if command == SET_LORA and self.options.adapters is None:
+            raise invalid(f"OPTIONS.adapters: got none with the command {command!r}, expected an object")
+
     def _check_after_start(self) -> None:
         if self.seed is not None:
             raise invalid("SEED: got it after START, expected it in START only")
-        at_start = (
-            "global_sink",
-            "on_switch",
-            "pace",
-            "fps",
-            "snapshot_every",
-            "format",
-            "stream_partial_chunks",
-            "max_wait_s",
-        )
-        for key in at_start:
-            if getattr(self.options, key) is not None:
+        for key in self.options.given():
+            if key not in ("session_token", "at_latent_frame"):
                 raise invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
 
     def _check_snapshot(self) -> None:
@@ -157,18 +163,6 @@ class Request:
         for name, value in kept.items():
             if value is not None:
                 raise invalid(f"{name}: got it with a SNAPSHOT, expected none: the snapshot has its own")
-
-    @property
-    def probes(self) -> bool:
-        """The request only asks whether the model answers."""
-        return self == Request(session_id=self.session_id, start=True, end=True, client=self.client)
-
-    @property
-    def sets_adapters(self) -> bool:
-        """The request changes the adapters of sessions to come."""
-        options = Options(adapters=self.options.adapters, admin_token=self.options.admin_token)
-        alone = Request(session_id=self.session_id, start=True, end=True, client=self.client, options=options)
-        return options.adapters is not None and self == alone
 
     def to_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors to send, by wire name; only those that are set."""

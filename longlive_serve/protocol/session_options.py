@@ -9,6 +9,7 @@ import math
 
 from longlive_serve.protocol.errors import invalid
 
+HEALTH, SET_LORA = COMMANDS = ("health", "set_lora")
 RECACHE, KEEP, CLEAR = ON_SWITCH = ("recache", "keep", "clear")
 REALTIME, ASAP = PACES = ("realtime", "asap")
 RAW, JPEG, H264 = FORMATS = ("raw", "jpeg", "h264")
@@ -21,6 +22,9 @@ TOKEN_LENGTHS = (16, 256)  # characters, at least and at most
 class Options:
     """The keys of the OPTIONS object."""
 
+    command: str | None = None
+    """What the server is asked to do, by a request that has START and END and belongs to no session. `health` says
+    whether a new session would start at once, `set_lora` changes the LoRA adapters of sessions to come."""
     global_sink: bool | None = None
     """START only: a recache keeps the sink of the first prompt (the reference's default) or renews it."""
     on_switch: str | None = None
@@ -46,9 +50,9 @@ class Options:
     at_latent_frame: int | None = None
     """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
     adapters: dict[str, float] | None = None
-    """Of the server, not of a session: adapter files by name, with their scales."""
+    """With the command `set_lora`: adapter files by name, with their scales."""
     admin_token: str | None = None
-    """With `adapters`: the `admin_token` of the server\'s settings."""
+    """With the command `set_lora`: the `admin_token` of the server's settings."""
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -59,7 +63,7 @@ class Options:
         if not isinstance(values, dict):
             raise invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
         kinds: dict[str, tuple[type, ...]] = dict.fromkeys(
-            ("on_switch", "pace", "format", "session_token", "admin_token"), (str,)
+            ("command", "on_switch", "pace", "format", "session_token", "admin_token"), (str,)
         )
         kinds |= dict.fromkeys(("global_sink", "stream_partial_chunks"), (bool,))
         kinds |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
@@ -75,7 +79,12 @@ class Options:
 
     def _check(self) -> None:
         """Raises RequestError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
-        for key, choices in (("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
+        for key, choices in (
+            ("command", COMMANDS),
+            ("on_switch", ON_SWITCH),
+            ("pace", PACES),
+            ("format", FORMATS),
+        ):
             if getattr(self, key) not in (None, *choices):
                 raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
         for key, least, most in (("fps", 1, MAX_FPS), ("snapshot_every", 1, None), ("at_latent_frame", 0, None)):
@@ -94,5 +103,9 @@ class Options:
             if type(scale) not in (int, float) or not -MAX_SCALE <= scale <= MAX_SCALE:
                 raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, at most {MAX_SCALE:g}")
 
+    def given(self) -> dict[str, object]:
+        """The options that are set, by key."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
     def to_json(self) -> str:
-        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+        return json.dumps(self.given())

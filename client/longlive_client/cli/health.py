@@ -28,25 +28,29 @@ from longlive_client.grpc_transport import (
 from longlive_client.proxies import proxy_hint
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import READY, Request
+from longlive_serve.protocol.session_options import HEALTH, Options
 
 
 def probe(url: str, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
-    """What the model says: `ready`, or why a new session would have to wait. Raises as `ask` does."""
-    return ask(url, Request(session_id="probe", start=True, end=True), timeout_s, tls, access_token)
+    """What the model says: `ready`, or why a new session would have to wait. Raises as `send_command` does."""
+    return send_command(url, Options(command=HEALTH), timeout_s, tls, access_token)
 
 
-def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
-    """The NOTICE that answers a request of no session.
+def send_command(
+    url: str, options: Options, timeout_s: float, tls: Tls | None = None, access_token: str | None = None
+) -> str:
+    """Send the command in `options`, and return the NOTICE that answers it.
 
     Raises ConnectionError when no answer comes within `timeout_s`, and RequestError when the model refuses.
     """
-    message = wire.infer_request(wire.new_session_id(), "ask", request.to_tensors(), start=True, end=True)
+    request = Request(session_id=wire.new_session_id(), start=True, end=True, options=options)
+    message = wire.infer_request(request.session_id, "command", request.to_tensors(), start=True, end=True)
     with channel(url, tls) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:
             for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s, metadata=bearer(access_token)):
                 if response.error_message:
-                    raise _told(response.error_message)
+                    raise _parse_error(response.error_message)
                 chunk = wire.frame_chunk(response)
                 if chunk is not None:
                     return chunk.notice
@@ -56,7 +60,7 @@ def ask(url: str, request: Request, timeout_s: float, tls: Tls | None = None, ac
     raise ConnectionError(f"{url}: the stream ended without an answer")
 
 
-def _told(text: str) -> Exception:
+def _parse_error(text: str) -> Exception:
     """The model's own refusal, or Triton's word that there is no model to ask."""
     error = RequestError.parse(text)
     return ConnectionError(text) if error.kind == RequestError.INTERNAL else error

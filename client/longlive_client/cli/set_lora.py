@@ -12,11 +12,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from longlive_client.cli.health import ask
+from longlive_client.cli.health import send_command
 from longlive_client.grpc_transport import DEFAULT_URL, Tls, add_access_arguments, tls_from
 from longlive_serve.protocol.errors import RequestError
-from longlive_serve.protocol.messages import Request
-from longlive_serve.protocol.session_options import Options
+from longlive_serve.protocol.session_options import SET_LORA, Options
 
 TOKEN_VARIABLE = "LONGLIVE_ADMIN_TOKEN"
 
@@ -33,8 +32,8 @@ def set_adapters(
 
     Raises RequestError when the server refuses, and ConnectionError when no answer comes within `timeout_s`.
     """
-    options = Options(adapters=dict(adapters), admin_token=admin_token)
-    return ask(url, Request(session_id="adapters", start=True, end=True, options=options), timeout_s, tls, access_token)
+    options = Options(command=SET_LORA, adapters=dict(adapters), admin_token=admin_token)
+    return send_command(url, options, timeout_s, tls, access_token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,13 +22,13 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session_manager import shutting_down
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.protocol.errors import RequestError
-from longlive_serve.protocol.session_options import Options
+from longlive_serve.protocol.session_options import SET_LORA, Options
 from longlive_serve.weights.loader import load_model
 from tests.fakes.service_bench import LIMIT_S, RecordingResponseSender, wait_until
 from tests.longlive_serve.live.test_live_adapters import TOKEN, write_adapter
 
 TINY = PRESETS["tiny"]
-ASKED = Options(adapters={"style.pt": 1.0}, admin_token=TOKEN)
+ASKED = Options(command=SET_LORA, adapters={"style.pt": 1.0}, admin_token=TOKEN)
 
 
 class At:

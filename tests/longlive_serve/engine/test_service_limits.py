@@ -51,22 +51,22 @@ def test_a_session_may_not_pile_up_prompts() -> None:
         assert not beat.errors + end.errors, "neither adds to what waits"
 
 
-def test_a_probe_is_answered_by_the_worker_and_leaves_no_session() -> None:
+def test_the_command_health_is_answered_by_the_worker_and_leaves_no_session() -> None:
     with bench(slots=1) as at:
-        probe = at.ask("p", start=True, end=True)
-        wait_until(closed(probe))
-        assert [chunk.notice for chunk in probe.chunks] == ["ready"]
+        health = at.ask("p", start=True, end=True, options=Options(command="health"))
+        wait_until(closed(health))
+        assert [chunk.notice for chunk in health.chunks] == ["ready"]
         at.start("a")
         at.start("b")
         wait_until(lambda: at.figures["waiting_sessions"] == 1)
-        probe = at.ask("p", start=True, end=True)
-        wait_until(closed(probe))
-        assert [chunk.notice for chunk in probe.chunks] == ["full: 1 sessions are live, 1 wait"]
+        health = at.ask("p", start=True, end=True, options=Options(command="health"))
+        wait_until(closed(health))
+        assert [chunk.notice for chunk in health.chunks] == ["full: 1 sessions are live, 1 wait"]
         assert len(at.service._sessions) == 2
         at.service.drain()
-        probe = at.ask("p", start=True, end=True)
-        wait_until(closed(probe))
-        assert probe.errors[0].kind == RequestError.SHUTTING_DOWN
+        health = at.ask("p", start=True, end=True, options=Options(command="health"))
+        wait_until(closed(health))
+        assert health.errors[0].kind == RequestError.SHUTTING_DOWN
 
 
 def test_only_who_knows_the_token_has_a_say() -> None:

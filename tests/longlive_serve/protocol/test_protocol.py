@@ -21,6 +21,10 @@ def text(value: str | bytes) -> np.ndarray[Any, Any]:
     return np.array([value if isinstance(value, bytes) else value.encode()], np.object_)
 
 
+HEALTH = text('{"command": "health"}')
+BOTH = {"start": True, "end": True}
+
+
 def read(tensors: dict[str, Any], *, start: bool = True, end: bool = False, session_id: str = "s") -> Request:
     return Request.from_tensors(session_id, start, end, tensors)
 
@@ -33,6 +37,8 @@ def test_a_request_survives_the_wire() -> None:
     later = Request(session_id="s", prompt="the fox sleeps", options=Options(at_latent_frame=40))
     assert read(later.to_tensors(), start=False) == later
     assert read({}, start=False) == Request(session_id="s")
+    command = Options(command="set_lora", adapters={"a.pt": 1.0}, admin_token="t" * 16)
+    assert read({"OPTIONS": text(command.to_json())}, end=True).options == command
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,25 @@ def test_a_request_survives_the_wire() -> None:
         ({"SNAPSHOT": np.zeros(4, np.uint8), "PROMPT": text("a")}, {}, "PROMPT: got it with a SNAPSHOT"),
         ({"SNAPSHOT": np.zeros((2, 2), np.uint8)}, {}, "SNAPSHOT: got uint8 [2, 2], expected UINT8 [-1]"),
         ({"SNAPSHOT": np.zeros(4, np.uint8)}, {"start": False}, "SNAPSHOT: got it after START"),
+        (
+            {"OPTIONS": text('{"command": "stop"}')},
+            BOTH,
+            "OPTIONS.command: got 'stop', expected one of ['health', ",
+        ),
+        ({"OPTIONS": text('{"command": "health"}')}, {}, "command: got 'health' without START and END, expected both"),
+        (
+            {"OPTIONS": HEALTH, "SEED": np.array([1], np.int64)},
+            BOTH,
+            "SEED: got it with the command 'health', exp",
+        ),
+        (
+            {"OPTIONS": text('{"command": "health", "fps": 9}')},
+            BOTH,
+            "OPTIONS.fps: got it with the command 'health'",
+        ),
+        ({"OPTIONS": text('{"command": "set_lora"}')}, BOTH, "OPTIONS.adapters: got none with the command 'set_lora'"),
+        ({"OPTIONS": text('{"adapters": {}}')}, BOTH, "OPTIONS.adapters: got it without a command, expected the comm"),
+        ({}, BOTH, "START: got no PROMPT, expected one"),
         ({"SEED": np.array([1], np.int64)}, {"start": False}, "SEED: got it after START"),
         ({"OPTIONS": text('{"global_sink": true}')}, {"start": False}, "OPTIONS.global_sink: got it after START"),
     ],
