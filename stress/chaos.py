@@ -2,22 +2,19 @@
 """Kills servers, models, the proxy and clients at random while viewers watch: `python -m stress.chaos --kills 20`.
 
 Servers behind HAProxy, sticky by session id. Every viewer that is not killed must get every frame once and in order;
-the seams where its session went on elsewhere are measured against an uninterrupted run. Exit code 1 if one lost any.
+where a session continued elsewhere, it is compared with an uninterrupted run. Exit code 1 if one lost any.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import dataclasses
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,82 +25,29 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.command_line import add_cluster_arguments, exit_code, write_serving_results
-from benchmarks.results import Measurement
-from benchmarks.serving.__main__ import PROMPTS, server_metrics
-from longlive_client.video_stream import AsyncVideoStream, StreamedChunk
+from benchmarks.results import ROOT, Measurement
 from longlive_serve.protocol.session_options import ASAP
 from stress.haproxy_cluster import Cluster
+from stress.viewers import MUST_BE_ZERO, ViewerLog, Viewers, open_stream, remaining_resources, remaining_sessions
 
-ROOT = Path(__file__).parents[1]
 FAULTS = ("server", "model", "proxy", "client")
 CHUNKS_AFTERWARDS = 3  # that every viewer still gets when the last kill is over
-RESUME_FOR_S = 240.0
-MUST_BE_ZERO = ("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left")
 
 
-@dataclasses.dataclass(kw_only=True)
-class Seen:
-    """What one viewer got."""
-
-    number: int
-    chunks: list[StreamedChunk] = dataclasses.field(default_factory=list)
-    seams: list[int] = dataclasses.field(default_factory=list)
-    """Places in `chunks` where the session went on elsewhere."""
-    lost: int = 0
-    """Frames that never came."""
-    repeated: int = 0
-    """Frames that came twice or out of order."""
-
-    def take(self, chunk: StreamedChunk, resumed: int) -> None:
-        last = self.chunks[-1] if self.chunks else None
-        expected = last.first_frame + len(last.frames) if last else 0
-        self.lost += max(0, chunk.first_frame - expected)
-        self.repeated += max(0, expected - chunk.first_frame)
-        if resumed > len(self.seams):
-            self.seams.append(len(self.chunks))
-        self.chunks.append(chunk)
-
-
-def stream(url: str, number: int, **settings: Any) -> AsyncVideoStream:
-    return AsyncVideoStream(PROMPTS[number % len(PROMPTS)], url=url, seed=number, **settings)
-
-
-async def watch(url: str, seen: Seen, fps: int, over: asyncio.Event) -> None:
-    remaining = CHUNKS_AFTERWARDS
-    stall_s = 2 * 12 / fps + 2  # more than a chunk plays
-    async with stream(url, seen.number, fps=fps, stall_timeout=stall_s, resume_for=RESUME_FOR_S) as video:
-        async for chunk in video.chunks():
-            if len(chunk.frames):
-                seen.take(chunk, video.resumed)
-                remaining -= over.is_set()
-                if not remaining:
-                    return
-
-
-class Victims:
+class VictimProcesses:
     """Viewers in processes of their own, to be killed."""
 
     def __init__(self, url: str, count: int, fps: int) -> None:
-        self._command = [
-            sys.executable,
-            "-m",
-            "benchmarks.serving",
-            "--url",
-            url,
-            "--viewers",
-            "1",
-            "--seconds",
-            "86400",
-        ]
-        self._command += ["--fps", str(fps), "--switch-every", "10"]
+        options = f"--viewers 1 --seconds 86400 --switch-every 10 --fps {fps}".split()
+        self._command = [sys.executable, "-m", "benchmarks.serving", "--url", url, *options]
         self._processes = [self._start() for _ in range(count)]
 
-    def kill(self, number: int) -> None:
-        self._processes[number].kill()
-        self._processes[number].wait()
-        self._processes[number] = self._start()
+    def kill(self, index: int) -> None:
+        self._processes[index].kill()
+        self._processes[index].wait()
+        self._processes[index] = self._start()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         for process in self._processes:
             process.kill()
             process.wait()
@@ -112,65 +56,58 @@ class Victims:
         return subprocess.Popen(self._command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-async def rage(cluster: Cluster, victims: Victims, args: argparse.Namespace) -> Counter[str]:
+async def inject_faults(cluster: Cluster, victims: VictimProcesses, args: argparse.Namespace) -> Counter[str]:
     """Kill something at random, again and again."""
-    chance, kills = random.Random(args.seed), Counter[str]()
+    rng, kills = random.Random(args.seed), Counter[str]()
     with Progress() as progress:
         for _ in progress.track(range(args.kills), description="kills"):
-            await asyncio.sleep(chance.uniform(*args.every))
-            fault = chance.choice(FAULTS)
+            await asyncio.sleep(rng.uniform(*args.every))
+            fault = rng.choice(FAULTS)
             if fault == "server":
-                cluster.kill_server(chance.randrange(args.servers))
+                cluster.kill_server(rng.randrange(args.servers))
             elif fault == "model":
-                cluster.kill_model(chance.randrange(args.servers))
+                cluster.kill_model(rng.randrange(args.servers))
             elif fault == "proxy":
                 cluster.kill_proxy()
             else:
-                await asyncio.to_thread(victims.kill, chance.randrange(args.victims))
+                await asyncio.to_thread(victims.kill, rng.randrange(args.victims))
             kills[fault] += 1
             progress.console.print(f"killed: {fault}")
     await asyncio.to_thread(cluster.wait_until_healthy)
     return kills
 
 
-async def chaos(cluster: Cluster, args: argparse.Namespace) -> tuple[list[Seen], Counter[str]]:
-    seen = [Seen(number=number) for number in range(args.viewers)]
-    over = asyncio.Event()
-    watching = [asyncio.create_task(watch(cluster.url, one, args.fps, over)) for one in seen]
-    victims = Victims(cluster.url, args.victims, args.fps)
+async def watch_under_faults(cluster: Cluster, args: argparse.Namespace) -> tuple[Viewers, Counter[str]]:
+    stall_s = 2 * 12 / args.fps + 2  # more than a chunk plays
+    viewers = Viewers(cluster.url, fps=args.fps, stall_timeout=stall_s)
+    viewers.start(args.viewers)
+    victims = VictimProcesses(cluster.url, args.victims, args.fps)
     try:
-        while not all(one.chunks for one in seen):
-            _raise_what_failed(watching)
-            await asyncio.sleep(0.2)
-        kills = await rage(cluster, victims, args)
-        over.set()
-        await asyncio.gather(*watching)
+        await viewers.wait_for_chunks(1)
+        kills = await inject_faults(cluster, victims, args)
+        await viewers.wait_for_chunks(CHUNKS_AFTERWARDS)
+        await viewers.stop()
     finally:
-        await asyncio.to_thread(victims.end)
-    return seen, kills
+        await asyncio.to_thread(victims.stop)
+    return viewers, kills
 
 
-def _raise_what_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        if task.done():
-            task.result()
-
-
-async def measure_seams(url: str, seen: Sequence[Seen], most: int) -> dict[str, float]:
-    """First seams against the same videos without interruption; all seams against the usual change of frames."""
+async def compare_with_uninterrupted(url: str, logs: Sequence[ViewerLog], max_videos: int) -> dict[str, float]:
+    """The first resumed chunk of videos against the same ones without interruption; the change of the picture where a
+    session resumed against the median change."""
     differences, jumps = [], []
-    interrupted = [one for one in seen if one.seams]
+    logs = [log for log in logs if log.resumed_at]
     with Progress() as progress:
-        for one in progress.track(interrupted[:most], description="uninterrupted runs"):
-            place = one.seams[0]
-            async with stream(url, one.number, chunks=place + 1, pace=ASAP, resume_for=0) as video:
-                alone = [chunk async for chunk in video.chunks() if len(chunk.frames)]
-            differences.append(_difference(alone[place].frames, one.chunks[place].frames))
-    for one in interrupted:
-        frames = np.concatenate([chunk.frames for chunk in one.chunks])
+        for log in progress.track(logs[:max_videos], description="uninterrupted runs"):
+            first = log.resumed_at[0]
+            async with open_stream(url, log.index, chunks=first + 1, pace=ASAP, resume_for=0) as video:
+                expected = [chunk async for chunk in video.chunks() if len(chunk.frames)]
+            differences.append(_mean_difference(expected[first].frames, log.chunks[first].frames))
+    for log in logs:
+        frames = np.concatenate([chunk.frames for chunk in log.chunks])
         changes = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean((1, 2, 3))
-        usual = float(np.median(changes))
-        jumps += [float(changes[one.chunks[place].first_frame - 1]) / usual for place in one.seams if usual]
+        median = float(np.median(changes))
+        jumps += [float(changes[log.chunks[i].first_frame - 1]) / median for i in log.resumed_at if median]
     return {
         "seam_difference_of_255": statistics.mean(differences) if differences else 0.0,
         "seam_difference_of_255_at_most": max(differences, default=0.0),
@@ -178,37 +115,8 @@ async def measure_seams(url: str, seen: Sequence[Seen], most: int) -> dict[str, 
     }
 
 
-def _difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    return float(np.abs(one.astype(np.int16) - other.astype(np.int16)).mean())
-
-
-def leaks(cluster: Cluster) -> dict[str, float]:
-    """What the servers still hold when everybody has left."""
-    end = time.monotonic() + 30
-    while True:
-        figures = [server_metrics(server.metrics_url) for server in cluster.servers]
-        held = sum(one["live_sessions"] + one["waiting_sessions"] for one in figures)
-        if not held or time.monotonic() > end:
-            return {"sessions_left": held, "failed_sessions": sum(one["failed_sessions"] for one in figures)}
-        time.sleep(0.5)
-
-
-def left_behind() -> Counter[str]:
-    """What there still is of this process's servers, once the killed have had time to go."""
-    end = time.monotonic() + 60
-    while (left := litter()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return left
-
-
-def litter() -> Counter[str]:
-    """Shared memory and processes of servers that this process has started; others run theirs beside it."""
-    own = f"longlive_{os.getpid()}_"  # Triton and its stub are told so what to call their shared memory
-    found = Counter({"shared_memory": len(list(Path("/dev/shm").glob(f"{own}*")))})
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            found["processes"] += own.encode() in command.read_bytes()
-    return +found
+def _mean_difference(frames: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(frames.astype(np.int16) - others.astype(np.int16)).mean())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,26 +125,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(settings, "max_utilization = 1.0\nmax_wait_s = 60", file=config, flush=True)
         print(f"starting {args.servers} servers ...", file=sys.stderr)
         with Cluster(args.servers, Path(config.name)) as cluster:
-            seen, kills = asyncio.run(chaos(cluster, args))
-            figures = leaks(cluster)
-            figures |= asyncio.run(measure_seams(cluster.url, seen, args.compare))
+            viewers, kills = asyncio.run(watch_under_faults(cluster, args))
+            results: dict[str, Any] = remaining_sessions(cluster)
+            results |= asyncio.run(compare_with_uninterrupted(cluster.url, viewers.logs, args.compare))
             restarts = cluster.restarts
-        left = left_behind()
-    gaps = [b.arrived - a.arrived for one in seen for a, b in zip(one.chunks, one.chunks[1:], strict=False)]
+    pairs = [pair for log in viewers.logs for pair in zip(log.chunks, log.chunks[1:], strict=False)]
     return {
         "servers": args.servers,
         "viewers": args.viewers,
         "fps": args.fps,
         "kills": dict(kills),
         "restarts": restarts,
-        "resumed": sum(len(one.seams) for one in seen),
-        "frames": sum(len(chunk.frames) for one in seen for chunk in one.chunks),
-        "lost_frames": sum(one.lost for one in seen),
-        "repeated_frames": sum(one.repeated for one in seen),
-        "longest_gap_s": max(gaps),
-        **figures,
-        "shared_memory_left": left["shared_memory"],
-        "processes_left": left["processes"],
+        "resumed": viewers.resumed,
+        **viewers.results(),
+        "longest_gap_s": max(after.arrived - before.arrived for before, after in pairs),
+        **results,
+        **remaining_resources(),
     }
 
 

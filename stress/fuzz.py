@@ -39,19 +39,19 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import INPUTS, MAX_PROMPT_BYTES
 from longlive_serve.triton_server.launcher import TritonServer
 
-LIVE = 2  # sessions that must not notice anything
-STREAMS = 8  # at a time
-PER_STREAM = 50  # requests on one gRPC stream
+NUM_LIVE_SESSIONS = 2  # sessions that must not notice anything
+MAX_STREAMS = 8  # at a time
+REQUESTS_PER_STREAM = 50  # requests on one gRPC stream
 TIMEOUT_S = 120.0
 SETTINGS = 'preset = "tiny"\nslots = 4\nmax_waiting = 8\nmax_wait_s = 5\nidle_timeout_s = 2\nmax_unacked = 16\n'
 # What a refusal has to name: a tensor, a flag, the session, the queue, or an input in Triton's words.
-NAMED = re.compile(
+NAMED_CAUSE = re.compile(
     "|".join(
         (*(spec.name for spec in INPUTS), "START", "session", "waiting for a slot", "free in", "input", "request", "ID")
     )
 )
 
-HOSTILE_TEXTS = (
+INVALID_TEXTS = (
     b"",
     b" \t\n",
     b"\xff\xfe\x00",
@@ -59,27 +59,27 @@ HOSTILE_TEXTS = (
     "\U0001f98a\u202e\x00".encode(),
     b"[" * 9000,
 )
-HOSTILE_JSON = (
+INVALID_OPTIONS = (
     "[]", "null", '{"pace": 3}', '{"pace": "warp"}', '{"fps": 0}', '{"fps": 1e999}', '{"zoom": 1}',
     '{"session_token": "x"}', '{"at_latent_frame": -4}', '{"at_latent_frame": 9}', '{"snapshot_every": -1}',
     '{"on_switch": true}', "[" * 9000, '{"global_sink": null}', '{"fps": 99999999999999999999999999}',
     '{"pace": NaN}', '{"max_wait_s": 1e999}', '{"adapters": {"x": 1}}', '{"adapters": []}', '{"adapters": {"x": "y"}}',
     '{"command": "stop"}', '{"command": "health", "fps": 3}',
 )  # fmt: skip
-HOSTILE_NUMBERS = (-1, -(2**31), 2**31 - 1, 7)
+INVALID_INTEGERS = (-1, -(2**31), 2**31 - 1, 7)
 DTYPES = (np.int8, np.int32, np.int64, np.uint8, np.float32, np.float64, np.bool_, np.object_)
 
 
 @dataclasses.dataclass
-class Letter:
+class FuzzRequest:
     """One request: what to send, and then what came back."""
 
     session_id: str
     tensors: dict[str, np.ndarray[Any, Any]]
     flags: dict[str, bool]
-    damage: Callable[[Any], None] = lambda message: None
+    corrupt: Callable[[Any], None] = lambda message: None
     """Done to the message itself."""
-    answers: int = 0
+    num_responses: int = 0
     error: str = ""
 
 
@@ -90,124 +90,135 @@ class Mutator:
         self.random = random.Random(seed)
         self.snapshot, self.live_ids = snapshot, live_ids
 
-    def letter(self) -> Letter:
-        chance = self.random
-        letter = chance.choice((self._start, self._start, self._resume, self._update, self._end))()
-        for _ in range(chance.randint(1, 3)):
-            spoil = (self._value, self._dtype, self._shape, self._name, self._flags, self._whose, self._wire)
-            chance.choice(spoil)(letter)
-        if letter.session_id in self.live_ids:  # Triton itself ends a sequence by an END, whoever says it
-            letter.flags.pop("end", None)
-        return letter
+    def make_request(self) -> FuzzRequest:
+        rng = self.random
+        request = rng.choice((self._start, self._start, self._resume, self._update, self._end))()
+        for _ in range(rng.randint(1, 3)):
+            mutations = (
+                self._mutate_value,
+                self._mutate_dtype,
+                self._mutate_shape,
+                self._add_tensor,
+                self._mutate_flags,
+                self._mutate_session_id,
+                self._mutate_message,
+            )
+            rng.choice(mutations)(request)
+        if request.session_id in self.live_ids:  # Triton itself ends a sequence by an END, whoever says it
+            request.flags.pop("end", None)
+        return request
 
-    def _start(self) -> Letter:
+    def _start(self) -> FuzzRequest:
         options = {"pace": "asap", "session_token": "t" * 16}
-        tensors = {"PROMPT": _text("a fox"), "CHUNKS": np.array([1], np.int32), "OPTIONS": _text(json.dumps(options))}
-        return Letter(wire.new_session_id(), tensors, {"start": True, "end": self.random.random() < 0.8})
+        tensors = {
+            "PROMPT": _string_tensor("a fox"),
+            "CHUNKS": np.array([1], np.int32),
+            "OPTIONS": _string_tensor(json.dumps(options)),
+        }
+        return FuzzRequest(wire.new_session_id(), tensors, {"start": True, "end": self.random.random() < 0.8})
 
-    def _resume(self) -> Letter:
+    def _resume(self) -> FuzzRequest:
         data = bytearray(self.snapshot)
         for _ in range(self.random.randint(0, 3)):
             data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
         tensors: dict[str, Any] = {"SNAPSHOT": np.frombuffer(bytes(data), np.uint8), "CHUNKS": np.array([1], np.int32)}
-        return Letter(wire.new_session_id(), tensors, {"start": True, "end": True})
+        return FuzzRequest(wire.new_session_id(), tensors, {"start": True, "end": True})
 
-    def _update(self) -> Letter:
-        return Letter(self.random.choice(self.live_ids), {"PROMPT": _text("a bird")}, {})
+    def _update(self) -> FuzzRequest:
+        return FuzzRequest(self.random.choice(self.live_ids), {"PROMPT": _string_tensor("a bird")}, {})
 
-    def _end(self) -> Letter:
-        return Letter(wire.new_session_id(), {}, {"end": True})
+    def _end(self) -> FuzzRequest:
+        return FuzzRequest(wire.new_session_id(), {}, {"end": True})
 
-    def _value(self, letter: Letter) -> None:
+    def _mutate_value(self, request: FuzzRequest) -> None:
         name = self.random.choice([spec.name for spec in INPUTS])
         if name == "PROMPT":
-            letter.tensors[name] = np.array([self.random.choice(HOSTILE_TEXTS)], np.object_)
+            request.tensors[name] = np.array([self.random.choice(INVALID_TEXTS)], np.object_)
         elif name == "OPTIONS":
-            letter.tensors[name] = _text(self.random.choice(HOSTILE_JSON))
+            request.tensors[name] = _string_tensor(self.random.choice(INVALID_OPTIONS))
         elif name == "SNAPSHOT":
-            letter.tensors[name] = np.frombuffer(self.random.randbytes(self.random.randrange(300)), np.uint8)
+            request.tensors[name] = np.frombuffer(self.random.randbytes(self.random.randrange(300)), np.uint8)
         else:
             dtype = np.int32 if name == "CHUNKS" else np.int64
-            letter.tensors[name] = np.array([self.random.choice(HOSTILE_NUMBERS)], dtype)
+            request.tensors[name] = np.array([self.random.choice(INVALID_INTEGERS)], dtype)
 
-    def _dtype(self, letter: Letter) -> None:
-        name, dtype = self._one_of(letter), self.random.choice(DTYPES)
+    def _mutate_dtype(self, request: FuzzRequest) -> None:
+        name, dtype = self._random_name(request), self.random.choice(DTYPES)
         value = b"3" if dtype is np.object_ else 3
-        letter.tensors[name] = np.array([value], dtype)
+        request.tensors[name] = np.array([value], dtype)
 
-    def _shape(self, letter: Letter) -> None:
-        name = self._one_of(letter)
-        array = letter.tensors.get(name, np.array([1], np.int32))
-        letter.tensors[name] = self.random.choice(
+    def _mutate_shape(self, request: FuzzRequest) -> None:
+        name = self._random_name(request)
+        array = request.tensors.get(name, np.array([1], np.int32))
+        request.tensors[name] = self.random.choice(
             (array[:0], array[None], np.concatenate([array, array]), array.reshape(-1, 1, 1))
         )
 
-    def _name(self, letter: Letter) -> None:
-        letter.tensors[self.random.choice(("", "prompt", "FRAMES", "X" * 300, "\u00e9"))] = np.array([1], np.int32)
+    def _add_tensor(self, request: FuzzRequest) -> None:
+        request.tensors[self.random.choice(("", "prompt", "FRAMES", "X" * 300, "\u00e9"))] = np.array([1], np.int32)
 
-    def _flags(self, letter: Letter) -> None:
-        letter.flags = {"start": self.random.random() < 0.5, "end": self.random.random() < 0.5}
+    def _mutate_flags(self, request: FuzzRequest) -> None:
+        request.flags = {"start": self.random.random() < 0.5, "end": self.random.random() < 0.5}
 
-    def _whose(self, letter: Letter) -> None:
-        letter.session_id = self.random.choice((*self.live_ids, "", "x" * 5000, "\u00e9\u202e", "0"))
+    def _mutate_session_id(self, request: FuzzRequest) -> None:
+        request.session_id = self.random.choice((*self.live_ids, "", "x" * 5000, "\u00e9\u202e", "0"))
 
-    def _wire(self, letter: Letter) -> None:
-        cut = self.random.choice((_cut_off, _too_much, _other_shape, _negative_shape))
-        letter.damage = cut
+    def _mutate_message(self, request: FuzzRequest) -> None:
+        request.corrupt = self.random.choice((_truncate, _append_input, _enlarge_shape, _negate_shape))
 
-    def _one_of(self, letter: Letter) -> str:
-        return self.random.choice([*letter.tensors, "CHUNKS", "SEED"])
+    def _random_name(self, request: FuzzRequest) -> str:
+        return self.random.choice([*request.tensors, "CHUNKS", "SEED"])
 
 
-def _text(value: str) -> np.ndarray[Any, Any]:
+def _string_tensor(value: str) -> np.ndarray[Any, Any]:
     return np.array([value.encode()], np.object_)
 
 
-def _cut_off(message: Any) -> None:
+def _truncate(message: Any) -> None:
     if message.raw_input_contents:
         message.raw_input_contents[-1] = message.raw_input_contents[-1][:-1]
 
 
-def _too_much(message: Any) -> None:
+def _append_input(message: Any) -> None:
     message.raw_input_contents.append(b"\xff" * 9)
 
 
-def _other_shape(message: Any) -> None:
+def _enlarge_shape(message: Any) -> None:
     if message.inputs:
         message.inputs[0].shape[:] = [2**40]
 
 
-def _negative_shape(message: Any) -> None:
+def _negate_shape(message: Any) -> None:
     if message.inputs:
         message.inputs[-1].shape[:] = [-5, 3]
 
 
-def send(url: str, letters: Sequence[Letter]) -> None:
+def send(url: str, requests: Sequence[FuzzRequest]) -> None:
     """All letters over one stream, then wait for all answers."""
     messages = []
-    for number, letter in enumerate(letters):
-        message = wire.infer_request(letter.session_id, str(number), letter.tensors, **letter.flags)
-        letter.damage(message)
+    for number, request in enumerate(requests):
+        message = wire.infer_request(request.session_id, str(number), request.tensors, **request.flags)
+        request.corrupt(message)
         messages.append(message)
     with channel(url, None) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         for response in stub.ModelStreamInfer(iter(messages), timeout=TIMEOUT_S):
-            letter = letters[int(response.infer_response.id)]
-            letter.answers += 1
-            letter.error = letter.error or str(response.error_message)
+            request = requests[int(response.infer_response.id)]
+            request.num_responses += 1
+            request.error = request.error or str(response.error_message)
 
 
-def faults(letters: Sequence[Letter]) -> Iterator[str]:
+def check_responses(requests: Sequence[FuzzRequest]) -> Iterator[str]:
     """What was not as it should be."""
-    for letter in letters:
-        what = f"{letter.flags} { ({name: (str(a.dtype), a.shape) for name, a in letter.tensors.items()}) }"
-        if not letter.answers:
-            yield f"no answer: {what}"
-        elif letter.error and (not NAMED.search(letter.error) or _blames_itself(letter.error)):
-            yield f"a refusal that names nothing: {letter.error!r}: {what}"
+    for request in requests:
+        description = f"{request.flags} { ({name: (str(a.dtype), a.shape) for name, a in request.tensors.items()}) }"
+        if not request.num_responses:
+            yield f"no answer: {description}"
+        elif request.error and (not NAMED_CAUSE.search(request.error) or _is_internal_error(request.error)):
+            yield f"a refusal that names nothing: {request.error!r}: {description}"
 
 
-def _blames_itself(text: str) -> bool:
+def _is_internal_error(text: str) -> bool:
     return f"[{RequestError.INTERNAL}]" in text
 
 
@@ -231,50 +242,56 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml") as config:
         print(SETTINGS, file=config, flush=True)
         with TritonServer(config=Path(config.name)) as server:
-            return attack(server, args)
+            return run_against(server, args)
 
 
-def attack(server: TritonServer, args: argparse.Namespace) -> dict[str, Any]:
+def run_against(server: TritonServer, args: argparse.Namespace) -> dict[str, Any]:
     url = server.grpc_url
     with VideoStream("a fox", url=url, chunks=5, pace="asap", session_token="t" * 16) as stream:
         snapshot = list(stream.chunks())[-1].snapshot
-    expected = [video(url, seed, args.chunks, []) for seed in range(LIVE)]
-    found: collections.Counter[str] = collections.Counter()
-    disturbed, ids, over = 0, list[str](), threading.Event()
+    expected = [video(url, seed, args.chunks, []) for seed in range(NUM_LIVE_SESSIONS)]
+    counts: collections.Counter[str] = collections.Counter()
+    num_changed_videos, ids, done = 0, list[str](), threading.Event()
 
     def live(seed: int) -> int:
-        runs = wrong = 0
-        while not over.is_set() or not runs:
+        runs = errors = 0
+        while not done.is_set() or not runs:
             runs += 1
-            wrong += not np.array_equal(video(url, seed, args.chunks, ids), expected[seed])
-        return wrong
+            errors += not np.array_equal(video(url, seed, args.chunks, ids), expected[seed])
+        return errors
 
-    def one_stream(first: int) -> list[Letter]:
-        mutator = Mutator(args.seed * args.requests + first, snapshot, list(ids[-LIVE:]))
-        letters = [mutator.letter() for _ in range(min(PER_STREAM, args.requests - first))]
-        send(url, letters)
-        return letters
+    def send_requests(first: int) -> list[FuzzRequest]:
+        mutator = Mutator(args.seed * args.requests + first, snapshot, list(ids[-NUM_LIVE_SESSIONS:]))
+        requests = [mutator.make_request() for _ in range(min(REQUESTS_PER_STREAM, args.requests - first))]
+        send(url, requests)
+        return requests
 
-    with ThreadPoolExecutor(LIVE) as viewers, ThreadPoolExecutor(STREAMS) as senders, Progress() as progress:
-        watching = [viewers.submit(live, seed) for seed in range(LIVE)]
-        while len(ids) < LIVE:
+    with (
+        ThreadPoolExecutor(NUM_LIVE_SESSIONS) as live_pool,
+        ThreadPoolExecutor(MAX_STREAMS) as stream_pool,
+        Progress() as progress,
+    ):
+        tasks = [live_pool.submit(live, seed) for seed in range(NUM_LIVE_SESSIONS)]
+        while len(ids) < NUM_LIVE_SESSIONS:
             time.sleep(0.01)
         try:
-            firsts = range(0, args.requests, PER_STREAM)
-            for letters in progress.track(senders.map(one_stream, firsts), total=len(firsts), description="streams"):
-                found.update(faults(letters))
-                found["refused"] += sum(bool(letter.error) for letter in letters)
+            starts = range(0, args.requests, REQUESTS_PER_STREAM)
+            for requests in progress.track(
+                stream_pool.map(send_requests, starts), total=len(starts), description="streams"
+            ):
+                counts.update(check_responses(requests))
+                counts["refused"] += sum(bool(request.error) for request in requests)
         finally:
-            over.set()
-        disturbed = sum(task.result() for task in watching)
-    refused = found.pop("refused")
+            done.set()
+        num_changed_videos = sum(task.result() for task in tasks)
+    refused = counts.pop("refused")
     probe(url, 10.0)  # raises if the model is gone
     return {
         "requests": args.requests,
         "refused": refused,
         "crashes": int(server_metrics(server.metrics_url)["failed_sessions"]),
-        "disturbed_videos": disturbed,
-        "unexplained": dict(found.most_common(20)),
+        "disturbed_videos": num_changed_videos,
+        "unexplained": dict(counts.most_common(20)),
     }
 
 
@@ -287,13 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
     measurement = Measurement.begin("stress.fuzz", argv)
-    figures = run(args)
-    print(json.dumps(figures, indent=2))
-    top_level = {"fuzz_requests": args.requests, "fuzz_crashes": figures["crashes"]}
+    results = run(args)
+    print(json.dumps(results, indent=2))
+    top_level = {"fuzz_requests": args.requests, "fuzz_crashes": results["crashes"]}
     write_serving_results(
-        measurement, args.json, figures, section="trials.fuzz", code="stress/fuzz.py", top_level=top_level
+        measurement, args.json, results, section="trials.fuzz", code="stress/fuzz.py", top_level=top_level
     )
-    return 1 if figures["crashes"] or figures["disturbed_videos"] or figures["unexplained"] else 0
+    return 1 if results["crashes"] or results["disturbed_videos"] or results["unexplained"] else 0
 
 
 if __name__ == "__main__":

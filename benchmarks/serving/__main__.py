@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
-from benchmarks.serving.viewer import Seen, Watching, watch_together
+from benchmarks.serving.viewer import ViewerConfig, ViewerStats, run_viewers
 from benchmarks.tables import viewers_table
 from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, tls_from
 from longlive_client.proxies import open_http
@@ -35,30 +35,32 @@ PROMPTS = (
 PERCENTILES = (50, 95, 99)
 
 
-def summary(seen: Sequence[Seen], fps: int) -> dict[str, Any]:
+def summarize(stats: Sequence[ViewerStats], fps: int) -> dict[str, Any]:
     """The figures of one run. Seconds; percentiles over all viewers that got a picture."""
-    watched = [one for one in seen if one.chunks]
-    frames = sum(one.frames for one in watched)
-    ended = max((one.began + one.lasted for one in watched), default=0.0)
-    lasted = ended - min((one.began for one in watched), default=0.0)  # who waits in the queue watches later
-    playing = sum(one.lasted for one in watched) * fps
+    active = [one for one in stats if one.chunks]
+    frames = sum(one.frames for one in active)
+    ended = max((one.start + one.duration for one in active), default=0.0)
+    duration = ended - min((one.start for one in active), default=0.0)  # who waits in the queue watches later
+    playing = sum(one.duration for one in active) * fps
     return {
-        "viewers": len(seen),
-        "watched": len(watched),
-        "queued": sum(one.queued for one in seen),
-        "refused": sum(bool(one.refused) for one in seen),
-        "failed": sum(bool(one.failed) for one in seen),
-        "disordered_chunks": sum(one.disordered for one in seen),
-        "chunks": sum(one.chunks for one in seen),
+        "viewers": len(stats),
+        "watched": len(active),
+        "queued": sum(one.queued for one in stats),
+        "refused": sum(bool(one.refused) for one in stats),
+        "failed": sum(bool(one.failed) for one in stats),
+        "disordered_chunks": sum(one.out_of_order for one in stats),
+        "chunks": sum(one.chunks for one in stats),
         "frames": frames,
-        "frames_per_s": frames / lasted if lasted else 0.0,
-        "chunks_per_s": sum(one.chunks for one in watched) / lasted if lasted else 0.0,
+        "frames_per_s": frames / duration if duration else 0.0,
+        "chunks_per_s": sum(one.chunks for one in active) / duration if duration else 0.0,
         "real_time_factor": frames / playing if playing else 0.0,
-        "stalls": sum(len(one.stalls) for one in seen),
-        "stalled_s": sum(sum(one.stalls) for one in seen),
-        "first_frame_s": _percentiles([one.first_frame for one in watched if one.first_frame is not None]),
-        "chunk_gap_s": _percentiles([gap for one in watched for gap in one.gaps]),
-        "switch_s": _percentiles([latency for one in watched for latency in one.switches]),
+        "stalls": sum(len(one.stalls) for one in stats),
+        "stalled_s": sum(sum(one.stalls) for one in stats),
+        "first_frame_s": _percentiles(
+            [one.first_frame_latency for one in active if one.first_frame_latency is not None]
+        ),
+        "chunk_gap_s": _percentiles([gap for one in active for gap in one.gaps]),
+        "switch_s": _percentiles([latency for one in active for latency in one.switch_latencies]),
     }
 
 
@@ -80,11 +82,11 @@ def server_metrics(url: str) -> dict[str, float]:
 def run(args: argparse.Namespace, url: str, metrics_url: str) -> list[dict[str, Any]]:
     rows = []
     for viewers in args.viewers:
-        watching = Watching(
+        config = ViewerConfig(
             url=url,
             prompts=args.prompt or PROMPTS,
             seconds=args.seconds,
-            switch_every=args.switch_every,
+            switch_interval=args.switch_every,
             fps=args.fps,
             pace=args.pace,
             tls=args.tls,
@@ -92,13 +94,13 @@ def run(args: argparse.Namespace, url: str, metrics_url: str) -> list[dict[str, 
         )
         before = server_metrics(metrics_url)
         print(f"{viewers} viewers for {args.seconds:g} s ...", file=sys.stderr)
-        seen = asyncio.run(watch_together(watching, viewers, args.apart))
+        stats = asyncio.run(run_viewers(config, viewers, args.apart))
         after = server_metrics(metrics_url)
-        row = summary(seen, args.fps)
+        row = summarize(stats, args.fps)
         if after:
             row["deadline_misses"] = after["deadline_misses"] - before["deadline_misses"]
             row["announced_capacity"] = after["capacity_sessions"]
-        for reason in sorted({one.failed for one in seen if one.failed}):
+        for reason in sorted({one.failed for one in stats if one.failed}):
             print(f"failed: {reason}", file=sys.stderr)
         rows.append(row)
     return rows

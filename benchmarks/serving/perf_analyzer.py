@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
-from benchmarks.serving.__main__ import PROMPTS, summary
-from benchmarks.serving.viewer import Watching, watch_together
+from benchmarks.serving.__main__ import PROMPTS, summarize
+from benchmarks.serving.viewer import ViewerConfig, run_viewers
 from longlive_client.proxies import VARIABLES
 from longlive_serve.protocol.messages import MODEL_NAME
 from longlive_serve.protocol.session_options import ASAP, Options
@@ -56,9 +56,9 @@ def input_data() -> dict[str, Any]:
     sequences = []
     for first in range(len(PROMPTS)):
         steps: list[dict[str, Any]] = []
-        for number in range(REQUESTS):
-            switches, rest = divmod(number, SWITCH_EVERY)
-            prompt = {} if rest else {"PROMPT": [PROMPTS[(first + switches) % len(PROMPTS)]]}
+        for index in range(REQUESTS):
+            num_switches, rest = divmod(index, SWITCH_EVERY)
+            prompt = {} if rest else {"PROMPT": [PROMPTS[(first + num_switches) % len(PROMPTS)]]}
             steps.append({"CHUNKS": [CHUNKS], **prompt})
         steps[0]["OPTIONS"] = [start]
         sequences.append(steps)
@@ -90,21 +90,21 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with TritonServer(config=args.config) as server:
         for concurrency in args.concurrency:
-            theirs = analyze(server.grpc_url, concurrency, args.seconds, args.csv)
-            watching = Watching(
+            perf = analyze(server.grpc_url, concurrency, args.seconds, args.csv)
+            config = ViewerConfig(
                 url=server.grpc_url,
                 prompts=PROMPTS,
                 seconds=args.seconds,
-                switch_every=concurrency * SWITCH_EVERY * CHUNKS / theirs["chunks_per_s"],
+                switch_interval=concurrency * SWITCH_EVERY * CHUNKS / perf["chunks_per_s"],
                 pace=ASAP,
             )
-            own = summary(asyncio.run(watch_together(watching, concurrency)), watching.fps)
+            own = summarize(asyncio.run(run_viewers(config, concurrency)), config.fps)
             rows.append(
                 {
                     "concurrency": concurrency,
-                    "perf_analyzer": theirs,
+                    "perf_analyzer": perf,
                     "benchmark": {name: own[name] for name in ("chunks_per_s", "frames_per_s", "first_frame_s")},
-                    "ratio": theirs["chunks_per_s"] / own["chunks_per_s"],
+                    "ratio": perf["chunks_per_s"] / own["chunks_per_s"],
                 }
             )
     return rows
@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     measurement = Measurement.begin("benchmarks.serving.perf_analyzer", argv)
     rows = run(args)
     for row in rows:
-        theirs, own = (row[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark"))
-        text = f"perf_analyzer {theirs:.2f}, benchmark {own:.2f} chunks per s, ratio {row['ratio']:.3f}"
+        perf, own = (row[name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark"))
+        text = f"perf_analyzer {perf:.2f}, benchmark {own:.2f} chunks per s, ratio {row['ratio']:.3f}"
         print(f"{row['concurrency']} sessions: {text}")
     top_level = {f"{name}_chunks_per_s": rows[-1][name]["chunks_per_s"] for name in ("perf_analyzer", "benchmark")}
     code = "benchmarks/serving/perf_analyzer.py"

@@ -17,7 +17,7 @@ from longlive_serve.protocol.session_options import REALTIME
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Watching:
+class ViewerConfig:
     """What all viewers of a run do."""
 
     url: str
@@ -25,7 +25,7 @@ class Watching:
     """Each viewer begins with another one and goes on to the next at every switch."""
     seconds: float
     """How long each watches, from its first frame on."""
-    switch_every: float
+    switch_interval: float
     """Seconds between switches; 0: none."""
     fps: int = FPS
     pace: str = REALTIME
@@ -34,24 +34,24 @@ class Watching:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Seen:
+class ViewerStats:
     """What one viewer saw. Seconds throughout."""
 
-    first_frame: float | None = None
+    first_frame_latency: float | None = None
     """From the request to the first frame; None: none came."""
     gaps: list[float] = dataclasses.field(default_factory=list)
     """Between the arrivals of chunks."""
     stalls: list[float] = dataclasses.field(default_factory=list)
     """How long the picture stood still, each time that a chunk was not there when it was to be shown."""
-    switches: list[float] = dataclasses.field(default_factory=list)
+    switch_latencies: list[float] = dataclasses.field(default_factory=list)
     """From the request for a new prompt to its first frame."""
     chunks: int = 0
     frames: int = 0
-    disordered: int = 0
+    out_of_order: int = 0
     """Chunks that did not begin with the frame after the last one."""
-    began: float = 0.0
+    start: float = 0.0
     """When the first frame came (monotonic)."""
-    lasted: float = 0.0
+    duration: float = 0.0
     """From the first frame to the last one."""
     queued: bool = False
     refused: str = ""
@@ -61,20 +61,20 @@ class Seen:
 class Viewer:
     """Watches one session; `watch` returns when its time is over or the session is."""
 
-    def __init__(self, watching: Watching, number: int) -> None:
-        self._watching, self._number = watching, number
-        self._seen = Seen()
-        self._asked: dict[int, float] = {}  # prompt index -> when it was asked for
+    def __init__(self, config: ViewerConfig, index: int) -> None:
+        self._config, self._index = config, index
+        self._stats = ViewerStats()
+        self._requested_at: dict[int, float] = {}  # prompt index -> when it was asked for
         self._last: StreamedChunk | None = None
-        self._due = 0.0  # when the next chunk is to be shown
+        self._deadline = 0.0  # when the next chunk is to be shown
 
-    async def watch(self) -> Seen:
-        began = time.monotonic()
-        settings = self._watching
+    async def watch(self) -> ViewerStats:
+        start = time.monotonic()
+        settings = self._config
         stream = AsyncVideoStream(
             self._prompt(0),
             url=settings.url,
-            seed=self._number,
+            seed=self._index,
             pace=settings.pace,
             fps=settings.fps,
             tls=settings.tls,
@@ -85,60 +85,62 @@ class Viewer:
                 switching = asyncio.create_task(self._switch(stream))
                 try:
                     async for chunk in stream.chunks():
-                        self._note(chunk, began)
-                        if self._seen.lasted >= settings.seconds:
+                        self._record(chunk, start)
+                        if self._stats.duration >= settings.seconds:
                             break
                 finally:
                     switching.cancel()
                     with contextlib.suppress(asyncio.CancelledError):
                         await switching
         except UnavailableError as error:
-            self._seen.refused = error.message
+            self._stats.refused = error.message
         except VideoStreamError as error:
-            self._seen.failed = f"{type(error).__name__}: {error.message}"
-        return self._seen
+            self._stats.failed = f"{type(error).__name__}: {error.message}"
+        return self._stats
 
-    def _prompt(self, switches: int) -> str:
-        return self._watching.prompts[(self._number + switches) % len(self._watching.prompts)]
+    def _prompt(self, num_switches: int) -> str:
+        return self._config.prompts[(self._index + num_switches) % len(self._config.prompts)]
 
     async def _switch(self, stream: AsyncVideoStream) -> None:
         count = 0
-        while self._watching.switch_every > 0:
-            await asyncio.sleep(self._watching.switch_every)
+        while self._config.switch_interval > 0:
+            await asyncio.sleep(self._config.switch_interval)
             if self._last is not None:
                 count += 1
-                asked = time.monotonic()
-                self._asked[await stream.switch_prompt(self._prompt(count))] = asked
+                requested_at = time.monotonic()
+                self._requested_at[await stream.switch_prompt(self._prompt(count))] = requested_at
 
-    def _note(self, chunk: StreamedChunk, began: float) -> None:
-        seen, last, fps = self._seen, self._last, self._watching.fps
+    def _record(self, chunk: StreamedChunk, start: float) -> None:
+        stats, last, fps = self._stats, self._last, self._config.fps
         if not len(chunk.frames):
-            seen.queued = True
+            stats.queued = True
             return
         if last is None:
-            seen.first_frame = chunk.arrived - began
-            seen.disordered += chunk.first_frame != 0
-            seen.began = chunk.arrived
-            self._due = chunk.arrived + FRAMES_PER_CHUNK / fps  # the first chunk is short: a viewer buffers the rest
+            stats.first_frame_latency = chunk.arrived - start
+            stats.out_of_order += chunk.first_frame != 0
+            stats.start = chunk.arrived
+            self._deadline = (
+                chunk.arrived + FRAMES_PER_CHUNK / fps
+            )  # the first chunk is short: a viewer buffers the rest
         else:
-            seen.gaps.append(chunk.arrived - last.arrived)
-            seen.disordered += chunk.first_frame != last.first_frame + len(last.frames)
-            if chunk.arrived > self._due:
-                seen.stalls.append(chunk.arrived - self._due)
-            self._due = max(self._due, chunk.arrived) + len(chunk.frames) / fps
-            for index in [index for index in self._asked if index <= chunk.prompt_index]:
-                seen.switches.append(chunk.arrived - self._asked.pop(index))
-        seen.chunks += 1
-        seen.frames += len(chunk.frames)
-        seen.lasted = chunk.arrived - seen.began
+            stats.gaps.append(chunk.arrived - last.arrived)
+            stats.out_of_order += chunk.first_frame != last.first_frame + len(last.frames)
+            if chunk.arrived > self._deadline:
+                stats.stalls.append(chunk.arrived - self._deadline)
+            self._deadline = max(self._deadline, chunk.arrived) + len(chunk.frames) / fps
+            for index in [index for index in self._requested_at if index <= chunk.prompt_index]:
+                stats.switch_latencies.append(chunk.arrived - self._requested_at.pop(index))
+        stats.chunks += 1
+        stats.frames += len(chunk.frames)
+        stats.duration = chunk.arrived - stats.start
         self._last = chunk
 
 
-async def watch_together(watching: Watching, viewers: int, apart: float = 0.0) -> list[Seen]:
-    """Let some viewers watch at once; each comes `apart` seconds after the one before."""
+async def run_viewers(config: ViewerConfig, viewers: int, arrival_interval: float = 0.0) -> list[ViewerStats]:
+    """Let some viewers watch at once; each comes `arrival_interval` seconds after the one before."""
 
-    async def later(number: int) -> Seen:
-        await asyncio.sleep(number * apart)
-        return await Viewer(watching, number).watch()
+    async def start_later(index: int) -> ViewerStats:
+        await asyncio.sleep(index * arrival_interval)
+        return await Viewer(config, index).watch()
 
-    return await asyncio.gather(*(later(number) for number in range(viewers)))
+    return await asyncio.gather(*(start_later(index) for index in range(viewers)))

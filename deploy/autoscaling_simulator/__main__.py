@@ -19,11 +19,11 @@ from benchmarks.command_line import at_least, exit_code
 from benchmarks.results import Measurement, cpu, versions
 from deploy.autoscaling_simulator import sweep
 from deploy.autoscaling_simulator.arrivals import TRACES
-from deploy.autoscaling_simulator.policy import SHIPPED, Policy
-from deploy.autoscaling_simulator.report.figures import Run, simulate, with_room
+from deploy.autoscaling_simulator.policy import DEFAULT_PATH, Policy
 from deploy.autoscaling_simulator.report.plot import plot
+from deploy.autoscaling_simulator.report.simulate import Run, simulate, with_enough_replicas
 from deploy.autoscaling_simulator.report.tables import SECTION, sweep_tables, trace_table
-from deploy.autoscaling_simulator.world import World, capacity
+from deploy.autoscaling_simulator.sim_config import SimConfig, capacity
 from longlive_serve.config.presets import DECODERS, WAN
 
 CODE = ("deploy/autoscaling_simulator", "deploy/policy.toml")
@@ -37,34 +37,34 @@ examples
 
 A pod is one GPU. How many sessions it holds is the one figure that all the others hang on: results/gpu.json has it
 once the benchmark ran on a GPU (python -m benchmarks.engines), until then it is a projection. What is taken for
-granted besides (lengths of sessions, cold starts, failures), deploy/autoscaling_simulator/world.py says."""
+granted besides (lengths of sessions, cold starts, failures), deploy/autoscaling_simulator/sim_config.py says."""
 
 
 @exit_code()
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     measurement = Measurement.begin(SECTION, argv)
-    world, source = _world(args)
+    config, source = _config(args)
     policy = Policy.from_toml(args.policy)
-    runs, swept = _run(args, world, policy)
-    traces = {name: run.figures for name, run in runs.items()}
-    made_with = {
+    runs, sweep_results = _run(args, config, policy)
+    traces = {name: run.metrics for name, run in runs.items()}
+    run_config = {
         "peak_sessions": args.peak_sessions,
         "seed": args.seed,
         "capacity_from": source,
-        "policy": _policy(args, policy, world),
-        "world": world,
-        **({"sweep_seeds": sweep.SEEDS, "sweep": swept} if swept else {}),
+        "policy": _policy(args, policy, config),
+        "world": config,
+        **({"sweep_seeds": sweep.SEEDS, "sweep": sweep_results} if sweep_results else {}),
     }
     print(trace_table(traces))
-    if swept:
-        print(f"\n{sweep_tables(swept)}")
+    if sweep_results:
+        print(f"\n{sweep_tables(sweep_results)}")
     if args.json is not None:
         args.json.unlink(missing_ok=True)  # traces of another run are not this one's
         hardware = f"{cpu()}; simulated, no GPU"
         measurement.write(
             args.json,
-            made_with,
+            run_config,
             code=CODE,
             hardware=hardware,
             versions=versions("simpy", "numpy"),
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _world(args: argparse.Namespace) -> tuple[World, str]:
+def _config(args: argparse.Namespace) -> tuple[SimConfig, str]:
     """What is given, and where the capacity comes from."""
     if args.capacity:
         sessions, source = args.capacity, "given"
@@ -86,15 +86,15 @@ def _world(args: argparse.Namespace) -> tuple[World, str]:
     least, likely, most = (60 * minutes for minutes in args.cold_start)
     if not 0 <= least <= likely <= most:
         raise ValueError(f"--cold-start: got {args.cold_start}, expected least, most likely and most, in order")
-    return World(capacity=sessions, cold_start_s=(least, likely, most), mtbf_h=args.mtbf), source
+    return SimConfig(capacity=sessions, cold_start_s=(least, likely, most), mtbf_h=args.mtbf), source
 
 
-def _policy(args: argparse.Namespace, policy: Policy, world: World) -> Policy:
-    return policy.fixed(args.fixed) if args.fixed else with_room(policy, args.peak_sessions, world.capacity)
+def _policy(args: argparse.Namespace, policy: Policy, config: SimConfig) -> Policy:
+    return policy.fixed(args.fixed) if args.fixed else with_enough_replicas(policy, args.peak_sessions, config.capacity)
 
 
 def _run(
-    args: argparse.Namespace, world: World, policy: Policy
+    args: argparse.Namespace, config: SimConfig, policy: Policy
 ) -> tuple[dict[str, Run], dict[str, list[dict[str, Any]]]]:
     """Runs by trace, and the sweep's tables."""
     names = args.trace or list(TRACES)
@@ -104,8 +104,8 @@ def _run(
             task = progress.add_task(name, total=TRACES[name].seconds)
             runs[name] = simulate(
                 name,
-                world=world,
-                policy=_policy(args, policy, world),
+                config=config,
+                policy=_policy(args, policy, config),
                 peak=args.peak_sessions,
                 seed=args.seed,
                 on_round=lambda now, task=task: progress.update(task, completed=now),  # type: ignore[misc]
@@ -115,7 +115,7 @@ def _run(
             return runs, {}
         wanted = args.sweep or sweep.TABLES
         task = progress.add_task("sweep", total=sum(case.table in wanted for case in sweep.cases(policy)))
-        return runs, sweep.run(policy, world, wanted, on_case=lambda: progress.advance(task))
+        return runs, sweep.run(policy, config, wanted, on_case=lambda: progress.advance(task))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -142,15 +142,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cold-start",
         type=float,
         nargs=3,
-        default=[seconds / 60 for seconds in World().cold_start_s],
+        default=[seconds / 60 for seconds in SimConfig().cold_start_s],
         metavar=("LEAST", "LIKELY", "MOST"),
         help="minutes until an ordered pod is ready (default: 2 4 10)",
     )
     parser.add_argument(
-        "--mtbf", type=float, default=World().mtbf_h, metavar="H", help="hours that a pod lives (default: %(default)g)"
+        "--mtbf",
+        type=float,
+        default=SimConfig().mtbf_h,
+        metavar="H",
+        help="hours that a pod lives (default: %(default)g)",
     )
     parser.add_argument("--fixed", type=at_least(1), metavar="PODS", help="so many pods throughout, no autoscaling")
-    parser.add_argument("--policy", type=Path, default=SHIPPED, metavar="TOML", help="default: deploy/policy.toml")
+    parser.add_argument("--policy", type=Path, default=DEFAULT_PATH, metavar="TOML", help="default: deploy/policy.toml")
     parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
     text = f"then vary the thresholds, on small fleets: two minutes; of {', '.join(sweep.TABLES)} only these"
     parser.add_argument("--sweep", nargs="*", choices=sweep.TABLES, metavar="TABLE", help=text)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from deploy.autoscaling_simulator.world import World
+from deploy.autoscaling_simulator.sim_config import SimConfig
 
 Array = npt.NDArray[np.float64]
 MINUTE, HOUR = 60, 3600
@@ -77,14 +77,14 @@ TRACES = {
 class Arrivals:
     """The sessions of a trace, in the order of their coming."""
 
-    def __init__(self, trace: Trace, world: World, peak: float, seed: int) -> None:
+    def __init__(self, trace: Trace, config: SimConfig, peak: float, seed: int) -> None:
         """`peak`: the most sessions that would be live at once if all were served at once, on average."""
         self._random = np.random.default_rng(np.random.SeedSequence([seed, *trace.name.encode()]))
-        self._world, self.seconds = world, trace.seconds
+        self._config, self.seconds = config, trace.seconds
         shape = trace.shape(np.arange(trace.seconds, dtype=float), self._random)
-        self._rates = shape * (peak / offered_live(shape, world).max())
+        self._rates = shape * (peak / offered_live(shape, config).max())
         """Sessions per second, for every second."""
-        self.live_at_first = float(self._rates[0]) * world.mean_session_s
+        self.live_at_first = float(self._rates[0]) * config.mean_session_s
         """Sessions that are live when the trace begins, on average."""
         self.offered_s = 0.0
         """Seconds of video within the trace that were asked for so far."""
@@ -94,47 +94,47 @@ class Arrivals:
 
     def already_live(self) -> list[float]:
         """What remains of the sessions that are live at the beginning."""
-        world = self._world
+        config = self._config
         count = self._random.poisson(self.live_at_first)
         # Who is there at some time is there the likelier the longer the session; all that is past of it is as likely.
-        mean = math.log(world.session_median_s) + world.session_sigma**2
-        remaining = self._random.lognormal(mean, world.session_sigma, count) * self._random.random(count)
+        mean = math.log(config.session_median_s) + config.session_sigma**2
+        remaining = self._random.lognormal(mean, config.session_sigma, count) * self._random.random(count)
         self.offered_s += float(np.minimum(remaining, self.seconds).sum())
         return list(remaining.tolist())
 
     def until(self, end: float) -> tuple[list[float], list[float]]:
         """When those came who have not been told of yet, and how long each stays."""
         while self._begin < min(end, self.seconds):
-            self._make_a_minute()
+            self._generate_minute()
         cut = bisect.bisect_right(self._times, end)
         times, self._times = self._times[:cut], self._times[cut:]
         lengths, self._lengths = self._lengths[:cut], self._lengths[cut:]
         return times, lengths
 
-    def _make_a_minute(self) -> None:
-        begin, random, world = self._begin, self._random, self._world
+    def _generate_minute(self) -> None:
+        begin, random, config = self._begin, self._random, self._config
         rates = self._rates[begin : begin + MINUTE]
         counts = random.poisson(rates)
         times = np.sort(np.repeat(np.arange(begin, begin + len(rates)), counts) + random.random(counts.sum()))
-        lengths = random.lognormal(math.log(world.session_median_s), world.session_sigma, len(times))
+        lengths = random.lognormal(math.log(config.session_median_s), config.session_sigma, len(times))
         self.offered_s += float(np.minimum(lengths, self.seconds - times).sum())
         self._times += times.tolist()
         self._lengths += lengths.tolist()
         self._begin += MINUTE
 
 
-def offered_live(rates: Array, world: World) -> Array:
+def offered_live(rates: Array, config: SimConfig) -> Array:
     """Sessions that would be live at once, on average, if all were served at once; every `STEP` seconds."""
     coarse = rates[::STEP]
     ages = np.arange(len(coarse)) * STEP + STEP / 2
-    survives = np.array([_survival(age, world) for age in ages])
+    survives = np.array([_survival(age, config) for age in ages])
     size = 2 * len(coarse)
     since_begin = np.fft.irfft(np.fft.rfft(coarse, size) * np.fft.rfft(survives, size), size)[: len(coarse)] * STEP
     # Those from before: as many as there would be for ever, less those who have gone since.
-    before = coarse[0] * (world.mean_session_s - np.cumsum(survives) * STEP)
+    before = coarse[0] * (config.mean_session_s - np.cumsum(survives) * STEP)
     return np.asarray(since_begin + np.maximum(before, 0))
 
 
-def _survival(age: float, world: World) -> float:
+def _survival(age: float, config: SimConfig) -> float:
     """Share of the sessions that are longer."""
-    return 0.5 * math.erfc(math.log(age / world.session_median_s) / (world.session_sigma * math.sqrt(2)))
+    return 0.5 * math.erfc(math.log(age / config.session_median_s) / (config.session_sigma * math.sqrt(2)))

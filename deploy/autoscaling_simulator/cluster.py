@@ -18,23 +18,23 @@ import simpy
 
 from deploy.autoscaling_simulator.fleet import Fleet
 from deploy.autoscaling_simulator.hpa import Autoscaler
-from deploy.autoscaling_simulator.pod import DRAINING, GONE, READY, STARTING, Broken, Pod
+from deploy.autoscaling_simulator.pod import DRAINING, GONE, READY, STARTING, DisconnectedSession, Pod
 from deploy.autoscaling_simulator.policy import Policy
-from deploy.autoscaling_simulator.report.tally import FAILURE, SCALE_DOWN
-from deploy.autoscaling_simulator.world import CHUNK_PLAYS_S, World
+from deploy.autoscaling_simulator.report.session_stats import FAILURE, SCALE_DOWN
+from deploy.autoscaling_simulator.sim_config import CHUNK_PLAYS_S, SimConfig
 
 Process = Generator[simpy.Event, None, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Moment:
+class Sample:
     """What stands in a round of the autoscaler."""
 
     time: float
     arrived: int
     refused: int
     live: int
-    waiting: int
+    queued: int
     ready: int
     pods: int
     replicas: int
@@ -43,28 +43,29 @@ class Moment:
 class Cluster:
     """Runs a fleet under a policy."""
 
-    def __init__(self, world: World, policy: Policy, fleet: Fleet, seed: int) -> None:
-        self.moments: list[Moment] = []
+    def __init__(self, config: SimConfig, policy: Policy, fleet: Fleet, seed: int) -> None:
+        self.samples: list[Sample] = []
         self.failures = 0
         self.drained = 0
         """Pods that were scaled down while they took sessions."""
-        self._world, self._policy, self._fleet = world, policy, fleet
+        self._config, self._policy, self._fleet = config, policy, fleet
         self._env = simpy.Environment()
         self._autoscaler = Autoscaler(policy)
-        self._random, self._numpy = random.Random(seed), np.random.default_rng(seed)
+        self._random, self._generator = random.Random(seed), np.random.default_rng(seed)
         self._replicas = 0
         self._pods: list[Pod] = []  # by number
-        self._taken: set[int] = set()  # numbers that are to get a pod when the one that drains has gone
-        self._demands: deque[float] = deque()  # in the last rounds, the newest last
-        self._refused: deque[int] = deque([0])  # so far, in the last rounds
+        self._reused: set[int] = set()  # numbers that are to get a pod when the one that drains has gone
+        window, delay = (round(s / policy.sync_period_s) for s in (policy.refused_window_s, config.metric_delay_s))
+        self._demands: deque[float] = deque(maxlen=delay + 1)  # in the last rounds, the newest last
+        self._refused: deque[int] = deque([0], maxlen=window + 1)  # so far, in the last rounds
 
     def run(self, seconds: float, live: float, on_round: Callable[[float], None] = lambda now: None) -> None:
         """`live`: sessions that the first pods are there for, and ready."""
-        policy, room = self._policy, self._world.capacity * self._policy.target_busy_share
+        policy, room = self._policy, self._config.capacity * self._policy.target_busy_share
         wanted = math.ceil(live / room) + policy.spare_pods
         self._replicas = min(max(wanted, policy.min_replicas), policy.max_replicas)
         for _ in range(self._replicas):
-            pod = self._fleet.order(0.0)
+            pod = self._fleet.create_pod(0.0)
             self._pods.append(pod)
             self._fleet.add(pod)
         self._fleet.begin()
@@ -76,99 +77,94 @@ class Cluster:
         while True:
             now, fleet = self._env.now, self._fleet
             fleet.advance(now)
-            self._note(now)
+            self._sample(now)
             self._scale(self._autoscaler.desired(now, self._replicas, self._busy_share(), self._late_share()))
-            self._plan_failures()
+            self._schedule_failures()
             on_round(now)
             yield self._env.timeout(self._policy.sync_period_s)
 
-    def _note(self, now: float) -> None:
+    def _sample(self, now: float) -> None:
         fleet = self._fleet
-        moment = Moment(
+        sample = Sample(
             time=now,
-            arrived=fleet.tally.arrived,
-            refused=fleet.tally.refused,
+            arrived=fleet.stats.arrived,
+            refused=fleet.stats.refused,
             live=fleet.live,
-            waiting=fleet.waiting,
+            queued=fleet.queued,
             ready=fleet.ready,
             pods=fleet.pods,
             replicas=self._replicas,
         )
-        self.moments.append(moment)
+        self.samples.append(sample)
 
     def _busy_share(self) -> float:
         """Of all pods' slots, with those who wait, those who were refused a short time ago and the spare pods."""
-        world, policy, last = self._world, self._policy, self.moments[-1]
-        window, delay = (round(s / policy.sync_period_s) for s in (policy.refused_window_s, world.metric_delay_s))
+        config, policy, last = self._config, self._policy, self.samples[-1]
         self._refused.append(last.refused)
-        while len(self._refused) > window + 1:
-            self._refused.popleft()
-        self._demands.append(last.live + last.waiting + last.refused - self._refused[0])
-        while len(self._demands) > delay + 1:
-            self._demands.popleft()
-        spare = policy.spare_pods * policy.target_busy_share * world.capacity
-        return (self._demands[0] + spare) / (world.capacity * self._replicas)
+        self._demands.append(last.live + last.queued + last.refused - self._refused[0])
+        spare = policy.spare_pods * policy.target_busy_share * config.capacity
+        return (self._demands[0] + spare) / (config.capacity * self._replicas)
 
     def _late_share(self) -> float:
         """Chunks come late only where no slot is free."""
-        world, fleet = self._world, self._fleet
+        config, fleet = self._config, self._fleet
         chunks = self._policy.sync_period_s / CHUNK_PLAYS_S
-        late = self._numpy.binomial(round(fleet.full * world.capacity * chunks), world.late_share)
+        late = self._generator.binomial(round(fleet.full * config.capacity * chunks), config.late_share)
         return float(late) / (fleet.live * chunks) if fleet.live else 0.0
 
     def _scale(self, replicas: int) -> None:
         """As a StatefulSet does it: pods have numbers, the highest goes first, and a number is free when its pod is."""
         for number in range(replicas, self._replicas):
-            self._taken.discard(number)
-            self._dismiss(self._pods[number])
+            self._reused.discard(number)
+            self._remove(self._pods[number])
         for number in range(self._replicas, replicas):
             if number == len(self._pods):
-                self._pods.append(self._order())
+                self._pods.append(self._create_pod())
             else:
-                self._taken.add(number)
-        for number in [number for number in self._taken if self._pods[number].state == GONE]:
-            self._taken.discard(number)
-            self._pods[number] = self._order()
+                self._reused.add(number)
+        for number in [number for number in self._reused if self._pods[number].state == GONE]:
+            self._reused.discard(number)
+            self._pods[number] = self._create_pod()
         self._replicas = replicas
 
-    def _order(self) -> Pod:
-        pod = self._fleet.order(self._env.now)
+    def _create_pod(self) -> Pod:
+        pod = self._fleet.create_pod(self._env.now)
         self._env.process(self._start(pod))
         return pod
 
     def _start(self, pod: Pod) -> Process:
-        least, likely, most = self._world.cold_start_s
-        yield self._env.timeout(self._random.triangular(least, most, likely))
+        low, mode, high = self._config.cold_start_s
+        yield self._env.timeout(self._random.triangular(low, high, mode))
         if pod.state == STARTING:
             self._fleet.advance(self._env.now)
             self._fleet.add(pod)
 
-    def _dismiss(self, pod: Pod) -> None:
+    def _remove(self, pod: Pod) -> None:
         if pod.state == STARTING:
-            self._fleet.retire(pod, self._env.now)
+            self._fleet.release_pod(pod, self._env.now)
         elif pod.state == READY:
             self.drained += 1
-            self._fleet.withdraw(pod)
+            self._fleet.start_draining(pod)
             self._env.process(self._drain(pod))
 
     def _drain(self, pod: Pod) -> Process:
         if not pod.sessions:
-            self._fleet.retire(pod, self._env.now)
+            self._fleet.release_pod(pod, self._env.now)
             return
         yield self._env.timeout(self._policy.drain.grace_period_s)
         now = self._env.now
         self._fleet.advance(now)
         if pod.state == DRAINING:
-            self._fleet.resume(self._fleet.break_off(pod, now, SCALE_DOWN), now)
+            self._fleet.resume(self._fleet.terminate(pod, now, SCALE_DOWN), now)
 
-    def _plan_failures(self) -> None:
+    def _schedule_failures(self) -> None:
         period = self._policy.sync_period_s
-        for _ in range(self._numpy.poisson(self._fleet.ready * period / (3600 * self._world.mtbf_h))):
+        for _ in range(self._generator.poisson(self._fleet.ready * period / (3600 * self._config.mtbf_h))):
             self._env.process(self._fail(self._random.uniform(0, period)))
 
     def _fail(self, after: float) -> Process:
         yield self._env.timeout(after)
-        world, fleet, now = self._world, self._fleet, self._env.now
+        config, fleet, now = self._config, self._fleet, self._env.now
         fleet.advance(now)
         if not fleet.ready:
             return
@@ -177,16 +173,16 @@ class Cluster:
             number = self._random.randrange(self._replicas)
         pod = self._pods[number]
         self.failures += 1
-        fleet.withdraw(pod)
-        silence = world.stall_timeout_s if self._random.random() < world.silent_failures else 0.0
-        broken = fleet.break_off(pod, now, FAILURE, silence)
-        self._pods[number] = self._order()  # which Kubernetes does not ask the autoscaler about
-        if silence:
-            self._env.process(self._notice(broken, silence))
+        fleet.start_draining(pod)
+        delay = config.stall_timeout_s if self._random.random() < config.silent_failures else 0.0
+        disconnected = fleet.terminate(pod, now, FAILURE, delay)
+        self._pods[number] = self._create_pod()  # which Kubernetes does not ask the autoscaler about
+        if delay:
+            self._env.process(self._detect(disconnected, delay))
         else:
-            fleet.resume(broken, now)
+            fleet.resume(disconnected, now)
 
-    def _notice(self, broken: list[Broken], after: float) -> Process:
+    def _detect(self, disconnected: list[DisconnectedSession], after: float) -> Process:
         yield self._env.timeout(after)
         self._fleet.advance(self._env.now)
-        self._fleet.resume(broken, self._env.now)
+        self._fleet.resume(disconnected, self._env.now)

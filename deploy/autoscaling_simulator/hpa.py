@@ -15,7 +15,7 @@ from deploy.autoscaling_simulator.policy import PERCENT, Direction, Policy, Rate
 ROUNDING = 1e-9  # Kubernetes counts in integers, of a thousandth
 
 
-def proposed(current: int, metric: float, target: float, tolerance: float) -> int:
+def desired_by_metric(current: int, metric: float, target: float, tolerance: float) -> int:
     """What one metric asks for: `current` as long as it is near its target."""
     ratio = metric / target
     return current if abs(ratio - 1) <= tolerance else math.ceil(current * ratio - ROUNDING)
@@ -26,66 +26,66 @@ class Autoscaler:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._recommended: deque[tuple[float, int]] = deque()
+        self._recommendations: deque[tuple[float, int]] = deque()
         self._changes: deque[tuple[float, int]] = deque()
-        self._remembers = max(_memory(policy.scale_up), _memory(policy.scale_down))
+        self._history = max(_history_of(policy.scale_up), _history_of(policy.scale_down))
 
     def desired(self, now: float, current: int, busy_share: float, late_share: float) -> int:
         """Replicas from `now` on."""
         policy = self._policy
-        if not self._recommended:
-            self._recommended.append((now, current))
+        if not self._recommendations:
+            self._recommendations.append((now, current))
         wanted = max(
-            proposed(current, busy_share, policy.target_busy_share, policy.tolerance),
-            proposed(current, late_share, policy.target_late_share, policy.tolerance),
+            desired_by_metric(current, busy_share, policy.target_busy_share, policy.tolerance),
+            desired_by_metric(current, late_share, policy.target_late_share, policy.tolerance),
         )
-        replicas = self._within_rates(now, current, self._stabilized(now, current, wanted))
+        replicas = self._limit_rates(now, current, self._stabilize(now, current, wanted))
         replicas = min(max(replicas, policy.min_replicas), policy.max_replicas)
         if replicas != current:
             self._changes.append((now, replicas - current))
         return replicas
 
-    def _stabilized(self, now: float, current: int, wanted: int) -> int:
+    def _stabilize(self, now: float, current: int, wanted: int) -> int:
         """Growth to no more than the least, shrinkage to no less than the most that was recommended in its window."""
-        recommended, policy = self._recommended, self._policy
-        least = min([wanted, *_since(recommended, now - policy.scale_up.stabilization_s)])
-        most = max([wanted, *_since(recommended, now - policy.scale_down.stabilization_s)])
-        recommended.append((now, wanted))
-        _forget(recommended, now - self._remembers)
+        recommendations, policy = self._recommendations, self._policy
+        least = min([wanted, *_values_since(recommendations, now - policy.scale_up.stabilization_s)])
+        most = max([wanted, *_values_since(recommendations, now - policy.scale_down.stabilization_s)])
+        recommendations.append((now, wanted))
+        _drop_before(recommendations, now - self._history)
         return min(max(current, least), most)
 
-    def _within_rates(self, now: float, current: int, wanted: int) -> int:
+    def _limit_rates(self, now: float, current: int, wanted: int) -> int:
         up, down = self._policy.scale_up.policies, self._policy.scale_down.policies
-        _forget(self._changes, now - self._remembers)
+        _drop_before(self._changes, now - self._history)
         if wanted > current and up:
-            limits = [_highest(rate, self._before(rate, now, current)) for rate in up]
+            limits = [_upper_limit(rate, self._count_at_start(rate, now, current)) for rate in up]
             return min(wanted, max(current, *limits))
         if wanted < current and down:
-            limits = [_lowest(rate, self._before(rate, now, current)) for rate in down]
+            limits = [_lower_limit(rate, self._count_at_start(rate, now, current)) for rate in down]
             return max(wanted, min(current, *limits))
         return wanted
 
-    def _before(self, rate: Rate, now: float, current: int) -> int:
+    def _count_at_start(self, rate: Rate, now: float, current: int) -> int:
         """How many there were when the rate's period began."""
-        return current - sum(_since(self._changes, now - rate.period_s))
+        return current - sum(_values_since(self._changes, now - rate.period_s))
 
 
-def _highest(rate: Rate, before: int) -> int:
+def _upper_limit(rate: Rate, before: int) -> int:
     return -(-before * (100 + rate.value) // 100) if rate.type == PERCENT else before + rate.value
 
 
-def _lowest(rate: Rate, before: int) -> int:
+def _lower_limit(rate: Rate, before: int) -> int:
     return before * (100 - rate.value) // 100 if rate.type == PERCENT else before - rate.value
 
 
-def _memory(direction: Direction) -> float:
+def _history_of(direction: Direction) -> float:
     return max([direction.stabilization_s, *(rate.period_s for rate in direction.policies)])
 
 
-def _since(entries: Sequence[tuple[float, int]] | deque[tuple[float, int]], begin: float) -> Iterable[int]:
+def _values_since(entries: Sequence[tuple[float, int]] | deque[tuple[float, int]], begin: float) -> Iterable[int]:
     return [value for time, value in entries if time > begin]
 
 
-def _forget(entries: deque[tuple[float, int]], begin: float) -> None:
+def _drop_before(entries: deque[tuple[float, int]], begin: float) -> None:
     while entries and entries[0][0] <= begin:
         entries.popleft()

@@ -9,7 +9,7 @@ STARTING, READY, DRAINING, GONE = range(4)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, slots=True)
-class Broken:
+class DisconnectedSession:
     """A session without a pod, from when it broke off until it goes on."""
 
     cause: str
@@ -25,12 +25,12 @@ class Broken:
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, slots=True)
-class Waiting:
+class QueuedSession:
     """Somebody in a pod's queue: a viewer who has seen nothing yet, or one whose session broke off."""
 
     since: float
     length: float
-    broken: Broken | None = None
+    disconnected: DisconnectedSession | None = None
 
 
 class Pod:
@@ -40,23 +40,23 @@ class Pod:
         self.state = STARTING
         self.sessions: dict[int, float] = {}
         """When each ends."""
-        self.queue: list[Waiting] = []
+        self.queue: list[QueuedSession] = []
         """First come, first served, but sessions that broke off before new ones."""
         self.place = 0
         """Where it stands among the ready pods that are full, or among those that are not."""
 
-    def line_up(self, waiting: Waiting) -> None:
+    def enqueue(self, queued: QueuedSession) -> None:
         """As the server's scheduler does it."""
-        behind = sum(other.broken is not None for other in self.queue) if waiting.broken else len(self.queue)
-        self.queue.insert(behind, waiting)
+        behind = sum(other.disconnected is not None for other in self.queue) if queued.disconnected else len(self.queue)
+        self.queue.insert(behind, queued)
 
 
-def put(pod: Pod, group: list[Pod]) -> None:
+def append_pod(pod: Pod, group: list[Pod]) -> None:
     pod.place = len(group)
     group.append(pod)
 
 
-def take(pod: Pod, group: list[Pod]) -> None:
+def remove_pod(pod: Pod, group: list[Pod]) -> None:
     """Out of the group that it is in, whose last takes its place."""
     last = group.pop()
     if last is not pod:

@@ -12,7 +12,7 @@ from typing import Any
 
 from longlive_serve.config.toml_files import read_toml
 
-SHIPPED = Path(__file__).parents[1] / "policy.toml"
+DEFAULT_PATH = Path(__file__).parents[1] / "policy.toml"
 PERCENT, PODS = "Percent", "Pods"
 
 
@@ -85,7 +85,7 @@ class Policy:
             raise ValueError(f"sync_period_s: got {self.sync_period_s}, expected more than 0")
 
     @classmethod
-    def from_toml(cls, path: Path = SHIPPED) -> Policy:
+    def from_toml(cls, path: Path = DEFAULT_PATH) -> Policy:
         """Raises ValueError that names the file and the key."""
         values = read_toml(path)
         try:

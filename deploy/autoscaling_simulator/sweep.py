@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from deploy.autoscaling_simulator.policy import Policy
-from deploy.autoscaling_simulator.report.figures import simulate, with_room
-from deploy.autoscaling_simulator.world import World
+from deploy.autoscaling_simulator.report.simulate import simulate, with_enough_replicas
+from deploy.autoscaling_simulator.sim_config import SimConfig
 
 TARGETS = (0.6, 0.7, 0.8, 0.9)
 SPARES = (0, 3, 6)
@@ -32,8 +32,8 @@ class Case:
     trace: str
     peak: int
     policy: Policy
-    varied: dict[str, Any]
-    world: dict[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What is other than in the world that all is run in."""
 
 
@@ -43,30 +43,34 @@ def cases(policy: Policy) -> Iterator[Case]:
         for spare in SPARES:
             for peak in PEAKS:
                 changed = dataclasses.replace(policy, target_busy_share=target, spare_pods=spare)
-                varied = {"target_busy_share": target, "spare_pods": spare, "peak_sessions": peak}
-                yield Case(table="headroom", trace="burst", peak=peak, policy=changed, varied=varied)
+                overrides = {"target_busy_share": target, "spare_pods": spare, "peak_sessions": peak}
+                yield Case(table="headroom", trace="burst", peak=peak, policy=changed, overrides=overrides)
     for window in WINDOWS:
         changed = dataclasses.replace(policy, refused_window_s=window)
-        varied = {"refused_window_s": window}
-        yield Case(table="refused", trace="flash_crowd", peak=PEAKS[-1], policy=changed, varied=varied)
+        overrides = {"refused_window_s": window}
+        yield Case(table="refused", trace="flash_crowd", peak=PEAKS[-1], policy=changed, overrides=overrides)
     for chunks in GOODBYES:
         for grace in GRACES:
             changed = dataclasses.replace(policy, drain=dataclasses.replace(policy.drain, grace_period_s=grace))
-            world: dict[str, Any] = {"goodbye_chunks": chunks}
-            varied = world | {"grace_period_s": grace}
-            yield Case(table="drain", trace="diurnal", peak=DAY_PEAK, policy=changed, varied=varied, world=world)
+            config: dict[str, Any] = {"goodbye_chunks": chunks}
+            overrides = config | {"grace_period_s": grace}
+            yield Case(
+                table="drain", trace="diurnal", peak=DAY_PEAK, policy=changed, overrides=overrides, config=config
+            )
     for max_attempts in ATTEMPTS:
         changed = dataclasses.replace(policy, service=dataclasses.replace(policy.service, max_attempts=max_attempts))
         for trace, peak in (("diurnal", DAY_PEAK), ("burst", PEAKS[-1])):
             for room in CAPACITIES:
-                world = {"capacity": room}
-                varied = world | {"max_attempts": max_attempts, "trace": trace}
-                yield Case(table="max_attempts", trace=trace, peak=peak, policy=changed, varied=varied, world=world)
+                config = {"capacity": room}
+                overrides = config | {"max_attempts": max_attempts, "trace": trace}
+                yield Case(
+                    table="max_attempts", trace=trace, peak=peak, policy=changed, overrides=overrides, config=config
+                )
 
 
 def run(
     policy: Policy,
-    world: World,
+    config: SimConfig,
     wanted: Collection[str] = TABLES,
     seeds: Sequence[int] = SEEDS,
     on_case: Callable[[], None] = lambda: None,
@@ -74,18 +78,18 @@ def run(
     """Rows by table, of those that are wanted."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for case in (case for case in cases(policy) if case.table in wanted):
-        tables.setdefault(case.table, []).append(_row(case, world, seeds))
+        tables.setdefault(case.table, []).append(_row(case, config, seeds))
         on_case()
     return tables
 
 
-def _row(case: Case, world: World, seeds: Sequence[int]) -> dict[str, Any]:
+def _row(case: Case, config: SimConfig, seeds: Sequence[int]) -> dict[str, Any]:
     """What is told of a case: sums over its seeds, and the wait of the worst."""
-    world = dataclasses.replace(world, **case.world)
-    policy = with_room(case.policy, case.peak, world.capacity)
-    runs = [simulate(case.trace, world=world, policy=policy, peak=case.peak, seed=seed).figures for seed in seeds]
+    config = dataclasses.replace(config, **case.config)
+    policy = with_enough_replicas(case.policy, case.peak, config.capacity)
+    runs = [simulate(case.trace, config=config, policy=policy, peak=case.peak, seed=seed).metrics for seed in seeds]
     return {
-        **case.varied,
+        **case.overrides,
         "wait_p95_s": max(run["wait_p95_s"] for run in runs),
         "wait_p99_s": max(run["wait_p99_s"] for run in runs),
         "refused_share": sum(run["refused"] for run in runs) / sum(run["arrived"] for run in runs),

@@ -17,7 +17,7 @@ from benchmarks.command_line import exit_code
 from benchmarks.results import ROOT, format_table, read_results
 from deploy.autoscaling_simulator.report.tables import SECTION as SIMULATOR
 from deploy.autoscaling_simulator.report.tables import sweep_tables, trace_table
-from deploy.autoscaling_simulator.world import CHUNK_PLAYS_S, MEASURED
+from deploy.autoscaling_simulator.sim_config import CHUNK_PLAYS_S, MEASURED
 from deploy.capacity.projection import FP8, FULL, GPUS, PRECISIONS, chunk_seconds, memory_of
 from longlive_serve.config.presets import DECODERS
 from longlive_serve.config.serve_config import ServeConfig

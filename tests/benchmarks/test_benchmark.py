@@ -10,62 +10,62 @@ import numpy as np
 import pytest
 
 from benchmarks.serving import __main__ as benchmark
-from benchmarks.serving.viewer import Seen, Viewer, Watching
+from benchmarks.serving.viewer import Viewer, ViewerConfig, ViewerStats
 from longlive_client.request_tracker import StreamedChunk
 
-WATCHING = Watching(url="", prompts=["a", "b"], seconds=10, switch_every=0, fps=16)
+CONFIG = ViewerConfig(url="", prompts=["a", "b"], seconds=10, switch_interval=0, fps=16)
 
 
-def chunk(number: int, arrived: float, *, prompt_index: int = 0, frames: int = 12) -> StreamedChunk:
-    pictures = np.zeros((frames if number else 9, 2, 2, 3), np.uint8)
-    first = 12 * number - 3 if number else 0
+def chunk(index: int, arrived: float, *, prompt_index: int = 0, frames: int = 12) -> StreamedChunk:
+    pictures = np.zeros((frames if index else 9, 2, 2, 3), np.uint8)
+    first = 12 * index - 3 if index else 0
     return StreamedChunk(frames=pictures, first_frame=first, prompt_index=prompt_index, arrived=arrived)
 
 
-def seen_by(*chunks: StreamedChunk, asked: dict[int, float] | None = None) -> Seen:
-    viewer = Viewer(WATCHING, 0)
-    viewer._asked = asked or {}
+def stats_of(*chunks: StreamedChunk, requested_at: dict[int, float] | None = None) -> ViewerStats:
+    viewer = Viewer(CONFIG, 0)
+    viewer._requested_at = requested_at or {}
     for one in chunks:
-        viewer._note(one, 100.0)
-    return viewer._seen
+        viewer._record(one, 100.0)
+    return viewer._stats
 
 
 def test_a_viewer_whose_chunks_come_in_time_sees_no_stall() -> None:
-    seen = seen_by(*(chunk(number, 100.5 + 0.75 * number) for number in range(9)))
-    assert (seen.first_frame, seen.chunks, seen.frames, seen.lasted) == (0.5, 9, 105, 6.0)
-    assert not seen.stalls
-    assert seen.disordered == 0
+    stats = stats_of(*(chunk(index, 100.5 + 0.75 * index) for index in range(9)))
+    assert (stats.first_frame_latency, stats.chunks, stats.frames, stats.duration) == (0.5, 9, 105, 6.0)
+    assert not stats.stalls
+    assert stats.out_of_order == 0
 
 
 def test_a_late_chunk_is_one_stall_and_playback_goes_on_from_it() -> None:
-    seen = seen_by(chunk(0, 100.0), chunk(1, 101.0), chunk(2, 101.75), chunk(3, 103.0))
-    assert seen.stalls == [pytest.approx(0.25), pytest.approx(0.5)]
+    stats = stats_of(chunk(0, 100.0), chunk(1, 101.0), chunk(2, 101.75), chunk(3, 103.0))
+    assert stats.stalls == [pytest.approx(0.25), pytest.approx(0.5)]
 
 
 def test_missing_and_repeated_frames_are_noticed() -> None:
-    assert seen_by(chunk(0, 100.0), chunk(2, 100.1), chunk(3, 100.2)).disordered == 1
-    assert seen_by(chunk(0, 100.0), chunk(1, 100.1), chunk(1, 100.2)).disordered == 1
-    assert seen_by(chunk(1, 100.0)).disordered == 1
+    assert stats_of(chunk(0, 100.0), chunk(2, 100.1), chunk(3, 100.2)).out_of_order == 1
+    assert stats_of(chunk(0, 100.0), chunk(1, 100.1), chunk(1, 100.2)).out_of_order == 1
+    assert stats_of(chunk(1, 100.0)).out_of_order == 1
 
 
 def test_a_switch_lasts_until_the_first_frame_of_its_prompt() -> None:
     chunks = [chunk(0, 100.0), chunk(1, 100.4), chunk(2, 100.9, prompt_index=1), chunk(3, 101.0, prompt_index=1)]
-    assert seen_by(*chunks, asked={1: 100.1}).switches == [pytest.approx(0.8)]
+    assert stats_of(*chunks, requested_at={1: 100.1}).switch_latencies == [pytest.approx(0.8)]
 
 
 def test_a_place_in_the_queue_is_no_picture() -> None:
-    seen = seen_by(chunk(1, 100.0, frames=0))
-    assert seen.queued
-    assert (seen.chunks, seen.first_frame) == (0, None)
-    figures = benchmark.summary([seen, Seen(refused="full")], 16)
+    stats = stats_of(chunk(1, 100.0, frames=0))
+    assert stats.queued
+    assert (stats.chunks, stats.first_frame_latency) == (0, None)
+    figures = benchmark.summarize([stats, ViewerStats(refused="full")], 16)
     assert (figures["viewers"], figures["watched"], figures["queued"], figures["refused"]) == (2, 0, 1, 1)
     assert figures["first_frame_s"] is None
 
 
 def test_throughput_counts_the_time_of_those_who_watch_one_after_the_other() -> None:
-    first = seen_by(chunk(0, 100.0), chunk(1, 100.75))
-    second = seen_by(chunk(0, 101.0), chunk(1, 101.75))
-    assert benchmark.summary([first, second], 16)["frames_per_s"] == pytest.approx(42 / 1.75)
+    first = stats_of(chunk(0, 100.0), chunk(1, 100.75))
+    second = stats_of(chunk(0, 101.0), chunk(1, 101.75))
+    assert benchmark.summarize([first, second], 16)["frames_per_s"] == pytest.approx(42 / 1.75)
 
 
 def test_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

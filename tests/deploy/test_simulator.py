@@ -17,23 +17,25 @@ from deploy.autoscaling_simulator import __main__ as command
 from deploy.autoscaling_simulator.arrivals import TRACES, Arrivals
 from deploy.autoscaling_simulator.cluster import Cluster
 from deploy.autoscaling_simulator.fleet import Fleet
-from deploy.autoscaling_simulator.hpa import Autoscaler, proposed
+from deploy.autoscaling_simulator.hpa import Autoscaler, desired_by_metric
 from deploy.autoscaling_simulator.pod import DRAINING
-from deploy.autoscaling_simulator.policy import SHIPPED, Direction, Policy, Rate
-from deploy.autoscaling_simulator.report.figures import Run, simulate, with_room
+from deploy.autoscaling_simulator.policy import DEFAULT_PATH, Direction, Policy, Rate
+from deploy.autoscaling_simulator.report.session_stats import SessionStats
+from deploy.autoscaling_simulator.report.simulate import Run, simulate, with_enough_replicas
 from deploy.autoscaling_simulator.report.tables import SECTION
-from deploy.autoscaling_simulator.report.tally import Tally
-from deploy.autoscaling_simulator.world import World, capacity
+from deploy.autoscaling_simulator.sim_config import SimConfig, capacity
 from deploy.capacity.__main__ import RESULTS
 
-SHIPPED_POLICY = Policy.from_toml()
-IMMORTAL = World(mtbf_h=1e15)
+DEFAULT_POLICY = Policy.from_toml()
+IMMORTAL = SimConfig(mtbf_h=1e15)
 AT_ONCE = Direction(stabilization_s=0, policies=())
-FREE = dataclasses.replace(SHIPPED_POLICY, min_replicas=1, max_replicas=10_000, scale_up=AT_ONCE, scale_down=AT_ONCE)
+FREE = dataclasses.replace(DEFAULT_POLICY, min_replicas=1, max_replicas=10_000, scale_up=AT_ONCE, scale_down=AT_ONCE)
 
 
-def run(trace: str, peak: float, policy: Policy = SHIPPED_POLICY, world: World | None = None, seed: int = 0) -> Run:
-    return simulate(trace, world=world or World(), policy=policy, peak=peak, seed=seed)
+def run(
+    trace: str, peak: float, policy: Policy = DEFAULT_POLICY, config: SimConfig | None = None, seed: int = 0
+) -> Run:
+    return simulate(trace, config=config or SimConfig(), policy=policy, peak=peak, seed=seed)
 
 
 def good_enough(diurnal: dict[str, Any]) -> None:
@@ -44,11 +46,11 @@ def good_enough(diurnal: dict[str, Any]) -> None:
     assert diurnal["lost"] == 0
 
 
-def has_no_leak(figures: dict[str, Any]) -> None:
+def has_no_leak(metrics: dict[str, Any]) -> None:
     """Every session was served, was refused, got lost or is still there."""
-    came = figures["live_at_the_beginning"] + figures["arrived"]
-    gone = figures["completed"] + figures["refused"] + figures["lost"]
-    assert came == gone + figures["live_at_the_end"] + figures["waiting_at_the_end"]
+    arrival_time = metrics["live_at_the_beginning"] + metrics["arrived"]
+    gone = metrics["completed"] + metrics["refused"] + metrics["lost"]
+    assert arrival_time == gone + metrics["live_at_the_end"] + metrics["waiting_at_the_end"]
 
 
 # The autoscaler
@@ -68,7 +70,7 @@ def has_no_leak(figures: dict[str, Any]) -> None:
     ],
 )
 def test_a_metric_asks_for_pods_as_kubernetes_computes_it(current: int, metric: float, wanted: int) -> None:
-    assert proposed(current, metric, 0.7, 0.1) == wanted
+    assert desired_by_metric(current, metric, 0.7, 0.1) == wanted
 
 
 def test_the_metric_that_asks_for_more_wins() -> None:
@@ -115,47 +117,47 @@ def test_there_are_never_more_or_fewer_pods_than_allowed() -> None:
 
 
 def test_shipped_thresholds_hold_through_a_day() -> None:
-    figures = run("diurnal", 1000).figures
-    good_enough(figures)
-    has_no_leak(figures)
-    assert figures["moved_by_cause"]["scale_down"] > 0  # and hardly anybody noticed
-    assert figures["gpu_hours_by_perfect"] < 1.7
+    metrics = run("diurnal", 1000).metrics
+    good_enough(metrics)
+    has_no_leak(metrics)
+    assert metrics["moved_by_cause"]["scale_down"] > 0  # and hardly anybody noticed
+    assert metrics["gpu_hours_by_perfect"] < 1.7
 
 
 @pytest.mark.parametrize("trace", ["burst", "flash_crowd"])
 def test_no_session_gets_lost_in_the_books(trace: str) -> None:
-    frail = World(mtbf_h=2, silent_failures=0.5)
-    figures = run(trace, 100, world=frail).figures
-    has_no_leak(figures)
-    assert figures["pods_failed"] > 10
-    assert figures["stalls_by_cause"]["pod_failure"] > 0
-    tight = run(trace, 100, SHIPPED_POLICY.fixed(12), world=frail).figures
+    frail = SimConfig(mtbf_h=2, silent_failures=0.5)
+    metrics = run(trace, 100, config=frail).metrics
+    has_no_leak(metrics)
+    assert metrics["pods_failed"] > 10
+    assert metrics["stalls_by_cause"]["pod_failure"] > 0
+    tight = run(trace, 100, DEFAULT_POLICY.fixed(12), config=frail).metrics
     has_no_leak(tight)
     assert tight["refused"] > 0
     assert tight["lost"] > 0
 
 
 def test_a_fleet_that_is_too_small_and_never_grows_refuses() -> None:
-    fixed = run("burst", 100, SHIPPED_POLICY.fixed(20), IMMORTAL).figures
+    fixed = run("burst", 100, DEFAULT_POLICY.fixed(20), IMMORTAL).metrics
     assert fixed["refused_share"] > 0.1
     assert fixed["gpu_hours"] == pytest.approx(20 * 6)
     assert fixed["peak_live"] == 60
-    assert run("burst", 100, world=IMMORTAL).figures["refused_share"] < 0.001
+    assert run("burst", 100, config=IMMORTAL).metrics["refused_share"] < 0.001
 
 
 def test_a_seed_decides_everything() -> None:
     first, again, other = (run("burst", 100, seed=seed) for seed in (3, 3, 4))
-    assert first.figures == again.figures
-    assert first.moments == again.moments
-    assert first.figures != other.figures
+    assert first.metrics == again.metrics
+    assert first.samples == again.samples
+    assert first.metrics != other.metrics
 
 
 @pytest.mark.parametrize("trace", ["burst", "flash_crowd"])
 def test_a_trace_reaches_the_peak_that_was_asked_for(trace: str) -> None:
-    enough = run(trace, 2000, SHIPPED_POLICY.fixed(1500), IMMORTAL)
-    assert enough.figures["refused"] == 0
-    assert enough.figures["peak_live"] == pytest.approx(2000, rel=0.08)
-    settled = [moment.live for moment in enough.moments if moment.time < 300]  # nobody has to come first
+    enough = run(trace, 2000, DEFAULT_POLICY.fixed(1500), IMMORTAL)
+    assert enough.metrics["refused"] == 0
+    assert enough.metrics["peak_live"] == pytest.approx(2000, rel=0.08)
+    settled = [sample.live for sample in enough.samples if sample.time < 300]  # nobody has to come first
     assert max(settled) < 1.3 * min(settled)
 
 
@@ -163,51 +165,51 @@ def test_viewers_notice_a_move_where_little_is_sent_ahead() -> None:
     shares = []
     for max_chunks_ahead, goodbye in ((1, 0), (2, 0), (2, 2)):
         policy = dataclasses.replace(
-            SHIPPED_POLICY, service=dataclasses.replace(SHIPPED_POLICY.service, max_chunks_ahead=max_chunks_ahead)
+            DEFAULT_POLICY, service=dataclasses.replace(DEFAULT_POLICY.service, max_chunks_ahead=max_chunks_ahead)
         )
-        figures = run("burst", 1000, policy, dataclasses.replace(IMMORTAL, goodbye_chunks=goodbye)).figures
-        moved = figures["moved_by_cause"]["scale_down"]
+        metrics = run("burst", 1000, policy, dataclasses.replace(IMMORTAL, goodbye_chunks=goodbye)).metrics
+        moved = metrics["moved_by_cause"]["scale_down"]
         assert moved > 50
-        shares.append(figures["stalls_by_cause"]["scale_down"] / moved)
+        shares.append(metrics["stalls_by_cause"]["scale_down"] / moved)
     assert shares[0] > 0.1
     assert shares[1] < 0.02
     assert shares[2] == 0
 
 
 def test_late_chunks_let_a_fleet_grow() -> None:
-    calm, late = (run("burst", 100, world=World(late_share=share)).figures["peak_pods"] for share in (0.0, 0.2))
+    calm, late = (run("burst", 100, config=SimConfig(late_share=share)).metrics["peak_pods"] for share in (0.0, 0.2))
     assert late > calm
 
 
 def test_refused_viewers_let_a_fleet_grow_faster() -> None:
     shares = []
-    for window in (0, SHIPPED_POLICY.refused_window_s):
-        policy = dataclasses.replace(SHIPPED_POLICY, refused_window_s=window)
-        shares.append(run("flash_crowd", 500, policy).figures["refused_share"])
+    for window in (0, DEFAULT_POLICY.refused_window_s):
+        policy = dataclasses.replace(DEFAULT_POLICY, refused_window_s=window)
+        shares.append(run("flash_crowd", 500, policy).metrics["refused_share"])
     assert shares[1] < 0.7 * shares[0]
 
 
 def test_a_pod_that_drains_keeps_its_number() -> None:
-    world, policy = IMMORTAL, SHIPPED_POLICY.fixed(4)
-    arrivals = Arrivals(TRACES["diurnal"], world, 60, 0)
-    fleet = Fleet(world, policy.service, arrivals, 0)
-    cluster = Cluster(world, policy, fleet, 0)
+    config, policy = IMMORTAL, DEFAULT_POLICY.fixed(4)
+    arrivals = Arrivals(TRACES["diurnal"], config, 60, 0)
+    fleet = Fleet(config, policy.service, arrivals, 0)
+    cluster = Cluster(config, policy, fleet, 0)
     cluster.run(60, 12)
     cluster._scale(2)
     assert [pod.state for pod in cluster._pods[2:]] == [DRAINING] * 2
     cluster._scale(5)
     assert fleet.pods == 5  # the fifth starts; the numbers of the third and the fourth are not free yet
     for number in (2, 3):
-        fleet.break_off(cluster._pods[number], 60, "scale_down")
+        fleet.terminate(cluster._pods[number], 60, "scale_down")
     cluster._scale(5)
     assert fleet.pods == 5
     assert all(pod.state != DRAINING for pod in cluster._pods)
 
 
 def test_percentiles_count_those_who_did_not_wait() -> None:
-    tally = Tally(at_once=90, waits=[3.0, 1.0, 2.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
-    assert [tally.wait(percent) for percent in (50, 90, 91, 95, 100)] == [0, 0, 1, 5, 10]
-    assert Tally().wait(95) == 0
+    stats = SessionStats(at_once=90, waits=[3.0, 1.0, 2.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
+    assert [stats.wait(percent) for percent in (50, 90, 91, 95, 100)] == [0, 0, 1, 5, 10]
+    assert SessionStats().wait(95) == 0
 
 
 # Settings, command, committed figures
@@ -222,7 +224,7 @@ def test_a_wrong_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("max_attempts = ", "max_attempts = -", "max_attempts: got -"),
     ):
         path = tmp_path / "policy.toml"
-        path.write_text(SHIPPED.read_text(encoding="utf-8").replace(old, new))
+        path.write_text(DEFAULT_PATH.read_text(encoding="utf-8").replace(old, new))
         with pytest.raises(ValueError, match=complaint):
             Policy.from_toml(path)
         assert command.main(["--policy", str(path)]) == 1
@@ -231,16 +233,16 @@ def test_a_wrong_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_policy_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
-    path.write_bytes(SHIPPED.read_text(encoding="utf-8").encode("utf-8-sig"))
-    assert Policy.from_toml(path) == SHIPPED_POLICY
+    path.write_bytes(DEFAULT_PATH.read_text(encoding="utf-8").encode("utf-8-sig"))
+    assert Policy.from_toml(path) == DEFAULT_POLICY
 
 
 def test_the_capacity_is_the_measured_one_if_there_is_one(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     assert capacity("wan", path) == (3, "projected, not measured")
     section = {"hardware": "H200", "figures_of": {"full_vae": "fused", "tiny_vae": "fused tiny"}}
-    figures = {"live_sessions_full_vae": 4, "live_sessions_tiny_vae": None, "benchmarks.engines": section}
-    path.write_text(json.dumps(figures))
+    metrics = {"live_sessions_full_vae": 4, "live_sessions_tiny_vae": None, "benchmarks.engines": section}
+    path.write_text(json.dumps(metrics))
     assert capacity("wan", path) == (4, "measured on H200 with fused")
     assert capacity("tiny", path) == (3, "projected, not measured")
 
@@ -267,8 +269,8 @@ def test_the_committed_figures_keep_what_the_thresholds_promise() -> None:
 
 
 def test_the_committed_figures_are_those_of_the_shipped_policy() -> None:
-    made_with = json.loads(RESULTS.read_text(encoding="utf-8"))[SECTION]
-    enough = with_room(SHIPPED_POLICY, made_with["peak_sessions"], made_with["world"]["capacity"])
-    assert made_with["policy"] == json.loads(json.dumps(dataclasses.asdict(enough)))
-    assert made_with["peak_sessions"] == 100_000
-    assert math.isfinite(made_with["world"]["mtbf_h"])
+    run_config = json.loads(RESULTS.read_text(encoding="utf-8"))[SECTION]
+    enough = with_enough_replicas(DEFAULT_POLICY, run_config["peak_sessions"], run_config["world"]["capacity"])
+    assert run_config["policy"] == json.loads(json.dumps(dataclasses.asdict(enough)))
+    assert run_config["peak_sessions"] == 100_000
+    assert math.isfinite(run_config["world"]["mtbf_h"])

@@ -16,12 +16,12 @@ from deploy.autoscaling_simulator.arrivals import TRACES, Arrivals, Trace
 from deploy.autoscaling_simulator.fleet import Fleet
 from deploy.autoscaling_simulator.pod import Pod
 from deploy.autoscaling_simulator.policy import Policy
-from deploy.autoscaling_simulator.report.figures import simulate
-from deploy.autoscaling_simulator.report.tally import FAILURE, SCALE_DOWN
-from deploy.autoscaling_simulator.world import World
+from deploy.autoscaling_simulator.report.session_stats import FAILURE, SCALE_DOWN
+from deploy.autoscaling_simulator.report.simulate import simulate
+from deploy.autoscaling_simulator.sim_config import SimConfig
 
-SHIPPED_POLICY = Policy.from_toml()
-IMMORTAL = World(mtbf_h=1e15)
+DEFAULT_POLICY = Policy.from_toml()
+IMMORTAL = SimConfig(mtbf_h=1e15)
 SINGLE = dataclasses.replace(IMMORTAL, capacity=1)
 
 
@@ -32,18 +32,18 @@ class Script(Arrivals):
         self._viewers = list(viewers)
 
     def until(self, end: float) -> tuple[list[float], list[float]]:
-        came = [viewer for viewer in self._viewers if viewer[0] <= end]
-        self._viewers = self._viewers[len(came) :]
-        return [time for time, _ in came], [length for _, length in came]
+        arrival_time = [viewer for viewer in self._viewers if viewer[0] <= end]
+        self._viewers = self._viewers[len(arrival_time) :]
+        return [time for time, _ in arrival_time], [length for _, length in arrival_time]
 
 
 def fleet_of(
-    pods: int, *viewers: tuple[float, float], world: World = SINGLE, **settings: Any
+    pods: int, *viewers: tuple[float, float], config: SimConfig = SINGLE, **settings: Any
 ) -> tuple[Fleet, list[Pod]]:
     """So many pods that are ready. `settings`: of the service."""
-    service = dataclasses.replace(SHIPPED_POLICY.service, **settings)
-    fleet = Fleet(world, service, Script(viewers), seed=0)
-    ready = [fleet.order(0.0) for _ in range(pods)]
+    service = dataclasses.replace(DEFAULT_POLICY.service, **settings)
+    fleet = Fleet(config, service, Script(viewers), seed=0)
+    ready = [fleet.create_pod(0.0) for _ in range(pods)]
     for pod in ready:
         fleet.add(pod)
     return fleet, ready
@@ -63,29 +63,29 @@ def steady(
     """Figures of a fleet with as many arrivals at all times. `settings`: of the service."""
     trace = Trace(name="steady", hours=hours, description="", shape=lambda times, random: 0 * times + 1)
     monkeypatch.setitem(TRACES, "steady", trace)
-    service = dataclasses.replace(SHIPPED_POLICY.service, **settings)
-    policy = dataclasses.replace(SHIPPED_POLICY, service=service).fixed(pods)
-    return simulate("steady", world=IMMORTAL, policy=policy, peak=peak, seed=0).figures
+    service = dataclasses.replace(DEFAULT_POLICY.service, **settings)
+    policy = dataclasses.replace(DEFAULT_POLICY, service=service).fixed(pods)
+    return simulate("steady", config=IMMORTAL, policy=policy, peak=peak, seed=0).metrics
 
 
 # Formulas
 
 
 def test_with_many_tries_and_no_queue_a_fleet_refuses_as_one_big_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = steady(monkeypatch, 100, 30, max_attempts=300, max_waiting=0)
-    assert figures["refused_share"] == pytest.approx(erlang_b(90, 100), abs=0.01)
-    assert figures["arrived"] == pytest.approx(100 / World().mean_session_s * 40 * 3600, rel=0.02)
-    assert figures["perfect_gpu_hours"] == pytest.approx(100 / 3 * 40, rel=0.02)
+    metrics = steady(monkeypatch, 100, 30, max_attempts=300, max_waiting=0)
+    assert metrics["refused_share"] == pytest.approx(erlang_b(90, 100), abs=0.01)
+    assert metrics["arrived"] == pytest.approx(100 / SimConfig().mean_session_s * 40 * 3600, rel=0.02)
+    assert metrics["perfect_gpu_hours"] == pytest.approx(100 / 3 * 40, rel=0.02)
 
 
 def test_with_one_try_and_no_queue_every_pod_refuses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = steady(monkeypatch, 100, 30, max_attempts=1, max_waiting=0)
-    assert figures["refused_share"] == pytest.approx(erlang_b(3, 100 / 30), abs=0.01)
+    metrics = steady(monkeypatch, 100, 30, max_attempts=1, max_waiting=0)
+    assert metrics["refused_share"] == pytest.approx(erlang_b(3, 100 / 30), abs=0.01)
 
 
 def test_with_some_tries_those_are_refused_who_draw_nothing_but_full_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a large fleet pods are independent: each gets what the tries at full ones leave over."""
-    figures = steady(monkeypatch, 840, 400, hours=10, max_attempts=4, max_waiting=0)
+    metrics = steady(monkeypatch, 840, 400, hours=10, max_attempts=4, max_waiting=0)
     offered = low = 2.1
     high = 10.0
     while high - low > 1e-6:  # what a pod with a free slot is offered: 2.1 / (1 - share of full ones) at most
@@ -93,8 +93,8 @@ def test_with_some_tries_those_are_refused_who_draw_nothing_but_full_pods(monkey
         full = erlang_b(3, offered)
         low, high = (offered, high) if offered * (1 - full) < 2.1 * (1 - full**4) else (low, offered)
     assert full == pytest.approx(0.4, abs=0.02)
-    assert figures["refused_share"] == pytest.approx(full**4, rel=0.1)
-    assert figures["at_once_share"] == pytest.approx(1 - full**4, abs=0.005)
+    assert metrics["refused_share"] == pytest.approx(full**4, rel=0.1)
+    assert metrics["at_once_share"] == pytest.approx(1 - full**4, abs=0.005)
 
 
 # Cases by hand
@@ -104,25 +104,25 @@ def test_a_viewer_waits_for_one_pod_and_not_for_the_others() -> None:
     fleet, (pod, other) = fleet_of(2, (0, 100), (0, 100), (1, 10))
     fleet.advance(1)
     waits_at, free = (pod, other) if pod.queue else (other, pod)
-    assert (fleet.live, fleet.waiting, fleet.full) == (2, 1, 2)
+    assert (fleet.live, fleet.queued, fleet.full) == (2, 1, 2)
     assert not free.queue
-    fleet.add(fleet.order(2.0))
+    fleet.add(fleet.create_pod(2.0))
     fleet.advance(30)
-    assert (fleet.live, fleet.waiting) == (2, 1), "the new pod is not for those who wait"
+    assert (fleet.live, fleet.queued) == (2, 1), "the new pod is not for those who wait"
     fleet.advance(31.5)
-    assert (fleet.waiting, fleet.tally.refused, len(waits_at.queue)) == (0, 1, 0)
+    assert (fleet.queued, fleet.stats.refused, len(waits_at.queue)) == (0, 1, 0)
 
 
 def test_a_pod_serves_its_queue_in_the_order_of_arrival() -> None:
     fleet, (pod,) = fleet_of(1, (0, 10), (1, 10), (2, 10), (3, 10), max_waiting=2, max_wait_s=15)
     fleet.advance(5)
-    assert (fleet.waiting, fleet.tally.refused) == (2, 1), "the queue has two places"
+    assert (fleet.queued, fleet.stats.refused) == (2, 1), "the queue has two places"
     fleet.advance(16.5)
-    assert (fleet.waiting, fleet.tally.waits) == (1, [9.0])
+    assert (fleet.queued, fleet.stats.waits) == (1, [9.0])
     fleet.advance(18)
-    assert (fleet.waiting, fleet.tally.refused) == (0, 2), "the last one's 15 s are over"
+    assert (fleet.queued, fleet.stats.refused) == (0, 2), "the last one's 15 s are over"
     fleet.advance(30)
-    assert (fleet.live, fleet.tally.completed, pod.sessions) == (0, 2, {})
+    assert (fleet.live, fleet.stats.completed, pod.sessions) == (0, 2, {})
 
 
 def test_whoever_was_watching_goes_before_new_viewers_and_takes_the_last_place() -> None:
@@ -130,76 +130,76 @@ def test_whoever_was_watching_goes_before_new_viewers_and_takes_the_last_place()
     fleet.advance(0.5)
     if gone.sessions[min(gone.sessions)] == 10:
         gone, pod = pod, gone
-    fleet.withdraw(gone)
+    fleet.start_draining(gone)
     fleet.advance(3)
-    assert [waiting.since for waiting in pod.queue] == [1, 2]
-    fleet.resume(fleet.break_off(gone, 3.0, SCALE_DOWN), 3.0)
-    assert [waiting.broken is not None for waiting in pod.queue] == [True, False]
-    assert fleet.tally.refused == 1
+    assert [queued.since for queued in pod.queue] == [1, 2]
+    fleet.resume(fleet.terminate(gone, 3.0, SCALE_DOWN), 3.0)
+    assert [queued.disconnected is not None for queued in pod.queue] == [True, False]
+    assert fleet.stats.refused == 1
     fleet.advance(10)
-    assert (fleet.tally.moved[SCALE_DOWN], fleet.tally.stalls[SCALE_DOWN]) == (1, 1)
-    assert fleet.tally.longest_gap_s > 7, "it has waited since 3 s"
-    assert fleet.waiting == 1
+    assert (fleet.stats.moved[SCALE_DOWN], fleet.stats.stalls[SCALE_DOWN]) == (1, 1)
+    assert fleet.stats.longest_gap_s > 7, "it has waited since 3 s"
+    assert fleet.queued == 1
 
 
 def test_a_session_that_broke_off_looks_for_a_slot_again_and_again_until_it_is_too_late() -> None:
     fleet, (gone, pod) = fleet_of(2, (0, 500), (0, 500))
     fleet.advance(1)
-    fleet.withdraw(gone)
-    broken = fleet.break_off(gone, 1.0, FAILURE)
-    fleet.resume(broken, 1.0)
-    assert (fleet.adrift, fleet.waiting) == (0, 1)
+    fleet.start_draining(gone)
+    disconnected = fleet.terminate(gone, 1.0, FAILURE)
+    fleet.resume(disconnected, 1.0)
+    assert (fleet.num_disconnected, fleet.queued) == (0, 1)
     fleet.advance(31.05)
-    assert (fleet.adrift, fleet.waiting) == (1, 0), "the queue has refused it; it backs off"
+    assert (fleet.num_disconnected, fleet.queued) == (1, 0), "the queue has refused it; it backs off"
     fleet.advance(31.3)
-    assert (fleet.adrift, fleet.waiting, broken[0].rounds) == (0, 1, 2)
+    assert (fleet.num_disconnected, fleet.queued, disconnected[0].rounds) == (0, 1, 2)
     fleet.advance(63)
-    assert (fleet.adrift, fleet.waiting, fleet.tally.lost, len(pod.queue)) == (0, 0, 1, 0)
+    assert (fleet.num_disconnected, fleet.queued, fleet.stats.lost, len(pod.queue)) == (0, 0, 1, 0)
 
 
 def test_a_session_that_broke_off_finds_a_pod_that_has_come_in_between() -> None:
     fleet, (gone, _) = fleet_of(2, (0, 500), (0, 500))
     fleet.advance(1)
-    fleet.withdraw(gone)
-    broken = fleet.break_off(gone, 1.0, FAILURE)
-    fleet.resume(broken, 1.0)
-    fleet.add(fleet.order(5.0))
+    fleet.start_draining(gone)
+    disconnected = fleet.terminate(gone, 1.0, FAILURE)
+    fleet.resume(disconnected, 1.0)
+    fleet.add(fleet.create_pod(5.0))
     fleet.advance(40)
-    assert (fleet.live, fleet.waiting, fleet.tally.moved[FAILURE]) == (2, 0, 1)
-    assert 30 < fleet.tally.longest_gap_s < 40, "it has waited in the queue of the other one"
+    assert (fleet.live, fleet.queued, fleet.stats.moved[FAILURE]) == (2, 0, 1)
+    assert 30 < fleet.stats.longest_gap_s < 40, "it has waited in the queue of the other one"
 
 
 def test_every_try_takes_time_to_connect() -> None:
     fleet, pods = fleet_of(20, *[(0, 500)] * 19, max_attempts=300)
     fleet.advance(1)
     gone = next(pod for pod in pods if pod.sessions)
-    fleet.withdraw(gone)
-    (broken,) = fleet.break_off(gone, 1.0, SCALE_DOWN)
-    fleet.resume([broken], 1.0)
-    assert fleet.tally.moved[SCALE_DOWN] == 1
-    assert broken.connecting_s > World().reconnect_s[1], "18 of 19 pods are full"
-    assert fleet.tally.longest_gap_s > broken.connecting_s
+    fleet.start_draining(gone)
+    (disconnected,) = fleet.terminate(gone, 1.0, SCALE_DOWN)
+    fleet.resume([disconnected], 1.0)
+    assert fleet.stats.moved[SCALE_DOWN] == 1
+    assert disconnected.connecting_s > SimConfig().reconnect_s[1], "18 of 19 pods are full"
+    assert fleet.stats.longest_gap_s > disconnected.connecting_s
 
 
 def test_a_pod_that_drains_still_serves_its_queue() -> None:
     fleet, (pod,) = fleet_of(1, (0, 10), (1, 10), (2, 10))
     fleet.advance(3)
-    fleet.withdraw(pod)
+    fleet.start_draining(pod)
     fleet.advance(15)
-    assert fleet.tally.waits == [9.0]
-    assert fleet.waiting == 1
-    fleet.resume(fleet.break_off(pod, 15.0, SCALE_DOWN), 15.0)
-    assert (fleet.waiting, fleet.live, fleet.pods, fleet.tally.refused) == (0, 0, 0, 1), (
+    assert fleet.stats.waits == [9.0]
+    assert fleet.queued == 1
+    fleet.resume(fleet.terminate(pod, 15.0, SCALE_DOWN), 15.0)
+    assert (fleet.queued, fleet.live, fleet.pods, fleet.stats.refused) == (0, 0, 0, 1), (
         "who has seen nothing is refused"
     )
     fleet.advance(80)
-    assert fleet.tally.lost == 1
+    assert fleet.stats.lost == 1
 
 
 def test_without_a_pod_whoever_comes_is_refused() -> None:
     fleet, _ = fleet_of(0, (0, 10))
     fleet.advance(1)
-    assert (fleet.tally.arrived, fleet.tally.refused) == (1, 1)
+    assert (fleet.stats.arrived, fleet.stats.refused) == (1, 1)
 
 
 # The client
@@ -210,20 +210,20 @@ def test_simulated_clients_behave_as_the_client_does() -> None:
     from longlive_client import retry_policy
 
     defaults = inspect.signature(resumable.ResumableStream.__init__).parameters
-    world = World()
-    assert world.back_off_s == (retry_policy.BACK_OFF_S, retry_policy.LONGEST_BACK_OFF_S)
-    assert world.resume_for_s == defaults["resume_for"].default
-    assert world.stall_timeout_s == defaults["stall_timeout"].default
+    config = SimConfig()
+    assert config.back_off_s == (retry_policy.BACK_OFF_S, retry_policy.LONGEST_BACK_OFF_S)
+    assert config.resume_for_s == defaults["resume_for"].default
+    assert config.stall_timeout_s == defaults["stall_timeout"].default
 
 
 def test_the_policy_tries_as_often_as_the_client() -> None:
     resumable = pytest.importorskip("longlive_client.resume", reason="needs the extra `client`", exc_type=ImportError)
     defaults = inspect.signature(resumable.ResumableStream.__init__).parameters
-    assert defaults["max_attempts"].default == SHIPPED_POLICY.service.max_attempts
+    assert defaults["max_attempts"].default == DEFAULT_POLICY.service.max_attempts
 
 
 def test_the_world_says_goodbye_as_servers_do() -> None:
     sessions = pytest.importorskip(
         "longlive_serve.engine.session_manager", reason="needs the extra `torch`", exc_type=ImportError
     )
-    assert World().goodbye_chunks == sessions.DRAIN_CHUNKS
+    assert SimConfig().goodbye_chunks == sessions.DRAIN_CHUNKS

@@ -14,6 +14,7 @@ from benchmarks import tables
 from benchmarks.serving import perf_analyzer
 from longlive_client.video_stream import StreamedChunk
 from stress import chaos, fuzz, mtls_fleet, soak
+from stress.viewers import ViewerLog
 
 TINY = 'preset = "tiny"\nweights = "random"\nslots = 4\n'
 
@@ -25,10 +26,10 @@ def test_wrong_requests_beside_live_sessions(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_makes_the_same_requests() -> None:
-    letters = [fuzz.Mutator(3, b"x" * 100, ["live"]).letter() for _ in range(2)]
-    assert letters[0].tensors.keys() == letters[1].tensors.keys()
-    assert letters[0].flags == letters[1].flags
-    kinds = {tuple(fuzz.Mutator(n, b"x" * 100, ["live"]).letter().tensors) for n in range(200)}
+    requests = [fuzz.Mutator(3, b"x" * 100, ["live"]).make_request() for _ in range(2)]
+    assert requests[0].tensors.keys() == requests[1].tensors.keys()
+    assert requests[0].flags == requests[1].flags
+    kinds = {tuple(fuzz.Mutator(n, b"x" * 100, ["live"]).make_request().tensors) for n in range(200)}
     assert len(kinds) > 20
 
 
@@ -40,7 +41,7 @@ def test_viewers_come_and_go_for_a_while(tmp_path: Path) -> None:
     soak.main([*options, "--config", str(config), "--json", str(record)])
     figures = json.loads(record.read_text(encoding="utf-8"))["trials.soak"]
     # Memory and deadlines are for a longer run on a quiet machine to judge.
-    assert not [text for text in soak.complaints(figures) if not text.startswith(("memory", "deadline", "stalls"))]
+    assert not [text for text in soak.failures(figures) if not text.startswith(("memory", "deadline", "stalls"))]
     assert figures["sessions"] >= 4
     assert figures["prompt_switches"] >= 4
 
@@ -78,24 +79,24 @@ def test_a_fleet_keeps_strangers_out_and_viewers_happy(tmp_path: Path) -> None:
 def test_what_a_fleet_must_not_do_is_said() -> None:
     good = dict.fromkeys(("lost_frames", "repeated_frames", "sessions_left", "shared_memory_left", "processes_left"), 0)
     fine = good | {"turned_away": {"no token": True}, "found_over_another_connection": 2, "viewers": 2}
-    assert mtls_fleet.complaints(fine) == []
+    assert mtls_fleet.failures(fine) == []
     for change in ({"turned_away": {"no token": False}}, {"found_over_another_connection": 1}, {"lost_frames": 1}):
-        assert len(mtls_fleet.complaints(fine | change)) == 1
+        assert len(mtls_fleet.failures(fine | change)) == 1
 
 
 def test_how_long_the_picture_stood_still() -> None:
     arrived = [0.0, 0.5, 4.0]  # 9 frames and 12 at 8 fps play for 2.625 s
     chunks = [_chunk(first, count, at) for (first, count), at in zip([(0, 9), (9, 12), (21, 12)], arrived, strict=True)]
-    assert mtls_fleet.standstill(chunks, 8) == 4.0 - 2.625
-    assert mtls_fleet.standstill(chunks[:2], 8) == 0.0
+    assert mtls_fleet.longest_stall(chunks, 8) == 4.0 - 2.625
+    assert mtls_fleet.longest_stall(chunks[:2], 8) == 0.0
 
 
 def test_a_lost_and_a_repeated_frame_are_noticed() -> None:
-    seen = chaos.Seen(number=0)
+    log = ViewerLog(index=0)
     frames = [(0, 9), (9, 12), (33, 12), (33, 12)]
     for first, count in frames:
-        seen.take(_chunk(first, count), resumed=0)
-    assert (seen.lost, seen.repeated) == (12, 12)
+        log.add(_chunk(first, count), resumed=0)
+    assert (log.lost, log.repeated) == (12, 12)
 
 
 def _chunk(first: int, count: int, arrived: float = 0.0) -> StreamedChunk:

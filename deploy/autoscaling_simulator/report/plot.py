@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.autoscaling_simulator.arrivals import HOUR, MINUTE, TRACES
-from deploy.autoscaling_simulator.cluster import Moment
-from deploy.autoscaling_simulator.report.figures import Run
+from deploy.autoscaling_simulator.cluster import Sample
+from deploy.autoscaling_simulator.report.simulate import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def plot(runs: Mapping[str, Run], path: Path) -> None:
     figure = Figure(figsize=(4.8 * len(runs), 7.5), layout="constrained")
     columns = figure.subplots(3, len(runs), sharex="col", squeeze=False, height_ratios=(3, 2, 1.3)).T
     for axes, (name, run) in zip(columns, runs.items(), strict=True):
-        _draw(axes, name, run)
+        _choose_pod(axes, name, run)
     for axes, label in zip(columns[0], ("sessions, slots", "viewers per second", "waiting for a slot"), strict=True):
         axes.set_ylabel(label)
     pods = columns[-1][0].secondary_yaxis("right", functions=_slots_to_pods(next(iter(runs.values())).capacity))
@@ -36,20 +36,22 @@ def plot(runs: Mapping[str, Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw(axes: Sequence[Axes], name: str, run: Run) -> None:
+def _choose_pod(axes: Sequence[Axes], name: str, run: Run) -> None:
     sessions, rates, queue = axes
-    moments, long = run.moments, TRACES[name].hours > 4
+    samples, long = run.samples, TRACES[name].hours > 4
     unit = HOUR if long else MINUTE
-    times = [moment.time / unit for moment in moments]
+    times = [sample.time / unit for sample in samples]
     sessions.set_title(f"{name}\n{TRACES[name].description}", fontsize="medium")
-    slots, ready = ([getattr(moment, what) * run.capacity for moment in moments] for what in ("pods", "ready"))
+    slots, ready = ([getattr(sample, field) * run.capacity for sample in samples] for field in ("pods", "ready"))
     sessions.fill_between(times, slots, color="tab:orange", alpha=0.25, lw=0, label="slots of all pods")
     sessions.plot(times, ready, color="tab:orange", lw=1.2, label="slots of ready pods")
-    sessions.plot(times, [moment.live for moment in moments], color="tab:blue", lw=1.2, label="live")
-    for what, label, color in (("arrived", "come", "tab:blue"), ("refused", "are refused", "tab:red")):
-        coarse = moments[:: max(1, len(moments) // POINTS)]
-        rates.plot([moment.time / unit for moment in coarse[1:]], _per_second(coarse, what), color, lw=1.2, label=label)
-    queue.plot(times, [moment.waiting for moment in moments], color="tab:purple", lw=1.2)
+    sessions.plot(times, [sample.live for sample in samples], color="tab:blue", lw=1.2, label="live")
+    for field, label, color in (("arrived", "come", "tab:blue"), ("refused", "are refused", "tab:red")):
+        coarse = samples[:: max(1, len(samples) // POINTS)]
+        rates.plot(
+            [sample.time / unit for sample in coarse[1:]], _per_second(coarse, field), color, lw=1.2, label=label
+        )
+    queue.plot(times, [sample.queued for sample in samples], color="tab:purple", lw=1.2)
     queue.set_xlabel("hours" if long else "minutes")
     for one in axes:
         one.set_xlim(0, times[-1])
@@ -62,6 +64,6 @@ def _slots_to_pods(capacity: int) -> tuple[Callable[[float], float], Callable[[f
     return lambda slots: slots / capacity, lambda pods: pods * capacity
 
 
-def _per_second(moments: Sequence[Moment], what: str) -> list[float]:
-    pairs = pairwise((moment.time, getattr(moment, what)) for moment in moments)
+def _per_second(samples: Sequence[Sample], field: str) -> list[float]:
+    pairs = pairwise((sample.time, getattr(sample, field)) for sample in samples)
     return [(after - before) / (end - begin) for (begin, before), (end, after) in pairs]

@@ -26,7 +26,7 @@ from longlive_serve.triton_server import find_triton
 from longlive_serve.triton_server.addresses import Address, choose_ports
 from longlive_serve.triton_server.arguments import DEFAULT_REPOSITORY
 from longlive_serve.triton_server.launcher import TritonServer
-from stress.chaos import left_behind, litter
+from stress.viewers import count_resources, remaining_resources
 from tests.fakes.echo_server import EchoStream, Launched
 from tests.fakes.service_bench import LIMIT_S, wait_until
 
@@ -200,7 +200,7 @@ def test_a_port_that_is_taken_after_it_was_chosen_is_chosen_again(
 
 
 def test_what_is_left_of_servers_is_seen_while_they_are_there(repository: Path) -> None:
-    assert litter() == {}
+    assert count_resources() == {}
     with TritonServer(model_repository=repository):
-        assert litter() == {"processes": 3, "shared_memory": 1}
-    assert left_behind() == {}
+        assert count_resources() == {"processes": 3, "shared_memory": 1}
+    assert not any(remaining_resources().values())

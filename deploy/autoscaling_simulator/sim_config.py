@@ -19,7 +19,7 @@ PROJECTED_CAPACITY = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class World:
+class SimConfig:
     """Times in seconds. Where a range is given, times are drawn from it evenly unless it says otherwise."""
 
     capacity: int = PROJECTED_CAPACITY

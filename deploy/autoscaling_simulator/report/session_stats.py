@@ -11,7 +11,7 @@ FAILURE, SCALE_DOWN = CAUSES = ("pod_failure", "scale_down")  # what moves a ses
 
 
 @dataclasses.dataclass(kw_only=True)
-class Tally:
+class SessionStats:
     already_live: int = 0
     arrived: int = 0
     completed: int = 0
