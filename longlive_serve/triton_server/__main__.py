@@ -11,10 +11,10 @@ from types import FrameType
 from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.triton_server.arguments import server_parser
 from longlive_serve.triton_server.launcher import TritonServer
-from longlive_serve.triton_server.standard_outputs import StandardOutputs, reserve_standard_descriptors
+from longlive_serve.triton_server.standard_outputs import Console, reserve_standard_descriptors
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
+def _interrupt(sig: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
@@ -27,28 +27,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)  # a shell that starts it in the background has it ignored
-    outputs = StandardOutputs()
-    outputs.tell(f"starting Triton with {server.config} ...")
+    signal.signal(signal.SIGINT, _interrupt)  # a shell ignores it in background processes
+    console = Console()
+    console.info(f"starting Triton with {server.config} ...")
     try:
-        return _serve(server, args.drain_timeout_s, outputs)
+        return _serve(server, args.drain_timeout_s, console)
     except KeyboardInterrupt:
         return 0
     except (ServerStartError, ValueError, OSError) as error:  # a full disk, a trace_dir that cannot be made
-        outputs.tell(f"error: {error}")
+        console.info(f"error: {error}")
         return 1
     finally:
-        outputs.close()
+        console.close()
 
 
-def _serve(server: TritonServer, drain_timeout_s: float, outputs: StandardOutputs) -> int:
+def _serve(server: TritonServer, drain_timeout_s: float, console: Console) -> int:
     with server:
-        where = f"gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}/metrics"
-        outputs.say(f"ready: {where}{server.reach and f', on {server.reach} of this machine'} (Ctrl-C ends it)")
+        urls = f"gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}/metrics"
+        console.print(f"ready: {urls}{server.scope and f', on {server.scope} of this machine'} (Ctrl-C stops it)")
         try:
             server.wait()
         except KeyboardInterrupt:
-            outputs.tell(f"stopping: clients have {drain_timeout_s:g} s to leave; Ctrl-C again ends it at once")
+            console.info(f"stopping: clients have {drain_timeout_s:g} s to leave; Ctrl-C again stops it at once")
     return 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a Triton server on this machine and the environment in which its Python backend imports this package.
+"""Finds a Triton server on this machine, and sets up the environment in which its Python backend imports this package.
 
-Called by `launcher.py`. It knows where files lie; it starts nothing.
+Called by `launcher.py` and by the doctor. It starts nothing.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import sysconfig
 from pathlib import Path
 
 from longlive_serve.protocol.errors import ServerStartError
-from longlive_serve.triton_server.python_version import NUMPY_1, InterpreterError, libpython
+from longlive_serve.triton_server.python_version import NUMPY_1, InterpreterError, find_libpython
 from longlive_serve.triton_server.safe_paths import SafePaths
 
-SYSTEM_SERVER = Path("/opt/tritonserver/bin/tritonserver")  # where NVIDIA's container has it
+SYSTEM_SERVER = Path("/opt/tritonserver/bin/tritonserver")  # in NVIDIA's container
 WHEEL = "nvidia-pytriton"
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonInstall:
-    """A server to start. `backends` is None where the server finds its own."""
+    """A server to start. `backends` is None where the server finds them itself."""
 
     binary: Path
     backends: Path | None = None
     library_dirs: tuple[Path, ...] = ()
 
     def environment(self, paths: SafePaths, python: Path) -> dict[str, str]:
-        """This process's environment, made fit for the server and the Python that its backend embeds.
+        """This process's environment, changed for the server and for the Python that its backend embeds.
 
-        `python`: the folder of the `python3` whose packages the model gets.
+        `python`: the folder of the `python3` whose packages the model imports.
         """
         environment = dict(os.environ)
         # From Python 3.11 on the embedded interpreter ignores PYTHONPATH and takes the environment of the first
@@ -50,7 +50,7 @@ class TritonInstall:
 
 
 def find_install(scratch: Path) -> TritonInstall:
-    """The `tritonserver` of this machine if there is one, else the wheel's, put together in `scratch`.
+    """The `tritonserver` of this machine if there is one, else the wheel's, linked together in `scratch`.
 
     Raises ServerStartError.
     """
@@ -65,11 +65,11 @@ def find_install(scratch: Path) -> TritonInstall:
             f"no Triton server: looked for `tritonserver` on PATH, for {SYSTEM_SERVER} and for the wheel {WHEEL}; "
             "pip install 'longlive-serve[triton]'"
         )
-    return _assemble(Path(spec.origin).parent, scratch)
+    return _link_wheel(Path(spec.origin).parent, scratch)
 
 
-def _assemble(pytriton: Path, scratch: Path) -> TritonInstall:
-    """Link the wheel's Python backend and the stub for this Python into one folder, as Triton wants them."""
+def _link_wheel(pytriton: Path, scratch: Path) -> TritonInstall:
+    """Link the wheel's Python backend and the stub for this Python into one folder, as Triton expects them."""
     _check_numpy()
     server = pytriton / "tritonserver"
     backend = scratch / "backends" / "python"
@@ -77,11 +77,11 @@ def _assemble(pytriton: Path, scratch: Path) -> TritonInstall:
     for file in (server / "backends" / "python").iterdir():
         if file.is_file():
             (backend / file.name).symlink_to(file)
-    stub = _stub(server / "python_backend_stubs")
+    stub = _find_stub(server / "python_backend_stubs")
     (backend / stub.name).symlink_to(stub)
     libraries = scratch / "lib"
     libraries.mkdir()
-    libpython = _libpython()
+    libpython = _find_libpython()
     if libpython is not None:  # linked alone: its folder may hold other libraries that Triton must not see
         (libraries / libpython.name).symlink_to(libpython)
     return TritonInstall(
@@ -100,23 +100,23 @@ def _check_numpy() -> None:
         )
 
 
-def _stub(stubs: Path) -> Path:
+def _find_stub(folder: Path) -> Path:
     """The backend's interpreter for this version of Python."""
-    wanted = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = stubs / wanted / "triton_python_backend_stub"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = folder / version / "triton_python_backend_stub"
     if not stub.is_file():
-        present = sorted((path.name for path in stubs.iterdir()), key=lambda name: int(name.partition(".")[2]))
+        available = sorted((path.name for path in folder.iterdir()), key=lambda name: int(name.partition(".")[2]))
         raise ServerStartError(
-            f"Python {wanted}: {WHEEL} has no backend stub for it, only for {', '.join(present)}; "
+            f"Python {version}: {WHEEL} has no backend stub for it, only for {', '.join(available)}; "
             "run the server with one of those"
         )
     return stub
 
 
-def _libpython() -> Path | None:
-    """The shared library that the stub links; None leaves it to the system's loader."""
+def _find_libpython() -> Path | None:
+    """The shared library that the stub links; None: the system's loader finds it."""
     try:
-        return libpython()
+        return find_libpython()
     except InterpreterError as error:
         raise ServerStartError(str(error)) from None
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts Triton with the model repository and ends it cleanly: a command line, and `TritonServer` for tests and demos.
+"""`TritonServer` starts Triton with the model repository and stops it cleanly, for the command line, tests and demos.
 
-It knows processes, ports and files; it knows nothing of videos, and Triton's models run in processes of their own.
+It knows processes, ports and files, but nothing about videos: the model runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from longlive_serve.triton_server.process_group import ProcessGroup
 from longlive_serve.triton_server.safe_paths import SafePaths, make_scratch
 from longlive_serve.triton_server.tls_files import TlsFiles
 
-ALL_BUT_HEALTH = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
+RESTRICTED_APIS = "metadata,inference,shared-memory,model-config,model-repository,statistics,trace,logging"
 POLL_S = 0.25
-PORT_TRIES, PORT_TAKEN = 5, "already in use"  # what Triton says of one
-TRIAL_END, TRIAL_S = "ended with exit status 1", 5.0
-"""How a process ends with which Triton only tries out whether it starts; a busy machine may take so long to ask."""
-LAST_WORDS_S = 0.5  # within which Triton asks how a process of its own has ended, and says what it knows
-EXIT_SLACK_S = 3.0  # Triton looks once a second whether its models have ended
+MAX_PORT_ATTEMPTS, PORT_IN_USE = 5, "already in use"  # in Triton's message
+PROBE_EXIT, PROBE_TIMEOUT_S = "ended with exit status 1", 5.0
+"""How Triton's probe ends (see `ProcessGroup.dead_child`), and how long Triton may take to wait for it."""
+LAST_LINES_S = 0.5  # time for Triton to wait for a dead child and to log why it died
+EXIT_SLACK_S = 3.0  # Triton checks once a second whether its models have ended
 
 
 class TritonServer:
-    """A Triton server for `with`: ready on entry, gone on exit with all that it left on disk and in shared memory.
+    """A Triton server as a context manager: ready on entry; on exit stopped, with its files and shared memory removed.
 
-    `config` is the serve.toml that the model reads (default: the one in the repository). A port of 0 is chosen
-    freely. On exit, clients have `drain_timeout_s` to leave, and new sessions are refused; then connections break.
-    With `tls_cert` and `tls_key` (PEM files) gRPC speaks TLS alone, with `tls_client_ca` only to clients that this
-    authority has signed; Triton's HTTP knows no TLS and then answers for health alone.
+    `config` is the serve.toml that the model reads (default: the one in the repository). Port 0 is any free one. On
+    exit, new sessions are refused and clients have `drain_timeout_s` to leave; then connections are closed. With
+    `tls_cert` and `tls_key` (PEM files) gRPC accepts TLS only, with `tls_client_ca` only from clients with a
+    certificate of this authority. Triton's HTTP has no TLS and then only answers health requests.
     Entering raises ServerStartError, or ValueError for a wrong serve.toml. The `*_url` are `host:port`.
     """
 
@@ -84,17 +84,17 @@ class TritonServer:
                 "repository; name it with --model-repository"
             )
         self._address = find_address(self._host)
-        wanted = dict(self._ports)
-        for tries_left in reversed(range(PORT_TRIES)):
-            self._ports = choose_ports(self._address, wanted)
+        requested = dict(self._ports)
+        for num_left in reversed(range(MAX_PORT_ATTEMPTS)):
+            self._ports = choose_ports(self._address, requested)
             self._group = self._start(config, self._address)
             try:
                 self._wait_until_ready()
                 break
             except BaseException as error:
                 self._group.close()
-                # Another program may take a port that was free when it was chosen.
-                if not (tries_left and 0 in wanted.values() and PORT_TAKEN in str(error)):
+                # Another program may have taken a port since it was chosen.
+                if not (num_left and 0 in requested.values() and PORT_IN_USE in str(error)):
                     raise
         return self
 
@@ -115,7 +115,7 @@ class TritonServer:
 
     @property
     def pid(self) -> int:
-        """Triton's process. It leads a process group of its own, in which the model's process is too."""
+        """Triton's process, the leader of a process group that also has the model's process."""
         assert self._group is not None, "the server is not running"
         return self._group.process.pid
 
@@ -125,35 +125,35 @@ class TritonServer:
         return "" if self._group is None else self._group.log.text()
 
     @property
-    def reach(self) -> str:
-        """Which other addresses it listens on; empty: those of the urls alone."""
-        return "" if self._address is None else self._address.reach
+    def scope(self) -> str:
+        """Which addresses it listens on, if more than those of the URLs; else empty."""
+        return "" if self._address is None else self._address.scope
 
     def wait(self) -> NoReturn:
-        """Stay until Triton or the model's process ends by itself, which is an error; meanwhile show their log."""
+        """Block until Triton or the model's process ends by itself, which is an error. Prints their log."""
         assert self._group is not None, "the server is not running"
-        self._group.log.echo = True
+        self._group.log.verbose = True
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._group.process.wait(POLL_S)
             self._check_alive("by itself")
 
     def stop(self) -> None:
-        """End Triton when its clients have left, or after `drain_timeout_s`; interrupted, it kills Triton at once.
+        """Stop Triton when its clients have left, or after `drain_timeout_s`; on an interrupt, kill it at once.
 
-        SIGTERM goes to the model's process too: Triton tells the model nothing while a client is connected.
+        SIGTERM goes to the model's process too: Triton does not notify the model while a client is connected.
         """
         if self._group is None:
             return
-        self._group.log.echo = self._verbose
+        self._group.log.verbose = self._verbose
         try:
             self._group.send_signal(signal.SIGTERM)
-            self._wait_until_gone()
+            self._wait_until_stopped()
         finally:
             self._group.close()
 
-    def _wait_until_gone(self) -> None:
-        """Triton 2.51 stays while a client's stream is open, or after it has refused one: for as long as it may."""
+    def _wait_until_stopped(self) -> None:
+        """Triton 2.51 does not exit before its timeout if a stream is open, or if it has refused one."""
         assert self._group is not None
         deadline = time.monotonic() + self._drain_timeout_s + EXIT_SLACK_S
         while time.monotonic() < deadline:
@@ -164,7 +164,7 @@ class TritonServer:
                 deadline = min(deadline, time.monotonic() + EXIT_SLACK_S)
 
     def kill(self) -> None:
-        """End Triton at once, clients or not."""
+        """Stop Triton at once."""
         if self._group is not None:
             self._group.close()
 
@@ -181,15 +181,15 @@ class TritonServer:
             command = [str(install.binary), *self._options(paths.safe(self._repository), address, shm_prefix)]
             if install.backends is not None:
                 command.append(f"--backend-directory={install.backends}")
-            python, working_directory = paths.python()  # the embedded Python has the folder on sys.path
-            settings = {"LONGLIVE_CONFIG": str(_write_settings(config, paths, scratch))}
+            python, folder = paths.python()  # the embedded Python has this folder on sys.path
+            variables = {"LONGLIVE_CONFIG": str(_write_config(config, paths, scratch))}
             return ProcessGroup(
                 command,
-                install.environment(paths, python) | settings,
-                working_directory=working_directory,
+                install.environment(paths, python) | variables,
+                folder=folder,
                 scratch=scratch,
                 shm_prefix=Path("/dev/shm", shm_prefix),
-                echo=self._verbose,
+                verbose=self._verbose,
                 rename=paths.rename,
             )
         except BaseException:
@@ -202,9 +202,9 @@ class TritonServer:
             "--model-control-mode=none",
             "--disable-auto-complete-config",  # it would start the model's process, and import torch, twice
             f"--exit-timeout-secs={round(self._drain_timeout_s)}",
-            "--grpc-infer-response-compression-level=none",  # frames are big, and clients are near or encode them
-            "--grpc-keepalive-time=10000",  # a client that froze or lost its network counts as cancelled after 20 s;
-            "--grpc-keepalive-timeout=10000",  # until then its unread frames pile up in Triton's memory
+            "--grpc-infer-response-compression-level=none",  # frames are large; clients can ask for encoded ones
+            "--grpc-keepalive-time=10000",  # a client that hangs or lost its network counts as cancelled after 20 s;
+            "--grpc-keepalive-timeout=10000",  # until then Triton keeps its unread frames in memory
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             f"--grpc-header-forward-pattern={CLIENT_HEADER}",
         ]
@@ -212,51 +212,51 @@ class TritonServer:
             options += [address.option(name), f"--{name}-port={port}"]
         if self._tls.cert is not None:
             options += self._tls.options()
-            # By a header that nobody knows
-            options.append(f"--http-restricted-api={ALL_BUT_HEALTH}:{secrets.token_hex(16)}={secrets.token_hex(16)}")
+            # Restricted to a header that nobody knows
+            options.append(f"--http-restricted-api={RESTRICTED_APIS}:{secrets.token_hex(16)}={secrets.token_hex(16)}")
         if not Path("/dev/nvidiactl").exists():
             options.append("--allow-gpu-metrics=false")
         return options
 
     def _wait_until_ready(self) -> None:
-        """Wait for the model, as Triton's own readiness does not say that one answers, and for the metrics."""
+        """Wait for the model, which Triton's own readiness does not cover, and for the metrics."""
         assert self._group is not None
-        waited_for = [f"http://{self.http_url}/v2/models/{MODEL_NAME}/ready", f"http://{self.metrics_url}/metrics"]
+        urls = [f"http://{self.http_url}/v2/models/{MODEL_NAME}/ready", f"http://{self.metrics_url}/metrics"]
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + self._ready_timeout_s
         while time.monotonic() < deadline:
             self._check_alive("before the model was ready")
-            with contextlib.suppress(OSError), opener.open(waited_for[0], timeout=1):
-                del waited_for[0]
-                if not waited_for:
+            with contextlib.suppress(OSError), opener.open(urls[0], timeout=1):
+                del urls[0]
+                if not urls:
                     return
             time.sleep(0.05)
         self._fail(f"the model was not ready after {self._ready_timeout_s:g} s (--ready-timeout)")
 
-    def _check_alive(self, when: str) -> None:
-        """Raises ServerStartError, with the last words of what has ended."""
+    def _check_alive(self, phase: str) -> None:
+        """Raises ServerStartError with the last lines of the process that has ended."""
         assert self._group is not None
         group, log = self._group, self._group.log
-        if group.lost_child():
-            time.sleep(LAST_WORDS_S)
-        deadline = time.monotonic() + TRIAL_S
-        while (lost := group.lost_child()) == TRIAL_END and log.is_silent() and time.monotonic() < deadline:
+        if group.dead_child():
+            time.sleep(LAST_LINES_S)
+        deadline = time.monotonic() + PROBE_TIMEOUT_S
+        while (child := group.dead_child()) == PROBE_EXIT and not log.has_errors() and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        if lost and group.process.poll() is None:
+        if child and group.process.poll() is None:
             group.close()
-            raise ServerStartError(f"the model's process {lost} {when}:\n{log.errors() or log.words_of_the_model()}")
+            raise ServerStartError(f"the model's process {child} {phase}:\n{log.errors() or log.model_lines()}")
         if (status := group.process.poll()) is not None:
-            self._fail(f"Triton ended with exit status {status} {when}")
+            self._fail(f"Triton ended with exit status {status} {phase}")
 
-    def _fail(self, what: str) -> NoReturn:
+    def _fail(self, message: str) -> NoReturn:
         assert self._group is not None
         self._group.close()
-        raise ServerStartError(f"{what}:\n{self._group.log.errors() or self._group.log.last_lines()}")
+        raise ServerStartError(f"{message}:\n{self._group.log.errors() or self._group.log.last_lines()}")
 
 
-def _write_settings(config: ServeConfig, paths: SafePaths, scratch: Path) -> Path:
-    """What the model's process reads: the settings with paths that its Python can take."""
-    if config.trace_dir:  # a link to what is not there yet could not be made a folder later
+def _write_config(config: ServeConfig, paths: SafePaths, scratch: Path) -> Path:
+    """The settings for the model's process, with paths that its Python can handle."""
+    if config.trace_dir:  # before it is linked: nobody can create a folder at a dangling link
         Path(config.trace_dir).mkdir(parents=True, exist_ok=True)
     file = scratch / "serve.toml"
     file.write_text(config.with_paths(paths.safe).to_toml(), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python that runs the server: which versions can, and what must come with it.
+"""Whether this Python can run the server: its version, and the parts that must be installed with it.
 
 `make` runs this file before anything is installed, with any Python from 3.7 on; `find_triton.py` uses it again.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 VERSION = (sys.version_info[0], sys.version_info[1])
 SUPPORTED = ((3, 11), (3, 12))
-# Seen with NumPy 2.1: a tensor that comes has its first byte everywhere, one that goes has no bytes.
+# Seen with NumPy 2.1: an incoming tensor repeats its first byte, an outgoing one is empty.
 NUMPY_1 = "the Python backend in nvidia-pytriton was compiled for NumPy 1 and garbles the arrays of NumPy 2"
 
 
@@ -30,11 +30,11 @@ def check() -> None:
             f"{sys.executable}: got no module ensurepip, expected it, to make a virtual environment; "
             f"apt-get install python{_text(VERSION)}-venv"
         )
-    libpython()
+    find_libpython()
 
 
-def libpython() -> Path | None:
-    """The shared library that Triton's Python backend links; None: the system's loader finds it by itself."""
+def find_libpython() -> Path | None:
+    """The shared library that Triton's Python backend links; None: the system's loader finds it."""
     name = f"libpython{_text(VERSION)}.so.1.0"
     folders = (Path(str(sysconfig.get_config_var("LIBDIR"))), Path(sys.base_prefix, "lib"))
     found = [folder / name for folder in folders if (folder / name).is_file()]
@@ -45,7 +45,7 @@ def libpython() -> Path | None:
     except OSError:
         raise InterpreterError(
             f"{sys.executable}: got no {name}, expected it in {folders[0]}, for Triton's Python backend; "
-            f"apt-get install libpython{_text(VERSION)}, or take a Python that was built with --enable-shared"
+            f"apt-get install libpython{_text(VERSION)}, or use a Python that was built with --enable-shared"
         ) from None
     return None
 
@@ -53,9 +53,9 @@ def libpython() -> Path | None:
 def _check_version() -> None:
     if VERSION in SUPPORTED:
         return
-    why = f": {NUMPY_1}, and NumPy 1 has no wheels for newer ones" if SUPPORTED[-1] < VERSION else ""
+    reason = f": {NUMPY_1}, and NumPy 1 has no wheels for newer ones" if SUPPORTED[-1] < VERSION else ""
     raise InterpreterError(
-        f"{sys.executable}: got Python {_text(VERSION)}, expected {' or '.join(map(_text, SUPPORTED))}{why}; "
+        f"{sys.executable}: got Python {_text(VERSION)}, expected {' or '.join(map(_text, SUPPORTED))}{reason}; "
         f"make PYTHON=python{_text(SUPPORTED[-1])} (docs/install.md says what runs with other versions)"
     )
 

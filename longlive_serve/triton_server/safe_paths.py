@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths that Triton and its Python can take, in the place of those that they cannot.
+"""Symbolic links with plain names, for paths that Triton and its Python cannot handle.
 
-Triton pastes paths into a shell's command line, and the Python inside its stub speaks ASCII whatever the locale says.
-So what lies at any other path is linked into the server's scratch folder, whose path is safe.
+Triton inserts paths into a shell command, and the Python in its stub uses ASCII, whatever the locale.
+Files at other paths are linked into the server's scratch folder.
 
 Used by `launcher.py`, `find_triton.py` and the doctor.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from longlive_serve.protocol.errors import ServerStartError
 
 SAFE = re.compile(r"[A-Za-z0-9_./+=@%-]+")
-SCRATCH_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # after the one that TMPDIR names
+SCRATCH_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # tried after $TMPDIR
 
 
 def is_safe(path: Path | str) -> bool:
@@ -30,22 +30,20 @@ def is_safe(path: Path | str) -> bool:
 
 def make_scratch() -> Path:
     """A new folder at a safe path. Raises ServerStartError."""
-    tried = []
+    errors = []
     for folder in dict.fromkeys((os.environ.get("TMPDIR") or SCRATCH_FOLDERS[0], *SCRATCH_FOLDERS)):
         if is_safe(Path(folder).absolute()):
             try:
                 return Path(tempfile.mkdtemp(prefix="longlive-serve-", dir=Path(folder).absolute()))
             except OSError as error:
-                tried.append(f"{folder} ({error.strerror})")
+                errors.append(f"{folder} ({error.strerror})")
         else:
-            tried.append(f"{folder} (Triton takes no path with other characters than A-Z a-z 0-9 _ . / + = @ % -)")
-    raise ServerStartError(
-        f"no folder for temporary files: tried {', '.join(tried)}; set TMPDIR to one that can be written"
-    )
+            errors.append(f"{folder} (Triton only takes paths of A-Z a-z 0-9 _ . / + = @ % -)")
+    raise ServerStartError(f"no folder for temporary files: tried {', '.join(errors)}; set TMPDIR to a writable one")
 
 
 class SafePaths:
-    """Links in a scratch folder, and what they stand for."""
+    """Links in a scratch folder, and their targets."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -55,24 +53,24 @@ class SafePaths:
         """`path` itself, or a link to it."""
         if is_safe(path):
             return path
-        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", path.name)[-64:]  # what the name ends with may tell the format
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", path.name)[-64:]  # keeps the suffix, which may be the format
         link = self._scratch / f"link{len(self._names)}" / plain
-        known = {name: Path(link) for link, name in self._names.items()}
-        if str(path) in known:
-            return known[str(path)]
+        links = {name: Path(link) for link, name in self._names.items()}
+        if str(path) in links:
+            return links[str(path)]
         link.parent.mkdir()
         link.symlink_to(path)
         self._names[str(link)] = str(path)
         return link
 
     def rename(self, text: str) -> str:
-        """A line of a log, JSON or not, with the names that people know in the place of the links."""
+        """A log line, text or JSON, with the original paths instead of the links."""
         for link, name in self._names.items():
             text = text.replace(link, json.dumps(name)[1:-1] if text.startswith("{") else name)
         return text
 
     def python(self) -> tuple[Path, Path]:
-        """The folder of the `python3` whose packages the model gets, and the folder it is to run in: this process's."""
+        """The folder of the `python3` whose packages the model imports, and its working folder, like this process's."""
         package = Path(__file__).resolve().parents[2]
         folders = (Path(sys.prefix), Path(sys.base_prefix), package, *_package_folders())
         if all(is_safe(folder) for folder in folders):
@@ -80,9 +78,9 @@ class SafePaths:
         return self._environment(), self._scratch
 
     def _environment(self) -> Path:
-        """A virtual environment of links: its one package folder names those of this process."""
+        """A virtual environment of links: its package folder names those of this process."""
         base, environment = self.safe(Path(sys.base_prefix)), self._scratch / "python"
-        # The interpreter's own name: a link such as `python3` might lead out of the folder that stands for it.
+        # With all links resolved: one such as `python3` might lead out of the linked folder.
         own = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
         home = base / own.parent.relative_to(Path(sys.base_prefix).resolve())
         packages = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -98,7 +96,7 @@ class SafePaths:
 
 
 def _package_folders() -> Iterator[Path]:
-    """Where this process imports from, the standard library's folders left out."""
+    """The folders from which this process imports, without those of the standard library."""
     own = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     own |= {folder / "lib-dynload" for folder in own}
     yield Path(__file__).resolve().parents[2]

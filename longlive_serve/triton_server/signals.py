@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hears SIGTERM in a process whose main thread is not in Python, as in the stub of Triton's Python backend.
+"""Handles SIGTERM in a process whose main thread is in C++, like the stub of Triton's Python backend.
 
-Called by `model.py`. Python runs signal handlers in the main thread only, and there that thread waits in C++; the
-byte that the interpreter writes for every signal arrives all the same.
+Called by `model.py`. Python runs signal handlers only in the main thread, which never returns from C++ there. The byte
+that the interpreter writes to its wakeup descriptor for each signal still arrives.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable
 
 
-def on_sigterm(act: Callable[[], None]) -> None:
-    """Call `act` in a thread of its own on the first SIGTERM, instead of ending. Call it from the main thread."""
+def on_sigterm(handler: Callable[[], None]) -> None:
+    """Call `handler` in a new thread on the first SIGTERM, instead of exiting. Must be called from the main thread."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -23,7 +23,7 @@ def on_sigterm(act: Callable[[], None]) -> None:
     def wait() -> None:
         while reader.recv(1)[0] != signal.SIGTERM:
             pass
-        writer.detach()  # stays open: a signal after this one must find it
-        act()
+        writer.detach()  # keeps it open for later signals
+        handler()
 
     threading.Thread(target=wait, name="longlive-sigterm", daemon=True).start()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard output and error of a process that must go on whatever becomes of them: closed, full, or read by nobody.
+"""Standard output and error that never block or raise: also when they are closed or full, or when nobody reads them.
 
-Used by the server's command line and by the log of Triton. It knows descriptors and bytes.
+Used by the server's command line and by the log of Triton.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import sys
 import threading
 from typing import TextIO
 
-MOST_WAITING = 10_000  # pieces of text
+MAX_PENDING = 10_000  # pieces of text
 RETRY_S = 1.0
 
 
 def reserve_standard_descriptors() -> None:
-    """Put the null device in the place of what is closed, so that no file opened later is taken for it."""
+    """Open the null device for each closed one, so that no file that is opened later gets its number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 class Output:
-    """Writes to a stream in a thread of its own. What finds no room is dropped and counted; nothing raises or waits."""
+    """Writes to a stream in a thread of its own. Drops text when the queue is full. Never raises or blocks."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        """`stream`: None, as Python has it for a closed one, or one without a descriptor, as a test's."""
+        """`stream`: may be None (closed), or have no descriptor (in tests)."""
         self._stream = stream
-        self._waiting: queue.Queue[bytes | None] = queue.Queue(MOST_WAITING)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_PENDING)
         self._dropped = 0
         self._thread: threading.Thread | None = None
 
@@ -44,24 +44,24 @@ class Output:
             self._thread = threading.Thread(target=self._run, name="longlive-output", daemon=True)
             self._thread.start()
         try:
-            self._waiting.put_nowait(text.encode(errors="replace"))
+            self._queue.put_nowait(text.encode(errors="replace"))
         except queue.Full:
             self._dropped += 1
 
     def close(self, seconds: float = 1.0) -> None:
-        """Give what waits so long to be written; then it is lost."""
+        """Write what is in the queue, for at most this long; the rest is lost."""
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
-                self._waiting.put_nowait(None)
+                self._queue.put_nowait(None)
                 self._thread.join(seconds)
             self._thread = None
 
     def _run(self) -> None:
-        while (data := self._waiting.get()) is not None:
+        while (data := self._queue.get()) is not None:
             dropped, self._dropped = self._dropped, 0
             if dropped:
-                data = b"(%d lines were dropped here: nobody read them)\n" % dropped + data
-            with contextlib.suppress(OSError, ValueError):  # its reader has gone, or the disk under it is full
+                data = b"(%d lines were dropped here: the output was not read)\n" % dropped + data
+            with contextlib.suppress(OSError, ValueError):  # closed by its reader, or the disk is full
                 self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -74,22 +74,22 @@ class Output:
         while data:
             try:
                 data = data[os.write(descriptor, data) :]
-            except BlockingIOError:  # somebody has made it one that does not wait
+            except BlockingIOError:  # another process has set O_NONBLOCK
                 select.select([], [descriptor], [], RETRY_S)
 
 
-class StandardOutputs:
-    """What a command says to the person who started it."""
+class Console:
+    """What a command prints."""
 
     def __init__(self) -> None:
         self._out, self._err = Output(sys.stdout), Output(sys.stderr)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A result, to stdout."""
         self._out.write(text + "\n")
 
-    def tell(self, text: str) -> None:
-        """About the work, to stderr."""
+    def info(self, text: str) -> None:
+        """Progress and errors, to stderr."""
         self._err.write(text + "\n")
 
     def close(self) -> None:

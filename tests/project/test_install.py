@@ -73,12 +73,12 @@ def test_the_library_is_found_where_python_was_moved_to(no_library: Path) -> Non
     library = no_library / "lib/libpython3.99.so.1.0"
     library.parent.mkdir()
     library.write_bytes(b"")
-    assert python_version.libpython() == library
+    assert python_version.find_libpython() == library
 
 
 def test_the_library_is_left_to_the_loader_that_finds_it(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_version, "ctypes", SimpleNamespace(CDLL=lambda name: None))
-    assert python_version.libpython() is None
+    assert python_version.find_libpython() is None
 
 
 def python(file: Path, version: str, can_serve: bool) -> Path:

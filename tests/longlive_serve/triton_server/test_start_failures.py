@@ -27,7 +27,7 @@ from longlive_serve.protocol.errors import ServerStartError
 from longlive_serve.protocol.messages import MODEL_NAME
 from longlive_serve.triton_server.__main__ import main
 from longlive_serve.triton_server.addresses import find_address
-from longlive_serve.triton_server.launcher import TRIAL_END, TritonServer
+from longlive_serve.triton_server.launcher import PROBE_EXIT, TritonServer
 from longlive_serve.triton_server.process_group import ProcessGroup
 from longlive_serve.triton_server.tls_files import TlsFiles
 from tests.fakes.echo_server import EchoStream, Launched
@@ -61,7 +61,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 @pytest.mark.parametrize(
     ("code", "how", "words"),
     [
-        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL", "(it said nothing)"),
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL", "(no output)"),
         ("print('no room left', flush=True); os._exit(3)", "ended with exit status 3", "no room left"),
         (
             "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(0)",
@@ -189,7 +189,7 @@ def test_a_host_that_is_none_of_this_machine_is_refused(
 def test_ipv6_and_all_addresses_serve(repository: Path, host: str, where: str) -> None:
     with TritonServer(model_repository=repository, host=host) as server:
         assert server.grpc_url.startswith(where)
-        assert bool(server.reach) == (host in ("::", "0.0.0.0"))
+        assert bool(server.scope) == (host in ("::", "0.0.0.0"))
         urls = [server.grpc_url] if host != "::" else [server.grpc_url, server.grpc_url.replace("[::1]", "127.0.0.1")]
         for url in urls:
             with EchoStream(url) as stream:
@@ -228,11 +228,11 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (("own.pem", "locked.key", None), "locked.key: got an encrypted key, expected one without a password"),
         (("own.pem", "other.key", None), "other.key: got the key of another certificate, expected that of"),
-        (("own.pem", "own.pem", None), "own.pem: no private key can be read from it"),
-        (("own.pem", "der.key", None), "der.key: no private key can be read from it"),
-        (("own.pem", "empty.pem", None), "empty.pem: no private key can be read from it"),
-        (("own.key", "own.key", None), "own.key: no certificate can be read from it"),
-        (("empty.pem", "own.key", None), "empty.pem: no certificate can be read from it"),
+        (("own.pem", "own.pem", None), "own.pem: got no private key"),
+        (("own.pem", "der.key", None), "der.key: got no private key"),
+        (("own.pem", "empty.pem", None), "empty.pem: got no private key"),
+        (("own.key", "own.key", None), "own.key: got no certificate"),
+        (("empty.pem", "own.key", None), "empty.pem: got no certificate"),
         (("none.pem", "own.key", None), "none.pem: no such file"),
         (("own.pem", "folder.pem", None), "folder.pem: no such file"),
         (("own.pem", "own.key", "own.key"), "--tls-client-ca"),
@@ -293,16 +293,16 @@ def test_settings_with_a_byte_order_mark_start(repository: Path, tmp_path: Path)
         assert stream.notice().startswith("5 ")
 
 
-def test_a_trial_that_triton_has_not_asked_about_yet_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine takes its time to ask how the process ended with which Triton tried out whether one starts."""
-    ends = iter([TRIAL_END, TRIAL_END, TRIAL_END, ""])
+def test_a_probe_that_triton_has_not_waited_for_yet_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine Triton waits late for the process with which it checks that one starts."""
+    ends = iter([PROBE_EXIT, PROBE_EXIT, PROBE_EXIT, ""])
     monkeypatch.setattr("longlive_serve.triton_server.launcher.time.sleep", lambda seconds: None)
     server = TritonServer()
     server._group = cast(
         ProcessGroup,
         SimpleNamespace(
-            lost_child=lambda: next(ends),
-            log=SimpleNamespace(is_silent=lambda: True),
+            dead_child=lambda: next(ends),
+            log=SimpleNamespace(has_errors=lambda: False),
             process=SimpleNamespace(poll=lambda: None),
         ),
     )

@@ -165,7 +165,7 @@ def test_the_scratch_folder_goes_past_an_awkward_tmpdir(tmp_path: Path, monkeypa
         assert is_safe(scratch)
         scratch.rmdir()
     monkeypatch.setattr("longlive_serve.triton_server.safe_paths.SCRATCH_FOLDERS", (str(tmp_path / "none"),))
-    with pytest.raises(ServerStartError, match=r"no folder for temporary .*none \(No such file.*set TMPDIR to one"):
+    with pytest.raises(ServerStartError, match=r"no folder for temporary .*none \(No such file.*set TMPDIR to a"):
         make_scratch()
 
 
