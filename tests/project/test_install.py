@@ -66,7 +66,7 @@ def test_the_server_says_which_package_brings_the_library_of_python(no_library: 
     with pytest.raises(
         ServerStartError, match=r"got no libpython3\.99\.so\.1\.0, .*; apt-get install libpython3\.99, or "
     ):
-        find_triton._libpython()
+        find_triton._find_libpython()
 
 
 def test_the_library_is_found_where_python_was_moved_to(no_library: Path) -> None:
