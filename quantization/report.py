@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +15,54 @@ UNQUANTIZED = "unquantized"
 SHORT = {DIT: "DiT", TEXT_ENCODER: "text", VAE_DECODER: "VAE"}
 
 
-def rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """A heading, then a row per measure; a column per recipe, the unquantized model first."""
-    columns = [record[UNQUANTIZED], *record["recipes"].values()]
-    steps = len(next((c["flow_rel_error_by_step"] for c in columns if "flow_rel_error_by_step" in c), ()))
-
-    def row(title: str, key: str, form: str, scale: float = 1.0) -> list[str]:
-        return [title, *(form.format(scale * c[key]) if key in c else "" for c in columns)]
-
-    def row_of_list(title: str, key: str, place: int) -> list[str]:
-        return [title, *(f"{100 * c[key][place]:.1f} %" if key in c else "" for c in columns)]
-
-    def row_of_total(title: str, key: str) -> list[str]:
-        return [title, *(f"{sum(c[key].values()) / 1e6:.1f} MB" if key in c else "" for c in columns)]
-
-    return [
-        ["", UNQUANTIZED, *record["recipes"]],
-        ["in 8 bits", "", *(", ".join(SHORT[name] for name in column["formats"]) for column in columns[1:])],
-        row("full-size file, of bfloat16", "bytes_ratio", "{:.1f} %", 100),
-        row("the same at demo size", "bytes_ratio_demo", "{:.1f} %", 100),
-        row_of_total("all demo files", "bytes_on_disk"),
-        row_of_total("in memory, rest in bfloat16", "bytes_in_memory"),
-        *(row_of_list(f"flow, error at step {step + 1}", "flow_rel_error_by_step", step) for step in range(steps)),
-        row("latents, error after chunk 1", "latent_rel_error_after_chunk_1", "{:.1f} %", 100),
-        row("latents, error after chunk 20", "latent_rel_error_after_chunk_20", "{:.1f} %", 100),
-        row("latents, error after 60 s", "latent_rel_error_after_60s", "{:.1f} %", 100),
-        row("latents, error through 60 s", "latent_rel_error", "{:.1f} %", 100),
-        row("growth of that error", "error_growth", "{:.2f} x"),
-        row("PSNR of frames through 60 s", "psnr_db", "{:.1f} dB"),
-        row("attributes right at 60 s", "attributes_right_at_60s", "{:.1f} %", 100),
-        row("attributes right, 1.5 s and 7 s", "attribute_accuracy", "{:.1f} %", 100),
-        row("switch adopted in 2 chunks", "switch_adoption_within_2_chunks", "{:.1f} %", 100),
-    ]
+ROWS = {
+    "full-size file, of bfloat16": "{bytes_ratio:.1%}",
+    "the same at demo size": "{bytes_ratio_demo:.1%}",
+    "all demo files": "{total_on_disk:.1f} MB",
+    "in memory, rest in bfloat16": "{total_in_memory:.1f} MB",
+    **{f"flow, error at step {step + 1}": f"{{flow_rel_error_by_step[{step}]:.1%}}" for step in range(4)},
+    "latents, error after chunk 1": "{latent_rel_error_after_chunk_1:.1%}",
+    "latents, error after chunk 20": "{latent_rel_error_after_chunk_20:.1%}",
+    "latents, error after 60 s": "{latent_rel_error_after_60s:.1%}",
+    "latents, error through 60 s": "{latent_rel_error:.1%}",
+    "growth of that error": "{error_growth:.2f} x",
+    "PSNR of frames through 60 s": "{psnr_db:.1f} dB",
+    "attributes right at 60 s": "{attributes_right_at_60s:.1%}",
+    "attributes right, 1.5 s and 7 s": "{attribute_accuracy:.1%}",
+    "switch adopted in 2 chunks": "{switch_adoption_within_2_chunks:.1%}",
+}
+BLOCK_ERRORS = "flow_rel_error_of_block_alone"
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    heading, *body = rows(record)
-    counts = record["counts"]
-    heading[0] = f"{counts['captions']} captions, {counts['switches']} switches, {counts['rollouts']} videos of 60 s"
-    blocks = _blocks(record)
-    parts = [markdown_table(heading, body)]
-    if blocks:  # of recipes alone
-        numbers = ["error of the flow with one block quantized", *map(str, range(1, 1 + len(blocks[0][1])))]
-        errors_of = [[name, *(f"{100 * error:.1f} %" for error in errors)] for name, errors in blocks]
-        parts.append(markdown_table(numbers, errors_of))
-    return "\n\n".join(parts)
+    """A row per measure; a column per recipe, the unquantized model first."""
+    columns, counts, recipes = [record[UNQUANTIZED], *record["recipes"].values()], record["counts"], record["recipes"]
+    title = f"{counts['captions']} captions, {counts['switches']} switches, {counts['rollouts']} videos of 60 s"
+    formats = (", ".join(SHORT[name] for name in recipe["formats"]) for recipe in recipes.values())
+    rows = [(name, *(_cell(form, column) for column in columns)) for name, form in ROWS.items()]
+    rows = [row for row in rows if any(row[1:]) or not row[0].startswith("flow")]
+    tables = [markdown_table([title, UNQUANTIZED, *recipes], [("in 8 bits", "", *formats), *rows])]
+    if blocks := {name: recipe[BLOCK_ERRORS] for name, recipe in recipes.items() if BLOCK_ERRORS in recipe}:
+        header = ["error of the flow with one block quantized", *range(1, 1 + len(next(iter(blocks.values()))))]
+        tables.append(markdown_table(header, ([name, *map(_percent, errors)] for name, errors in blocks.items())))
+    return "\n\n".join(tables)
 
 
-def _blocks(record: Mapping[str, Any]) -> list[tuple[str, Sequence[float]]]:
-    key = "flow_rel_error_of_block_alone"
-    return [(name, figures[key]) for name, figures in record["recipes"].items() if key in figures]
+def _cell(form: str, column: Mapping[str, Any]) -> str:
+    """Empty where this was not measured."""
+    totals = {
+        f"total_{where}": sum(column[f"bytes_{where}"].values()) / 1e6
+        for where in ("on_disk", "in_memory")
+        if f"bytes_{where}" in column
+    }
+    try:
+        return form.format_map({**column, **totals}).replace("%", " %")
+    except KeyError:
+        return ""
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -81,15 +79,15 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             blocks = range(1, 1 + len(figures["rel_error_after_block"]))
             depth.plot(
                 blocks,
-                _percent(figures["rel_error_after_block"]),
+                [100 * error for error in figures["rel_error_after_block"]],
                 "o-",
                 color=color,
                 label=f"{name}: what the block hands on",
             )
-            alone = _percent(figures["flow_rel_error_of_block_alone"])
+            alone = [100 * error for error in figures[BLOCK_ERRORS]]
             depth.plot(blocks, alone, "x:", color=color, label=f"{name}: the flow, this block alone quantized")
         if figures["latent_rel_error"]:
-            time.plot(seconds, _percent(figures["latent_rel_error_by_chunk"]), color=color, label=name)
+            time.plot(seconds, [100 * error for error in figures["latent_rel_error_by_chunk"]], color=color, label=name)
         picture.plot(seconds, figures["psnr_db_by_chunk"], color=color, label=name)
     for axes, x, y in (
         (depth, "block of the DiT", "relative error, %"),
@@ -105,7 +103,3 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     time.set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def _percent(errors: Sequence[float]) -> list[float]:
-    return [100 * error for error in errors]

@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             run.measure(lambda: write_record(args.json, measurement, run.record) if args.json else None)
     record = run.record
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    for part in tables(record):
-        console.print(part, highlight=False, markup=False)
+    print(*tables(record), sep="\n\n")
     if args.plot and record["rows"]:
         plot(record, args.plot)
     if not record["complete"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's record as tables for a terminal and as a picture."""
+"""A run's record as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -7,104 +7,87 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-
 from benchmarks.engines.live import CHUNK_PLAYS_S
 from benchmarks.engines.measure import PHASES
 from benchmarks.engines.record import top_figures
+from benchmarks.results import format_table, markdown_table
 
 TERA, MIB = 1e12, 2**20
+SESSION_COLUMNS = {
+    "sessions, the VAE in every figure": "{name}",
+    "first frame, s": "{first_frame_s[median]:.3f}",
+    "new prompt p50 / p95, s": "{switch_s[median]:.3f} / {switch_s[p95]:.3f}",
+    "encode, s": "{encode_s[median]:.4f}",
+    "recache, s": "{recache_s[median]:.4f}",
+    "MiB per session": "{session_mib:.1f}",
+    "live at 16 fps": "{sessions}",
+    "lateness p95, s": "{lateness}",
+}
 
 
-def tables(record: dict[str, Any]) -> Iterator[Table | str]:
-    """What there is to show of a record, finished or not. Fits a terminal of 100 columns."""
+def tables(record: dict[str, Any]) -> Iterator[str]:
+    """What there is to show of a record, finished or not."""
     if record["rows"]:
         yield chunk_table(record["rows"])
-        yield session_table(record["rows"])
+        yield format_table(SESSION_COLUMNS, (row | _session_cells(row) for row in record["rows"]))
         yield from (check_line(row) for row in record["rows"] if "check" in row)
     if record["attention"]:
         yield attention_table(record["attention"])
     if record["roofline"]:
         yield roofline_line(record["roofline"])
-    for what in ("skipped", "failed"):
-        yield from (f"{what}: {name}: {reason}" for name, reason in record[what].items())
+    for key in ("skipped", "failed"):
+        yield from (f"{key}: {name}: {reason}" for name, reason in record[key].items())
     if record["rows"]:
-        figures = top_figures(record["rows"])
-        yield ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
-
-
-def _grid(title: str, columns: Sequence[str]) -> Table:
-    grid = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        grid.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return grid
+        top = top_figures(record["rows"])
+        yield ", ".join(f"{name} {value:.4g}" for name, value in top.items() if value is not None)
 
 
 def check_line(row: dict[str, Any]) -> str:
-    found = row["check"]
-    first, last = (f"{100 * found['latents_off'][chunk]:.2g} %" for chunk in (0, -1))
-    twice = "the same bits twice" if found["same_twice"] else "other bits the second time"
-    frames = f"frames {found['frames_off']:.2g}"
-    return f"{row['name']}: latents {first} off torch's ({last} in the last chunk), {frames}; {twice}"
+    check = row["check"]
+    first, last = (f"{100 * check['latents_off'][chunk]:.2g} %" for chunk in (0, -1))
+    repeated = "the same bits twice" if check["same_twice"] else "other bits the second time"
+    frames = f"frames {check['frames_off']:.2g}"
+    return f"{row['name']}: latents {first} off torch's ({last} in the last chunk), {frames}; {repeated}"
 
 
-def chunk_table(rows: Sequence[dict[str, Any]]) -> Table:
-    columns = ("row", *PHASES, "chunk", "p10 - p90", "fps\nDiT", "fps\nall", "DiT of\nroofline", "VAE of\nroofline")
-    grid = _grid("ms per chunk of 12 frames, medians", columns)
+def chunk_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ("ms per chunk of 12 frames, medians", *PHASES, "chunk", "p10 - p90", "fps DiT", "fps all")
+    lines = []
     for row in rows:
-        chunk = row["chunk_s"]
+        chunk = {name: 1e3 * seconds for name, seconds in row["chunk_s"].items()}
         phases = (f"{1e3 * row['phases_s'][phase]['median']:.1f}" for phase in PHASES)
-        whole = f"{1e3 * chunk['median']:.1f}", f"{1e3 * chunk['p10']:.1f} - {1e3 * chunk['p90']:.1f}"
-        shares = (f"{share:.1%}" if (share := row["of_roofline"].get(part)) else "-" for part in ("dit", "decode"))
-        grid.add_row(row["name"], *phases, *whole, f"{row['dit_fps']:.1f}", f"{row['fps']:.1f}", *shares)
-    return grid
+        total = f"{chunk['median']:.1f}", f"{chunk['p10']:.1f} - {chunk['p90']:.1f}"
+        roofline = (f"{share:.1%}" if (share := row["of_roofline"].get(part)) else "-" for part in ("dit", "decode"))
+        lines.append((row["name"], *phases, *total, f"{row['dit_fps']:.1f}", f"{row['fps']:.1f}", *roofline))
+    return markdown_table((*header, "DiT of roofline", "VAE of roofline"), lines)
 
 
-def session_table(rows: Sequence[dict[str, Any]]) -> Table:
-    columns = (
-        "row",
-        "first frame\ns",
-        "new prompt\np50 / p95 s",
-        "encode\nms",
-        "recache\nms",
-        "MiB per\nsession",
-        "live at\n16 fps",
-        "lateness\np95 s",
-    )
-    grid = _grid("sessions, the VAE in every figure", columns)
-    for row in rows:
-        switch, live = row["switch_s"], row["live"]
-        kept = [run for run in live["runs"] if run["sessions"] == live["sessions"]] or live["runs"]
-        late = kept[-1]["lateness_s"]
-        grid.add_row(
-            row["name"],
-            f"{row['first_frame_s']['median']:.3f}",
-            f"{switch['median']:.3f} / {switch['p95']:.3f}",
-            f"{1e3 * row['encode_s']['median']:.1f}",
-            f"{1e3 * row['recache_s']['median']:.1f}",
-            f"{row['session_bytes']['total'] / MIB:.1f}",
-            f"{live['sessions']}{' or more' if live['sessions'] == live['most_tried'] else ''}",
-            f"{late['p95']:+.3f}" if late else "-",
-        )
-    return grid
+def _session_cells(row: dict[str, Any]) -> dict[str, Any]:
+    live = row["live"]
+    runs = [run for run in live["runs"] if run["sessions"] == live["sessions"]] or live["runs"]
+    lateness = runs[-1]["lateness_s"]
+    return {
+        "session_mib": row["session_bytes"]["total"] / MIB,
+        "sessions": f"{live['sessions']}{' or more' if live['sessions'] == live['most_tried'] else ''}",
+        "lateness": f"{lateness['p95']:+.3f}" if lateness else "-",
+    }
 
 
-def attention_table(attention: dict[str, Any]) -> Table:
+def attention_table(attention: dict[str, Any]) -> str:
     size = f"{attention['queries']} queries, {attention['keys']} keys"
     title = f"attention, {size}, {attention['heads']} heads of {attention['head_dim']}, {attention['dtype']}"
-    grid = _grid(title, ("kernel", "ms", "TFLOP/s", "error"))
+    lines = []
     for kernel in attention["kernels"]:
         if "reason" in kernel:
-            grid.add_row(kernel["name"], "-", "-", kernel["reason"][:60])
+            lines.append((kernel["name"], "-", "-", kernel["reason"][:60]))
             continue
         times = f"{1e3 * kernel['seconds']['median']:.3f}", f"{kernel['flops'] / TERA:.3g}"
-        grid.add_row(kernel["name"], *times, f"{kernel['relative_error']:.1e}")
-    return grid
+        lines.append((kernel["name"], *times, f"{kernel['relative_error']:.1e}"))
+    return markdown_table((title, "ms", "TFLOP/s", "error"), lines)
 
 
 def roofline_line(roofline: dict[str, Any]) -> str:
-    """What the device does with nothing in its way."""
+    """What the device reaches with nothing in its way."""
     speeds = [
         f"{dtype} {speed / TERA:.3g} TFLOP/s" if speed else f"{dtype} none ({roofline['reasons'][dtype]})"
         for dtype, speed in roofline["flops"].items()
