@@ -28,7 +28,7 @@ from benchmarks.results import ROOT, Measurement
 from benchmarks.serving.__main__ import PROMPTS, server_metrics
 from longlive_client import wire
 from longlive_client.cli.health import probe
-from longlive_client.grpc_transport import Tls, bearer, channel
+from longlive_client.grpc_transport import Tls, auth_metadata, channel
 from longlive_client.video_stream import AsyncVideoStream, StreamedChunk
 from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import Options
@@ -68,7 +68,7 @@ def switch_prompt(url: str, video: AsyncVideoStream, keys: Keys) -> bool:
         session_id=video.session_id, prompt=PROMPTS[0], options=Options(session_token=video.session_token)
     )
     message = wire.infer_request(video.session_id, "switch", request.to_tensors())
-    headers = ((SESSION_HEADER, video.session_id), *bearer(keys.token))
+    headers = ((SESSION_HEADER, video.session_id), *auth_metadata(keys.token))
     with channel(url, keys.client) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:

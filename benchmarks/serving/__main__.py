@@ -21,7 +21,7 @@ from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.viewer import ViewerConfig, ViewerStats, run_viewers
 from benchmarks.tables import viewers_table
-from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, tls_from
+from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, get_tls
 from longlive_client.proxies import open_http
 from longlive_serve.config.presets import FPS
 from longlive_serve.protocol.session_options import PACES, REALTIME
@@ -182,7 +182,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of them (extra `bench`)")
     add_access_arguments(parser)
     args = parser.parse_args(argv)
-    args.tls = tls_from(parser, args)
+    args.tls = get_tls(parser, args)
     if args.config is not None and not args.serve:
         parser.error("--config goes with --serve")
     return args

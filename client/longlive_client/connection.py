@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One session over one gRPC stream, in asyncio, until either ends.
 
-Used by `resume.py`, which follows it with another when it breaks. It knows time limits and connections; what the
-messages say is `request_tracker.py`'s.
+Used by `resume.py`, which makes another one when it breaks. It knows time limits and gRPC; `request_tracker.py` matches
+requests and responses.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from longlive_client.errors import (
     StallError,
     VideoStreamError,
 )
-from longlive_client.grpc_transport import Tls, aio_channel, bearer, turned_away
+from longlive_client.grpc_transport import Tls, access_error, aio_channel, auth_metadata
 from longlive_client.proxies import proxy_hint
-from longlive_client.request_tracker import Exchange, OpenRequest, StreamedChunk
+from longlive_client.request_tracker import OpenRequest, RequestTracker
+from longlive_client.resume_state import ResumeState
+from longlive_client.wire import StreamedChunk
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import RAW, Options
 
-REASON_TIMEOUT_S = 2.0
-CLOSE_TIMEOUT_S = 5.0  # how long a polite end may take before the stream is cancelled
-AHEAD = 8  # chunks asked for and not consumed, unless told otherwise
+CAUSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 5.0  # how long a graceful end may take before the stream is cancelled
+AHEAD = 8  # chunks requested and not consumed, unless told otherwise
 CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
 
 _CHANNEL_OPTIONS = (
@@ -45,8 +47,8 @@ _CHANNEL_OPTIONS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a session is carried; `VideoStream` explains each."""
+class TransportConfig:
+    """How a session reaches its server; `VideoStream` explains each."""
 
     url: str
     ahead: int
@@ -60,34 +62,30 @@ class Settings:
 class Connection:
     """One session over one gRPC stream."""
 
-    def __init__(self, start: Request, settings: Settings, chunks: float) -> None:
-        """`start`: the session's first request. `chunks`: how many to ask for in all; math.inf: until stopped."""
+    def __init__(self, start: Request, config: TransportConfig, state: ResumeState) -> None:
+        """`start`: the session's first request. Chunks are added to `state`, which says how many remain."""
         self._start = start
-        self._settings = settings
-        self._wanted = chunks  # not yet asked for
-        self._exchange = Exchange(start.session_id, check=settings.check, frame_format=start.options.format or RAW)
-        self._heard = 0.0  # when the last response came
-        self._probed = 0.0  # when a heartbeat was last sent because of a silence
+        self._config = config
+        self._state = state
+        self._tracker = RequestTracker(state, start.options.format or RAW, check=config.check)
+        self._last_response = 0.0  # when it was received
+        self._last_probe = 0.0  # when a heartbeat was last sent because there was no response
         self._unconfirmed = 0  # chunks consumed since the last request
-        self._opened = self._closing = False
-
-    @property
-    def received(self) -> list[StreamedChunk]:
-        """Chunks that have come and were not taken by `next_chunk`."""
-        return [item for item in self._exchange.received if isinstance(item, StreamedChunk)]
+        self._opened = False
 
     async def open(self) -> None:
         """Connect and send the START. Raises InvalidRequestError when it must not be sent."""
-        self._opening, message = self._exchange.ask(dataclasses.replace(self._start, chunks=self._portion()))
+        chunks = int(min(self._state.remaining, self._config.ahead))
+        self._start_request, message = self._tracker.add(dataclasses.replace(self._start, chunks=chunks))
         self._changed = asyncio.Event()
-        self._writing = asyncio.Lock()
+        self._write_lock = asyncio.Lock()
         self._writes: set[asyncio.Future[None]] = set()
-        self._channel = aio_channel(self._settings.url, self._settings.tls, _CHANNEL_OPTIONS)
+        self._channel = aio_channel(self._config.url, self._config.tls, _CHANNEL_OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        headers = ((SESSION_HEADER, self._start.session_id), *bearer(self._settings.access_token))
+        headers = ((SESSION_HEADER, self._start.session_id), *auth_metadata(self._config.access_token))
         self._call = stub.ModelStreamInfer(metadata=headers)
         self._reader = asyncio.create_task(self._read())
-        self._heart = asyncio.create_task(self._beat())
+        self._heartbeats = asyncio.create_task(self._run_heartbeats())
         self._opened = True
         try:
             await self._write(message)
@@ -95,47 +93,52 @@ class Connection:
             await self.close()
             raise
 
-    async def close(self, *, politely: bool = True) -> None:
-        """End the session (`politely`: with an END, and its answer) and the stream. What was not consumed is lost."""
-        if not self._opened or self._closing:
+    async def close(self, *, graceful: bool = True) -> None:
+        """End the session (`graceful`: with an END, and its answer) and the stream. What was not consumed is lost."""
+        if not self._opened or self._tracker.closing:
             return
-        self._closing = True
-        self._heart.cancel()
+        self._tracker.closing = True
+        self._heartbeats.cancel()
         try:
             # A session that failed is ended too, or Triton would keep a place for it; but not somebody else's.
-            if politely and not (self._call.done() or isinstance(self._exchange.failure, SessionExistsError)):
+            if graceful and not (self._call.done() or isinstance(self._tracker.failure, SessionExistsError)):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    _, message = self._exchange.ask(self._request(end=True))
+                    _, message = self._tracker.add(self._request(end=True))
                     await self._write(message)
-                    await self._wait_until(lambda: self._exchange.quiet)
+                    await self._wait_until(lambda: self._tracker.is_idle)
         except (VideoStreamError, TimeoutError):
             pass  # it is cancelled below, which ends a session too
         finally:
-            self._exchange.fail(_cancelled("the stream was closed"))
+            self._tracker.fail(_cancelled("the stream was closed"))
             self._call.cancel()
             await self._reader
             await self._channel.close()
-            del self._call, self._channel, self._reader, self._heart  # gRPC keeps the connection until they are gone
+            del (
+                self._call,
+                self._channel,
+                self._reader,
+                self._heartbeats,
+            )  # else gRPC keeps the connection
 
-    async def refusal(self) -> VideoStreamError | None:
+    async def get_refusal(self) -> VideoStreamError | None:
         """Wait for the first answer to the START, and return it if it is an error."""
-        await self._wait_until(lambda: self._opening.answered or self._opening.closed)
-        return self._opening.error
+        await self._wait_until(lambda: self._start_request.has_response or self._start_request.closed)
+        return self._start_request.error
 
     async def next_chunk(self) -> StreamedChunk | None:
-        """The next chunk; None when all that were asked for have come. Raises what ended the session too early."""
-        exchange = self._exchange
-        if exchange.failure is None:
-            with contextlib.suppress(VideoStreamError):  # raised below, after the chunks that did come
-                await self._top_up()
-                if self._unconfirmed >= CONFIRM_EVERY and exchange.streaming:
+        """The next chunk; None when all that were requested have come. Raises what ended the session too early."""
+        tracker, received = self._tracker, self._state.received
+        if tracker.failure is None:
+            with contextlib.suppress(VideoStreamError):  # raised below, after the chunks that were received
+                await self.request_remaining()
+                if self._unconfirmed >= CONFIRM_EVERY and tracker.is_streaming:
                     await self._send_heartbeat()
-        await self._wait_until(lambda: bool(exchange.received or not exchange.streaming))
-        if not exchange.received:
-            if exchange.failure is not None and (exchange.cut_short or self._wanted):
-                raise exchange.failure
+        await self._wait_until(lambda: bool(received or not tracker.is_streaming))
+        if not received:
+            if tracker.failure is not None and self._state.remaining:
+                raise tracker.failure
             return None
-        item = exchange.received.popleft()
+        item = received.popleft()
         if isinstance(item, VideoStreamError):
             raise item
         self._unconfirmed += 1
@@ -153,44 +156,35 @@ class Connection:
             )
         return request.acknowledgement
 
-    async def request_chunks(self, count: int) -> None:
-        self._wanted += count
-        await self._top_up()
-
-    async def _top_up(self) -> None:
-        """Ask for the chunks that are wanted, as far as `ahead` allows."""
-        chunks = self._portion()
-        if chunks != 0:
-            await self._send(self._request(chunks=chunks))
-
-    def _portion(self) -> int:
-        """How many chunks to ask for now, taken off those still wanted."""
-        portion = max(0, min(self._wanted, self._settings.ahead - self._exchange.outstanding))
-        self._wanted -= portion
-        return int(portion)
+    async def request_remaining(self) -> None:
+        """Request the chunks that remain, as far as `ahead` allows."""
+        num_received = sum(isinstance(item, StreamedChunk) and item.completes for item in self._state.received)
+        chunks = min(self._state.remaining, self._config.ahead - num_received) - self._tracker.num_requested
+        if chunks > 0:
+            await self._send(self._request(chunks=int(chunks)))
 
     def _request(self, *, at_latent_frame: int | None = None, **fields: Any) -> Request:
         options = Options(session_token=self._start.options.session_token, at_latent_frame=at_latent_frame)
         return Request(session_id=self._start.session_id, options=options, **fields)
 
     async def _send(self, request: Request) -> OpenRequest:
-        if self._exchange.failure is not None:
-            raise self._exchange.failure
-        opened, message = self._exchange.ask(request)
+        if self._tracker.failure is not None:
+            raise self._tracker.failure
+        opened, message = self._tracker.add(request)
         self._unconfirmed = 0
         await self._write(message)
         return opened
 
     async def _write(self, message: Any) -> None:
         """Whoever is cancelled while it waits leaves the writing to itself: to cancel that would end the call."""
-        write = asyncio.ensure_future(self._write_whole(self._call, message))
+        write = asyncio.ensure_future(self._write_message(self._call, message))
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
         write.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be that nobody waits for it
         await asyncio.shield(write)
 
-    async def _write_whole(self, call: Any, message: Any) -> None:
-        async with self._writing:
+    async def _write_message(self, call: Any, message: Any) -> None:
+        async with self._write_lock:
             write = asyncio.ensure_future(call.write(message))
             try:  # gRPC leaves a write waiting when the call is cancelled before it is connected; the reader ends
                 await asyncio.wait((write, self._reader), return_when=asyncio.FIRST_COMPLETED)
@@ -201,31 +195,29 @@ class Connection:
                 write.result()
                 return
         await self._reader  # it learns why
-        assert self._exchange.failure is not None
-        raise self._exchange.failure
+        assert self._tracker.failure is not None
+        raise self._tracker.failure
 
     async def _read(self) -> None:
         """Take in the responses as they come: an acknowledgement must never wait behind unread chunks."""
         error: VideoStreamError
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
-                self._heard = time.monotonic()
-                self._exchange.receive(response)
-                if self._closing:
-                    self._exchange.received.clear()
+                self._last_response = time.monotonic()
+                self._tracker.receive(response)
                 self._changed.set()
             error = self._lost("the server closed it")
         except grpc.aio.AioRpcError as rpc_error:
-            why = rpc_error if self._heard else await self._reason(rpc_error)
-            refusal = turned_away(self._settings.url, why.code())
+            why = rpc_error if self._last_response else await self._find_cause(rpc_error)
+            refusal = access_error(self._config.url, why.code())
             lost = f"{why.code().name}: {why.details()}"
             error = ForbiddenError(RequestError.FORBIDDEN, refusal) if refusal else self._lost(lost)
         except asyncio.CancelledError:
             error = _cancelled("cancelled by this client")
-        self._exchange.fail(error)
+        self._tracker.fail(error)
         self._changed.set()
 
-    async def _reason(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+    async def _find_cause(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
         """Why the stream ended before anything came.
 
         A proxy that turns it away answers and resets it at once, and gRPC may see the reset alone: then a call that is
@@ -233,18 +225,18 @@ class Connection:
         """
         if error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL):
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-            headers = bearer(self._settings.access_token)
+            headers = auth_metadata(self._config.access_token)
             try:
-                await stub.ServerLive(service_pb2.ServerLiveRequest(), metadata=headers, timeout=REASON_TIMEOUT_S)
+                await stub.ServerLive(service_pb2.ServerLiveRequest(), metadata=headers, timeout=CAUSE_TIMEOUT_S)
             except grpc.aio.AioRpcError as other:
                 if other.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE):
                     return other
         return error
 
-    async def _beat(self) -> None:
-        while self._exchange.failure is None:
-            await asyncio.sleep(self._settings.heartbeat_s)
-            if not self._exchange.received:  # else it would say that what lies here was read
+    async def _run_heartbeats(self) -> None:
+        while self._tracker.failure is None:
+            await asyncio.sleep(self._config.heartbeat_s)
+            if not self._state.received:  # else it would say that what lies here was read
                 await self._send_heartbeat()
 
     async def _send_heartbeat(self) -> None:
@@ -256,9 +248,9 @@ class Connection:
         since = time.monotonic()
         while not ready():
             limit = None
-            if self._settings.stall_timeout is not None:
-                since = max(since, self._heard)
-                limit = await self._patience(since, self._settings.stall_timeout)
+            if self._config.stall_timeout is not None:
+                since = max(since, self._last_response)
+                limit = await self._get_wait_time(since, self._config.stall_timeout)
                 if ready():
                     return
             self._changed.clear()  # nothing runs between ready() and wait(), so no change is missed
@@ -266,35 +258,34 @@ class Connection:
                 async with asyncio.timeout(limit):
                     await self._changed.wait()
 
-    async def _patience(self, since: float, timeout: float) -> float:
+    async def _get_wait_time(self, since: float, timeout: float) -> float:
         """Seconds to wait for a response when the last one came at `since`; then ask again."""
         quiet = time.monotonic() - since
         if quiet >= timeout:
             raise StallError(
-                f"{self._settings.url}: no response for {timeout:g} s while one was due; "
+                f"{self._config.url}: no response for {timeout:g} s while one was due; "
                 "the server hangs or the network is cut"
             )
-        if quiet >= timeout / 2 and self._probed <= since:
-            self._probed = time.monotonic()
+        if quiet >= timeout / 2 and self._last_probe <= since:
+            self._last_probe = time.monotonic()
             await self._send_heartbeat()
-        return timeout - quiet if self._probed > since else timeout / 2 - quiet
+        return timeout - quiet if self._last_probe > since else timeout / 2 - quiet
 
     def cancel(self) -> None:
         """End the session at once: whoever waits here gets a SessionCancelledError. Call it in the event loop."""
-        self._exchange.received.clear()
-        self._exchange.fail(_cancelled("cancelled by this client"))
-        if self._opened and not self._closing:
+        self._tracker.fail(_cancelled("cancelled by this client"))
+        if self._opened and not self._tracker.closing:
             self._call.cancel()
             self._changed.set()
 
     def _lost(self, reason: str) -> ConnectionLostError:
-        if not self._heard:
+        if not self._last_response:
             return ConnectionLostError(
-                f"{self._settings.url}: cannot be reached ({reason}); check that the server runs there and that this "
-                f"is the host:port of its gRPC endpoint (8001 unless changed){proxy_hint(self._settings.url)}"
+                f"{self._config.url}: cannot be reached ({reason}); check that the server runs there and that this "
+                f"is the host:port of its gRPC endpoint (8001 unless changed){proxy_hint(self._config.url)}"
             )
         return ConnectionLostError(
-            f"{self._settings.url}: the stream broke after {self._exchange.chunks} chunks ({reason})"
+            f"{self._config.url}: the stream broke after {self._tracker.num_chunks} chunks ({reason})"
         )
 
 

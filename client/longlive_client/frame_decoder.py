@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import H264, JPEG
 
+FrameChunkT = TypeVar("FrameChunkT", bound=FrameChunk)
 CODECS = {JPEG: "mjpeg", H264: "h264"}
 
 
@@ -22,7 +24,7 @@ class Decoder:
         self._context.thread_count = 1  # threads would hold frames back
         self._context.flags |= av.codec.context.Flags.low_delay
 
-    def decode(self, chunk: FrameChunk) -> FrameChunk:
+    def decode(self, chunk: FrameChunkT) -> FrameChunkT:
         """`chunk` with its frames as pictures. Raises ValueError for data that is none."""
         try:
             pictures = [

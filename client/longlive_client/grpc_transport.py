@@ -57,12 +57,12 @@ def channel(url: str, tls: Tls | None) -> Any:
     return grpc.secure_channel(url, tls.credentials(), options=options)
 
 
-def bearer(access_token: str | None) -> tuple[tuple[str, str], ...]:
+def auth_metadata(access_token: str | None) -> tuple[tuple[str, str], ...]:
     """The header of a call by which a proxy lets the client in; none without a token."""
     return () if access_token is None else (("authorization", f"Bearer {access_token}"),)
 
 
-def turned_away(url: str, code: grpc.StatusCode) -> str:
+def access_error(url: str, code: grpc.StatusCode) -> str:
     """What to say when a proxy has not let a call through; empty: that is not what has happened."""
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return f"{url}: got no access token that is known there, expected one (access_token, or ${ACCESS_VARIABLE})"
@@ -83,7 +83,7 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", metavar=kind, default=default, help=f"{text} (default: ${variable})")
 
 
-def tls_from(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:
+def get_tls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:
     """What `add_access_arguments` took in of it; ends the program when it does not fit together."""
     if args.tls_ca is None and (args.tls_cert or args.tls_key):
         parser.error("--tls-cert and --tls-key go with --tls-ca")

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bookkeeping of one session's stream: which requests are open, what is owed on them, what has arrived.
+"""The open requests of one connection, and the responses to them, matched by request id.
 
-Used by `connection.py`. Knows neither connections nor time limits: messages go out of `ask` and into `receive`.
+Used by `connection.py`. Knows neither gRPC channels nor time limits: messages leave by `add` and come in by `receive`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longlive_client import wire
 from longlive_client.errors import (
@@ -20,30 +17,23 @@ from longlive_client.errors import (
     UnknownSessionError,
     VideoStreamError,
 )
+from longlive_client.resume_state import ResumeState
+from longlive_client.wire import StreamedChunk
 from longlive_serve.protocol.errors import RequestError
-from longlive_serve.protocol.messages import FrameChunk, Request
+from longlive_serve.protocol.messages import Request
 from longlive_serve.protocol.session_options import RAW
-
-if TYPE_CHECKING:
-    from longlive_client.frame_decoder import Decoder
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamedChunk(FrameChunk):
-    """A chunk (with `stream_partial_chunks`, a part of one) as the client got it. One without frames carries only a
-    notice."""
-
-    arrived: float  # time.monotonic() when it came off the wire
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class OpenRequest:
-    """A request that was sent, and what has come back for it."""
+    """A request that was sent, and what was received for it."""
 
     start: bool
-    due: float  # chunks still to come; math.inf: until stopped
-    streams: bool  # answered by chunks; else by one acknowledgement
-    answered: bool = False  # something has come back for it
+    remaining: int
+    """Chunks still to come."""
+    is_streaming: bool
+    """Answered by chunks; else by one acknowledgement."""
+    has_response: bool = False
     acknowledgement: StreamedChunk | None = None
     error: VideoStreamError | None = None
     closed: bool = False
@@ -53,39 +43,40 @@ class OpenRequest:
         self.closed = True
 
 
-class Exchange:
-    """The requests of one session and the responses to them, matched by request id."""
+class RequestTracker:
+    """The requests of one connection. Chunks are added to the session's `state`."""
 
-    def __init__(self, session_id: str, *, check: bool, frame_format: str = RAW) -> None:
-        self.received: deque[StreamedChunk | VideoStreamError] = deque()
-        """In order; an error stands where the chunks it refused would have come."""
+    def __init__(self, state: ResumeState, frame_format: str, *, check: bool) -> None:
         self.failure: VideoStreamError | None = None
         """Why the session is over, once it is."""
-        self.cut_short = False
-        """Whether chunks were still owed when it failed."""
-        self.chunks = 0
+        self.num_chunks = 0
         """Chunks received so far."""
-        self._session_id = session_id
+        self.closing = False
+        """Chunks that arrive now are dropped."""
+        self._state = state
         self._check = check
-        self._decoder = None if frame_format == RAW else _decoder(frame_format)
+        self._decoder = None
+        if frame_format != RAW:
+            from longlive_client.frame_decoder import Decoder  # PyAV, for those who want it
+
+            self._decoder = Decoder(frame_format)
         self._open: dict[str, OpenRequest] = {}
-        self._sent = 0
+        self._num_sent = 0
 
     @property
-    def streaming(self) -> bool:
-        return any(request.streams for request in self._open.values())
+    def is_streaming(self) -> bool:
+        return any(request.is_streaming for request in self._open.values())
 
     @property
-    def quiet(self) -> bool:
+    def is_idle(self) -> bool:
         return not self._open
 
     @property
-    def outstanding(self) -> float:
-        """Chunks asked for and not yet taken out of `received`."""
-        waiting = sum(isinstance(item, StreamedChunk) and item.completes for item in self.received)
-        return waiting + sum(request.due for request in self._open.values())
+    def num_requested(self) -> int:
+        """Chunks requested here that have not arrived."""
+        return sum(request.remaining for request in self._open.values())
 
-    def ask(self, request: Request) -> tuple[OpenRequest, Any]:
+    def add(self, request: Request) -> tuple[OpenRequest, Any]:
         """`request` as an open request and the message that carries it. Raises InvalidRequestError."""
         try:
             tensors = request.to_tensors()
@@ -95,10 +86,9 @@ class Exchange:
             raise VideoStreamError.of(error) from None
         except (UnicodeEncodeError, OverflowError) as error:  # the text or number does not fit its tensor
             raise InvalidRequestError(RequestError.INVALID_REQUEST, f"request: cannot be sent ({error})") from None
-        self._sent += 1
-        due = request.chunks or (math.inf if request.start else 0)
-        opened = OpenRequest(start=request.start, due=due, streams=due > 0)
-        request_id = str(self._sent)
+        self._num_sent += 1
+        request_id, chunks = str(self._num_sent), request.chunks or 0
+        opened = OpenRequest(start=request.start, remaining=chunks, is_streaming=chunks > 0)
         self._open[request_id] = opened
         message = wire.infer_request(request.session_id, request_id, tensors, start=request.start, end=request.end)
         return opened, message
@@ -110,54 +100,47 @@ class Exchange:
         if request is None:
             return  # the empty final response after an error
         if response.error_message:
-            self._refuse(request_id, VideoStreamError.of(RequestError.parse(response.error_message)))
+            self._on_error(request_id, VideoStreamError.of(RequestError.parse(response.error_message)))
             return
         try:
-            chunk = wire.frame_chunk(response)
+            chunk = wire.read_chunk(response)
             if chunk is not None and chunk.encoded and self._decoder is not None:
                 chunk = self._decoder.decode(chunk)
         except (ValueError, IndexError) as error:
             self.fail(ServerFailedError(RequestError.INTERNAL, f"the response cannot be read: {error}"))
             return
         if chunk is not None:
-            self._take(request, chunk)
+            self._on_chunk(request, chunk)
         if wire.is_final(response):
             del self._open[request_id]
             request.close()
 
     def fail(self, error: VideoStreamError) -> None:
-        """The session is over: nothing more will come. The first call counts."""
+        """The session is over: nothing more is received. The first call counts."""
         if self.failure is None:
             self.failure = error
-            self.cut_short = self.streaming
         for request in self._open.values():
             request.close(self.failure)
         self._open.clear()
 
-    def _take(self, request: OpenRequest, chunk: FrameChunk) -> None:
-        streamed = StreamedChunk(**vars(chunk), arrived=time.monotonic())
-        request.answered = True
+    def _on_chunk(self, request: OpenRequest, chunk: StreamedChunk) -> None:
+        request.has_response = True
         if chunk.completes:
-            self.chunks += 1
-            request.due = max(0, request.due - 1)
-        elif not request.streams:
-            request.acknowledgement = streamed
-        if len(chunk.frames) > 0 or chunk.notice:
-            self.received.append(streamed)
+            self.num_chunks += 1
+            request.remaining = max(0, request.remaining - 1)
+        elif not request.is_streaming:
+            request.acknowledgement = chunk
+        if (len(chunk.frames) > 0 or chunk.notice) and not self.closing:
+            self._state.add(chunk)
 
-    def _refuse(self, request_id: str, error: VideoStreamError) -> None:
+    def _on_error(self, request_id: str, error: VideoStreamError) -> None:
         request = self._open[request_id]
-        gone = request.start or isinstance(error, UnknownSessionError)
-        if gone or (request.streams and not isinstance(error, InvalidRequestError | RateLimitedError)):
+        fatal = request.start or isinstance(error, UnknownSessionError)
+        if fatal or (request.is_streaming and not isinstance(error, InvalidRequestError | RateLimitedError)):
             self.fail(error)
             return
         del self._open[request_id]
         request.close(error)
-        if request.streams:
-            self.received.append(error)
-
-
-def _decoder(frame_format: str) -> Decoder:
-    from longlive_client.frame_decoder import Decoder  # PyAV, for those who want it
-
-    return Decoder(frame_format)
+        if request.is_streaming:
+            self._state.remaining -= request.remaining
+            self._state.received.append(error)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A session that outlives its connection, in asyncio: what VideoStream and AsyncVideoStream share.
 
-Not used by itself. When a connection breaks, stalls or its server shuts down, it makes another one that goes on from
-the session's last snapshot (`resume_state.py`), and drops what comes a second time. When a server has no free slot, it
-asks others before the session waits (`retry_policy.py`). How a connection works is `connection.py`'s.
+When a connection breaks, stalls or its server shuts down, another one continues from the session's last snapshot
+(`resume_state.py`); frames received twice are dropped. When a server has no free slot, others are asked before the
+session waits (`retry_policy.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 from longlive_client import wire
-from longlive_client.connection import AHEAD, Connection, Settings
+from longlive_client.connection import AHEAD, Connection, TransportConfig
 from longlive_client.errors import InvalidRequestError, SessionCancelledError, VideoStreamError
 from longlive_client.grpc_transport import DEFAULT_URL, Tls
-from longlive_client.request_tracker import StreamedChunk
 from longlive_client.resume_state import ResumeState, SentPrompt
 from longlive_client.retry_policy import MAX_ATTEMPTS, RESUMABLE, RetryPolicy
+from longlive_client.wire import StreamedChunk
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import Request
 from longlive_serve.protocol.session_options import Options
@@ -90,11 +90,9 @@ class ResumableStream:
         _check_count("ahead", ahead)
         _check_count("max_attempts", max_attempts)
         self.session_id = wire.new_session_id() if session_id is None else session_id
-        """The one in force: every connection has another."""
+        """The one in use: every connection has another."""
         self.session_token = wire.new_session_id() if session_token is None else session_token
-        self.resumed = 0
-        """How often the session went on over another connection."""
-        self._settings = Settings(
+        self._config = TransportConfig(
             url=url,
             ahead=ahead,
             stall_timeout=stall_timeout,
@@ -116,13 +114,18 @@ class ResumableStream:
         start = Request(
             session_id=self.session_id, start=True, prompt=prompt, seed=seed, options=options, snapshot=snapshot
         )
-        self._video = ResumeState(start, math.inf if chunks is None else chunks)
-        self._retry_policy = RetryPolicy(self._video, max_attempts=max_attempts, resume_for=resume_for)
+        self._state = ResumeState(start, math.inf if chunks is None else chunks)
+        self._retry_policy = RetryPolicy(max_attempts=max_attempts, resume_for=resume_for)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
-        self._tasks: set[asyncio.Task[None]] = set()  # that watch a connection begin, or end a refused one
+        self._tasks: set[asyncio.Task[None]] = set()  # that watch a START, or end a refused session
         self._ended = False  # closed or cancelled
-        self._resuming = asyncio.Lock()
+        self._resume_lock = asyncio.Lock()
+
+    @property
+    def resumed(self) -> int:
+        """How often the session continued over another connection."""
+        return self._state.num_resumed
 
     def cancel(self) -> None:
         """End the session at once, and with it the iteration. May be called from any thread."""
@@ -134,129 +137,118 @@ class ResumableStream:
     async def _open(self) -> None:
         if self._loop is not None:
             raise RuntimeError("a stream is opened once: make a new one")
-        self._connection = self._next_connection()
+        self._connection = self._make_connection()
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         if self._ended:
             raise SessionCancelledError(RequestError.CANCELLED, "cancelled by this client")
-        await self._begin(self._connection)
+        await self._start(self._connection)
 
     async def _close(self) -> None:
         """End the session, and the stream. Chunks that were not consumed are dropped."""
         if self._connection is None:
             return
-        polite, self._ended = not self._ended, True
+        graceful, self._ended = not self._ended, True
         self._stop.set()
-        await self._connection.close(politely=polite)
-        if polite and self._tasks:
+        await self._connection.close(graceful=graceful)
+        if graceful and self._tasks:
             await asyncio.wait(self._tasks)
 
     async def _next_chunk(self) -> StreamedChunk | None:
-        """The next chunk; None when all that were asked for have come, or after `cancel`."""
+        """The next chunk; None when all that were requested have come, or after `cancel`."""
         while not self._ended:
-            if self._video.ready:
-                return self._video.ready.popleft()
-            connection = self._current()
+            connection = self._get_connection()
             try:
-                chunk = await connection.next_chunk()
+                return await connection.next_chunk()
             except RESUMABLE as error:
-                if self._ended or not self._video.owed:  # then only the word that it was the last chunk is missing
+                if self._ended or not self._state.remaining:  # only the end of the last request is missing
                     return None
                 await self._resume(connection, error)
-            else:
-                if chunk is None:
-                    return None
-                self._take(chunk)
         return None
-
-    def _take(self, chunk: StreamedChunk) -> None:
-        if self._video.take(chunk):
-            self.resumed += self._retry_policy.went_on()
 
     async def _switch_prompt(self, text: str, at_latent_frame: int | None) -> int:
         prompt = SentPrompt(text=text, at_latent_frame=at_latent_frame)
         while True:
-            connection = self._current()
+            connection = self._get_connection()
             try:
-                return await self._send(connection, prompt)
+                return await self._send_prompt(connection, prompt)
             except RESUMABLE as error:
                 await self._resume(connection, error)
 
-    async def _send(self, connection: Connection, prompt: SentPrompt) -> int:
-        word = await connection.switch_prompt(prompt.text, prompt.at_latent_frame)
-        prompt.accepted = word.arrived
-        if prompt not in self._video.prompts:
-            self._video.prompts.append(prompt)
-        return word.prompt_index
+    async def _send_prompt(self, connection: Connection, prompt: SentPrompt) -> int:
+        acknowledgement = await connection.switch_prompt(prompt.text, prompt.at_latent_frame)
+        prompt.accept_time = acknowledgement.arrived
+        if prompt not in self._state.prompts:
+            self._state.prompts.append(prompt)
+        return acknowledgement.prompt_index
 
     async def _request_chunks(self, count: int) -> None:
         _check_count("chunks", count)
-        self._video.owed += count
-        connection = self._current()
+        connection = self._get_connection()
+        self._state.remaining += count
         try:
-            await connection.request_chunks(count)
+            await connection.request_remaining()
         except RESUMABLE as error:
             await self._resume(connection, error)
 
-    def _current(self) -> Connection:
+    def _get_connection(self) -> Connection:
         if self._connection is None:
             raise RuntimeError("the stream is not open: use it in a `with` block")
         return self._connection
 
     async def _resume(self, broken: Connection, error: VideoStreamError) -> None:
-        """Go on over another connection. Raises `error` when there is nothing to go on with, or it takes too long."""
-        async with self._resuming:
-            if self._connection is not broken:  # somebody else has done it
+        """Continue over another connection. Raises `error` when there is nothing to continue, or it takes too long."""
+        async with self._resume_lock:
+            if self._connection is not broken:  # another task has done it
                 return
-            for chunk in broken.received:
-                self._take(chunk)
-            if self._ended or not self._retry_policy.make_sense(error):
+            if self._ended or not self._retry_policy.should_retry(error, self._state):
                 raise error
-            if self._retry_policy.refused(error):  # no pause: it asks few servers, and probably each of them once
-                self._run_beside(broken.close())  # Triton would keep a place for a session that is but cancelled
+            if self._retry_policy.is_refusal(error, self._state):  # no delay: few servers, each asked about once
+                self._create_task(broken.close())  # Triton would keep the sequence of a session that is only cancelled
             else:
-                await self._pause(self._retry_policy.next_round(), error)
-                await broken.close(politely=False)
-            if self._ended:
+                await self._wait(self._retry_policy.next_delay(), error)
+                await broken.close(graceful=False)
+            if self._ended or not self._state.remaining:
                 return
-            # A new id: it leads elsewhere, and this server may not have noticed yet that the old connection is gone.
+            # A new id: it leads to another server, and this one may not have noticed yet that the connection broke.
             self.session_id = wire.new_session_id()
-            self._connection = self._next_connection()
-            with contextlib.suppress(*RESUMABLE):  # whoever uses the connection next is told, and comes back here
-                await self._begin(self._connection)
-                for prompt in list(self._video.prompts):
-                    await self._send(self._connection, prompt)
+            self._connection = self._make_connection()
+            with contextlib.suppress(*RESUMABLE):  # whoever uses the connection next gets the error, and resumes again
+                await self._start(self._connection)
+                for prompt in list(self._state.prompts):
+                    await self._send_prompt(self._connection, prompt)
 
-    def _next_connection(self) -> Connection:
-        return Connection(self._retry_policy.next_start(self.session_id), self._settings, self._video.owed)
+    def _make_connection(self) -> Connection:
+        start = self._state.start_request(self.session_id, self._retry_policy.next_max_wait())
+        return Connection(start, self._config, self._state)
 
-    async def _begin(self, connection: Connection) -> None:
+    async def _start(self, connection: Connection) -> None:
         await connection.open()
-        self._run_beside(self._watch(connection))
+        self._create_task(self._watch_start(connection))
 
-    async def _watch(self, connection: Connection) -> None:
-        """If the server has no slot, ask the next one now: it may be long until somebody wants a chunk."""
+    async def _watch_start(self, connection: Connection) -> None:
+        """If the server has no slot, ask the next one now: it may be long until the next chunk is consumed."""
         with contextlib.suppress(*RESUMABLE):
-            error = await connection.refusal()
-            if error is not None and self._retry_policy.refused(error):
+            error = await connection.get_refusal()
+            if error is not None and self._retry_policy.is_refusal(error, self._state):
                 await self._resume(connection, error)
 
-    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _create_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _pause(self, seconds: float, error: VideoStreamError) -> None:
-        """Let time pass because of `error`; `cancel` and `close` end it."""
+    async def _wait(self, seconds: float, error: VideoStreamError) -> None:
+        """Wait because of `error`, until `cancel` or `close` at most."""
         level = logging.DEBUG if seconds else logging.WARNING
-        log.log(level, "session %s: %s; going on at frame %d", self.session_id, error, self._video.next_frame)
+        log.log(level, "session %s: %s; continuing at frame %d", self.session_id, error, self._state.next_frame)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
 
     def _cancel(self) -> None:
         self._stop.set()
-        self._video.ready.clear()
-        self._current().cancel()
+        self._state.received.clear()
+        self._get_connection().cancel()
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a session has come, and what it takes to go on with it over another connection. No I/O.
+"""What a session has received, and what it takes to continue it over another connection. No I/O.
 
-Used by `resume.py`, which makes the connections, and by `retry_policy.py`, which counts them.
+Owned by `resume.py`; each connection reads its START from here and adds the chunks that it receives.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import math
 from collections import deque
 
-from longlive_client.request_tracker import StreamedChunk
+from longlive_client.errors import VideoStreamError
+from longlive_client.wire import StreamedChunk
 from longlive_serve.protocol.messages import Request
 
 
@@ -20,51 +21,56 @@ class SentPrompt:
 
     text: str
     at_latent_frame: int | None
-    accepted: float = math.inf
-    """When the server's word came (monotonic): a snapshot that came later has the prompt in it."""
+    accept_time: float = math.inf
+    """When the server acknowledged it (monotonic): a snapshot that arrived later contains the prompt."""
 
 
 class ResumeState:
-    """What has come of a session, and what has not."""
+    """The state of one session on this side."""
 
     def __init__(self, start: Request, chunks: float) -> None:
-        """`chunks`: how many are asked for; math.inf: until stopped."""
-        self.owed = chunks
-        """Chunks asked for that have not come."""
-        self.ready: deque[StreamedChunk] = deque()
-        """Came, not consumed."""
+        """`chunks`: how many are requested; math.inf: until stopped."""
+        self.remaining = chunks
+        """Chunks requested that have not arrived."""
+        self.received: deque[StreamedChunk | VideoStreamError] = deque()
+        """Not consumed yet, in order; an error stands where the chunks that it refused would have come."""
         self.prompts: list[SentPrompt] = []
-        """Those that no snapshot has: to be sent again."""
-        self.begun = False
-        """An answer has come, if only that there is no slot."""
+        """Those that no snapshot contains: to be sent again."""
+        self.has_response = False
+        """A server has answered, if only that it has no slot."""
         self.next_frame = 0
+        self.num_resumed = 0
+        """How often new frames arrived after the session was interrupted."""
+        self.interrupted_at: float | None = None
+        """When the session lost its connection (monotonic); None while frames arrive."""
         self._start = start
 
-    def start(self, session_id: str, max_wait_s: float | None) -> Request:
-        """The START that goes on from here."""
+    def start_request(self, session_id: str, max_wait_s: float | None) -> Request:
+        """The START that continues from here."""
         options = dataclasses.replace(self._start.options, max_wait_s=max_wait_s)
         return dataclasses.replace(self._start, session_id=session_id, options=options)
 
-    def take(self, chunk: StreamedChunk) -> bool:
-        """Note what has come, and keep it unless it came before. Returns whether frames came that are new."""
-        self.begun = True
+    def add(self, chunk: StreamedChunk) -> None:
+        """Append what is new in `chunk` to `received`, and note its snapshot."""
+        self.has_response = True
         if chunk.snapshot:
-            self._note_snapshot(chunk)
+            self._set_snapshot(chunk)
         if not len(chunk.frames):
-            self.ready.append(chunk)
-            return False
-        came_before = max(0, self.next_frame - chunk.first_frame)
-        if came_before >= len(chunk.frames):
-            return False
-        first = chunk.first_frame + came_before
-        self.ready.append(dataclasses.replace(chunk, frames=chunk.frames[came_before:], first_frame=first))
+            self.received.append(chunk)
+            return
+        num_old = max(0, self.next_frame - chunk.first_frame)
+        if num_old >= len(chunk.frames):
+            return
+        first_frame = chunk.first_frame + num_old
+        self.received.append(dataclasses.replace(chunk, frames=chunk.frames[num_old:], first_frame=first_frame))
         self.next_frame = chunk.first_frame + len(chunk.frames)
-        self.owed -= chunk.completes
-        return True
+        self.remaining -= chunk.completes
+        self.num_resumed += self.interrupted_at is not None
+        self.interrupted_at = None
 
-    def _note_snapshot(self, chunk: StreamedChunk) -> None:
-        """From now on the session goes on from there. What a snapshot has is not said beside it."""
+    def _set_snapshot(self, chunk: StreamedChunk) -> None:
+        """From now on the session continues from there. What a snapshot contains is not sent beside it."""
         options = dataclasses.replace(self._start.options, global_sink=None, on_switch=None)
         start = dataclasses.replace(self._start, prompt=None, seed=None, options=options)
         self._start = dataclasses.replace(start, snapshot=chunk.snapshot)
-        self.prompts = [prompt for prompt in self.prompts if prompt.accepted > chunk.arrived]
+        self.prompts = [prompt for prompt in self.prompts if prompt.accept_time > chunk.arrived]

@@ -20,8 +20,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from longlive_client.grpc_transport import DEFAULT_URL, Tls
-from longlive_client.request_tracker import StreamedChunk
 from longlive_client.resume import ResumableStream
+from longlive_client.wire import StreamedChunk
 
 __all__ = ["DEFAULT_URL", "AsyncVideoStream", "StreamedChunk", "Tls", "VideoStream"]
 

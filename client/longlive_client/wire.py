@@ -7,7 +7,9 @@ error response, and the asyncio one cannot ask for empty final responses.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,14 @@ from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from longlive_serve.protocol import messages
 from longlive_serve.protocol.messages import FrameChunk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamedChunk(FrameChunk):
+    """A chunk (with `stream_partial_chunks`, a part of one) as the client got it. One without frames carries only a
+    notice."""
+
+    arrived: float  # time.monotonic() when it was received
 
 
 def new_session_id() -> str:
@@ -53,7 +63,7 @@ def is_final(response: Any) -> bool:
     return "triton_final_response" in parameters and bool(parameters["triton_final_response"].bool_param)
 
 
-def frame_chunk(response: Any) -> FrameChunk | None:
+def read_chunk(response: Any) -> StreamedChunk | None:
     """The chunk in `response`; None when it carries no tensors. Its frames are read-only: they are not copied."""
     if not response.infer_response.outputs:
         return None
@@ -63,4 +73,4 @@ def frame_chunk(response: Any) -> FrameChunk | None:
     if missing:
         got = [output.name for output in response.infer_response.outputs]
         raise ValueError(f"got the tensors {got}, expected also {missing}")
-    return FrameChunk.from_tensors(tensors)
+    return StreamedChunk(**vars(FrameChunk.from_tensors(tensors)), arrived=time.monotonic())

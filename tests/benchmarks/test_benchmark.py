@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.serving import __main__ as benchmark
 from benchmarks.serving.viewer import Viewer, ViewerConfig, ViewerStats
-from longlive_client.request_tracker import StreamedChunk
+from longlive_client.wire import StreamedChunk
 
 CONFIG = ViewerConfig(url="", prompts=["a", "b"], seconds=10, switch_interval=0, fps=16)
 

@@ -19,7 +19,7 @@ import pytest
 
 from longlive_client.cli.generate import main
 from longlive_client.cli.timing import Timing
-from longlive_client.request_tracker import StreamedChunk
+from longlive_client.wire import StreamedChunk
 from tests.fakes.scripted_triton import (
     Conversation,
     Received,

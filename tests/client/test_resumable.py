@@ -94,7 +94,7 @@ def test_a_switch_on_a_broken_session_makes_it_go_on() -> None:
         ScriptedTriton(Sequel(breaks_after(0), second)) as server,
         VideoStream("a fox", url=server.url, chunks=2) as video,
     ):
-        wait_until(lambda: video._current()._exchange.failure is not None)  # chunk 0 lies there unread
+        wait_until(lambda: video._get_connection()._tracker.failure is not None)  # chunk 0 lies there unread
         assert video.switch_prompt("a bird") == 1
         assert numbers(video) == [0, 1]
 

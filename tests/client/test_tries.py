@@ -186,7 +186,7 @@ def test_tries_last_no_longer_than_resume_for(monkeypatch: pytest.MonkeyPatch) -
     script = Sequel(breaks_after(0), *[full] * 100)
     with (
         ScriptedTriton(script) as server,
-        VideoStream("a fox", url=server.url, chunks=2, max_attempts=100, resume_for=55.0) as video,
+        VideoStream("a fox", url=server.url, chunks=2, max_attempts=100, resume_for=45.0) as video,
     ):
         chunks = video.chunks()
         assert len(next(chunks).frames)

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from deploy.checks import tools
 from longlive_client.cli.health import probe
 from longlive_client.errors import ForbiddenError
-from longlive_client.grpc_transport import Tls, bearer, channel
+from longlive_client.grpc_transport import Tls, auth_metadata, channel
 from longlive_client.video_stream import VideoStream
 from longlive_serve.observability.metrics import sessions_at
 from longlive_serve.protocol.messages import CLIENT_HEADER, MODEL_NAME, READY, SESSION_HEADER
@@ -158,7 +158,7 @@ def test_the_proxy_lets_nothing_through_but_streams(proxy: str, keys: Keys) -> N
             (stub.ModelInfer, service_pb2.ModelInferRequest(model_name=MODEL_NAME)),
         ):
             with pytest.raises(grpc.RpcError) as refused:
-                call(request, timeout=LIMIT_S, metadata=bearer(keys.token))
+                call(request, timeout=LIMIT_S, metadata=auth_metadata(keys.token))
             assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 

@@ -211,7 +211,7 @@ def test_simulated_clients_behave_as_the_client_does() -> None:
 
     defaults = inspect.signature(resumable.ResumableStream.__init__).parameters
     config = SimConfig()
-    assert config.back_off_s == (retry_policy.BACK_OFF_S, retry_policy.LONGEST_BACK_OFF_S)
+    assert config.back_off_s == (retry_policy.MIN_BACKOFF_S, retry_policy.MAX_BACKOFF_S)
     assert config.resume_for_s == defaults["resume_for"].default
     assert config.stall_timeout_s == defaults["stall_timeout"].default
 

@@ -23,7 +23,7 @@ from longlive_client.cli.mp4_writer import VideoFile
 from longlive_client.cli.scenes import Scene, load_scenes
 from longlive_client.cli.timing import Timing
 from longlive_client.errors import VideoStreamError
-from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, tls_from
+from longlive_client.grpc_transport import DEFAULT_URL, add_access_arguments, get_tls
 from longlive_client.video_stream import StreamedChunk, VideoStream
 from longlive_serve.config.serve_config import RANDOM_WEIGHTS, ServeConfig
 from longlive_serve.protocol.session_options import ASAP, FORMATS, ON_SWITCH, PACES
@@ -218,7 +218,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_access_arguments(parser)
     args = parser.parse_args(argv)
-    args.tls = tls_from(parser, args)
+    args.tls = get_tls(parser, args)
     if args.name is not None and args.prompts is not None:
         parser.error('--name goes with --prompt; in a file, each line may have a "name"')
     if args.switch_at is not None and args.prompt is not None:

@@ -19,11 +19,11 @@ from longlive_client import wire
 from longlive_client.grpc_transport import (
     DEFAULT_URL,
     Tls,
+    access_error,
     add_access_arguments,
-    bearer,
+    auth_metadata,
     channel,
-    tls_from,
-    turned_away,
+    get_tls,
 )
 from longlive_client.proxies import proxy_hint
 from longlive_serve.protocol.errors import RequestError
@@ -48,15 +48,17 @@ def send_command(
     with channel(url, tls) as connection:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
         try:
-            for response in stub.ModelStreamInfer(iter([message]), timeout=timeout_s, metadata=bearer(access_token)):
+            for response in stub.ModelStreamInfer(
+                iter([message]), timeout=timeout_s, metadata=auth_metadata(access_token)
+            ):
                 if response.error_message:
                     raise _parse_error(response.error_message)
-                chunk = wire.frame_chunk(response)
+                chunk = wire.read_chunk(response)
                 if chunk is not None:
                     return chunk.notice
         except grpc.RpcError as error:
             silence = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name}){proxy_hint(url)}"
-            raise ConnectionError(turned_away(url, error.code()) or silence) from None
+            raise ConnectionError(access_error(url, error.code()) or silence) from None
     raise ConnectionError(f"{url}: the stream ended without an answer")
 
 
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_access_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        answer = probe(args.url, args.timeout, tls_from(parser, args), args.access_token)
+        answer = probe(args.url, args.timeout, get_tls(parser, args), args.access_token)
     except (OSError, ValueError) as error:
         if not isinstance(error, ConnectionError):
             parser.error(str(error))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from longlive_client.cli.health import send_command
-from longlive_client.grpc_transport import DEFAULT_URL, Tls, add_access_arguments, tls_from
+from longlive_client.grpc_transport import DEFAULT_URL, Tls, add_access_arguments, get_tls
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import SET_LORA, Options
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         adapters = dict(map(_adapter, args.adapters))
-        tls = tls_from(parser, args)
+        tls = get_tls(parser, args)
         print(set_adapters(args.url, adapters, args.admin_token, args.timeout, tls, args.access_token))
     except (RequestError, ConnectionError) as error:
         print(error, file=sys.stderr)

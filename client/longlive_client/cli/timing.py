@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from longlive_client.request_tracker import StreamedChunk
+from longlive_client.wire import StreamedChunk
 from longlive_serve.config.presets import FPS
 
 
