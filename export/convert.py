@@ -26,18 +26,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from export.output_folder import FORMAT, MADE_BY, RECORD, check_folder, copy_folder, is_copied, is_there, write_record
 from export.tensor_writer import DTYPES, size_of, write_tensors
-from longlive_serve.config.presets import DIT, MODELS, PRESETS, TINY_DECODER
-from longlive_serve.config.serve_config import Adapter, ServeConfig
+from longlive_serve.config.presets import PRESETS, TINY_DECODER
+from longlive_serve.config.serve_config import RANDOM_WEIGHTS, Adapter, ServeConfig
 from longlive_serve.weights.checkpoint import MADE_OF, Checkpoint
 from longlive_serve.weights.layouts import (
     CONVERTED_FILE,
     CONVERTED_TOKENIZER_FOLDER,
     QUANTIZED,
-    find,
-    folder_of,
-    tokenizer_folder,
 )
-from longlive_serve.weights.loader import adapters_of, load_tokenizer
+from longlive_serve.weights.loader import ModelLoader
 from longlive_serve.weights.lora import rank_of
 from longlive_serve.weights.tensor_files import files_of, sha256
 
@@ -73,6 +70,7 @@ class Part:
 
 def convert(
     config: ServeConfig,
+    loader: ModelLoader,
     parts: Sequence[Part],
     dtype: torch.dtype,
     out: Path,
@@ -83,8 +81,10 @@ def convert(
     `on_bytes` hears what is being worked on, and how many bytes more of all `work` are done. Raises ValueError rather
     than overwrite anything that this has not written.
     """
-    tokenizer, copy = tokenizer_folder(Path(config.weights)), out / CONVERTED_TOKENIZER_FOLDER
-    load_tokenizer(config.model_config, config.weights)  # whether it is one
+    copy = out / CONVERTED_TOKENIZER_FOLDER
+    assert loader.folder is not None
+    tokenizer = loader.folder.tokenizer
+    loader.load_tokenizer()  # whether it is one
     check_folder(config, out, sum(size_of(part.shapes, dtype) for part in parts))
     made = {part.name: _made_of(part, config, dtype, on_bytes) for part in parts}
     there = {part.name for part in parts if is_there(out / part.name, made[part.name])}
@@ -104,21 +104,18 @@ def convert(
     return len(there) + copied
 
 
-def parts_of(config: ServeConfig) -> list[Part]:
-    """The models in the folder of `config`, each checked against its sizes. Raises ValueError."""
-    if folder_of(config.weights) is None:
-        raise ValueError(f"weights: got {config.weights!r}, expected a folder of weights to convert")
-    adapters = adapters_of(config)
+def parts_of(loader: ModelLoader) -> list[Part]:
+    """The models in the loader's folder, each checked against its sizes. Raises ValueError."""
+    if loader.folder is None:
+        raise ValueError(f"weights: got {RANDOM_WEIGHTS!r}, expected a folder of weights to convert")
     parts = []
-    for name in (*MODELS, TINY_DECODER):
-        file = find(name, config.weights)
-        assert file is not None
+    for name, file in loader.folder.files.items():
         if name == TINY_DECODER and not file.path.exists():
             continue
         if file.kind == QUANTIZED:
             raise ValueError(f"{file.path}: got quantized weights, expected others: convert first, then quantize")
-        of_dit: dict[str, Any] = {"adapters": adapters, "use_ema": config.use_ema} if name == DIT else {}
-        checkpoint = Checkpoint(name=name, config=config.model_config, file=file, **of_dit)
+        checkpoint = loader.checkpoint(name)
+        assert checkpoint is not None
         checkpoint.tensors()  # checks them all, and reads none yet
         shapes = {key: tensor.shape for key, tensor in checkpoint.state().items()}
         parts.append(Part(checkpoint=checkpoint, shapes=shapes, name=CONVERTED_FILE.format(name)))
@@ -213,14 +210,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             use_ema=arguments.use_ema,
         )
         dtype = getattr(torch, arguments.dtype)
-        parts = parts_of(config)
+        loader = ModelLoader.from_config(config)
+        parts = parts_of(loader)
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("looking at the files", total=work(parts, dtype))
 
             def on_bytes(what: str, count: int) -> None:
                 bar.update(task, description=what, advance=count)
 
-            skipped = convert(config, parts, dtype, arguments.out, on_bytes)
+            skipped = convert(config, loader, parts, dtype, arguments.out, on_bytes)
     except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2

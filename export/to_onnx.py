@@ -36,7 +36,7 @@ from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLayer
 from longlive_serve.observability.log_setup import at_level
 from longlive_serve.replay import ReplayCase, case_model, load_case_tensors
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
-from longlive_serve.weights.loader import adapters_of, fingerprint, load_model, recipe
+from longlive_serve.weights.loader import ModelLoader
 
 MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -85,19 +85,13 @@ class Written:
 
 
 def source_of_config(config: ServeConfig) -> Source:
-    adapters, use_ema = adapters_of(config), config.use_ema
-
-    def load(name: str, dtype: torch.dtype) -> nn.Module:
-        where = (name, config.model_config, config.weights, "cpu", dtype)
-        model: nn.Module = load_model(*where, adapters=adapters, use_ema=use_ema)
-        return model
-
+    loader = ModelLoader.from_config(config)
     return Source(
         sizes=config.model_config,
         variant=config.variant,
-        load=load,
-        fingerprint=lambda name: fingerprint(name, config.weights, adapters, use_ema),
-        recipe=lambda name: recipe(name, config.weights),
+        load=lambda name, dtype: loader.load_model(name, "cpu", dtype),
+        fingerprint=loader.fingerprint,
+        recipe=loader.recipe,
     )
 
 
@@ -142,7 +136,7 @@ def _manifest_there(source: Source, folder: Path) -> dict[str, GraphFile]:
     if not (folder / MANIFEST).exists():
         return {}
     manifest = Manifest.read(folder)
-    manifest.check(folder, ONNXRUNTIME, source.sizes, source.variant)
+    manifest.check(ONNXRUNTIME, source.sizes, source.variant)
     return manifest.graphs
 
 

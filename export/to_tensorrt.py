@@ -25,7 +25,7 @@ from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manif
 from longlive_serve.backends.exported.tensorrt_library import LIBRARIES, TENSORRT, use
 from longlive_serve.config import serve_config
 from longlive_serve.config.presets import ModelConfig
-from longlive_serve.weights.loader import sha256
+from longlive_serve.weights.tensor_files import sha256
 
 if TYPE_CHECKING:
     from export.tensorrt_builder import Options
@@ -93,7 +93,7 @@ def _engines_there(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
     if not (out / MANIFEST).exists():
         return dataclasses.replace(given, backend=serve_config.TENSORRT, graphs={}, versions=dict(given.versions))
     made = Manifest.read(out)
-    made.check(out, serve_config.TENSORRT, sizes, given.variant)
+    made.check(serve_config.TENSORRT, sizes, given.variant)
     made.versions.update(given.versions)
     return made
 

@@ -20,17 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longlive_serve.backends.base import Backends, DiTBackend, EncodedPrompt
+from longlive_serve.backends.exported.graphs import load_graphs
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.exported.modules import GraphDiT
 from longlive_serve.backends.float64 import Float64, error, may_be
-from longlive_serve.backends.registry import open_graphs
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS, DiTConfig, ModelConfig, WindowConfig
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, Session
 from longlive_serve.models.dit.causal_dit import CausalDiT
-from longlive_serve.weights.loader import load_strictly
+from longlive_serve.weights.checkpoint import load_strictly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,9 @@ def _dit(case: ReplayCase, tensors: dict[str, Tensor], arguments: argparse.Names
             raise ValueError(f"--backend {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
         fp8 = arguments.fp8 or arguments.fp8_attention
         return FusedDiT(model, case.model_config, 1, case.variant, fp8, arguments.fp8_attention)
-    backend = Manifest.read(arguments.graphs).backend
-    graphs = open_graphs(DIT, backend, arguments.graphs, case.model_config, case.variant, arguments.device)
+    manifest = Manifest.read(arguments.graphs)
+    manifest.check(manifest.backend, case.model_config, case.variant)
+    graphs = load_graphs(DIT, manifest, arguments.device)
     return GraphDiT(graphs, case.model_config, 1, case.variant)
 
 

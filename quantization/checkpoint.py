@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights and what calibration saw -> the tensors of a quantized checkpoint, and its file.
 
-The file holds every tensor of the model under our names, as `longlive_serve.weights.loader.load_model` reads it.
+The file holds every tensor of the model under our names, as `ModelLoader` reads it.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from longlive_serve.config.serve_config import TORCH, ServeConfig
 from longlive_serve.config.text_files import read_text
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
-from longlive_serve.weights.layouts import DIFFUSERS, LONGLIVE, QUANTIZED_FILE, find, tokenizer_folder
-from longlive_serve.weights.loader import fingerprint, load_state, recipe, sha256
-from longlive_serve.weights.tensor_files import INDEX
+from longlive_serve.weights.layouts import DIFFUSERS, LONGLIVE, QUANTIZED_FILE
+from longlive_serve.weights.loader import ModelLoader
+from longlive_serve.weights.tensor_files import INDEX, sha256
 from quantization import calibration
 from quantization.calibration import Seen, calibrate, chunks_of_session, settings_of
 from quantization.checkpoint import Observed, quantized_state, write
@@ -58,8 +58,8 @@ def quantize(
     """
     measurement = Measurement.begin("quantization.quantize", argv)
     formats = combined(recipes)
-    _check(config, formats, prompts, out)
-    sources = {model: fingerprint(model, config.weights) for model in MODELS}
+    loader = _check(config, formats, prompts, out)
+    sources = {model: loader.fingerprint(model) for model in MODELS}
     backends = build_backends(dataclasses.replace(config, **ALL_ON_TORCH, slots=1))
     parts: dict[str, Any] = {TEXT_ENCODER: backends.text_encoder, DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
     models = {name: parts[name].model for name in formats}
@@ -79,16 +79,15 @@ def quantize(
         "layers": {name: _facts(layers[name], observed[name]) for name in formats},
         "kept_in_16_bits": kept,
     }
-    return _write_folder(config, out, layers, observed, record, recipes)
+    return _write_folder(loader, out, layers, observed, record, recipes)
 
 
-def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str], out: Path) -> None:
-    folder = Path(config.weights)
-    if not folder.is_dir():
+def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str], out: Path) -> ModelLoader:
+    loader = ModelLoader.from_config(config)
+    if loader.folder is None:
         raise ValueError(f"weights: got {config.weights!r}, expected a folder of checkpoints to quantize")
-    for name in (*MODELS, TINY_DECODER):
-        file = find(name, config.weights)
-        assert file is not None
+    folder = loader.folder.path
+    for name, file in loader.folder.files.items():
         whole = file.path.parent == folder and not file.path.name.endswith(INDEX)
         if not whole or file.kind in (LONGLIVE, DIFFUSERS) or config.lora:
             raise ValueError(
@@ -100,10 +99,11 @@ def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str
     if not prompts:
         raise ValueError("prompts: got none, expected at least one line")
     for name in formats:
-        if before := recipe(name, config.weights):
+        if before := loader.recipe(name):
             raise ValueError(
                 f"{folder}: got a {name} quantized by {before!r}, expected one that is not: name another recipe"
             )
+    return loader
 
 
 def _facts(layers: Mapping[str, Format], observed: Mapping[str, Observed]) -> dict[str, dict[str, Any]]:
@@ -121,40 +121,34 @@ def _facts(layers: Mapping[str, Format], observed: Mapping[str, Observed]) -> di
 
 
 def _write_folder(
-    config: ServeConfig,
+    loader: ModelLoader,
     out: Path,
     layers: Formats,
     observed: Mapping[str, Mapping[str, Observed]],
     record: dict[str, Any],
     recipes: Sequence[str],
 ) -> dict[str, Any]:
-    source, files = Path(config.weights), []
+    assert loader.folder is not None
+    source, files = loader.folder, []
     for model in MODELS:
         quantized = QUANTIZED_FILE.format(model)
         if model in layers:
-            state = quantized_state(
-                load_state(model, config.model_config, config.weights), layers[model], observed[model]
-            )
+            checkpoint = loader.checkpoint(model)
+            assert checkpoint is not None
+            state = quantized_state(checkpoint.state(), layers[model], observed[model])
             about = {"recipe": owner(model, recipes), "source_sha256": record["sources"][model]}
             about |= {"date": record["date"], "versions": json.dumps(record["versions"])}
             write(out / quantized, state, about)
             files.append(quantized)
         else:
-            files.append(_file(model, config).name)
-            shutil.copy2(source / files[-1], out / files[-1])
-    if (tiny_decoder := _file(TINY_DECODER, config)).exists():
+            files.append(source.files[model].path.name)
+            shutil.copy2(source.files[model].path, out)
+    if (tiny_decoder := source.files[TINY_DECODER].path).exists():
         shutil.copy2(tiny_decoder, out)
-    tokenizer = tokenizer_folder(source)
-    shutil.copytree(tokenizer, out / tokenizer.relative_to(source), dirs_exist_ok=True)
+    shutil.copytree(source.tokenizer, out / source.tokenizer.relative_to(source.path), dirs_exist_ok=True)
     record["files"] = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in files}
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
-
-
-def _file(model: str, config: ServeConfig) -> Path:
-    file = find(model, config.weights)
-    assert file is not None
-    return file.path
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longlive_serve.config.presets import DIT, MODELS, PRESETS, ModelConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.vae.decoder import VAEDecoder
-from longlive_serve.weights.loader import load_model, load_state
+from longlive_serve.weights.loader import ModelLoader
 from quantization.checkpoint import Observed, quantized_state, write
 from quantization.recipes import Format, formats_of_layers
 
@@ -30,9 +30,11 @@ def bytes_of(state: Mapping[str, Tensor]) -> int:
 
 def sizes(config: ModelConfig, weights: str) -> dict[str, dict[str, int]]:
     """Bytes of every model's tensors: in its file in the folder, and in memory on a GPU, in bfloat16."""
-    in_memory = {name: load_model(name, config, weights, "cpu", torch.bfloat16).state_dict() for name in MODELS}
+    loader = ModelLoader.open(config, weights)
+    checkpoints = {name: checkpoint for name in MODELS if (checkpoint := loader.checkpoint(name)) is not None}
+    in_memory = {name: loader.load_model(name, "cpu", torch.bfloat16).state_dict() for name in MODELS}
     return {
-        "bytes_on_disk": {name: bytes_of(load_state(name, config, weights)) for name in MODELS},
+        "bytes_on_disk": {name: bytes_of(checkpoint.state()) for name, checkpoint in checkpoints.items()},
         "bytes_in_memory": {name: bytes_of(state) for name, state in in_memory.items()},
     }
 

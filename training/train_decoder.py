@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longlive_serve.config.presets import PRESETS, VAEConfig
 from longlive_serve.models.vae.decoder import ResidualBlock, VAEDecoder
-from longlive_serve.weights.loader import VAE_FILE
+from longlive_serve.weights.layouts import VAE_FILE
 from training.latents import Encoder, random_segments, random_start
 from training.run import Run, arguments
 from training.world import SIZE, draw

@@ -20,7 +20,7 @@ from longlive_serve.models.dit.flow_match_scheduler import SHIFT, FlowMatchSched
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.models.dit.rope import RotaryTables
 from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, wan_names
-from longlive_serve.weights.loader import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
+from longlive_serve.weights.layouts import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from training.latents import Encoder
 from training.pool import CHUNK, CHUNKS, Clip, make_pool
 from training.run import Run, arguments

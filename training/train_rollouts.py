@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from longlive_serve.backends.base import PromptKV
-from longlive_serve.config.presets import PRESETS
-from longlive_serve.models.dit.causal_dit import PATCH
+from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER
+from longlive_serve.models.dit.causal_dit import PATCH, CausalDiT
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.models.dit.rope import MAX_FRAMES, RotaryTables
-from longlive_serve.weights.loader import load_models
+from longlive_serve.models.text_encoder import TextEncoder
+from longlive_serve.weights.loader import ModelLoader
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.pool import CHUNK
 from training.rollouts import Rollout
@@ -55,9 +56,10 @@ class RolloutRun(Run):
 
     def __init__(self, folder: Path, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
-        models = load_models(DEMO, str(folder), "cpu", torch.float32)
-        self.dit, self.text_encoder = models.dit.train(), models.text_encoder.train()
-        self.tokenizer = models.tokenizer
+        loader = ModelLoader.open(DEMO, str(folder))
+        self.dit: CausalDiT = loader.load_model(DIT, "cpu", torch.float32).train()
+        self.text_encoder: TextEncoder = loader.load_model(TEXT_ENCODER, "cpu", torch.float32).train()
+        self.tokenizer = loader.load_tokenizer()
         matrices = [p for block in self.dit.blocks for p in block.parameters() if p.ndim == 2]
         both = nn.ModuleDict({"dit": self.dit, "text_encoder": self.text_encoder}).requires_grad_(True)
         super().__init__(both, matrices, MUON_LR, steps, seed, "cpu")

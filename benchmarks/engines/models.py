@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random models made where they are to run: no checkpoints, and no copy in float32 on the CPU before.
 
-In the place of `weights.load_model`, for measurements: speed does not depend on what the weights are, as long as
+In the place of `ModelLoader`'s, for measurements: speed does not depend on what the weights are, as long as
 they are no zeros and nothing overflows.
 """
 
@@ -19,6 +19,7 @@ from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
+from longlive_serve.weights.loader import ModelLoader
 
 KINDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     TEXT_ENCODER: lambda config: TextEncoder(config.text_encoder),
@@ -29,10 +30,17 @@ KINDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 NEAR = 0.02  # standard deviation of biases around 0 and of the weights of norms around 1
 
 
-def random_model(name: str, config: ModelConfig, weights: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The model `name`, as `weights.load_model` gives it, but with weights drawn on the device in `dtype`.
+class RandomModelLoader(ModelLoader):
+    """Gives random models, whatever the settings say of weights."""
 
-    `weights` is what the settings say, and not looked at. The same seed gives the same weights on the same device.
+    def load_model(self, name: str, device: str, dtype: torch.dtype) -> Any:
+        return random_model(name, self.config, device, dtype)
+
+
+def random_model(name: str, config: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """The model `name`, as `ModelLoader.load_model` gives it, but with weights drawn on the device in `dtype`.
+
+    The same seed gives the same weights on the same device.
     """
     with torch.device("meta"):
         model = KINDS[name](config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.engines.baseline.dit import EagerDiT
 from benchmarks.engines.baseline.vae import as_reference
-from benchmarks.engines.models import random_model
+from benchmarks.engines.models import RandomModelLoader
 from benchmarks.engines.prompts import WordEncoder
 from longlive_serve.backends.base import Backends
 from longlive_serve.backends.registry import build_backends
@@ -70,12 +70,13 @@ def build(row: Row, config: ServeConfig) -> Backends:
         raise ValueError(f"backend {FUSED} on {config.device}: its kernels need a GPU")
     if row.is_baseline:
         return _build_baseline(config)
-    return with_words(build_backends(config, load=random_model), config)
+    return with_words(build_backends(config, RandomModelLoader.from_config(config)), config)
 
 
 def _build_baseline(config: ServeConfig) -> Backends:
     """The torch backend's models, run as the reference runs them."""
-    backends = with_words(build_backends(dataclasses.replace(config, slots=1), load=random_model), config)
+    loader = RandomModelLoader.from_config(config)
+    backends = with_words(build_backends(dataclasses.replace(config, slots=1), loader), config)
     dit, decoder = backends.dit, backends.vae_decoder
     assert isinstance(dit, TorchDiT)
     assert isinstance(decoder, TorchVAEDecoder)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.start_up import LOAD, note_compilations, phase
 from longlive_serve.config.presets import DIT, MODELS, TEXT_ENCODER, TINY, TINY_DECODER, VAE_DECODER
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH
@@ -16,103 +18,117 @@ from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORR
 if TYPE_CHECKING:
     from longlive_serve.backends.base import Backends, DiTBackend, TextEncoderBackend, VAEDecoderBackend
     from longlive_serve.backends.exported.modules import Graph
-    from longlive_serve.config.presets import ModelConfig
     from longlive_serve.config.serve_config import ServeConfig
-    from longlive_serve.models.text_encoder import Tokenizer
+    from longlive_serve.weights.loader import ModelLoader
 
-    Models = Callable[[str], Any]
-    """The name of a model -> it, in PyTorch."""
-    Graphs = Callable[[str], dict[str, Graph]]
-    """The name of a model -> its graphs."""
+    ReadManifest = Callable[[Path], Manifest]
 
 log = logging.getLogger(__name__)
 
 
 @phase(LOAD)
-def build_backends(config: ServeConfig, load: Callable[..., Any] | None = None) -> Backends:
+def build_backends(config: ServeConfig, loader: ModelLoader | None = None) -> Backends:
     """The backends that `config` asks for; what `auto` came to, and why, is logged once.
 
-    `load` gives the PyTorch models, as `weights.load_model` does, which is the default.
+    `loader`: where PyTorch models come from; by default the weights that `config` names.
     Raises ValueError for weights, graphs or engines that do not fit what is served, or the machine.
     """
     import torch
 
     from longlive_serve.backends.base import Backends
     from longlive_serve.backends.device import use_device
-    from longlive_serve.weights.loader import adapters_of, fingerprint, load_model, load_tokenizer
+    from longlive_serve.weights.loader import ModelLoader
 
-    sizes, device = config.model_config, config.device
+    device = config.device
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
-    folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.tensorrt_engines}
-    chosen = {model: choose(model, config) for model in MODELS}
+    read_manifest = functools.cache(Manifest.read)
+    chosen = choose_backends(config, read_manifest)
     if FUSED in chosen.values():
         _check_triton()
         note_compilations()
-
-    def model(name: str) -> Any:
-        dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == AUTO else config.dtype
-        where = (name, sizes, config.weights, device, getattr(torch, dtype))
-        return load(*where) if load else load_model(*where, adapters=adapters, use_ema=config.use_ema)
-
-    def graphs(name: str) -> dict[str, Graph]:
-        folder = Path(folders[chosen[name]])
-        # None is fine: what has been exported needs no checkpoints.
-        weights = fingerprint(name, config.weights, adapters, config.use_ema)
-        return open_graphs(name, chosen[name], folder, sizes, config.variant, device, config.dtype, weights)
-
-    adapters = adapters_of(config)
-    tokenizer = load_tokenizer(sizes, config.weights)
-    text_encoder = _text_encoder(chosen[TEXT_ENCODER], tokenizer, model, graphs)
-    dit = _dit(chosen[DIT], config, model, graphs)
+    builder = _Builder(config, chosen, device, loader or ModelLoader.from_config(config), read_manifest)
+    text_encoder, dit = builder.text_encoder(), builder.dit()
     backends = Backends(
         text_encoder=text_encoder,
         dit=dit,
-        vae_decoder=_vae_decoder(chosen[VAE_DECODER], config, model, graphs),
+        vae_decoder=builder.vae_decoder(),
         name="+".join(sorted(set(chosen.values()))),
         device=device,
         dtype=str(dit.dtype).removeprefix("torch."),
     )
-    log.info("on %s, %s, preset %s, weights %s", device, backends.dtype, sizes.name, config.weights)
+    log.info("on %s, %s, preset %s, weights %s", device, backends.dtype, config.preset, config.weights)
     return backends
 
 
-def _text_encoder(backend: str, tokenizer: Tokenizer, model: Models, graphs: Graphs) -> TextEncoderBackend:
-    from longlive_serve.backends.exported.modules import GraphTextEncoder
-    from longlive_serve.backends.torch_backend import TorchTextEncoder
+class _Builder:
+    """Loads each model and hands it to its backend."""
 
-    if backend == TORCH:
-        return TorchTextEncoder(model(TEXT_ENCODER), tokenizer)
-    return GraphTextEncoder(graphs(TEXT_ENCODER), tokenizer)
+    def __init__(
+        self,
+        config: ServeConfig,
+        chosen: dict[str, str],
+        device: str,
+        loader: ModelLoader,
+        read_manifest: ReadManifest,
+    ) -> None:
+        self._config, self._chosen, self._device = config, chosen, device
+        self._loader, self._read_manifest = loader, read_manifest
 
+    def text_encoder(self) -> TextEncoderBackend:
+        from longlive_serve.backends.exported.modules import GraphTextEncoder
+        from longlive_serve.backends.torch_backend import TorchTextEncoder
 
-def _dit(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> DiTBackend:
-    from longlive_serve.backends.exported.modules import GraphDiT
-    from longlive_serve.backends.torch_backend import TorchDiT
+        tokenizer = self._loader.load_tokenizer()
+        if self._chosen[TEXT_ENCODER] == TORCH:
+            return TorchTextEncoder(self._model(TEXT_ENCODER), tokenizer)
+        return GraphTextEncoder(self._graphs(TEXT_ENCODER), tokenizer)
 
-    where = config.model_config, config.slots, config.variant
-    if backend == TORCH:
-        return TorchDiT(model(DIT), *where)
-    if backend == FUSED:
-        from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
+    def dit(self) -> DiTBackend:
+        from longlive_serve.backends.exported.modules import GraphDiT
+        from longlive_serve.backends.torch_backend import TorchDiT
 
-        return FusedDiT(model(DIT), *where, config.fp8, config.fp8_attention)
-    return GraphDiT(graphs(DIT), *where)
+        config, backend = self._config, self._chosen[DIT]
+        options = config.model_config, config.slots, config.variant
+        if backend == TORCH:
+            return TorchDiT(self._model(DIT), *options)
+        if backend == FUSED:
+            from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
 
+            return FusedDiT(self._model(DIT), *options, config.fp8, config.fp8_attention)
+        return GraphDiT(self._graphs(DIT), *options)
 
-def _vae_decoder(backend: str, config: ServeConfig, model: Models, graphs: Graphs) -> VAEDecoderBackend:
-    from longlive_serve.backends.exported.modules import GraphVAEDecoder
-    from longlive_serve.backends.torch_backend import TorchVAEDecoder
+    def vae_decoder(self) -> VAEDecoderBackend:
+        from longlive_serve.backends.exported.modules import GraphVAEDecoder
+        from longlive_serve.backends.torch_backend import TorchVAEDecoder
 
-    drawn_by = TINY_DECODER if config.decoder == TINY else VAE_DECODER
-    if backend == TORCH:
-        return TorchVAEDecoder(model(drawn_by), config.model_config)
-    if backend == FUSED:
-        from longlive_serve.backends.fused.vae import FusedVAEDecoder
+        config, backend = self._config, self._chosen[VAE_DECODER]
+        name = TINY_DECODER if config.decoder == TINY else VAE_DECODER
+        if backend == TORCH:
+            return TorchVAEDecoder(self._model(name), config.model_config)
+        if backend == FUSED:
+            from longlive_serve.backends.fused.vae import FusedVAEDecoder
 
-        return FusedVAEDecoder(model(drawn_by), config.model_config, config.fp8_decoder)
-    return GraphVAEDecoder(graphs(VAE_DECODER))
+            return FusedVAEDecoder(self._model(name), config.model_config, config.fp8_decoder)
+        return GraphVAEDecoder(self._graphs(VAE_DECODER))
+
+    def _model(self, name: str) -> Any:
+        import torch
+
+        dtype = self._config.dtype
+        if dtype == AUTO:
+            dtype = "float32" if self._device == "cpu" else "bfloat16"
+        return self._loader.load_model(name, self._device, getattr(torch, dtype))
+
+    def _graphs(self, model: str) -> dict[str, Graph]:
+        from longlive_serve.backends.exported.graphs import load_graphs
+
+        config, backend = self._config, self._chosen[model]
+        manifest = self._read_manifest(_exported_folders(config)[backend])
+        manifest.check(backend, config.model_config, config.variant)
+        # An empty fingerprint is fine: what has been exported needs no checkpoints.
+        return load_graphs(model, manifest, self._device, config.dtype, self._loader.fingerprint(model))
 
 
 def _check_triton() -> None:
@@ -123,68 +139,39 @@ def _check_triton() -> None:
         )
 
 
-def choose(model: str, config: ServeConfig) -> str:
-    """The backend of a model: the one asked for, or with `auto` what there is of it: an engine, a graph, else torch."""
-    asked: str = getattr(config, f"{model}_backend") or config.backend
-    why = "as asked for"
-    if asked == AUTO:
-        asked, why = TORCH, "as neither `tensorrt_engines` nor `graphs` has it"
-        for backend, folder in ((ONNXRUNTIME, config.graphs), (TENSORRT, config.tensorrt_engines)):
-            if folder and _has(model, Path(folder)):
-                asked, why = backend, f"as {folder} has it"
-    if asked == FUSED and model == TEXT_ENCODER:
-        asked, why = TORCH, "as there is no fused one"
-    if model == VAE_DECODER and config.decoder == TINY and asked != FUSED:
-        asked, why = TORCH, "as neither graphs nor engines have the tiny decoder"
-    log.info("%s: backend %s, %s", model, asked, why)
-    return asked
+def choose_backends(config: ServeConfig, read_manifest: ReadManifest = Manifest.read) -> dict[str, str]:
+    """The backend of every model: the one asked for, or with `auto` what there is of it: an engine, a graph, else
+    torch. Raises ValueError for a folder that is none of graphs."""
+    chosen = {}
+    for model in MODELS:
+        chosen[model], reason = _choose(model, config, read_manifest)
+        log.info("%s: backend %s, %s", model, chosen[model], reason)
+    return chosen
 
 
-def _has(model: str, folder: Path) -> bool:
+def _choose(model: str, config: ServeConfig, read_manifest: ReadManifest) -> tuple[str, str]:
+    """A model's backend and the reason."""
+    backend: str = getattr(config, f"{model}_backend") or config.backend
+    reason = "as asked for"
+    if backend == AUTO:
+        backend, reason = TORCH, "as neither `tensorrt_engines` nor `graphs` has it"
+        for candidate, folder in _exported_folders(config).items():
+            if _has_graphs(model, folder, read_manifest):
+                backend, reason = candidate, f"as {folder} has it"
+    if backend == FUSED and model == TEXT_ENCODER:
+        return TORCH, "as there is no fused one"
+    if model == VAE_DECODER and config.decoder == TINY and backend != FUSED:
+        return TORCH, "as neither graphs nor engines have the tiny decoder"
+    return backend, reason
+
+
+def _exported_folders(config: ServeConfig) -> dict[str, Path]:
+    """By backend, the folders that are set."""
+    folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.tensorrt_engines}
+    return {backend: Path(folder) for backend, folder in folders.items() if folder}
+
+
+def _has_graphs(model: str, folder: Path, read_manifest: ReadManifest) -> bool:
     from longlive_serve.backends.exported.io_spec import GRAPHS_OF
-    from longlive_serve.backends.exported.manifest import Manifest
 
-    return set(GRAPHS_OF[model]) <= Manifest.read(folder).graphs.keys()
-
-
-def open_graphs(
-    model: str,
-    backend: str,
-    folder: Path,
-    sizes: ModelConfig,
-    variant: str,
-    device: str,
-    dtype: str = AUTO,
-    weights: str = "",
-) -> dict[str, Graph]:
-    """The graphs of `model` in `folder`, loaded by `backend`.
-
-    `dtype`: the one they must have, if not `auto`; `weights`: the fingerprint of what they must be made of, if any.
-    Raises ValueError for a folder of something else.
-    """
-    from longlive_serve.backends.exported.io_spec import GRAPHS_OF, graph_io
-    from longlive_serve.backends.exported.manifest import Manifest
-
-    manifest = Manifest.read(folder)
-    manifest.check(folder, backend, sizes, variant)
-    table = graph_io(sizes, variant)
-    graphs: dict[str, Graph] = {}
-    for name in GRAPHS_OF[model]:
-        file = manifest.graphs.get(name)
-        if file is None or dtype not in (AUTO, file.dtype):
-            got = "nothing" if file is None else file.dtype
-            raise ValueError(f"{folder}: graph {name}: got {got}, expected it in dtype {dtype!r}. Export it")
-        if weights not in ("", file.weights):
-            raise ValueError(f"{folder}: graph {name}: was made of other weights than those served. Export it again")
-        if backend == ONNXRUNTIME:
-            from longlive_serve.backends.exported.onnxruntime_session import OnnxRuntimeGraph
-
-            graphs[name] = OnnxRuntimeGraph(folder, file, table[name], device)
-        else:
-            from longlive_serve.backends.exported import tensorrt_library
-
-            tensorrt_library.use(file.built["library"])
-            from longlive_serve.backends.exported.tensorrt_session import TensorRTGraph
-
-            graphs[name] = TensorRTGraph(folder, file, table[name], device)
-    return graphs
+    return set(GRAPHS_OF[model]) <= read_manifest(folder).graphs.keys()

@@ -10,8 +10,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping
 
-from longlive_serve.backends.registry import choose
-from longlive_serve.config.presets import MODELS
+from longlive_serve.backends.registry import choose_backends
 from longlive_serve.config.serve_config import AUTO, FUSED, ONNXRUNTIME, TENSORRT, TORCH, ServeConfig
 from longlive_serve.doctor.check_result import ERROR, NOTE, OK, WARNING, CheckResult
 from longlive_serve.doctor.gpu import INSTALL_CUDA_TORCH, Gpu
@@ -99,7 +98,7 @@ def check_backends(available: Mapping[str, str | Unavailable], device: str) -> l
 def select_backends(config: ServeConfig) -> dict[str, str]:
     """The backend of each model; empty where it cannot be told: without PyTorch, or with a wrong folder of graphs."""
     try:
-        return {model: choose(model, config) for model in MODELS}
+        return choose_backends(config)
     except (ImportError, ValueError):
         return {}
 

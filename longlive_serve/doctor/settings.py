@@ -68,15 +68,15 @@ def _check_weights(config: ServeConfig, backends: Mapping[str, str]) -> Iterator
 
 def _check_checkpoints(config: ServeConfig, backends: Mapping[str, str], folder: Path) -> Iterator[CheckResult]:
     """Of the models that run from checkpoints; and the tokenizer, which every backend needs."""
-    from longlive_serve.weights.layouts import QUANTIZED, find, tokenizer_folder
-    from longlive_serve.weights.loader import adapters_of
+    from longlive_serve.weights.layouts import QUANTIZED, WeightsFolder
+    from longlive_serve.weights.loader import get_adapters
 
-    files = []
+    weights, files = WeightsFolder.resolve(config.weights), []
+    assert weights is not None, "the weights are not random"
     for model in (model for model, backend in backends.items() if backend in (TORCH, FUSED)):
         name = TINY_DECODER if model == VAE_DECODER and config.decoder == TINY else model
         try:
-            file = find(name, config.weights)
-            assert file is not None, "the weights are not random"
+            file = weights.files[name]
             size = _checkpoint_bytes(file.path, num_parameters(config.model_config, name))
             if backends[model] == FUSED and file.kind == QUANTIZED:
                 message = f"{file.path} is quantized, which the backend {FUSED} does not support"
@@ -84,13 +84,13 @@ def _check_checkpoints(config: ServeConfig, backends: Mapping[str, str], folder:
                 yield CheckResult(ERROR, name, message, action)
             files.append(f"{file.path.relative_to(folder)} {format_bytes(size)}")
             if model == DIT:
-                files += [f"adapter {adapter.path.name}" for adapter in adapters_of(config)]
+                files += [f"adapter {adapter.path.name}" for adapter in get_adapters(weights, config.lora)]
         except ValueError as error:
             yield CheckResult(ERROR, name, str(error), GET_TINY if name == TINY_DECODER else GET_WEIGHTS)
     if files:
         yield CheckResult(OK, "weights", f"{folder}: {', '.join(files)}")
-    if not tokenizer_folder(folder).is_dir():
-        yield CheckResult(ERROR, "tokenizer", f"{tokenizer_folder(folder)} not found", GET_WEIGHTS)
+    if not weights.tokenizer.is_dir():
+        yield CheckResult(ERROR, "tokenizer", f"{weights.tokenizer} not found", GET_WEIGHTS)
 
 
 def _checkpoint_bytes(path: Path, num_parameters: int) -> int:
@@ -118,7 +118,7 @@ def _graphs_error(config: ServeConfig, backend: str, folder: Path, models: list[
     """Why `models` cannot run from a folder of graphs or engines, as far as its manifest says; empty: they can."""
     try:
         manifest = Manifest.read(folder)
-        manifest.check(folder, backend, config.model_config, config.variant)
+        manifest.check(backend, config.model_config, config.variant)
         from longlive_serve.backends.exported.io_spec import GRAPHS_OF
     except ValueError as error:
         return str(error).removeprefix(f"{folder}: ")

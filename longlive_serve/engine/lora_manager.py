@@ -25,7 +25,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import Options
-from longlive_serve.weights.loader import adapters_of, load_model
+from longlive_serve.weights.loader import ModelLoader
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +97,10 @@ class Adapters:
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         """In the thread."""
         config, device = self._config, self._runner.backends.device
-        what = (DIT, config.model_config, config.weights, device, dtype)
         try:
-            together = [*adapters_of(config), *adapters]
-            self._loaded = load_model(*what, adapters=together, use_ema=config.use_ema)
+            loader = ModelLoader.from_config(config)
+            loader = dataclasses.replace(loader, adapters=[*loader.adapters, *adapters])
+            self._loaded = loader.load_model(DIT, device, dtype)
         except ValueError as error:
             self._loaded = RequestError(RequestError.INVALID_REQUEST, str(error))
         except Exception as error:  # the boundary of the thread

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model's checkpoint: its tensors under our names, checked before any is read, then loaded one by one.
 
-Called by `weights` and by `export.convert`. At no time is more in memory than the model and one piece of the file.
+Made by `loader.ModelLoader`. At no time is more in memory than the model and one piece of the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from longlive_serve.models.text_encoder import TextEncoder, wan_names
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
 from longlive_serve.weights.diffusers_mapping import from_diffusers
-from longlive_serve.weights.layouts import CONVERTED, CONVERTED_FILE, DIFFUSERS, LONGLIVE, QUANTIZED, WAN, ModelFile
+from longlive_serve.weights.layouts import (
+    CONVERTED,
+    CONVERTED_FILE,
+    DIFFUSERS,
+    LONGLIVE,
+    QUANTIZED,
+    WAN,
+    CheckpointFile,
+)
 from longlive_serve.weights.lora import Updates, merged, read_adapters
 from longlive_serve.weights.tensor_files import is_mapped, listed, metadata, read_tensors, sha256, streamed
 
@@ -53,11 +61,11 @@ class Checkpoint:
 
     name: str
     config: ModelConfig
-    file: ModelFile
+    file: CheckpointFile
     adapters: Sequence[Adapter] = ()
     use_ema: bool = False
 
-    def model(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def load_model(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """The model with these weights, in evaluation mode. Raises ValueError for a file that does not fit it.
 
         Quantized weights and scales stay in the dtypes of the file.
@@ -90,6 +98,8 @@ class Checkpoint:
         """What the file holds under our names, without adapters; in the mapped file still, in its dtypes."""
         kind, path = self.file.kind, self.file.path
         if not path.exists():
+            if kind == DIFFUSERS:
+                raise ValueError(f"{path}: no such file, but shards: expected it to say what they hold. Fetch it")
             text = f"{path}: no such file, nor {CONVERTED_FILE.format(self.name)}"
             raise ValueError(f"{text}; expected the {self.name} in one of them. Fetch it")
         if self.use_ema and self.name == DIT and kind not in (LONGLIVE, CONVERTED):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 as diffusers lays it out (a WanPipeline folder): its files, and its tensors under our models' names.
 
-Called by `weights`. It renames and reads nothing; whether what it gives fits is for strict loading to say. Source:
-the state dicts of diffusers 0.42.1 and transformers 5.23.0, and diffusers' scripts/convert_wan_to_diffusers.py, whose
-renaming this undoes.
+Called by `layouts` and `checkpoint`. It renames and reads nothing; whether the result fits, strict loading says.
+Source: the state dicts of diffusers 0.42.1 and transformers 5.23.0, and diffusers' scripts/convert_wan_to_diffusers.py,
+whose renaming this undoes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each model's file lies in a folder of weights.
+"""What each file of a weights folder is. It opens no file.
 
-Called by `checkpoint` and `weights`, and by those who copy such folders. It opens no file. Layouts, in one folder even
-mixed (the first that has the model counts):
+Called once per folder, by `loader.ModelLoader` and by the doctor. Layouts, in one folder even mixed (the first that has
+the model counts):
 
 * what `quantization/` writes: MODEL.quantized.safetensors;
 * what `python -m export.convert` writes: MODEL.safetensors and tokenizer/;
@@ -14,10 +14,10 @@ mixed (the first that has the model counts):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longlive_serve.config.presets import DIT, TEXT_ENCODER, TINY_DECODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, MODELS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER
 from longlive_serve.config.serve_config import RANDOM_WEIGHTS
 from longlive_serve.weights import diffusers_mapping
 from longlive_serve.weights.tensor_files import INDEX
@@ -41,81 +41,83 @@ QUANTIZED, CONVERTED, LONGLIVE, WAN, DIFFUSERS = "quantized", "converted", "Long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFile:
+class CheckpointFile:
     """A model's file, which may be an index of shards, and whose names and layout it has."""
 
     path: Path
     kind: str
 
 
-def folder_of(weights: str) -> Path | None:
-    """The folder, or None for random weights. Raises ValueError when there is none."""
-    folder = None if weights == RANDOM_WEIGHTS else Path(weights)
-    if folder is not None and not folder.is_dir():
-        raise ValueError(
-            f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM_WEIGHTS!r}"
-        )
-    return folder
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsFolder:
+    """A folder of weights, resolved: what each of its files is."""
+
+    path: Path
+    files: Mapping[str, CheckpointFile]
+    """By model: the file that is there, else the one that should be."""
+    tokenizer: Path
+    """The tokenizer's folder; it may not be there."""
+    lora: Path | None
+    """The lora.pt beside longlive_base.pt: LongLive is both."""
+
+    @classmethod
+    def resolve(cls, weights: str) -> WeightsFolder | None:
+        """None for random weights. Raises ValueError when there is no such folder."""
+        if weights == RANDOM_WEIGHTS:
+            return None
+        path = Path(weights)
+        if not path.is_dir():
+            raise ValueError(
+                f"weights: got {weights!r}, expected a folder with {DIT_FILE}, {VAE_FILE}, ... or {RANDOM_WEIGHTS!r}"
+            )
+        files = {model: _find(model, path) for model in (*MODELS, TINY_DECODER)}
+        lora = files[DIT].path.with_name(LORA_FILE)
+        has_lora = files[DIT].kind == LONGLIVE and lora.is_file()
+        return cls(path=path, files=files, tokenizer=_tokenizer_folder(path), lora=lora if has_lora else None)
 
 
-def find(model: str, weights: str) -> ModelFile | None:
-    """The file of a model in the folder `weights`; where there is none, the one that should be there.
-
-    None for random weights. Raises ValueError for shards of which nothing says what they hold.
-    """
-    folder = folder_of(weights)
-    if folder is None:
-        return None
-    return next((file for file in _candidates(model, folder) if file.path.exists()), _published(model, folder))
-
-
-def own_adapter(weights: str) -> Path | None:
-    """The lora.pt that lies beside the longlive_base.pt of the folder: LongLive is both."""
-    file = find(DIT, weights)
-    if file is None or file.kind != LONGLIVE or not (file.path.parent / LORA_FILE).is_file():
-        return None
-    return file.path.parent / LORA_FILE
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer's folder in the folder of weights; it may not be there."""
+def _tokenizer_folder(folder: Path) -> Path:
     converted = folder / CONVERTED_TOKENIZER_FOLDER
     return converted if converted.is_dir() else _wan_folder(folder) / TOKENIZER_FOLDER
 
 
-def _candidates(model: str, folder: Path) -> Iterator[ModelFile]:
-    yield ModelFile(path=folder / QUANTIZED_FILE.format(model), kind=QUANTIZED)
-    yield ModelFile(path=folder / CONVERTED_FILE.format(model), kind=CONVERTED)
-    if model == DIT:
-        yield ModelFile(path=_longlive_folder(folder) / LONGLIVE_FILE, kind=LONGLIVE)
+def _find(model: str, folder: Path) -> CheckpointFile:
     published = _published(model, folder)
+    candidates = _candidates(model, folder, published)
+    return next((file for file in candidates if file.path.exists() or file.kind == DIFFUSERS), published)
+
+
+def _candidates(model: str, folder: Path, published: CheckpointFile) -> Iterator[CheckpointFile]:
+    yield CheckpointFile(path=folder / QUANTIZED_FILE.format(model), kind=QUANTIZED)
+    yield CheckpointFile(path=folder / CONVERTED_FILE.format(model), kind=CONVERTED)
+    if model == DIT:
+        longlive = folder / LONGLIVE_FOLDER if _has_reference_layout(folder) else folder
+        yield CheckpointFile(path=longlive / LONGLIVE_FILE, kind=LONGLIVE)
     if published.kind == WAN:
         yield published
-        yield ModelFile(path=published.path.with_suffix(".safetensors"), kind=WAN)
-        yield ModelFile(path=published.path.with_suffix(f".safetensors{INDEX}"), kind=WAN)
+        yield CheckpointFile(path=published.path.with_suffix(".safetensors"), kind=WAN)
+        yield CheckpointFile(path=published.path.with_suffix(f".safetensors{INDEX}"), kind=WAN)
     if model in diffusers_mapping.FILES and diffusers_mapping.is_diffusers(folder):
-        yield from _of_diffusers(folder, diffusers_mapping.FILES[model])
+        yield from _diffusers_files(folder, diffusers_mapping.FILES[model])
 
 
-def _published(model: str, folder: Path) -> ModelFile:
+def _published(model: str, folder: Path) -> CheckpointFile:
     if model == DIT and _has_reference_layout(folder):
-        return ModelFile(path=folder / LONGLIVE_FOLDER / LONGLIVE_FILE, kind=LONGLIVE)  # Wan's own is not LongLive
+        return CheckpointFile(path=folder / LONGLIVE_FOLDER / LONGLIVE_FILE, kind=LONGLIVE)  # Wan's own is not LongLive
     published_in = folder if model == TINY_DECODER else _wan_folder(folder)
-    return ModelFile(path=published_in / FILES[model], kind=WAN)
+    return CheckpointFile(path=published_in / FILES[model], kind=WAN)
 
 
-def _of_diffusers(folder: Path, pattern: str) -> Iterator[ModelFile]:
-    """The file of one model: whole, or the index of its shards."""
+def _diffusers_files(folder: Path, pattern: str) -> Iterator[CheckpointFile]:
+    """The file of one model: whole, or the index of its shards, which may not be there."""
     whole = folder / pattern.replace("*", "")
     found = sorted(folder.glob(pattern))
     if whole in found:
-        yield ModelFile(path=whole, kind=DIFFUSERS)
-    elif (index := whole.with_name(whole.name + INDEX)).exists():
-        yield ModelFile(path=index, kind=DIFFUSERS)
-    elif len(found) > 1:
-        raise ValueError(f"{index}: no such file, but shards: expected it to say what they hold. Fetch it")
+        yield CheckpointFile(path=whole, kind=DIFFUSERS)
+    elif (index := whole.with_name(whole.name + INDEX)).exists() or len(found) > 1:
+        yield CheckpointFile(path=index, kind=DIFFUSERS)
     else:
-        yield from (ModelFile(path=path, kind=DIFFUSERS) for path in found)
+        yield from (CheckpointFile(path=path, kind=DIFFUSERS) for path in found)
 
 
 def _has_reference_layout(folder: Path) -> bool:
@@ -124,7 +126,3 @@ def _has_reference_layout(folder: Path) -> bool:
 
 def _wan_folder(folder: Path) -> Path:
     return folder / WAN_FOLDER if _has_reference_layout(folder) else folder
-
-
-def _longlive_folder(folder: Path) -> Path:
-    return folder / LONGLIVE_FOLDER if _has_reference_layout(folder) else folder

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters: their files, and merging them into weights: W + scale * (alpha / rank) * B A.
 
-Called by `checkpoint` and `weights`. The arithmetic is float32 on the CPU, so that a merge gives the same bits wherever
+Called by `checkpoint` and `loader`. The arithmetic is float32 on the CPU, so that a merge gives the same bits wherever
 it is done. Names and shapes: docs/semantics.md, section 10.
 """
 

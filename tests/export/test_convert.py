@@ -23,7 +23,7 @@ from longlive_serve.config.presets import DIT, MODELS, TINY_DECODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.weights.checkpoint import Checkpoint, build
 from longlive_serve.weights.layouts import LONGLIVE_FILE, LONGLIVE_FOLDER, LORA_FILE, TINY_DECODER_FILE
-from longlive_serve.weights.loader import load_tokenizer
+from longlive_serve.weights.loader import ModelLoader
 from longlive_serve.weights.tensor_files import sha256
 from quantization.quantize import quantize
 from tests.support.weights_files import TINY, assert_equal, loaded, lora_state, state_of, write_reference, write_wan
@@ -38,7 +38,8 @@ def source(tmp_path: Path) -> Path:
 
 def converted(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> int:
     config = ServeConfig(preset="tiny", weights=str(source), **settings)
-    return convert(config, parts_of(config), dtype, out)
+    loader = ModelLoader.from_config(config)
+    return convert(config, loader, parts_of(loader), dtype, out)
 
 
 def refusal(source: Path, out: Path, **settings: Any) -> str:
@@ -55,7 +56,7 @@ def test_what_comes_out_loads_as_the_same_models(source: Path, tmp_path: Path, d
     for name in MODELS:
         assert_equal(loaded(name, out, dtype), loaded(name, source, dtype))
         assert {tensor.dtype for tensor in load_file(out / f"{name}.safetensors").values()} == {dtype}
-    ids = [load_tokenizer(TINY, str(folder))("fox").ids for folder in (source, out)]
+    ids = [ModelLoader.open(TINY, str(folder)).load_tokenizer()("fox").ids for folder in (source, out)]
     assert torch.equal(*ids)
 
 
@@ -139,11 +140,12 @@ def test_an_interrupted_conversion_goes_on(source: Path, tmp_path: Path, monkeyp
             yield item
 
     config = ServeConfig(preset="tiny", weights=str(source))
-    parts = parts_of(config)
+    loader = ModelLoader.from_config(config)
+    parts = parts_of(loader)
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "tensors", broken)
         with pytest.raises(KeyboardInterrupt):
-            convert(config, parts, torch.bfloat16, out)
+            convert(config, loader, parts, torch.bfloat16, out)
     assert sorted(stamps(out)) == ["dit.safetensors.partial", "text_encoder.safetensors"]
     before = stamps(out)["text_encoder.safetensors"]
     assert converted(source, out) == 1
@@ -155,10 +157,11 @@ def test_an_interrupted_conversion_goes_on(source: Path, tmp_path: Path, monkeyp
 
 def test_progress_comes_to_the_end(source: Path, tmp_path: Path) -> None:
     config = ServeConfig(preset="tiny", weights=str(source))
-    parts, out = parts_of(config), tmp_path / "out"
+    loader, out = ModelLoader.from_config(config), tmp_path / "out"
+    parts = parts_of(loader)
     done: list[int] = []
     for times in (1, 2):
-        convert(config, parts, torch.bfloat16, out, lambda what, count: done.append(count))
+        convert(config, loader, parts, torch.bfloat16, out, lambda what, count: done.append(count))
         assert sum(done) == times * work(parts, torch.bfloat16)
 
 
@@ -219,7 +222,7 @@ def test_wrong_folders_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "a file; expected a folder" in refusal(source, tmp_path / "file")
     with pytest.raises(ValueError, match="got 'random', expected a folder of weights to convert"):
-        parts_of(ServeConfig(preset="tiny"))
+        parts_of(ModelLoader.from_config(ServeConfig(preset="tiny")))
     flat = write_wan(tmp_path / "flat")
     (flat / "diffusion_pytorch_model.safetensors").rename(flat / "dit.quantized.safetensors")
     assert "got quantized weights, expected others: convert first, then quantize" in refusal(flat, tmp_path / "out")
@@ -234,7 +237,7 @@ def test_quantization_asks_for_a_converted_folder(source: Path, tmp_path: Path) 
     quantize(config, ["int8-vae"], ["a fox"], tmp_path / "int8")
     for name in (DIT, "text_encoder"):
         assert_equal(loaded(name, tmp_path / "int8"), loaded(name, tmp_path / "out"))
-    assert load_tokenizer(TINY, str(tmp_path / "int8"))("fox").length == 4
+    assert ModelLoader.open(TINY, str(tmp_path / "int8")).load_tokenizer()("fox").length == 4
     with safe_open(tmp_path / "int8" / "vae_decoder.quantized.safetensors", "pt") as file:
         assert file.metadata()["recipe"] == "int8-vae"
 

@@ -15,9 +15,10 @@ import torch
 from export.onnx_modules import exportable_graphs, write
 from export.optimization_profiles import dit_calls, profiles_of
 from export.to_onnx import export, main, source_of_config
+from longlive_serve.backends.exported.graphs import load_graphs
 from longlive_serve.backends.exported.io_spec import GRAPHS_OF, PROMPT_KV, graph_io
 from longlive_serve.backends.exported.manifest import Manifest
-from longlive_serve.backends.registry import build_backends, open_graphs
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, MODELS, PRESETS, WindowConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
@@ -87,7 +88,7 @@ def test_a_whole_session_is_that_of_torch(exported: ExportedGraphs, variant: str
 
 def test_the_cache_is_written_in_place_and_nowhere_else(exported: ExportedGraphs) -> None:
     sizes = PRESETS["tiny"]
-    dit = open_graphs(DIT, "onnxruntime", exported("tiny", "base"), sizes, "base", "cpu")[DIT]
+    dit = load_graphs(DIT, Manifest.read(exported("tiny", "base")), "cpu")[DIT]
     (_, graph) = exportable_graphs(torch.nn.Module.eval(_tiny_dit()), sizes, "base")
     inputs = graph.example(batch=2, frames=3, used=9)
     before = {name: tensor.clone() for name, tensor in inputs.items()}

@@ -19,9 +19,9 @@ from torch import nn
 
 from export.to_onnx import Source, export
 from longlive_serve.backends.exported import tensorrt_library
+from longlive_serve.backends.exported.graphs import load_graphs
 from longlive_serve.backends.exported.io_spec import PROMPT_KV, GraphIO, GraphTensor, graph_io
 from longlive_serve.backends.exported.manifest import Manifest
-from longlive_serve.backends.registry import open_graphs
 from longlive_serve.config.presets import DIT, MODELS, PRESETS, WindowConfig
 from longlive_serve.models.quantization.int8_fp8_layers import install, scale_for, to_8_bit
 from longlive_serve.weights.loader import load_model
@@ -98,7 +98,7 @@ def test_every_graph_becomes_an_engine(graphs: Path, tmp_path: Path) -> None:
     made = build(graphs, tmp_path, max_batch=2)
     assert made == dict.fromkeys(graph_io(SMALL, "base"), False)
     manifest = Manifest.read(tmp_path)
-    manifest.check(tmp_path, "tensorrt", SMALL, "base")
+    manifest.check("tensorrt", SMALL, "base")
     profiles = manifest.graphs[DIT].built["profiles"]
     assert [(profile["frames"][0], profile["used"][0]) for profile in profiles] == [(3, 3), (3, 6), (6, 6)]
     assert all(profile["batch"] == [1, 1, 2] for profile in profiles)
@@ -223,7 +223,7 @@ def test_engines_of_another_version_are_refused(graphs: Path, tmp_path: Path) ->
         file.built["tensorrt"] = "1.6.0"
     manifest.write(tmp_path)
     with pytest.raises(ValueError, match=r"tensorrt '1.6.0', here '1\.\d.*Build it here: python -m export.to_tensorrt"):
-        open_graphs(DIT, "tensorrt", tmp_path, SMALL, "base", "cpu")
+        load_graphs(DIT, Manifest.read(tmp_path), "cpu")
 
 
 def test_a_process_has_one_tensorrt() -> None:

@@ -29,7 +29,7 @@ from longlive_serve.backends.exported.io_spec import graph_io
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.config.serve_config import TENSORRT
-from longlive_serve.weights.loader import sha256
+from longlive_serve.weights.tensor_files import sha256
 from tests.fakes.cuda_on_cpu import CAPABILITY, GPU, Cuda, cuda, cuda_on_cpu
 
 VERSION = "10.16.0"

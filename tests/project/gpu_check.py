@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.engines.check import CHUNKS, check, make_video
-from benchmarks.engines.models import random_model
+from benchmarks.engines.models import RandomModelLoader
 from benchmarks.engines.record import hardware, torch_versions
 from benchmarks.engines.rows import ROWS, with_words
 from benchmarks.results import Measurement
@@ -116,7 +116,7 @@ class Checks:
 
     def runner(self, **settings: Any) -> ModelRunner:
         config = ServeConfig(preset=self.machine.config.name, device=self.device, slots=2, **settings)
-        backends = with_words(build_backends(config, load=random_model), config)
+        backends = with_words(build_backends(config, RandomModelLoader.from_config(config)), config)
         return ModelRunner(backends, config.model_config, config.variant)
 
     def full_size(self, row: str) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.quantization.int8_fp8_layers import install, quantized_layers
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
-from longlive_serve.weights.loader import load_model, recipe, sha256
+from longlive_serve.weights.loader import ModelLoader, load_model
+from longlive_serve.weights.tensor_files import sha256
 from quantization import quantize as command
 from quantization.calibration import FILE, calibration_session
 from quantization.checkpoint import Observed, quantized_state
@@ -140,7 +141,7 @@ def test_a_recipe_leaves_the_other_layers_and_models_alone(int8: Path) -> None:
     assert state["blocks.0.ffn.0.quantized_weight"].dtype == torch.int8
     assert (int8 / "Wan2.1_VAE.pth").read_bytes() == (SHIPPED / "Wan2.1_VAE.pth").read_bytes()
     assert not (int8 / "diffusion_pytorch_model.safetensors").exists()
-    assert [recipe(name, str(int8)) for name in MODELS] == ["int8", "int8", ""]
+    assert [ModelLoader.open(DEMO.model_config, str(int8)).recipe(name) for name in MODELS] == ["int8", "int8", ""]
 
 
 def test_a_checkpoint_says_where_it_comes_from(fp8: Path) -> None:

@@ -13,20 +13,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
-from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, VAE_DECODER
+from longlive_serve.config.presets import DIT, MODELS, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.models.text_encoder import wan_names
-from longlive_serve.weights.layouts import LONGLIVE_FILE, LONGLIVE_FOLDER, LORA_FILE, WAN_FOLDER
-from longlive_serve.weights.loader import (
+from longlive_serve.weights.layouts import (
     DIT_FILE,
+    LONGLIVE_FILE,
+    LONGLIVE_FOLDER,
+    LORA_FILE,
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     VAE_FILE,
-    Models,
-    adapters_of,
-    load_model,
-    load_models,
+    WAN_FOLDER,
 )
+from longlive_serve.weights.loader import ModelLoader, load_model
 
 TINY = PRESETS["tiny"]
 LAYERS = (*(f"{part}.{one}" for part in ("self_attn", "cross_attn") for one in "qkvo"), "ffn.0", "ffn.2")
@@ -34,18 +34,17 @@ State = dict[str, Tensor]
 
 
 @functools.cache
-def models() -> Models:
+def models() -> dict[str, nn.Module]:
     """Models whose weights are not the random ones."""
-    made = load_models(TINY, "random", "cpu", torch.float32)
-    for model in (made.dit, made.vae_decoder, made.text_encoder):
+    made: dict[str, nn.Module] = {name: load_model(name, TINY, "random", "cpu", torch.float32) for name in MODELS}
+    for model in made.values():
         for parameter in model.parameters():
             parameter.data.add_(0.01)
     return made
 
 
 def state_of(name: str) -> State:
-    model: nn.Module = getattr(models(), name)
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    return {key: tensor.clone() for key, tensor in models()[name].state_dict().items()}
 
 
 def wan_text_names() -> State:
@@ -119,9 +118,7 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> State:
 def loaded(name: str, folder: Path | str, dtype: torch.dtype = torch.float32, **settings: object) -> State:
     """The state of a model as a server of the folder has it; `settings` of serve.toml."""
     config = ServeConfig(preset="tiny", weights=str(folder), **settings)  # type: ignore[arg-type]
-    adapters = adapters_of(config)
-    model: nn.Module = load_model(name, TINY, str(folder), "cpu", dtype, adapters=adapters, use_ema=config.use_ema)
-    return dict(model.state_dict())
+    return dict(ModelLoader.from_config(config).load_model(name, "cpu", dtype).state_dict())
 
 
 def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -44,6 +44,8 @@ class Manifest:
     graphs: dict[str, GraphFile]
     versions: dict[str, str]
     format: int = FORMAT
+    folder: Path = Path()
+    """Where it was read."""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -54,7 +56,7 @@ class Manifest:
             if values["format"] != FORMAT:
                 raise ValueError(f"got format {values['format']}, expected {FORMAT}: export the graphs again")
             graphs = {name: GraphFile(**graph) for name, graph in values.pop("graphs").items()}
-            return cls(**values, graphs=graphs)
+            return cls(**values, graphs=graphs, folder=folder)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}: not a manifest of graphs ({type(error).__name__}: {error}); "
@@ -62,9 +64,10 @@ class Manifest:
             ) from None
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key != "folder"}
+        (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
-    def check(self, folder: Path, backend: str, config: ModelConfig, variant: str) -> None:
+    def check(self, backend: str, config: ModelConfig, variant: str) -> None:
         """Raises ValueError when these are not graphs for `backend` of a LongLive of these sizes and this variant."""
         expected = sizes_of(config)
         wrong = [
@@ -77,7 +80,7 @@ class Manifest:
         if self.variant != variant:
             wrong.append(f"variant {self.variant!r} instead of {variant!r}")
         if wrong:
-            raise ValueError(f"{folder}: graphs of another LongLive: {'; '.join(wrong)}. Export them again")
+            raise ValueError(f"{self.folder}: graphs of another LongLive: {'; '.join(wrong)}. Export them again")
 
 
 def sizes_of(config: ModelConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers with 8-bit weights, and 8-bit inputs where their scale is known: INT8 or FP8 (E4M3), symmetric.
 
-Made by `quantization/`, put in place by `weights.load_model`. PyTorch simulates them (it rounds to 8 bits and
+Made by `quantization/`, put in place by `weights.checkpoint`. PyTorch simulates them (it rounds to 8 bits and
 computes in the model's dtype); exported, they are QuantizeLinear and DequantizeLinear around the operator, which
 TensorRT fuses into 8-bit kernels. Scales are numbers that bfloat16 holds, so that every precision computes with the
 same ones.

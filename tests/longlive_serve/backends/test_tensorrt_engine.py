@@ -20,11 +20,13 @@ import pytest
 import torch
 
 from export.onnx_modules import exportable_graphs
+from longlive_serve.backends.exported.graphs import load_graphs
+from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.exported.modules import GraphDiT, GraphVAEDecoder
-from longlive_serve.backends.registry import build_backends, open_graphs
+from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchVAEDecoder
 from longlive_serve.config.presets import DIT, PRESETS, VAE_DECODER
-from longlive_serve.config.serve_config import TENSORRT, ServeConfig
+from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.replay import ReplayCase, exact_latents, load_case_tensors, replay
@@ -57,7 +59,7 @@ def engines(graphs: Path, tmp_path: Path) -> Path:
 
 
 def open_dit(engines: Path) -> Any:
-    return open_graphs(DIT, TENSORRT, engines, TINY, "base", "cpu")[DIT]
+    return load_graphs(DIT, Manifest.read(engines), "cpu")[DIT]
 
 
 def example(frames: int = 3, used: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -71,7 +73,7 @@ def test_a_golden_rollout_is_met(tmp_path: Path, case_graphs: Callable[[bool], P
     path = write_case(tmp_path, name)
     case = ReplayCase.load(path)
     tensors = load_case_tensors(case, path.with_suffix(".safetensors"))
-    graphs = open_graphs(DIT, TENSORRT, engines, case.model_config, case.variant, "cpu")
+    graphs = load_graphs(DIT, Manifest.read(engines), "cpu")
     with torch.inference_mode():
         latents = replay(case, tensors, GraphDiT(graphs, case.model_config, 1, case.variant))
     assert_reference(latents, tensors["latents"], exact_latents(case, tensors))
@@ -101,7 +103,7 @@ def test_a_session_is_that_of_torch_whatever_runs_beside_it(engines: Path) -> No
 
 
 def test_video_is_that_of_torch(engines: Path) -> None:
-    graphs = open_graphs(VAE_DECODER, TENSORRT, engines, TINY, "base", "cpu")
+    graphs = load_graphs(VAE_DECODER, Manifest.read(engines), "cpu")
     model = load_model(VAE_DECODER, TINY, "random", "cpu", torch.float32)
     made, plain = [], TorchVAEDecoder(model, TINY)
     ways = ((GraphVAEDecoder(graphs), False), (plain, False), (plain, True))
@@ -211,7 +213,7 @@ def test_an_engine_that_is_gone_or_broken_is_refused(engines: Path) -> None:
 
 def _take_as_it_is(engines: Path, name: str) -> None:
     """Let the manifest describe the file that is there."""
-    from longlive_serve.weights.loader import sha256
+    from longlive_serve.weights.tensor_files import sha256
 
     manifest = json.loads((engines / "manifest.json").read_text(encoding="utf-8"))
     manifest["graphs"][name]["built"]["sha256"] = sha256(engines / f"{name}.engine")

@@ -14,7 +14,7 @@ import pytest
 
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.config.serve_config import RANDOM_WEIGHTS, Adapter, ServeConfig
-from longlive_serve.weights.loader import DIT_FILE
+from longlive_serve.weights.layouts import DIT_FILE
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = ROOT / "model_repository/longlive/1/serve.toml"

@@ -32,7 +32,7 @@ from longlive_serve.doctor.check_result import (
 )
 from longlive_serve.doctor.memory_model import GIB
 from longlive_serve.protocol.errors import ServerStartError
-from longlive_serve.weights.loader import DIT_FILE, QUANTIZED_FILE, TOKENIZER_FOLDER, VAE_FILE
+from longlive_serve.weights.layouts import DIT_FILE, QUANTIZED_FILE, TOKENIZER_FOLDER, VAE_FILE
 from tests.longlive_serve.doctor.test_doctor_machine import FULL, fake_nvidia_smi, levels, only
 
 FREE = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]

@@ -16,14 +16,13 @@ from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine import lora_manager
 from longlive_serve.engine.lora_manager import Adapters
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session_manager import shutting_down
 from longlive_serve.models.dit.kv_cache import Window
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import SET_LORA, Options
-from longlive_serve.weights.loader import load_model
+from longlive_serve.weights.loader import ModelLoader, load_model
 from tests.fakes.service_bench import LIMIT_S, RecordingResponseSender, wait_until
 from tests.longlive_serve.live.test_live_adapters import TOKEN, write_adapter
 
@@ -42,11 +41,13 @@ class At:
         self.go, self.woken = threading.Event(), threading.Event()
         self.adapters = Adapters(self.runner, self.config, self.woken.set)
 
-        def load(*what: Any, **how: Any) -> Any:
-            assert self.go.wait(LIMIT_S)
-            return load_model(*what, **how)
+        load_now = ModelLoader.load_model
 
-        monkeypatch.setattr(lora_manager, "load_model", load)
+        def load(loader: ModelLoader, name: str, device: str, dtype: torch.dtype) -> Any:
+            assert self.go.wait(LIMIT_S)
+            return load_now(loader, name, device, dtype)
+
+        monkeypatch.setattr(ModelLoader, "load_model", load)
 
 
 def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ from longlive_serve.models.dit.causal_dit import CacheView, CausalDiT, time_feat
 from longlive_serve.models.dit.kv_cache import KVCachePlan, Window
 from longlive_serve.models.text_encoder import TextEncoder
 from longlive_serve.models.vae.decoder import VAEDecoder
+from longlive_serve.weights.checkpoint import load_strictly
 from longlive_serve.weights.diffusers_mapping import FILES, from_diffusers, is_diffusers
-from longlive_serve.weights.loader import load_strictly
 from tests.support.tolerance import Float64
 
 pytestmark = pytest.mark.numeric

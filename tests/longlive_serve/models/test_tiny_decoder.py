@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longlive_serve.backends import registry
-from longlive_serve.backends.registry import build_backends, choose
+from longlive_serve.backends.registry import build_backends, choose_backends
 from longlive_serve.backends.torch_backend import TorchVAEDecoder
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, TINY_DECODER, VAE_DECODER, TinyDecoderConfig
 from longlive_serve.config.serve_config import TORCH, ServeConfig
@@ -24,7 +24,9 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import dump, load_session
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
-from longlive_serve.weights.loader import TINY_DECODER_FILE, load_model, load_strictly
+from longlive_serve.weights.checkpoint import load_strictly
+from longlive_serve.weights.layouts import TINY_DECODER_FILE
+from longlive_serve.weights.loader import ModelLoader, load_model
 
 pytestmark = pytest.mark.numeric
 
@@ -273,13 +275,14 @@ def test_a_snapshot_brings_the_decoder_back_as_it_was(chunks: int) -> None:
 
 def test_the_model_comes_from_where_the_others_do(tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text('decoder = "tiny"\ndevice = "cpu"\n')
-    asked = []
+    asked, config = [], ServeConfig.from_toml(tmp_path / "serve.toml")
 
-    def watched(name: str, *where: Any) -> Any:
-        asked.append(name)
-        return load_model(name, *where)
+    class WatchedLoader(ModelLoader):
+        def load_model(self, name: str, device: str, dtype: torch.dtype) -> Any:
+            asked.append(name)
+            return super().load_model(name, device, dtype)
 
-    built = build_backends(ServeConfig.from_toml(tmp_path / "serve.toml"), watched)
+    built = build_backends(config, WatchedLoader.from_config(config))
     assert asked == [TEXT_ENCODER, DIT, TINY_DECODER]
     assert isinstance(built.vae_decoder, TorchVAEDecoder)
     assert isinstance(built.vae_decoder.model, TinyDecoder)
@@ -294,9 +297,11 @@ def test_graphs_and_engines_have_no_tiny_decoder(backend: str, key: str, monkeyp
         with pytest.raises(ValueError, match=f"decoder: got 'tiny' with the backend {backend}"):
             served(**{setting: backend})
     others = served(backend=backend, vae_decoder_backend=TORCH)
-    assert (choose(VAE_DECODER, others), choose(DIT, others)) == (TORCH, backend)
-    monkeypatch.setattr(registry, "_has", lambda *_: True)
-    assert (choose(VAE_DECODER, served()), choose(DIT, served())) == (TORCH, backend)
+    chosen = choose_backends(others)
+    assert (chosen[VAE_DECODER], chosen[DIT]) == (TORCH, backend)
+    monkeypatch.setattr(registry, "_has_graphs", lambda *_: True)
+    chosen = choose_backends(served())
+    assert (chosen[VAE_DECODER], chosen[DIT]) == (TORCH, backend)
 
 
 def test_an_unknown_decoder_is_an_error() -> None:

@@ -17,8 +17,8 @@ from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, VAE_DECODER
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.protocol.errors import ServerStartError
-from longlive_serve.weights.layouts import LONGLIVE_FILE
-from longlive_serve.weights.loader import DIT_FILE, TEXT_ENCODER_FILE, VAE_FILE, load_model
+from longlive_serve.weights.layouts import DIT_FILE, LONGLIVE_FILE, TEXT_ENCODER_FILE, VAE_FILE
+from longlive_serve.weights.loader import load_model
 from longlive_serve.weights.tensor_files import MOST_LISTED
 from tests.support.live import start_server
 from tests.support.weights_files import loaded, state_of, wan_text_names, write_longlive, write_sharded, write_wan
@@ -110,6 +110,15 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     for content in ("", "{}", json.dumps({"weight_map": {"a": "../a.safetensors"}})):
         index.write_text(content)
         assert f"{index}: not an index of shards" in refusal(DIT, folder)
+
+
+def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    shards = write_sharded(state_of(DIT), tmp_path / "transformer" / DIT_FILE, 2)
+    index = tmp_path / "transformer" / f"{DIT_FILE}.index.json"
+    index.unlink()
+    assert all(shard.exists() for shard in shards)
+    assert refusal(DIT, tmp_path).startswith(f"{index}: no such file, but shards")
 
 
 def test_a_shard_that_is_cut_off_is_named(folder: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, TEXT_ENCODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.weights.layouts import DIT_FILE, LONGLIVE_FOLDER, LORA_FILE
-from longlive_serve.weights.loader import adapters_of, fingerprint, load_model
+from longlive_serve.weights.loader import ModelLoader, load_model
 from longlive_serve.weights.lora import merged_state
 from tests.longlive_serve.models.test_causal_dit import Both
 from tests.support.cases import GOLDEN, golden
@@ -138,9 +139,10 @@ def test_another_model_with_the_same_base_is_made_while_one_is_in_use(tmp_path: 
     )
     served = build_backends(config).dit
     assert isinstance(served, TorchDiT)
-    adapters = [*adapters_of(config), Adapter(path=adapter, scale=-0.5)]
-    again = load_model(DIT, TINY, folder, "cpu", torch.float32, adapters=adapters)
-    plain = load_model(DIT, TINY, folder, "cpu", torch.float32, adapters=[])
+    loader = ModelLoader.from_config(config)
+    both = dataclasses.replace(loader, adapters=[*loader.adapters, Adapter(path=adapter, scale=-0.5)])
+    again = both.load_model(DIT, "cpu", torch.float32)
+    plain = load_model(DIT, TINY, folder, "cpu", torch.float32)
     assert_equal(plain.state_dict(), state_of(DIT))
     assert_equal(served.model.state_dict(), expected((lora_state(), 0.5)))
     for name, tensor in again.state_dict().items():
@@ -173,12 +175,14 @@ def test_adapters_that_are_named_replace_it_and_this_is_said(
 
 def test_a_fingerprint_knows_the_adapters_and_their_scales(tmp_path: Path, adapter: Path) -> None:
     folder = str(write_wan(tmp_path / "weights"))
-    seen = {fingerprint(DIT, folder), fingerprint(DIT, folder, use_ema=True)}
+    plain = ModelLoader.open(TINY, folder)
+    seen = {plain.fingerprint(DIT), ModelLoader.open(TINY, folder, use_ema=True).fingerprint(DIT)}
     for scale, alpha in ((1.0, 0.0), (0.5, 0.0), (1.0, 8.0)):
         adapters = [Adapter(path=adapter, scale=scale, alpha=alpha)]
-        assert fingerprint(DIT, folder, adapters) == fingerprint(DIT, folder, adapters)
-        assert fingerprint(TEXT_ENCODER, folder, adapters) == fingerprint(TEXT_ENCODER, folder)
-        seen.add(fingerprint(DIT, folder, adapters))
+        loader = ModelLoader.open(TINY, folder, adapters)
+        assert loader.fingerprint(DIT) == ModelLoader.open(TINY, folder, adapters).fingerprint(DIT)
+        assert loader.fingerprint(TEXT_ENCODER) == plain.fingerprint(TEXT_ENCODER)
+        seen.add(loader.fingerprint(DIT))
     assert len(seen) == 5
 
 

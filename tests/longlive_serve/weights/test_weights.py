@@ -19,17 +19,17 @@ from longlive_serve.config.presets import DIT, MODELS, PRESETS, TEXT_ENCODER, VA
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.weights import tensor_files
 from longlive_serve.weights.checkpoint import build
-from longlive_serve.weights.layouts import LONGLIVE_FILE, LONGLIVE_FOLDER, LORA_FILE, WAN_FOLDER
-from longlive_serve.weights.loader import (
+from longlive_serve.weights.layouts import (
     DIT_FILE,
-    RANDOM_SEED,
+    LONGLIVE_FILE,
+    LONGLIVE_FOLDER,
+    LORA_FILE,
     TEXT_ENCODER_FILE,
     VAE_FILE,
-    fingerprint,
-    load_models,
-    load_tokenizer,
-    sha256,
+    WAN_FOLDER,
 )
+from longlive_serve.weights.loader import RANDOM_SEED, ModelLoader, load_model
+from longlive_serve.weights.tensor_files import sha256
 from tests.support.weights_files import (
     TINY,
     assert_equal,
@@ -59,7 +59,7 @@ def test_random_weights_are_the_same_every_time_and_those_of_their_seed(name: st
 
 def test_a_preset_whose_vocabulary_is_too_small_has_no_random_weights() -> None:
     with pytest.raises(ValueError, match="got 'random' for preset demo, expected a folder: its vocabulary of 64 words"):
-        load_models(PRESETS["demo"], "random", "cpu", torch.float32)
+        ModelLoader.open(PRESETS["demo"], "random").load_tokenizer()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,8 +69,8 @@ def test_the_flat_layout_is_loaded(folder: Path, name: str) -> None:
 
 def test_the_tokenizer_of_a_folder_is_loaded(folder: Path) -> None:
     for weights in (folder, write_reference(folder / "reference")):
-        tokenizer = load_tokenizer(TINY, str(weights))
-        assert tokenizer("fox").ids.tolist() == load_tokenizer(TINY, "random")("fox").ids.tolist()
+        tokenizer = ModelLoader.open(TINY, str(weights)).load_tokenizer()
+        assert tokenizer("fox").ids.tolist() == ModelLoader.open(TINY, "random").load_tokenizer()("fox").ids.tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -112,7 +112,7 @@ def test_shards_are_one_file(folder: Path, name: str) -> None:
     path.unlink()
     shards = write_sharded(state_of(DIT) if name == DIT else wan_text_names(), path.with_suffix(".safetensors"), 3)
     assert_equal(loaded(name, folder), state_of(name))
-    assert fingerprint(name, str(folder)) not in ("", *map(sha256, shards))
+    assert ModelLoader.open(TINY, str(folder)).fingerprint(name) not in ("", *map(sha256, shards))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,13 +136,12 @@ def test_files_of_any_float_dtype_are_loaded_in_the_one_asked_for(tmp_path: Path
 
 
 def test_constants_that_no_file_holds_are_right_and_nothing_is_on_meta(folder: Path) -> None:
-    made, plain = (load_models(TINY, weights, "cpu", torch.bfloat16) for weights in (str(folder), "random"))
     for name in MODELS:
-        expected = dict(getattr(plain, name).named_buffers())
-        assert_equal(dict(getattr(made, name).named_buffers()), expected)
-        assert not any(tensor.is_meta for tensor in getattr(made, name).parameters())
-        assert not getattr(made, name).training
-    assert {"mean", "std"} == dict(made.vae_decoder.named_buffers()).keys()
+        made, plain = (load_model(name, TINY, path, "cpu", torch.bfloat16) for path in (str(folder), "random"))
+        assert_equal(dict(made.named_buffers()), dict(plain.named_buffers()))
+        assert not any(tensor.is_meta for tensor in made.parameters())
+        assert not made.training
+        assert name != VAE_DECODER or {"mean", "std"} == dict(made.named_buffers()).keys()
 
 
 class Made(TorchDispatchMode):
@@ -218,10 +217,10 @@ def test_a_converted_file_counts_before_a_published_one(folder: Path) -> None:
 
 
 def test_a_fingerprint_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:
-    assert fingerprint(DIT, str(folder)) == sha256(folder / DIT_FILE)
-    assert fingerprint(DIT, "random") == "random"
+    assert ModelLoader.open(TINY, str(folder)).fingerprint(DIT) == sha256(folder / DIT_FILE)
+    assert ModelLoader.open(TINY, "random").fingerprint(DIT) == "random"
     (folder / DIT_FILE).unlink()
-    assert fingerprint(DIT, str(folder)) == ""
+    assert ModelLoader.open(TINY, str(folder)).fingerprint(DIT) == ""
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="expected a folder with"):
-        fingerprint(DIT, str(folder))
+        ModelLoader.open(TINY, str(folder)).fingerprint(DIT)
