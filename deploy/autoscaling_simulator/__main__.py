@@ -21,7 +21,7 @@ from deploy.autoscaling_simulator import sweep
 from deploy.autoscaling_simulator.arrivals import TRACES
 from deploy.autoscaling_simulator.policy import DEFAULT_PATH, Policy
 from deploy.autoscaling_simulator.report.plot import plot
-from deploy.autoscaling_simulator.report.simulate import Run, simulate, with_enough_replicas
+from deploy.autoscaling_simulator.report.simulate import SimulationResult, simulate, with_enough_replicas
 from deploy.autoscaling_simulator.report.tables import SECTION, sweep_tables, trace_table
 from deploy.autoscaling_simulator.sim_config import SimConfig, capacity
 from longlive_serve.config.presets import DECODERS, WAN
@@ -95,10 +95,10 @@ def _policy(args: argparse.Namespace, policy: Policy, config: SimConfig) -> Poli
 
 def _run(
     args: argparse.Namespace, config: SimConfig, policy: Policy
-) -> tuple[dict[str, Run], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, SimulationResult], dict[str, list[dict[str, Any]]]]:
     """Runs by trace, and the sweep's tables."""
     names = args.trace or list(TRACES)
-    runs: dict[str, Run] = {}
+    runs: dict[str, SimulationResult] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for name in names:
             task = progress.add_task(name, total=TRACES[name].seconds)
@@ -113,9 +113,9 @@ def _run(
             progress.update(task, completed=TRACES[name].seconds)
         if args.sweep is None:
             return runs, {}
-        wanted = args.sweep or sweep.TABLES
-        task = progress.add_task("sweep", total=sum(case.table in wanted for case in sweep.cases(policy)))
-        return runs, sweep.run(policy, config, wanted, on_case=lambda: progress.advance(task))
+        target = args.sweep or sweep.TABLES
+        task = progress.add_task("sweep", total=sum(case.table in target for case in sweep.cases(policy)))
+        return runs, sweep.run(policy, config, target, on_case=lambda: progress.advance(task))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -48,9 +48,9 @@ def _diurnal(times: Array, random: np.random.Generator) -> Array:
 def _burst(times: Array, random: np.random.Generator) -> Array:
     """Bursts on a plain: three in two hours, each there within a minute and gone by half every five minutes."""
     rate = np.full(len(times), 0.4)
-    begins = np.cumsum(random.exponential(40 * MINUTE, 100))
-    for begin, height in zip(begins, random.uniform(0.1, 0.6, 100), strict=True):
-        since = times - begin
+    starts = np.cumsum(random.exponential(40 * MINUTE, 100))
+    for start, height in zip(starts, random.uniform(0.1, 0.6, 100), strict=True):
+        since = times - start
         rise = np.clip(since / MINUTE, 0, 1)
         rate += height * rise * 0.5 ** (np.maximum(since, 0) / (5 * MINUTE))
     return rate
@@ -58,8 +58,8 @@ def _burst(times: Array, random: np.random.Generator) -> Array:
 
 def _flash_crowd(times: Array, random: np.random.Generator) -> Array:
     """Twenty times as many within a minute, for an hour."""
-    begin, end = 20 * MINUTE, 80 * MINUTE
-    return np.interp(times, [0, begin, begin + MINUTE, end, end + 10 * MINUTE], [1, 1, 20, 20, 1])
+    start, end = 20 * MINUTE, 80 * MINUTE
+    return np.interp(times, [0, start, start + MINUTE, end, end + 10 * MINUTE], [1, 1, 20, 20, 1])
 
 
 TRACES = {
@@ -88,7 +88,7 @@ class Arrivals:
         """Sessions that are live when the trace begins, on average."""
         self.offered_s = 0.0
         """Seconds of video within the trace that were asked for so far."""
-        self._begin = 0
+        self._start_s = 0
         self._times: list[float] = []
         self._lengths: list[float] = []
 
@@ -104,7 +104,7 @@ class Arrivals:
 
     def until(self, end: float) -> tuple[list[float], list[float]]:
         """When those came who have not been told of yet, and how long each stays."""
-        while self._begin < min(end, self.seconds):
+        while self._start_s < min(end, self.seconds):
             self._generate_minute()
         cut = bisect.bisect_right(self._times, end)
         times, self._times = self._times[:cut], self._times[cut:]
@@ -112,26 +112,28 @@ class Arrivals:
         return times, lengths
 
     def _generate_minute(self) -> None:
-        begin, random, config = self._begin, self._random, self._config
-        rates = self._rates[begin : begin + MINUTE]
+        start, random, config = self._start_s, self._random, self._config
+        rates = self._rates[start : start + MINUTE]
         counts = random.poisson(rates)
-        times = np.sort(np.repeat(np.arange(begin, begin + len(rates)), counts) + random.random(counts.sum()))
+        times = np.sort(np.repeat(np.arange(start, start + len(rates)), counts) + random.random(counts.sum()))
         lengths = random.lognormal(math.log(config.session_median_s), config.session_sigma, len(times))
         self.offered_s += float(np.minimum(lengths, self.seconds - times).sum())
         self._times += times.tolist()
         self._lengths += lengths.tolist()
-        self._begin += MINUTE
+        self._start_s += MINUTE
 
 
 def offered_live(rates: Array, config: SimConfig) -> Array:
     """Sessions that would be live at once, on average, if all were served at once; every `STEP` seconds."""
-    coarse = rates[::STEP]
-    ages = np.arange(len(coarse)) * STEP + STEP / 2
+    downsampled = rates[::STEP]
+    ages = np.arange(len(downsampled)) * STEP + STEP / 2
     survives = np.array([_survival(age, config) for age in ages])
-    size = 2 * len(coarse)
-    since_begin = np.fft.irfft(np.fft.rfft(coarse, size) * np.fft.rfft(survives, size), size)[: len(coarse)] * STEP
+    size = 2 * len(downsampled)
+    since_begin = (
+        np.fft.irfft(np.fft.rfft(downsampled, size) * np.fft.rfft(survives, size), size)[: len(downsampled)] * STEP
+    )
     # Those from before: as many as there would be for ever, less those who have gone since.
-    before = coarse[0] * (config.mean_session_s - np.cumsum(survives) * STEP)
+    before = downsampled[0] * (config.mean_session_s - np.cumsum(survives) * STEP)
     return np.asarray(since_begin + np.maximum(before, 0))
 
 

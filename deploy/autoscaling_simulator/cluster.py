@@ -62,13 +62,13 @@ class Cluster:
     def run(self, seconds: float, live: float, on_round: Callable[[float], None] = lambda now: None) -> None:
         """`live`: sessions that the first pods are there for, and ready."""
         policy, room = self._policy, self._config.capacity * self._policy.target_busy_share
-        wanted = math.ceil(live / room) + policy.spare_pods
-        self._replicas = min(max(wanted, policy.min_replicas), policy.max_replicas)
+        target = math.ceil(live / room) + policy.spare_pods
+        self._replicas = min(max(target, policy.min_replicas), policy.max_replicas)
         for _ in range(self._replicas):
             pod = self._fleet.create_pod(0.0)
             self._pods.append(pod)
             self._fleet.add(pod)
-        self._fleet.begin()
+        self._fleet.start()
         self._env.process(self._control(on_round))
         self._env.run(until=seconds)
         self._fleet.advance(seconds)

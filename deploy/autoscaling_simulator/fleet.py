@@ -75,7 +75,7 @@ class Fleet:
         self.pods -= 1
         self._gpu_s += now
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Seat those who are live when the trace begins. The pods for them are to be ready."""
         for remaining in self._arrivals.already_live():
             if not self._open:
@@ -100,7 +100,7 @@ class Fleet:
         Those in its queue get an error. Sessions that broke off before are among those that look further; a viewer who
         has seen nothing yet is refused.
         """
-        count, noticed = len(pod.sessions), now + detection_delay
+        count, detected_at = len(pod.sessions), now + detection_delay
         disconnected = [queued.disconnected for queued in pod.queue if queued.disconnected is not None]
         self.stats.refused += len(pod.queue) - len(disconnected)
         self.queued -= len(pod.queue)
@@ -108,7 +108,7 @@ class Fleet:
         for end in pod.sessions.values():
             slack = self._config.slack(max_chunks_ahead, count, self._random)
             one = DisconnectedSession(
-                cause=cause, since=now, noticed=noticed, remaining=max(0.0, end - now), slack=slack
+                cause=cause, since=now, detected_at=detected_at, remaining=max(0.0, end - now), slack=slack
             )
             disconnected.append(one)
         self.live -= count
@@ -233,7 +233,7 @@ class Fleet:
         """A round of tries. How long they take counts in the gap, but does not delay them."""
         pod, tried = self._choose_pod()
         disconnected.rounds += 1
-        disconnected.connecting_s += sum(self._random.uniform(*self._config.reconnect_s) for _ in range(tried))
+        disconnected.connect_s += sum(self._random.uniform(*self._config.reconnect_s) for _ in range(tried))
         self.num_disconnected -= pod is not None
         if pod is None:
             self._retry_later(disconnected, now)
@@ -245,7 +245,7 @@ class Fleet:
     def _retry_later(self, disconnected: DisconnectedSession, now: float) -> None:
         """As the client does it after a round: it asks whether it is too late before it pauses, and not after."""
         config = self._config
-        if now - disconnected.noticed >= config.resume_for_s:
+        if now - disconnected.detected_at >= config.resume_for_s:
             self.num_disconnected -= 1
             self.stats.lost += 1
             return
@@ -255,9 +255,7 @@ class Fleet:
 
     def _continue(self, disconnected: DisconnectedSession, pod: Pod, now: float) -> None:
         config, stats = self._config, self.stats
-        gap = (
-            now - disconnected.since + disconnected.connecting_s + config.first_chunk_s(len(pod.sessions), self._random)
-        )
+        gap = now - disconnected.since + disconnected.connect_s + config.first_chunk_s(len(pod.sessions), self._random)
         self._assign(pod, now, disconnected.remaining)
         stats.moved[disconnected.cause] += 1
         stats.stalls[disconnected.cause] += gap > disconnected.slack

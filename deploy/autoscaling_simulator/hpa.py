@@ -35,35 +35,35 @@ class Autoscaler:
         policy = self._policy
         if not self._recommendations:
             self._recommendations.append((now, current))
-        wanted = max(
+        target = max(
             desired_by_metric(current, busy_share, policy.target_busy_share, policy.tolerance),
             desired_by_metric(current, late_share, policy.target_late_share, policy.tolerance),
         )
-        replicas = self._limit_rates(now, current, self._stabilize(now, current, wanted))
+        replicas = self._limit_rates(now, current, self._stabilize(now, current, target))
         replicas = min(max(replicas, policy.min_replicas), policy.max_replicas)
         if replicas != current:
             self._changes.append((now, replicas - current))
         return replicas
 
-    def _stabilize(self, now: float, current: int, wanted: int) -> int:
+    def _stabilize(self, now: float, current: int, target: int) -> int:
         """Growth to no more than the least, shrinkage to no less than the most that was recommended in its window."""
         recommendations, policy = self._recommendations, self._policy
-        least = min([wanted, *_values_since(recommendations, now - policy.scale_up.stabilization_s)])
-        most = max([wanted, *_values_since(recommendations, now - policy.scale_down.stabilization_s)])
-        recommendations.append((now, wanted))
+        least = min([target, *_values_since(recommendations, now - policy.scale_up.stabilization_s)])
+        most = max([target, *_values_since(recommendations, now - policy.scale_down.stabilization_s)])
+        recommendations.append((now, target))
         _drop_before(recommendations, now - self._history)
         return min(max(current, least), most)
 
-    def _limit_rates(self, now: float, current: int, wanted: int) -> int:
+    def _limit_rates(self, now: float, current: int, target: int) -> int:
         up, down = self._policy.scale_up.policies, self._policy.scale_down.policies
         _drop_before(self._changes, now - self._history)
-        if wanted > current and up:
+        if target > current and up:
             limits = [_upper_limit(rate, self._count_at_start(rate, now, current)) for rate in up]
-            return min(wanted, max(current, *limits))
-        if wanted < current and down:
+            return min(target, max(current, *limits))
+        if target < current and down:
             limits = [_lower_limit(rate, self._count_at_start(rate, now, current)) for rate in down]
-            return max(wanted, min(current, *limits))
-        return wanted
+            return max(target, min(current, *limits))
+        return target
 
     def _count_at_start(self, rate: Rate, now: float, current: int) -> int:
         """How many there were when the rate's period began."""
@@ -82,10 +82,10 @@ def _history_of(direction: Direction) -> float:
     return max([direction.stabilization_s, *(rate.period_s for rate in direction.policies)])
 
 
-def _values_since(entries: Sequence[tuple[float, int]] | deque[tuple[float, int]], begin: float) -> Iterable[int]:
-    return [value for time, value in entries if time > begin]
+def _values_since(entries: Sequence[tuple[float, int]] | deque[tuple[float, int]], start: float) -> Iterable[int]:
+    return [value for time, value in entries if time > start]
 
 
-def _drop_before(entries: deque[tuple[float, int]], begin: float) -> None:
-    while entries and entries[0][0] <= begin:
+def _drop_before(entries: deque[tuple[float, int]], start: float) -> None:
+    while entries and entries[0][0] <= start:
         entries.popleft()

@@ -14,13 +14,13 @@ class DisconnectedSession:
 
     cause: str
     since: float
-    noticed: float
+    detected_at: float
     remaining: float
     slack: float
     """Seconds for which the viewer still has something to look at."""
     rounds: int = 0
     """Of tries to go on, so far."""
-    connecting_s: float = 0.0
+    connect_s: float = 0.0
     """What these tries took."""
 
 

@@ -71,13 +71,13 @@ def cases(policy: Policy) -> Iterator[Case]:
 def run(
     policy: Policy,
     config: SimConfig,
-    wanted: Collection[str] = TABLES,
+    target: Collection[str] = TABLES,
     seeds: Sequence[int] = SEEDS,
     on_case: Callable[[], None] = lambda: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows by table, of those that are wanted."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    for case in (case for case in cases(policy) if case.table in wanted):
+    for case in (case for case in cases(policy) if case.table in target):
         tables.setdefault(case.table, []).append(_row(case, config, seeds))
         on_case()
     return tables

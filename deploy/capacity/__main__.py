@@ -31,77 +31,81 @@ PRICE = 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class GPUCapacity:
     """A GPU with a precision of the DiT and a decoder."""
 
     gpu: str
     precision: str
     decoder: str
     chunk_s: float
-    fit: int | None
+    max_by_memory: int | None
     """Sessions by memory; None: unknown."""
-    keeps: int
+    max_realtime: int
     """Sessions with which no chunk comes late."""
-    admits: int
+    max_admitted: int
     """Sessions that a server admits, with the default `max_utilization`."""
     source: str
 
 
-def projected(gpu: str, precision: str, decoder: str) -> Row:
+def projected(gpu: str, precision: str, decoder: str) -> GPUCapacity:
     seconds = chunk_seconds(gpu, precision, decoder)
     memory = server_memory(
         FULL, dtype="bfloat16", decoder=decoder, fused_dit=True, fused_decoder=True, fp8=precision == FP8
     )
-    fit, keeps = memory.max_sessions(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
-    admits = max(int(ServeConfig().max_utilization * CHUNK_PLAYS_S / seconds), min(1, keeps))  # the first always
-    return Row(
+    max_by_memory, max_realtime = memory.max_sessions(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
+    max_admitted = max(
+        int(ServeConfig().max_utilization * CHUNK_PLAYS_S / seconds), min(1, max_realtime)
+    )  # the first always
+    return GPUCapacity(
         gpu=gpu,
         precision=precision,
         decoder=decoder,
         chunk_s=seconds,
-        fit=fit,
-        keeps=min(keeps, fit),
-        admits=min(admits, fit),
+        max_by_memory=max_by_memory,
+        max_realtime=min(max_realtime, max_by_memory),
+        max_admitted=min(max_admitted, max_by_memory),
         source=PROJECTED,
     )
 
 
-def measured(path: Path = MEASURED) -> Iterator[Row]:
+def measured(path: Path = MEASURED) -> Iterator[GPUCapacity]:
     """The fastest of our backends for every precision and decoder. None, where nothing of full size was measured."""
     run: dict[str, Any] = read_results(path).get(SECTION, {})
     if run.get("preset") != FULL.name:
         return
     name, _, _ = str(run["hardware"]).partition(",")
     gpu = next((gpu for gpu in GPUS if gpu.removesuffix(" 80 GB") in name), name)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    results: dict[tuple[str, str], dict[str, Any]] = {}
     for row in run["rows"]:
         key = FP8 if row["fp8"] else str(row["dtype"]), row["decoder"]
-        if not row["baseline"] and (key not in found or row["fps"] > found[key]["fps"]):
-            found[key] = row
-    for (precision, decoder), row in found.items():
+        if not row["baseline"] and (key not in results or row["fps"] > results[key]["fps"]):
+            results[key] = row
+    for (precision, decoder), row in results.items():
         live = row["live"]
-        yield Row(
+        yield GPUCapacity(
             gpu=gpu,
             precision=precision,
             decoder=decoder,
             chunk_s=row["chunk_s"]["median"],
-            fit=projected(gpu, precision, decoder).fit if gpu in GPUS and precision in PRECISIONS else None,
-            keeps=live["sessions"],
-            admits=min(live["announced"], live["sessions"]),
+            max_by_memory=projected(gpu, precision, decoder).max_by_memory
+            if gpu in GPUS and precision in PRECISIONS
+            else None,
+            max_realtime=live["sessions"],
+            max_admitted=min(live["announced"], live["sessions"]),
             source=f"measured {run['date']}: {row['name']}",
         )
 
 
-def rows(path: Path = MEASURED) -> list[Row]:
+def rows(path: Path = MEASURED) -> list[GPUCapacity]:
     """All that is projected, with what was measured in its place, and whatever else was measured."""
-    found = {
+    results = {
         (gpu, precision, decoder): projected(gpu, precision, decoder)
         for gpu in GPUS
         for precision in PRECISIONS
         for decoder in DECODERS
     }
-    found |= {(row.gpu, row.precision, row.decoder): row for row in measured(path)}
-    return list(found.values())
+    results |= {(row.gpu, row.precision, row.decoder): row for row in measured(path)}
+    return list(results.values())
 
 
 def fleet_factor(path: Path = RESULTS) -> float:
@@ -109,7 +113,7 @@ def fleet_factor(path: Path = RESULTS) -> float:
     return float(read_results(path)["diurnal"]["gpu_hours_by_perfect"])
 
 
-def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
+def capacity_table(rows: Sequence[GPUCapacity], price: float, factor: float) -> str:
     """`price`: of an hour of a GPU. `factor`: as `fleet_factor` has it."""
     columns = {
         "GPU": "{gpu}",
@@ -118,8 +122,8 @@ def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
         "ms a chunk": "{chunk_ms:.0f}",
         "frames/s": "{fps:.0f}",
         "sessions by memory": "{memory}",
-        "keeps up with": "{keeps}",
-        "admits": "{admits}",
+        "keeps up with": "{max_realtime}",
+        "admits": "{max_admitted}",
         "an hour of video, GPU full": "{cost}",
         f"in a fleet (x {factor:.2f})": "{fleet_cost}",
         "source": "{source}",
@@ -127,10 +131,17 @@ def capacity_table(rows: Sequence[Row], price: float, factor: float) -> str:
     return format_table(columns, (vars(row) | _computed(row, price, factor) for row in rows))
 
 
-def _computed(row: Row, price: float, factor: float) -> dict[str, Any]:
-    cost, fleet_cost = (f"{price * times / row.admits:.2f}" if row.admits else "-" for times in (1.0, factor))
+def _computed(row: GPUCapacity, price: float, factor: float) -> dict[str, Any]:
+    cost, fleet_cost = (
+        f"{price * times / row.max_admitted:.2f}" if row.max_admitted else "-" for times in (1.0, factor)
+    )
     speed = {"chunk_ms": 1e3 * row.chunk_s, "fps": CHUNK_FRAMES / row.chunk_s}
-    return {**speed, "memory": "?" if row.fit is None else row.fit, "cost": cost, "fleet_cost": fleet_cost}
+    return {
+        **speed,
+        "memory": "?" if row.max_by_memory is None else row.max_by_memory,
+        "cost": cost,
+        "fleet_cost": fleet_cost,
+    }
 
 
 def tables(price: float = PRICE) -> dict[str, str]:
@@ -143,7 +154,7 @@ def tables(price: float = PRICE) -> dict[str, str]:
     }
 
 
-def renew(page: str, tables: Mapping[str, str]) -> str:
+def update_tables(page: str, tables: Mapping[str, str]) -> str:
     """The page with new tables: each stands between `<!-- table NAME -->` and `<!-- end -->`."""
     for name, table in tables.items():
         begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
@@ -166,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.page is None:
         print(capacity_table(rows(), args.price, fleet_factor()))
     else:
-        args.page.write_text(renew(args.page.read_text(encoding="utf-8"), tables(args.price)))
+        args.page.write_text(update_tables(args.page.read_text(encoding="utf-8"), tables(args.price)))
     return 0
 
 

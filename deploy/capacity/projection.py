@@ -22,7 +22,7 @@ HOST_S = 3e-3  # noise to the device, frames from it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Speeds:
+class KernelSpeeds:
     """Of the DiT on one Hopper GPU."""
 
     linear: float
@@ -54,8 +54,8 @@ class GPU:
 
 
 HOPPER = {
-    BF16: Speeds(linear=790e12, attention=667e12, layer_bytes=484e6, launches=2130),
-    FP8: Speeds(linear=1264e12, attention=1036e12, layer_bytes=421e6, launches=2400),
+    BF16: KernelSpeeds(linear=790e12, attention=667e12, layer_bytes=484e6, launches=2130),
+    FP8: KernelSpeeds(linear=1264e12, attention=1036e12, layer_bytes=421e6, launches=2400),
 }
 CONVOLUTIONS = 430e12  # operations per second on Hopper
 REACHED = 0.75  # of the data sheet's bytes per second
@@ -72,7 +72,7 @@ def memory_of(gpu: str) -> int:
     return COMMON_GPUS[gpu]
 
 
-def filled(tiles: int) -> float:
+def wave_utilization(tiles: int) -> float:
     """What share of its waves so many tiles fill."""
     return tiles / (math.ceil(tiles / SMS) * SMS)
 
@@ -81,24 +81,24 @@ def product_tiles(rows: int, columns: int) -> int:
     return math.ceil(rows / ROWS) * math.ceil(columns / COLUMNS)
 
 
-def layer_seconds(speeds: Speeds) -> float:
+def layer_seconds(speeds: KernelSpeeds) -> float:
     """The products and the attention of a layer on a Hopper GPU, for a chunk that sees a full window."""
     dit, tokens = FULL.dit, FULL.window.chunk * FULL.tokens_per_frame
     keys = FULL.window.window * FULL.tokens_per_frame + dit.text_len
-    of_full_waves = speeds.linear / filled(product_tiles(MEASURED, MEASURED))
+    of_full_waves = speeds.linear / wave_utilization(product_tiles(MEASURED, MEASURED))
     products = [(3 * dit.dim, dit.dim), *3 * [(dit.dim, dit.dim)], (dit.ffn_dim, dit.dim), (dit.dim, dit.ffn_dim)]
     linear = sum(
-        2 * tokens * columns * depth / (of_full_waves * filled(product_tiles(tokens, columns)))
+        2 * tokens * columns * depth / (of_full_waves * wave_utilization(product_tiles(tokens, columns)))
         for columns, depth in products
     )
-    full = filled(dit.num_heads * math.ceil(tokens / ROWS))
+    full = wave_utilization(dit.num_heads * math.ceil(tokens / ROWS))
     return linear + 4 * tokens * keys * dit.dim / (speeds.attention * full)
 
 
 def chunk_seconds(gpu: str, precision: str, decoder: str) -> float:
     """On Hopper by the speeds above; on others as much slower as their data sheets say."""
     speeds, work, layers = HOPPER[precision], DECODER[decoder], PASSES * FULL.dit.num_layers - 1
-    slower = GPUS["H200"].flops / GPUS[gpu].flops
-    computed = slower * (layers * layer_seconds(speeds) + work.operations / CONVOLUTIONS)
+    slowdown = GPUS["H200"].flops / GPUS[gpu].flops
+    computed = slowdown * (layers * layer_seconds(speeds) + work.operations / CONVOLUTIONS)
     moved = (layers * speeds.layer_bytes + work.bytes) / (REACHED * GPUS[gpu].bytes_per_s)
     return computed + moved + speeds.launches * LAUNCH_S + HOST_S

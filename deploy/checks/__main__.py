@@ -21,7 +21,6 @@ from rich.text import Text
 
 from deploy.checks import tools
 from deploy.checks.images import DOCKERFILES, ROOT, missing_sources
-from deploy.checks.loose_ends import loose_ends
 from deploy.checks.manifests import (
     KUBERNETES,
     VERSIONS,
@@ -30,139 +29,144 @@ from deploy.checks.manifests import (
     documents,
     overlays,
     render,
-    schema_faults,
+    schema_errors,
 )
 from deploy.checks.queries import RULES, dashboard_queries
+from deploy.checks.references import reference_errors
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
-COLOURS = {OK: "green", FAILED: "bold red", SKIPPED: "yellow"}
+COLORS = {OK: "green", FAILED: "bold red", SKIPPED: "yellow"}
 DEPLOY = ROOT / "deploy"
 COMPOSE = (DEPLOY / "compose.yaml", DEPLOY / "compose.gpu.yaml")
 PROXY = DEPLOY / "proxy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Check:
     """One thing that was looked at."""
 
-    what: str
+    name: str
     result: str
     detail: str
 
 
-def row(what: str, wrong: Sequence[str], right: str) -> Row:
-    return Row(what=what, result=FAILED if wrong else OK, detail="\n".join(wrong) or right)
+def make_check(name: str, errors: Sequence[str], detail: str) -> Check:
+    return Check(name=name, result=FAILED if errors else OK, detail="\n".join(errors) or detail)
 
 
-def skipped(what: str, why: str) -> Row:
-    return Row(what=what, result=SKIPPED, detail=why)
+def skip_check(name: str, why: str) -> Check:
+    return Check(name=name, result=SKIPPED, detail=why)
 
 
-def run(command: Sequence[str], where: Path = ROOT, **environment: str) -> list[str]:
+def run(command: Sequence[str], cwd: Path = ROOT, **environment: str) -> list[str]:
     """What a command has to complain of; nothing when it ends with 0."""
-    done = subprocess.run(command, cwd=where, env=os.environ | environment, capture_output=True, text=True, check=False)
-    words = (done.stdout + done.stderr).strip()
-    return [words or f"{command[0]} ended with {done.returncode}"] if done.returncode else []
+    result = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+    output = (result.stdout + result.stderr).strip()
+    return [output or f"{command[0]} ended with {result.returncode}"] if result.returncode else []
 
 
-def manifests() -> Iterator[Row]:
+def manifests() -> Iterator[Check]:
     kustomize = tools.kustomize()
     if kustomize is None:
-        yield skipped("Kubernetes", "neither kubectl nor kustomize is here")
+        yield skip_check("Kubernetes", "neither kubectl nor kustomize is here")
         return
     for folder in overlays():
-        what = f"Kubernetes: {folder.name}"
+        name = f"Kubernetes: {folder.name}"
         try:
             found = render(folder, kustomize)
         except ValueError as error:
-            yield row(what, [str(error)], "")
+            yield make_check(name, [str(error)], "")
             continue
-        right = f"{len(found)} documents, rendered by {Path(kustomize[0]).name}; they fit together"
-        yield row(what, loose_ends(found), right)
-        yield from schemas(what, found)
+        detail = f"{len(found)} documents, rendered by {Path(kustomize[0]).name}; they fit together"
+        yield make_check(name, reference_errors(found), detail)
+        yield from schemas(name, found)
     yield from schemas("Kubernetes: upload.yaml", documents((KUBERNETES / "upload.yaml").read_text(encoding="utf-8")))
     rules = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata: {name: longlive}\nspec:\n"
     found = documents("---\n".join(rules + _indented(path.read_text(encoding="utf-8")) for path in RULES))
     yield from schemas("Kubernetes: rules, as docs/deploy.md wraps them", found)
 
 
-def schemas(what: str, found: Sequence[Document]) -> Iterator[Row]:
+def schemas(name: str, found: Sequence[Document]) -> Iterator[Check]:
     if not can_validate():
-        yield skipped(f"{what}, schemas", "kubernetes-validate is not installed (extra `deploy-check`)")
+        yield skip_check(f"{name}, schemas", "kubernetes-validate is not installed (extra `deploy-check`)")
         return
-    wrong = [f"{version}: {fault}" for version in VERSIONS for one in found for fault in schema_faults(one, version)]
-    yield row(f"{what}, schemas", wrong, f"{len(found)} documents, strictly, as Kubernetes {' and '.join(VERSIONS)}")
+    errors = [f"{version}: {fault}" for version in VERSIONS for one in found for fault in schema_errors(one, version)]
+    yield make_check(
+        f"{name}, schemas", errors, f"{len(found)} documents, strictly, as Kubernetes {' and '.join(VERSIONS)}"
+    )
 
 
 def _indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())
 
 
-def images() -> Iterator[Row]:
+def images() -> Iterator[Check]:
     hadolint = tools.find("hadolint")
     for path in DOCKERFILES:
-        yield row(path.name, missing_sources(path), "what it copies is there, and not ignored")
+        yield make_check(path.name, missing_sources(path), "what it copies is there, and not ignored")
         if hadolint is None:
-            yield skipped(f"{path.name}, hadolint", "hadolint is not here (extra `deploy-check`)")
+            yield skip_check(f"{path.name}, hadolint", "hadolint is not here (extra `deploy-check`)")
         else:
-            yield row(f"{path.name}, hadolint", run([hadolint, str(path)]), "no complaint")
+            yield make_check(f"{path.name}, hadolint", run([hadolint, str(path)]), "no complaint")
 
 
-def compose() -> Iterator[Row]:
+def compose() -> Iterator[Check]:
     command = tools.compose()
     if command is None:
-        yield skipped("compose", "docker compose is not here")
+        yield skip_check("compose", "docker compose is not here")
         return
     files = [word for path in COMPOSE for word in ("-f", str(path))]
-    yield row("compose.yaml", run([*command, *files[:2], "config", "-q"]), "read by docker compose")
-    yield row("compose.gpu.yaml on top", run([*command, *files, "config", "-q"]), "read by docker compose")
+    yield make_check("compose.yaml", run([*command, *files[:2], "config", "-q"]), "read by docker compose")
+    yield make_check("compose.gpu.yaml on top", run([*command, *files, "config", "-q"]), "read by docker compose")
 
 
-def proxy() -> Iterator[Row]:
+def proxy() -> Iterator[Check]:
     haproxy = tools.find("haproxy")
     if haproxy is None:
-        yield skipped("HAProxy", "haproxy is not here (Debian, Ubuntu: apt-get install haproxy)")
+        yield skip_check("HAProxy", "haproxy is not here (Debian, Ubuntu: apt-get install haproxy)")
         return
     check = [haproxy, "-c", "-f", str(PROXY / "haproxy.cfg"), "-f"]
-    yield row("HAProxy: compose", run([*check, str(PROXY / "compose.cfg")]), "haproxy -c")
+    yield make_check("HAProxy: compose", run([*check, str(PROXY / "compose.cfg")]), "haproxy -c")
     with tempfile.TemporaryDirectory() as folder:
         servers = str(Path(folder, "servers.cfg"))
-        made = run(["sh", str(PROXY / "servers.sh"), servers], SERVERS="1000", NAMESPACE="longlive")
-        yield row("HAProxy: Kubernetes", made or run([*check, servers]), "haproxy -c with 1000 servers")
+        setup_errors = run(["sh", str(PROXY / "servers.sh"), servers], SERVERS="1000", NAMESPACE="longlive")
+        yield make_check("HAProxy: Kubernetes", setup_errors or run([*check, servers]), "haproxy -c with 1000 servers")
 
 
-def rules() -> Iterator[Row]:
+def rules() -> Iterator[Check]:
     promtool = tools.find("promtool")
     if promtool is None:
-        yield skipped("Prometheus", "promtool is not here")
+        yield skip_check("Prometheus", "promtool is not here")
         return
-    where = DEPLOY / "prometheus"
-    yield row("Prometheus: prometheus.yml", run([promtool, "check", "config", "prometheus.yml"], where), "promtool")
+    cwd = DEPLOY / "prometheus"
+    yield make_check(
+        "Prometheus: prometheus.yml", run([promtool, "check", "config", "prometheus.yml"], cwd), "promtool"
+    )
     files = [path.name for path in RULES]
-    yield row("Prometheus: rules", run([promtool, "check", "rules", "--lint-fatal", *files], where), "promtool")
-    yield row("Prometheus: tests of the rules", run([promtool, "test", "rules", "tests.yml"], where), "promtool")
+    yield make_check("Prometheus: rules", run([promtool, "check", "rules", "--lint-fatal", *files], cwd), "promtool")
+    yield make_check("Prometheus: tests of the rules", run([promtool, "test", "rules", "tests.yml"], cwd), "promtool")
     queries = list(dashboard_queries())
     with tempfile.TemporaryDirectory() as folder:
         as_rules = "".join(
             f"  - record: query{n}\n    expr: {expression!r}\n" for n, (_, expression) in enumerate(queries)
         )
         Path(folder, "rules.yml").write_text(f"groups:\n- name: dashboard\n  rules:\n{as_rules}", encoding="utf-8")
-        wrong = run([promtool, "check", "rules", "rules.yml"], Path(folder))
-    yield row("Grafana: dashboard.json", wrong, f"{len(queries)} queries parse (promtool)")
+        errors = run([promtool, "check", "rules", "rules.yml"], Path(folder))
+    yield make_check("Grafana: dashboard.json", errors, f"{len(queries)} queries parse (promtool)")
 
 
-def environment() -> Iterator[Row]:
-    from deploy.checks.empty_environment import scratch, try_out
+def environment() -> Iterator[Check]:
+    from deploy.checks.empty_environment import build_and_serve, temporary_folder
 
-    what = "the image's layout in an empty environment"
+    name = "the image's layout in an empty environment"
     try:
-        with scratch() as folder:
-            yield row(what, [], try_out(folder))
+        with temporary_folder() as folder:
+            yield make_check(name, [], build_and_serve(folder))
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        yield row(what, [str(error)], "")
+        yield make_check(name, [str(error)], "")
 
 
-CHECKS: tuple[Callable[[], Iterator[Row]], ...] = (images, compose, proxy, rules, manifests)
+CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (images, compose, proxy, rules, manifests)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for check in (*CHECKS, *(() if args.quick else (environment,))):
         for one in check():
             results.append(one.result)
-            table.add_row(Text(one.what), Text(one.result, COLOURS[one.result]), Text(one.detail))
+            table.add_row(Text(one.name), Text(one.result, COLORS[one.result]), Text(one.detail))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     print(", ".join(f"{results.count(result)} {result}" for result in (OK, FAILED, SKIPPED)))
     return 1 if FAILED in results else 0

@@ -33,7 +33,7 @@ CHUNKS = 4
 USER = "10001"
 # $1: the folder that stands for the image. /tmp and /dev/shm are the only places to write, as in the pod. $MAY: a
 # capability to keep.
-_SHUT_IN = f"""
+_SANDBOX = f"""
 set -e
 mount --make-rprivate /
 mount --rbind / /
@@ -53,7 +53,7 @@ class Image:
     def __init__(self, folder: Path, dockerfile: Path) -> None:
         self._folder = folder
         self._stages = load_stages(dockerfile)
-        self.home = Path(self._here(HOME))
+        self.home = Path(self._in_folder(HOME))
         self.final = self._stages[-1]
 
     def build(self) -> None:
@@ -61,25 +61,25 @@ class Image:
             self._copy(stage)
             for run in stage.all("RUN"):
                 if "useradd" not in run.text:  # the machine's users are not this one's to make
-                    self._run(self._here(run.text), stage)
+                    self._run(self._in_folder(run.text), stage)
 
     def environment(self) -> dict[str, str]:
         """What a container has, and nothing of this process's own but the number of threads."""
-        own = {name: self._here(value) for name, value in self.final.environment().items()}
-        own["PATH"] = own["PATH"].replace("$PATH", "/usr/local/bin:/usr/bin:/bin")
-        return own | {"HOME": "/tmp", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        variables = {name: self._in_folder(value) for name, value in self.final.environment().items()}
+        variables["PATH"] = variables["PATH"].replace("$PATH", "/usr/local/bin:/usr/bin:/bin")
+        return variables | {"HOME": "/tmp", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
     @property
     def entry(self) -> list[str]:
         entry = self.final.last("ENTRYPOINT")
         assert entry is not None
-        return [self._here(word) for word in entry.words]
+        return [self._in_folder(word) for word in entry.words]
 
     @property
     def health_check(self) -> list[str]:
         check = self.final.last("HEALTHCHECK")
         assert check is not None
-        return [self._here(word) for word in json.loads(check.text.partition("CMD ")[2])]
+        return [self._in_folder(word) for word in json.loads(check.text.partition("CMD ")[2])]
 
     def run(self, command: Sequence[str]) -> None:
         """Run a command as in the container."""
@@ -91,7 +91,7 @@ class Image:
             if copy.stage:
                 continue  # all stages share the folder, so it is there
             assert workdir is not None
-            target = Path(self._here(workdir.text), copy.target)
+            target = Path(self._in_folder(workdir.text), copy.target)
             for source in copy.sources:
                 path = ROOT / source
                 if path.is_dir():
@@ -103,41 +103,41 @@ class Image:
 
     def _run(self, command: str, stage: Stage) -> None:
         workdir = stage.last("WORKDIR")
-        where = Path(self._here(workdir.text if workdir else "/"))
-        Path(self._here("/wheels")).mkdir(exist_ok=True)
+        cwd = Path(self._in_folder(workdir.text if workdir else "/"))
+        Path(self._in_folder("/wheels")).mkdir(exist_ok=True)
         self.home.mkdir(parents=True, exist_ok=True)
-        given = {name: value for name, value in stage.arguments().items() if value}
+        build_args = {name: value for name, value in stage.arguments().items() if value}
         python = Path(sys.base_prefix, "bin")  # the one that this environment was made of, as the base image has one
-        environment = os.environ | given | {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
+        environment = os.environ | build_args | {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
         environment |= {"PIP_QUIET": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environment.pop("VIRTUAL_ENV", None)
-        subprocess.run(["sh", "-euc", command], cwd=where, env=environment, check=True)
+        subprocess.run(["sh", "-euc", command], cwd=cwd, env=environment, check=True)
 
-    def _here(self, text: str) -> str:
+    def _in_folder(self, text: str) -> str:
         return re.sub(r"(?<![\w.])/(opt/longlive|wheels|source)\b", rf"{self._folder}/\1", text)
 
 
-def can_shut_in() -> bool:
+def can_sandbox() -> bool:
     if os.geteuid() or not (shutil.which("unshare") and shutil.which("setpriv")):
         return False
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
 
 
 @contextlib.contextmanager
-def running(image: Image, shut_in: bool) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def running(image: Image, sandboxed: bool) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """The server by the image's entry command; yields the process, its gRPC address and that of its metrics."""
     command = image.entry + [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
     environment = image.environment()
-    if shut_in:
+    if sandboxed:
         # Where this machine's Python lies in root's home, which no image does, another user must be let in.
         prefix = Path(sys.base_prefix)
         hidden = any(not folder.stat().st_mode & 0o001 for folder in (prefix, *prefix.parents))
         environment["MAY"] = ",+dac_read_search" if hidden else ""
-        command = ["unshare", "--mount", "sh", "-c", _SHUT_IN, "shut-in", str(image.home), *command]
+        command = ["unshare", "--mount", "sh", "-c", _SANDBOX, "shut-in", str(image.home), *command]
     process = subprocess.Popen(command, cwd=image.home, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        ready = _ready_line(process.stdout)
+        ready = _read_ready_line(process.stdout)
         found = re.search(r"gRPC (\S+), HTTP \S+, metrics (\S+)/metrics", ready)
         if found is None:
             raise RuntimeError(f"the server did not start: {ready!r}")
@@ -147,11 +147,11 @@ def running(image: Image, shut_in: bool) -> Iterator[tuple[subprocess.Popen[str]
         process.wait()
 
 
-def _ready_line(output: IO[str]) -> str:
+def _read_ready_line(output: IO[str]) -> str:
     return next((line for line in output if line.startswith("ready:")), "")
 
 
-def play(url: str) -> int:
+def play_video(url: str) -> int:
     """Play a video with a prompt switch; returns its frames."""
     frames = 0
     with VideoStream("A red circle drifts right.", url=url, seed=1, chunks=CHUNKS, pace="asap", resume_for=0) as video:
@@ -162,24 +162,24 @@ def play(url: str) -> int:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A folder that another user may read, and not in /tmp, which is an empty one to the server."""
     with tempfile.TemporaryDirectory(prefix="longlive-image-", dir="/var/tmp") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
-def try_out(folder: Path, dockerfile: Path = DOCKERFILE) -> str:
+def build_and_serve(folder: Path, dockerfile: Path = DOCKERFILE) -> str:
     """Build and serve in `folder`; returns what was seen. Raises RuntimeError or CalledProcessError."""
-    image, began = Image(folder, dockerfile), time.monotonic()
+    image, start = Image(folder, dockerfile), time.monotonic()
     image.build()
-    built = time.monotonic() - began
-    shut_in = can_shut_in()
-    began = time.monotonic()
-    with running(image, shut_in) as (process, grpc_url, metrics_url):
-        started = time.monotonic() - began
+    built = time.monotonic() - start
+    sandboxed = can_sandbox()
+    start = time.monotonic()
+    with running(image, sandboxed) as (process, grpc_url, metrics_url):
+        started = time.monotonic() - start
         image.run([*image.health_check, f"--url={grpc_url}"])
-        frames = play(grpc_url)
+        frames = play_video(grpc_url)
         if frames != 12 * CHUNKS - 3:
             raise RuntimeError(f"got {frames} frames, expected {12 * CHUNKS - 3}")
         image.run(["python3", "-m", "deploy.drain", f"--url=http://{metrics_url}/metrics", "--for=5", "--settle=0"])
@@ -187,8 +187,8 @@ def try_out(folder: Path, dockerfile: Path = DOCKERFILE) -> str:
         status = process.wait(30)
         if status:
             raise RuntimeError(f"the server ended with {status} after SIGTERM, expected 0")
-    how = f"as user {USER} on a read-only root" if shut_in else "as this user, not shut in (that takes root)"
-    return f"built in {built:.0f} s, ready in {started:.1f} s, {frames} frames served, {how}; ended with 0"
+    mode = f"as user {USER} on a read-only root" if sandboxed else "as this user, not shut in (that takes root)"
+    return f"built in {built:.0f} s, ready in {started:.1f} s, {frames} frames served, {mode}; ended with 0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         with contextlib.ExitStack() as stack:
-            folder = args.keep or stack.enter_context(scratch())
+            folder = args.keep or stack.enter_context(temporary_folder())
             folder.mkdir(parents=True, exist_ok=True)
-            print(try_out(folder.absolute()))
+            print(build_and_serve(folder.absolute()))
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Kubernetes manifests as documents: rendered by Kustomize, and held against the schemas of Kubernetes.
 
-Called by `deploy.checks` and by tests. Whether the documents fit each other is `loose_ends`' to say.
+Called by `deploy.checks` and by tests. Whether the documents fit each other is `reference_errors`' to say.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def overlays() -> list[Path]:
 
 def render(folder: Path, kustomize: Sequence[str]) -> list[Document]:
     """`kustomize`: the command that renders a folder. Raises ValueError with its own words."""
-    done = subprocess.run([*kustomize, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{folder}: {done.stderr.strip()}")
-    return documents(done.stdout)
+    result = subprocess.run([*kustomize, str(folder)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ValueError(f"{folder}: {result.stderr.strip()}")
+    return documents(result.stdout)
 
 
 def documents(text: str) -> list[Document]:
@@ -47,7 +47,7 @@ def can_validate() -> bool:
     return importlib.util.find_spec("kubernetes_validate") is not None
 
 
-def schema_faults(document: Document, version: str) -> list[str]:
+def schema_errors(document: Document, version: str) -> list[str]:
     """What Kubernetes of that `version` would refuse, or would not know; for kinds that are not its own, our schemas.
 
     Needs the package kubernetes-validate.
@@ -55,15 +55,15 @@ def schema_faults(document: Document, version: str) -> list[str]:
     import jsonschema
     import kubernetes_validate
 
-    own = SCHEMAS / f"{document['kind'].lower()}.json"
+    schema = SCHEMAS / f"{document['kind'].lower()}.json"
     try:
-        if own.exists():
-            jsonschema.Draft202012Validator(json.loads(own.read_text(encoding="utf-8"))).validate(document)
+        if schema.exists():
+            jsonschema.Draft202012Validator(json.loads(schema.read_text(encoding="utf-8"))).validate(document)
         else:
             kubernetes_validate.validate(document, version, strict=True)
     except kubernetes_validate.SchemaNotFoundError as error:
         return [f"{title(document)}: {error.message}; expected a schema in {SCHEMAS}"]
     except jsonschema.ValidationError as error:
-        where = ".".join(map(str, error.absolute_path))
-        return [f"{title(document)}: {where}: {error.message[:200]}"]
+        path = ".".join(map(str, error.absolute_path))
+        return [f"{title(document)}: {path}: {error.message[:200]}"]
     return []

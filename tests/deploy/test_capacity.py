@@ -19,7 +19,7 @@ from longlive_serve.config.presets import TINY, WAN
 PAGE = Path(__file__).parents[2] / "docs/capacity.md"
 
 
-def row(name: str, decoder: str, fps: float, **facts: Any) -> dict[str, Any]:
+def make_check(name: str, decoder: str, fps: float, **facts: Any) -> dict[str, Any]:
     """A row as the benchmark writes it."""
     plain = {"name": name, "decoder": decoder, "fps": fps, "dtype": "bfloat16", "fp8": False, "baseline": False}
     live = {"sessions": 4, "announced": 3}
@@ -36,11 +36,11 @@ def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[st
     assert capacity.main([]) == 0
     page = PAGE.read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in page
-    assert capacity.renew(page, capacity.tables()) == page, "python -m deploy.capacity --page docs/capacity.md"
+    assert capacity.update_tables(page, capacity.tables()) == page, "python -m deploy.capacity --page docs/capacity.md"
 
 
 def test_projections_count_the_operations_that_the_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    speeds = projection.Speeds(linear=1.0, attention=1.0, layer_bytes=0, launches=0)
+    speeds = projection.KernelSpeeds(linear=1.0, attention=1.0, layer_bytes=0, launches=0)
     monkeypatch.setattr(projection, "filled", lambda tiles: 1.0)
     size = projection.FULL.window.chunk, projection.FULL.window.window
     counted = flops.dit_pass(projection.FULL, *size) / projection.FULL.dit.num_layers
@@ -49,8 +49,8 @@ def test_projections_count_the_operations_that_the_benchmark_counts(monkeypatch:
 
 
 def test_a_wave_that_is_not_full_takes_as_long() -> None:
-    assert projection.filled(projection.SMS) == projection.filled(3 * projection.SMS) == 1
-    assert projection.filled(projection.SMS + 1) == pytest.approx(0.5, abs=0.01)
+    assert projection.wave_utilization(projection.SMS) == projection.wave_utilization(3 * projection.SMS) == 1
+    assert projection.wave_utilization(projection.SMS + 1) == pytest.approx(0.5, abs=0.01)
     assert projection.product_tiles(4680, 1536) == 37 * 6
 
 
@@ -64,35 +64,40 @@ def test_a_projection_adds_up() -> None:
     computed = 149 * (2 * 4680 * products / full + attention) + 40.65 / 430
     moved, rest = 149 * 484e6 + 45e9, 2130 * 1.5e-6 + 0.003
     assert projection.chunk_seconds("H200", "bfloat16", WAN) == pytest.approx(computed + moved / 3.6e12 + rest)
-    slower = computed * 989 / 362 + moved / (0.75 * 0.864e12)
-    assert projection.chunk_seconds("L40S", "bfloat16", WAN) == pytest.approx(slower + rest)
+    slowdown = computed * 989 / 362 + moved / (0.75 * 0.864e12)
+    assert projection.chunk_seconds("L40S", "bfloat16", WAN) == pytest.approx(slowdown + rest)
     fast, slow, small = (
         capacity.projected(gpu, precision, decoder)
         for gpu, precision, decoder in (("H200", "fp8", TINY), ("L40S", "fp8", TINY), ("RTX 4090", "fp8", WAN))
     )
-    assert (fast.keeps, fast.admits) == (4, 3)
-    assert (slow.keeps, slow.admits) == (1, 1)  # the first one is always admitted
-    assert (small.fit, small.keeps, small.admits) == (0, 0, 0)
+    assert (fast.max_realtime, fast.max_admitted) == (4, 3)
+    assert (slow.max_realtime, slow.max_admitted) == (1, 1)  # the first one is always admitted
+    assert (small.max_by_memory, small.max_realtime, small.max_admitted) == (0, 0, 0)
 
 
 def test_what_was_measured_takes_the_place_of_a_projection(tmp_path: Path) -> None:
-    rows = row("eager baseline", WAN, 99.0, baseline=True), row("torch", WAN, 20.0), row("fused", WAN, 30.0)
+    rows = (
+        make_check("eager baseline", WAN, 99.0, baseline=True),
+        make_check("torch", WAN, 20.0),
+        make_check("fused", WAN, 30.0),
+    )
     path = written(tmp_path / "gpu.json", "NVIDIA H200, 140 GiB, 132 multiprocessors", *rows)
-    found = capacity.rows(path)
-    assert len(found) == len(capacity.rows(tmp_path / "none.json"))
-    (measured,) = [one for one in found if one.source != capacity.PROJECTED]
+    results = capacity.rows(path)
+    assert len(results) == len(capacity.rows(tmp_path / "none.json"))
+    (measured,) = [one for one in results if one.source != capacity.PROJECTED]
     assert (measured.gpu, measured.precision, measured.decoder) == ("H200", "bfloat16", WAN)
-    assert (measured.chunk_s, measured.keeps, measured.admits) == (0.4, 4, 3)
+    assert (measured.chunk_s, measured.max_realtime, measured.max_admitted) == (0.4, 4, 3)
     assert measured.source == "measured 2027-01-01: fused"
-    line = f"| H200 | bfloat16 | wan | 400 | 30 | {measured.fit} | 4 | 3 | 1.00 | 1.50 | measured 2027-01-01: fused |"
-    assert line in capacity.capacity_table(found, 3.0, 1.5)
+    memory = measured.max_by_memory
+    line = f"| H200 | bfloat16 | wan | 400 | 30 | {memory} | 4 | 3 | 1.00 | 1.50 | measured 2027-01-01: fused |"
+    assert line in capacity.capacity_table(results, 3.0, 1.5)
 
 
 def test_another_gpu_gets_lines_of_its_own(tmp_path: Path) -> None:
-    path = written(tmp_path / "gpu.json", "NVIDIA B200, 180 GiB", row("fused fp8 tiny", TINY, 150.0, fp8=True))
+    path = written(tmp_path / "gpu.json", "NVIDIA B200, 180 GiB", make_check("fused fp8 tiny", TINY, 150.0, fp8=True))
     last = capacity.rows(path)[-1]
-    assert (last.gpu, last.precision, last.fit) == ("NVIDIA B200", "fp8", None)
-    toy = written(tmp_path / "toy.json", "2 CPU cores", row("torch", WAN, 5.0), preset="tiny")
+    assert (last.gpu, last.precision, last.max_by_memory) == ("NVIDIA B200", "fp8", None)
+    toy = written(tmp_path / "toy.json", "2 CPU cores", make_check("torch", WAN, 5.0), preset="tiny")
     assert list(capacity.measured(toy)) == []
 
 

@@ -18,8 +18,8 @@ import yaml
 from deploy import drain
 from deploy.checks import tools
 from deploy.checks.images import DOCKERFILES, ROOT, load_stages, missing_sources
-from deploy.checks.loose_ends import PROBES
 from deploy.checks.manifests import KUBERNETES, documents
+from deploy.checks.references import PROBES
 from longlive_serve.triton_server.arguments import server_parser
 from tests.support.commands import read_arguments, verbs
 from tests.support.deployment import (

@@ -14,8 +14,8 @@ import yaml
 from tritonclient.grpc import service_pb2
 
 from deploy.checks import tools
-from deploy.checks.loose_ends import loose_ends
-from deploy.checks.manifests import KUBERNETES, VERSIONS, Document, can_validate, render, schema_faults
+from deploy.checks.manifests import KUBERNETES, VERSIONS, Document, can_validate, render, schema_errors
+from deploy.checks.references import reference_errors
 from longlive_client.grpc_transport import VARIABLES
 from longlive_client.video_stream import AsyncVideoStream
 from longlive_serve.config.serve_config import ServeConfig
@@ -191,7 +191,7 @@ def test_a_name_that_nothing_goes_by_is_found(rendered: list[Document], kind: st
     found = copy.deepcopy(rendered)
     holder, last = place(found, kind, path)
     holder[last] = "longlife"
-    assert len(loose_ends(found)) == 1
+    assert len(reference_errors(found)) == 1
 
 
 @pytest.mark.skipif(not can_validate(), reason="needs kubernetes-validate (extra `dev`)")
@@ -217,8 +217,8 @@ def test_a_name_that_nothing_goes_by_is_found(rendered: list[Document], kind: st
 )
 def test_what_the_apis_do_not_know_is_found(rendered: list[Document], kind: str, path: str, wrong: Any) -> None:
     found = copy.deepcopy(rendered)
-    assert [fault for one in found for fault in schema_faults(one, VERSIONS[0])] == []
+    assert [fault for one in found for fault in schema_errors(one, VERSIONS[0])] == []
     holder, last = place(found, kind, path)
     holder[last] = wrong
-    (fault,) = [fault for one in found for fault in schema_faults(one, VERSIONS[0])]
+    (fault,) = [fault for one in found for fault in schema_errors(one, VERSIONS[0])]
     assert fault.startswith(f"{kind}/longlive")

@@ -14,8 +14,8 @@ import yaml
 
 from deploy.checks import tools
 from deploy.checks.images import ROOT
-from deploy.checks.loose_ends import PROBES, loose_ends
-from deploy.checks.manifests import VERSIONS, Document, can_validate, overlays, render, schema_faults
+from deploy.checks.manifests import VERSIONS, Document, can_validate, overlays, render, schema_errors
+from deploy.checks.references import PROBES, reference_errors
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor.machine import region_bytes
@@ -60,7 +60,7 @@ def rendered() -> dict[str, list[Document]]:
 def test_the_documents_of_every_overlay_fit_together(rendered: dict[str, list[Document]]) -> None:
     assert rendered.keys() == {"autoscaled", "autoscaled-keda", "cpu-demo", "gateway", "single-gpu"}
     for name, found in rendered.items():
-        assert loose_ends(found) == [], name
+        assert reference_errors(found) == [], name
         kinds = {one["kind"] for one in found}
         assert ("ScaledObject" in kinds, "HorizontalPodAutoscaler" in kinds) == {
             "autoscaled": (False, True),
@@ -90,7 +90,7 @@ def test_a_name_that_nothing_goes_by_is_found(
     for step in parents:
         place = place[int(step)] if step.isdigit() else place[step]
     place[last] = wrong
-    assert len(loose_ends(found)) == 1
+    assert len(reference_errors(found)) == 1
 
 
 @needs_kustomize
@@ -102,7 +102,7 @@ def test_a_key_that_kubernetes_does_not_know_is_found(rendered: dict[str, list[D
     trigger = the("ScaledObject", found)["spec"]["triggers"][0]["metadata"]
     trigger["treshold"] = trigger.pop("threshold")
     for version in VERSIONS:
-        wrong = [fault for one in found for fault in schema_faults(one, version)]
+        wrong = [fault for one in found for fault in schema_errors(one, version)]
         assert len(wrong) == 2
         assert "periodSecond" in wrong[0] + wrong[1]
         assert "treshold" in wrong[0] + wrong[1]

@@ -21,7 +21,7 @@ from deploy.autoscaling_simulator.hpa import Autoscaler, desired_by_metric
 from deploy.autoscaling_simulator.pod import DRAINING
 from deploy.autoscaling_simulator.policy import DEFAULT_PATH, Direction, Policy, Rate
 from deploy.autoscaling_simulator.report.session_stats import SessionStats
-from deploy.autoscaling_simulator.report.simulate import Run, simulate, with_enough_replicas
+from deploy.autoscaling_simulator.report.simulate import SimulationResult, simulate, with_enough_replicas
 from deploy.autoscaling_simulator.report.tables import SECTION
 from deploy.autoscaling_simulator.sim_config import SimConfig, capacity
 from deploy.capacity.__main__ import RESULTS
@@ -34,7 +34,7 @@ FREE = dataclasses.replace(DEFAULT_POLICY, min_replicas=1, max_replicas=10_000, 
 
 def run(
     trace: str, peak: float, policy: Policy = DEFAULT_POLICY, config: SimConfig | None = None, seed: int = 0
-) -> Run:
+) -> SimulationResult:
     return simulate(trace, config=config or SimConfig(), policy=policy, peak=peak, seed=seed)
 
 
@@ -57,7 +57,7 @@ def has_no_leak(metrics: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("current", "metric", "wanted"),
+    ("current", "metric", "target"),
     [
         (10, 0.70, 10),
         (10, 0.76, 10),  # within 10 %
@@ -69,8 +69,8 @@ def has_no_leak(metrics: dict[str, Any]) -> None:
         (10, 0.0, 0),
     ],
 )
-def test_a_metric_asks_for_pods_as_kubernetes_computes_it(current: int, metric: float, wanted: int) -> None:
-    assert desired_by_metric(current, metric, 0.7, 0.1) == wanted
+def test_a_metric_asks_for_pods_as_kubernetes_computes_it(current: int, metric: float, target: int) -> None:
+    assert desired_by_metric(current, metric, 0.7, 0.1) == target
 
 
 def test_the_metric_that_asks_for_more_wins() -> None:
@@ -82,8 +82,8 @@ def test_the_metric_that_asks_for_more_wins() -> None:
 def test_a_fleet_shrinks_to_the_most_that_was_wanted_within_the_window() -> None:
     policy = dataclasses.replace(FREE, scale_down=Direction(stabilization_s=60, policies=()))
     autoscaler, replicas = Autoscaler(policy), [10]
-    for time, wanted in ((0, 4), (15, 8), (30, 4), (45, 4), (60, 4), (75, 4), (90, 4)):
-        replicas.append(autoscaler.desired(time, replicas[-1], 0.7 * wanted / replicas[-1], 0.0))
+    for time, target in ((0, 4), (15, 8), (30, 4), (45, 4), (60, 4), (75, 4), (90, 4)):
+        replicas.append(autoscaler.desired(time, replicas[-1], 0.7 * target / replicas[-1], 0.0))
     # What there was at the beginning counts for 60 s, then what was wanted at 15 s until 75 s.
     assert replicas[1:] == [10, 10, 10, 10, 8, 4, 4]
 

@@ -177,8 +177,8 @@ def test_every_try_takes_time_to_connect() -> None:
     (disconnected,) = fleet.terminate(gone, 1.0, SCALE_DOWN)
     fleet.resume([disconnected], 1.0)
     assert fleet.stats.moved[SCALE_DOWN] == 1
-    assert disconnected.connecting_s > SimConfig().reconnect_s[1], "18 of 19 pods are full"
-    assert fleet.stats.longest_gap_s > disconnected.connecting_s
+    assert disconnected.connect_s > SimConfig().reconnect_s[1], "18 of 19 pods are full"
+    assert fleet.stats.longest_gap_s > disconnected.connect_s
 
 
 def test_a_pod_that_drains_still_serves_its_queue() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from deploy.autoscaling_simulator.arrivals import HOUR, MINUTE, TRACES
 from deploy.autoscaling_simulator.cluster import Sample
-from deploy.autoscaling_simulator.report.simulate import Run
+from deploy.autoscaling_simulator.report.simulate import SimulationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 POINTS = 400  # of a line that tells a rate
 
 
-def plot(runs: Mapping[str, Run], path: Path) -> None:
+def plot(runs: Mapping[str, SimulationResult], path: Path) -> None:
     """As PNG: above slots and sessions, then who comes and is refused, below who waits."""
     from matplotlib.figure import Figure  # of the extra `deploy`
 
@@ -36,7 +36,7 @@ def plot(runs: Mapping[str, Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _choose_pod(axes: Sequence[Axes], name: str, run: Run) -> None:
+def _choose_pod(axes: Sequence[Axes], name: str, run: SimulationResult) -> None:
     sessions, rates, queue = axes
     samples, long = run.samples, TRACES[name].hours > 4
     unit = HOUR if long else MINUTE
@@ -47,9 +47,13 @@ def _choose_pod(axes: Sequence[Axes], name: str, run: Run) -> None:
     sessions.plot(times, ready, color="tab:orange", lw=1.2, label="slots of ready pods")
     sessions.plot(times, [sample.live for sample in samples], color="tab:blue", lw=1.2, label="live")
     for field, label, color in (("arrived", "come", "tab:blue"), ("refused", "are refused", "tab:red")):
-        coarse = samples[:: max(1, len(samples) // POINTS)]
+        downsampled = samples[:: max(1, len(samples) // POINTS)]
         rates.plot(
-            [sample.time / unit for sample in coarse[1:]], _per_second(coarse, field), color, lw=1.2, label=label
+            [sample.time / unit for sample in downsampled[1:]],
+            _per_second(downsampled, field),
+            color,
+            lw=1.2,
+            label=label,
         )
     queue.plot(times, [sample.queued for sample in samples], color="tab:purple", lw=1.2)
     queue.set_xlabel("hours" if long else "minutes")
@@ -66,4 +70,4 @@ def _slots_to_pods(capacity: int) -> tuple[Callable[[float], float], Callable[[f
 
 def _per_second(samples: Sequence[Sample], field: str) -> list[float]:
     pairs = pairwise((sample.time, getattr(sample, field)) for sample in samples)
-    return [(after - before) / (end - begin) for (begin, before), (end, after) in pairs]
+    return [(after - before) / (end - start) for (start, before), (end, after) in pairs]

@@ -17,7 +17,7 @@ from deploy.autoscaling_simulator.sim_config import SimConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class SimulationResult:
     metrics: dict[str, Any]
     samples: Sequence[Sample]
     """Every round of the autoscaler."""
@@ -32,13 +32,15 @@ def simulate(
     peak: float,
     seed: int,
     on_round: Callable[[float], None] = lambda now: None,
-) -> Run:
+) -> SimulationResult:
     """`peak`: the most sessions that are wanted at once, on average. `on_round`: is told the time in the trace."""
     arrivals = Arrivals(TRACES[trace], config, peak, seed)
     fleet = Fleet(config, policy.service, arrivals, seed)
     cluster = Cluster(config, policy, fleet, seed)
     cluster.run(arrivals.seconds, arrivals.live_at_first, on_round)
-    return Run(metrics=_metrics(trace, arrivals, fleet, cluster), samples=cluster.samples, capacity=config.capacity)
+    return SimulationResult(
+        metrics=_metrics(trace, arrivals, fleet, cluster), samples=cluster.samples, capacity=config.capacity
+    )
 
 
 def with_enough_replicas(policy: Policy, peak: float, capacity: int) -> Policy:

@@ -17,28 +17,28 @@ WORKLOADS = ("StatefulSet", "Deployment", "Job")
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
 
-def loose_ends(documents: Sequence[Document]) -> list[str]:
+def reference_errors(documents: Sequence[Document]) -> list[str]:
     """What is wrong with the documents of one overlay."""
-    known = {(document["kind"], document["metadata"]["name"]) for document in documents} | NOT_SHIPPED
+    names = {(document["kind"], document["metadata"]["name"]) for document in documents} | NOT_SHIPPED
     workloads = [document for document in documents if document["kind"] in WORKLOADS]
-    containers = [container for one in workloads for container in _containers(one)]
+    containers = [container for document in workloads for container in _containers(document)]
     ports = {port["name"] for container in containers for port in container.get("ports", [])}
-    found = []
-    for one, kind, name in _named(documents):
-        if (kind, name) not in known:
-            found.append(f"{title(one)}: {kind} {name!r} is not there")
-    for one, labels in _selectors(documents):
+    errors = []
+    for document, kind, name in _references(documents):
+        if (kind, name) not in names:
+            errors.append(f"{title(document)}: {kind} {name!r} is not there")
+    for document, labels in _selectors(documents):
         if not _selects(labels, workloads):
-            found.append(f"{title(one)}: selects no pod: {labels}")
-    for one, port in _ports(documents):
+            errors.append(f"{title(document)}: selects no pod: {labels}")
+    for document, port in _ports(documents):
         if port not in ports:
-            found.append(f"{title(one)}: no container has the port {port!r}")
+            errors.append(f"{title(document)}: no container has the port {port!r}")
     for workload in workloads:
-        found += [f"{title(workload)}: {fault}" for fault in pod_faults(workload["spec"]["template"]["spec"])]
-    return found
+        errors += [f"{title(workload)}: {fault}" for fault in pod_security_errors(workload["spec"]["template"]["spec"])]
+    return errors
 
 
-def pod_faults(pod: Mapping[str, Any]) -> Iterator[str]:
+def pod_security_errors(pod: Mapping[str, Any]) -> Iterator[str]:
     """What a pod may that it need not, and mounts of volumes that are not there."""
     security = pod.get("securityContext", {})
     if security.get("runAsNonRoot") is not True or not security.get("runAsUser"):
@@ -50,12 +50,14 @@ def pod_faults(pod: Mapping[str, Any]) -> Iterator[str]:
     volumes = {volume["name"] for volume in pod.get("volumes", [])}
     mounted = set()
     for container in [*pod.get("initContainers", []), *pod["containers"]]:
-        name, own = container["name"], container.get("securityContext", {})
+        name, security = container["name"], container.get("securityContext", {})
         mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
         mounted |= mounts
-        if own.get("allowPrivilegeEscalation") is not False or own.get("capabilities", {}).get("drop") != ["ALL"]:
+        if security.get("allowPrivilegeEscalation") is not False or security.get("capabilities", {}).get("drop") != [
+            "ALL"
+        ]:
             yield f"{name}: keeps privileges"
-        if own.get("readOnlyRootFilesystem") is not True:
+        if security.get("readOnlyRootFilesystem") is not True:
             yield f"{name}: may write to its root"
         if "memory" not in container.get("resources", {}).get("limits", {}) or "requests" not in container["resources"]:
             yield f"{name}: has no limit of memory or no requests"
@@ -67,14 +69,14 @@ def pod_faults(pod: Mapping[str, Any]) -> Iterator[str]:
         yield f"nobody mounts {sorted(unused)}"
 
 
-def _named(documents: Sequence[Document]) -> Iterator[tuple[Document, str, str]]:
+def _references(documents: Sequence[Document]) -> Iterator[tuple[Document, str, str]]:
     """Every name of another document: who names it, its kind, the name."""
-    for one in documents:
-        spec = one.get("spec", {})
-        if one["kind"] in WORKLOADS:
+    for document in documents:
+        spec = document.get("spec", {})
+        if document["kind"] in WORKLOADS:
             pod = spec["template"]["spec"]
-            yield one, "ServiceAccount", pod["serviceAccountName"]
-            yield one, "PriorityClass", pod["priorityClassName"]
+            yield document, "ServiceAccount", pod["serviceAccountName"]
+            yield document, "PriorityClass", pod["priorityClassName"]
             for volume in pod.get("volumes", []):
                 for key, kind, name in (
                     ("configMap", "ConfigMap", "name"),
@@ -82,58 +84,58 @@ def _named(documents: Sequence[Document]) -> Iterator[tuple[Document, str, str]]
                     ("persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
                 ):
                     if key in volume:
-                        yield one, kind, volume[key][name]
-        if one["kind"] == "StatefulSet":
-            yield one, "Service", spec["serviceName"]
-        yield from ((one, kind, name) for kind, name in _references(spec))
+                        yield document, kind, volume[key][name]
+        if document["kind"] == "StatefulSet":
+            yield document, "Service", spec["serviceName"]
+        yield from ((document, kind, name) for kind, name in _nested_references(spec))
 
 
-def _references(part: Any) -> Iterator[tuple[str, str]]:
+def _nested_references(part: Any) -> Iterator[tuple[str, str]]:
     """What has a kind and a name, inside a document, is another one: what is scaled, a Gateway, a policy's target."""
     if isinstance(part, Mapping):
         if "kind" in part and "name" in part:
             yield part["kind"], part["name"]
         part = list(part.values())
     for inner in part if isinstance(part, list) else []:
-        yield from _references(inner)
+        yield from _nested_references(inner)
 
 
 def _selectors(documents: Sequence[Document]) -> Iterator[tuple[Document, Mapping[str, str]]]:
     """Every choice of pods by labels in the namespace itself."""
-    for one in documents:
-        spec = one.get("spec", {})
-        if one["kind"] == "Service":
-            yield one, spec["selector"]
+    for document in documents:
+        spec = document.get("spec", {})
+        if document["kind"] == "Service":
+            yield document, spec["selector"]
         elif "selector" in spec:
-            yield one, spec["selector"]["matchLabels"]
-        elif one["kind"] == "ModelPolicy":
-            yield one, spec["podSelector"]["matchLabels"]
+            yield document, spec["selector"]["matchLabels"]
+        elif document["kind"] == "ModelPolicy":
+            yield document, spec["podSelector"]["matchLabels"]
             peers = [peer for rule in spec.get("ingress", []) for peer in rule.get("from", [])]
             peers += [peer for rule in spec.get("egress", []) for peer in rule.get("to", [])]
             for peer in peers:
                 if "podSelector" in peer and "namespaceSelector" not in peer:
-                    yield one, peer["podSelector"]["matchLabels"]
+                    yield document, peer["podSelector"]["matchLabels"]
 
 
 def _selects(labels: Mapping[str, str], workloads: Sequence[Document]) -> bool:
-    return any(labels.items() <= one["spec"]["template"]["metadata"]["labels"].items() for one in workloads)
+    return any(labels.items() <= document["spec"]["template"]["metadata"]["labels"].items() for document in workloads)
 
 
 def _ports(documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
     """Every port that is named and not numbered."""
-    for one in documents:
-        spec, named = one.get("spec", {}), []
-        if one["kind"] in WORKLOADS:
-            probes = [container[probe] for container in _containers(one) for probe in PROBES if probe in container]
+    for document in documents:
+        spec, named = document.get("spec", {}), []
+        if document["kind"] in WORKLOADS:
+            probes = [container[probe] for container in _containers(document) for probe in PROBES if probe in container]
             named = [probe["httpGet"]["port"] for probe in probes if "httpGet" in probe]
-        elif one["kind"] == "Service":
+        elif document["kind"] == "Service":
             named = [port["targetPort"] for port in spec["ports"]]
-        elif one["kind"] == "ModelPolicy":
+        elif document["kind"] == "ModelPolicy":
             rules = [*spec.get("ingress", []), *spec.get("egress", [])]
             named = [port["port"] for rule in rules for port in rule.get("ports", [])]
-        elif one["kind"] == "PodMonitor":
+        elif document["kind"] == "PodMonitor":
             named = [endpoint["port"] for endpoint in spec["podMetricsEndpoints"]]
-        yield from ((one, port) for port in named if isinstance(port, str))
+        yield from ((document, port) for port in named if isinstance(port, str))
 
 
 def _containers(workload: Document) -> list[dict[str, Any]]:
