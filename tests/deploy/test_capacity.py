@@ -41,7 +41,7 @@ def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[st
 
 def test_projections_count_the_operations_that_the_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = projection.KernelSpeeds(linear=1.0, attention=1.0, layer_bytes=0, launches=0)
-    monkeypatch.setattr(projection, "filled", lambda tiles: 1.0)
+    monkeypatch.setattr(projection, "wave_utilization", lambda tiles: 1.0)
     size = projection.FULL.window.chunk, projection.FULL.window.window
     counted = flops.dit_pass(projection.FULL, *size) / projection.FULL.dit.num_layers
     assert projection.layer_seconds(speeds) == pytest.approx(counted, rel=1e-6)
