@@ -47,7 +47,7 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """The settings in serve.toml. Every key may be left out."""
+    """The settings in serve.toml. All keys are optional."""
 
     BACKENDS: ClassVar[tuple[str, ...]] = (AUTO, TORCH, FUSED, ONNXRUNTIME, TENSORRT)
     VARIANTS: ClassVar[tuple[str, ...]] = ("base", "infinity")
@@ -58,67 +58,68 @@ class ServeConfig:
     weights: str = RANDOM_WEIGHTS
     """A folder of checkpoints, or `random` for weights made from a fixed seed. In a file: relative to that file."""
     lora: tuple[Adapter, ...] = ()
-    """What is merged into the DiT, in this order. Empty: the lora.pt that lies beside the folder's longlive_base.pt, if
-    one does; whoever names others names that one too, to keep it."""
+    """LoRA adapters to merge into the DiT, in this order. Empty: the lora.pt beside longlive_base.pt, if there is one.
+    A list replaces it; name it as well to keep it."""
     use_ema: bool = False
     """The averaged weights in longlive_base.pt (`generator_ema`) instead of the last ones."""
     variant: str = "base"
     """`base`: absolute RoPE, ends after 1023 latent frames (255 s). `infinity`: relative RoPE, no end."""
     backend: str = AUTO
-    """`auto`: for every model an engine if `tensorrt_engines` has one, else a graph if `graphs` has one, else torch.
-    `fused`: torch with fused Triton kernels and CUDA graphs; the text encoder, which has none, is torch's."""
+    """`auto`: for each model an engine if `tensorrt_engines` has one, else a graph if `graphs` has one, else torch.
+    `fused`: torch with fused Triton kernels and CUDA graphs; the text encoder then runs in torch."""
     text_encoder_backend: str = ""
-    """Like `backend`, for this model alone; empty: as `backend` says."""
+    """Like `backend`, for this model only; empty: the value of `backend`."""
     dit_backend: str = ""
     vae_decoder_backend: str = ""
     decoder: str = WAN
-    """What turns latents into pictures. `wan`: the Wan VAE, as the reference. `tiny`: TAEHV, many times faster, less
-    detail; neither graphs nor engines have it."""
+    """The decoder of the latents. `wan`: the Wan VAE, like the reference. `tiny`: TAEHV, many times faster, less
+    detail, only with the backends torch and fused."""
     graphs: str = ""
-    """A folder that `python -m export.to_onnx` made, for the backend onnxruntime. In a file: relative to that file."""
+    """A folder of `python -m export.to_onnx`, for the backend onnxruntime. In a file: relative to that file."""
     tensorrt_engines: str = ""
-    """A folder that `python -m export.to_tensorrt` made, for the backend tensorrt. In a file: relative to that file."""
+    """A folder of `python -m export.to_tensorrt`, for the backend tensorrt. In a file: relative to that file."""
     fp8: bool = False
-    """The fused DiT multiplies in FP8 (E4M3), with a scale for every token and every output channel."""
+    """FP8 (E4M3) GEMMs in the fused DiT, with a scale per token and per output channel."""
     fp8_attention: bool = False
-    """With `fp8`: the KV cache and attention to it are FP8 too, with a scale for each layer's queries, keys, values."""
+    """With `fp8`: FP8 KV cache and attention as well, with a scale for each layer's queries, keys and values."""
     fp8_decoder: bool = False
-    """The fused Wan VAE decoder convolves in FP8, by cuDNN on Hopper and later."""
+    """FP8 convolutions in the fused Wan VAE decoder, by cuDNN on Hopper and later."""
     device: str = "auto"
-    """`auto` (cuda when there is one, else cpu) or a torch device."""
+    """`auto` (cuda if available, else cpu) or a torch device."""
     dtype: str = "auto"
-    """`auto`: that of the graphs; with torch bfloat16 on cuda, as the reference ships it, and float32 on the CPU."""
+    """`auto`: that of the graphs; in torch bfloat16 on cuda, like the reference, and float32 on the CPU."""
     slots: int = 8
-    """Sessions that hold a share of the KV cache; more wait for a slot, in order."""
+    """Sessions with a slot in the KV cache. Further sessions wait for a slot, in order."""
     max_chunks_ahead: int = 1
-    """Chunks that are generated at most before their playback is due. More of them ride out longer disturbances; a
-    viewer sees a new prompt that much later."""
+    """Maximum number of chunks generated ahead of playback. A larger number absorbs longer disturbances, and delays new
+    prompts by as much."""
     max_utilization: float = 0.75
-    """Share of all time that admitted playback clocks may count on: a new one is admitted only within it."""
+    """Share of the time that admitted sessions with a playback clock may use. The rest is for prompt switches and
+    disturbances."""
     max_waiting: int = 16
-    """Sessions that may wait for a slot; more are refused."""
+    """Maximum number of sessions that wait for a slot; further ones are refused."""
     max_wait_s: float = 30.0
-    """A session that has waited for a slot for this long is refused."""
+    """Seconds after which a session that waits for a slot is refused."""
     idle_timeout_s: float = 60.0
-    """A session that has no chunks to make and sends no request for this long loses its slot."""
+    """Seconds without requests after which a session with no pending chunks loses its slot."""
     max_unacked: int = 64
-    """Chunks that are sent to a client beyond its last request: with no word from it, a session pauses there. The
-    client library asks for 8 chunks at a time, so its sessions pause earlier."""
+    """Chunks sent since the client's last request, after which a session pauses. The client library requests 8 chunks
+    at a time, so its sessions pause earlier."""
     max_requests_per_s: int = 50
-    """Requests of one session in a second; more are refused."""
+    """Maximum number of requests of one session per second; further ones are refused."""
     max_sessions_per_client: int = 0
-    """Sessions of one client, where a proxy says in the gRPC header `x-client-id` whose they are; 0: any number."""
+    """Maximum number of sessions of one client, if a proxy sets the gRPC header `x-client-id`; 0: unlimited."""
     require_session_token: bool = False
-    """Every session has to begin with a session token, which its later requests repeat (some clients cannot)."""
+    """Every session must start with a session token, which its later requests repeat."""
 
     adapters_dir: str = ""
-    """A folder: LoRA files in it may be merged into the DiT of sessions to come, while others are live; empty: never.
-    In a file: relative to that file."""
+    """A folder of LoRA files that can be merged into the DiT of new sessions at run time; empty: none. In a file:
+    relative to that file."""
     admin_token: str = ""
-    """What a request that does so has to say, 16 characters or more."""
+    """The token for requests that change adapters, 16 characters or more."""
 
     trace_dir: str = ""
-    """A folder: what every session did when is written there, for trace viewers; empty: nowhere."""
+    """A folder for a trace of each session, for trace viewers; empty: no traces."""
     log_format: str = "text"
     """`text`, or `json`: one object per line."""
 
