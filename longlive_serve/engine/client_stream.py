@@ -27,10 +27,10 @@ Encode = Callable[[FrameChunk], FrameChunk]
 
 
 class ResponseSender(Protocol):
-    """Where the answers to one request go. `final` closes it: nothing is sent after that."""
+    """Sends the responses to one request. `final` closes it: nothing is sent after that."""
 
-    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
-        """Send a chunk (or only the end, without one), encoded by `encode` first if that is given."""
+    def send(self, chunk: FrameChunk | None, final: bool) -> None:
+        """Send a chunk (or only the end, without one)."""
         ...
 
     def fail(self, error: RequestError) -> None:
@@ -38,15 +38,21 @@ class ResponseSender(Protocol):
         ...
 
     def is_cancelled(self) -> bool:
-        """True when the client has gone."""
+        """True when the client has disconnected."""
         ...
+
+
+class EncodingResponseSender(ResponseSender, Protocol):
+    """A sender that encodes in its own thread."""
+
+    def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None: ...
 
 
 @dataclasses.dataclass
 class ChunkRequest:
     """Chunks that a client asked for with one request, and where they go."""
 
-    sender: ResponseSender
+    sender: EncodingResponseSender
     chunks: int | None
     """Still to send; None: until stopped."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import ClientStream, ResponseSender
 from longlive_serve.engine.inflight import InflightChunk
 from longlive_serve.engine.lora_manager import Adapters
-from longlive_serve.engine.mailbox import Mailbox
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.response_writer import QueuedResponseSender, ResponseWriter
 from longlive_serve.engine.scheduler import SECOND
@@ -59,8 +59,9 @@ class EngineCore:
         self._runner = runner
         self._on_statistics = on_statistics
         self._sessions = SessionManager(runner, config, chunk_s)
-        self._mail = Mailbox()
-        self._adapters = Adapters(runner, config, self._mail.wake)
+        self._requests: queue.SimpleQueue[tuple[Request | RequestError, QueuedResponseSender] | None]
+        self._requests = queue.SimpleQueue()  # None: only wakes the worker
+        self._adapters = Adapters(runner, config, self._wake)
         self._writer = ResponseWriter()
         self._in_flight: Launched | None = None
         self._draining = threading.Event()
@@ -70,12 +71,12 @@ class EngineCore:
 
     def submit(self, request: Request | RequestError, sender: ResponseSender) -> None:
         """Take a request (or the error that stands in its place) from any thread; the answer goes to `sender`."""
-        self._mail.put(request, QueuedResponseSender(sender, self._writer))
+        self._requests.put((request, QueuedResponseSender(sender, self._writer)))
 
     def drain(self) -> None:
         """End every session soon, with an error that says so, and every new one. May be called by any thread."""
         self._draining.set()
-        self._mail.wake()
+        self._wake()
 
     def stop(self) -> None:
         """Drain and end the threads. Returns when they have ended; nothing may be submitted after that."""
@@ -83,6 +84,9 @@ class EngineCore:
         self.drain()
         self._worker.join()
         self._writer.stop()
+
+    def _wake(self) -> None:
+        self._requests.put(None)
 
     def _run(self) -> None:
         use_device(self._runner.backends.device)
@@ -128,32 +132,39 @@ class EngineCore:
         sessions.notify_waiting()
         self._publish()  # before the chunk: who has it can look at the figures
 
-    def _time_to_wait(self) -> float | None:
-        """Seconds for which nothing but a request can give the worker something to do; None: any time."""
+    def _get_timeout(self) -> float | None:
+        """Seconds for which only a request can give the worker something to do; None: any time."""
         now = time.monotonic_ns()
-        turn, wake = self._sessions.scheduler.next(now)
-        if turn is not None or self._in_flight is not None or self._stopping.is_set():
+        session_id, next_time = self._sessions.scheduler.next(now)
+        if session_id is not None or self._in_flight is not None or self._stopping.is_set():
             return 0.0
         if not len(self._sessions):
             return None
-        return POLL_S if wake is None else max(0.0, min(POLL_S, (wake - now) / SECOND))
+        return POLL_S if next_time is None else max(0.0, min(POLL_S, (next_time - now) / SECOND))
 
     def _process_requests(self) -> None:
-        """Handle all requests that have come in; wait for one when there is nothing to generate."""
-        timeout = self._time_to_wait()
-        for request, sender in self._mail.take_all(timeout):
-            try:
-                if isinstance(request, RequestError):
-                    raise request
-                if request.options.command == SET_LORA:
-                    self._adapters.change(request.options, sender)
-                else:
-                    self._sessions.handle(request, sender, self._draining.is_set())
-            except RequestError as error:
-                sender.fail(error)
-            except Exception as error:  # a request's boundary
-                log.exception("a request failed")
-                sender.fail(RequestError(RequestError.INTERNAL, f"{type(error).__name__}: {error}"))
+        """Handle all requests in the queue; wait for one when there is nothing to generate."""
+        timeout = self._get_timeout()
+        with contextlib.suppress(queue.Empty):
+            item = self._requests.get(timeout != 0.0, timeout)
+            while True:
+                if item is not None:
+                    self._process_request(*item)
+                item = self._requests.get_nowait()
+
+    def _process_request(self, request: Request | RequestError, sender: QueuedResponseSender) -> None:
+        try:
+            if isinstance(request, RequestError):
+                raise request
+            if request.options.command == SET_LORA:
+                self._adapters.change(request.options, sender)
+            else:
+                self._sessions.handle(request, sender, self._draining.is_set())
+        except RequestError as error:
+            sender.fail(error)
+        except Exception as error:  # a request's boundary
+            log.exception("a request failed")
+            sender.fail(RequestError(RequestError.INTERNAL, f"{type(error).__name__}: {error}"))
 
     def _launch(self, stream: ClientStream) -> Launched | None:
         with self._boundary_of(stream):

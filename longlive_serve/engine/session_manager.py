@@ -14,7 +14,13 @@ from pathlib import Path
 
 from longlive_serve.config.presets import FPS, ModelConfig
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.client_stream import ChunkRequest, ClientStream, ResponseSender, notice_chunk
+from longlive_serve.engine.client_stream import (
+    ChunkRequest,
+    ClientStream,
+    EncodingResponseSender,
+    ResponseSender,
+    notice_chunk,
+)
 from longlive_serve.engine.frame_encoder import make_encode
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.scheduler import SECOND, Scheduler
@@ -69,7 +75,7 @@ class SessionManager:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def handle(self, request: Request, sender: ResponseSender, draining: bool) -> None:
+    def handle(self, request: Request, sender: EncodingResponseSender, draining: bool) -> None:
         """Take a request. Raises RequestError when it cannot be taken; its session, if any, goes on."""
         if draining and request.start:
             raise shutting_down()
@@ -202,7 +208,7 @@ class SessionManager:
         notice = READY if scheduler.has_room(FPS) else full
         sender.send(notice_chunk(self._runner.config.video_size, notice), final=True)
 
-    def _start(self, request: Request, sender: ResponseSender) -> None:
+    def _start(self, request: Request, sender: EncodingResponseSender) -> None:
         options = request.options
         if self._config.require_session_token and options.session_token is None:
             text = "OPTIONS.session_token: got none, expected a secret that later requests of the session repeat"
@@ -253,7 +259,7 @@ class SessionManager:
             hint = f"try again in {self._config.max_wait_s:g} s"
         self.end(stream, RequestError(RequestError.UNAVAILABLE, f"{why}; {hint}"))
 
-    def _update(self, stream: ClientStream, request: Request, sender: ResponseSender) -> None:
+    def _update(self, stream: ClientStream, request: Request, sender: EncodingResponseSender) -> None:
         session = stream.session
         stream.check(request, self._config.max_requests_per_s)
         stream.note_request()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton side of the service: tensors in, tensors out. Everything else is in `longlive_serve`."""
+"""The Triton model: tensors in, tensors out. Everything else is in `longlive_serve`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import triton_python_backend_utils as pb  # part of Triton's Python backend
 
@@ -29,7 +28,7 @@ log = logging.getLogger("longlive_serve.model")
 class TritonResponseSender:
     """Answers one request through its response sender."""
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: pb.InferenceRequest) -> None:
         self._sender = request.get_response_sender()
 
     def send(self, chunk: FrameChunk | None, final: bool) -> None:
@@ -42,15 +41,15 @@ class TritonResponseSender:
         self._sender.send(response, pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        return self._sender.is_cancelled()
 
 
 class TritonPythonModel:
-    """Hands requests to a `EngineCore`; answers come from its worker while `execute` has long returned."""
+    """Hands requests to an `EngineCore`, whose worker answers them later; `execute` does not wait."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        own = Path(args["model_repository"], args["model_version"], "serve.toml")
-        config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", own))
+        default = Path(args["model_repository"], args["model_version"], "serve.toml")
+        config = ServeConfig.from_toml(os.environ.get("LONGLIVE_CONFIG", default))
         set_up(config.log_format)
         self.metrics = TritonMetrics(pb.MetricFamily)
         with measure_start() as seconds:
@@ -58,21 +57,21 @@ class TritonPythonModel:
             runner = ModelRunner(build_backends(config), config.model_config, config.variant)
             chunk_s = runner.warm_up()
         log.info("started in %.1f s: %s", process_age(), describe(seconds))
-        self.metrics.publish([("start_seconds", (("phase", name),), took) for name, took in seconds.items()])
-        self.service = EngineCore(runner, config, self.metrics.publish, chunk_s)
+        self.metrics.publish([("start_seconds", (("phase", name),), value) for name, value in seconds.items()])
+        self.engine = EngineCore(runner, config, self.metrics.publish, chunk_s)
         gc.collect()
-        gc.freeze()  # what is there stays: looking through it for garbage would halt all sessions for 0.1 s
-        on_sigterm(self.service.drain)  # Triton calls finalize only after every client has left
+        gc.freeze()  # a collection of what stays would stop all sessions for 0.1 s
+        on_sigterm(self.engine.drain)  # Triton calls finalize only after every client has left
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[pb.InferenceRequest]) -> None:
         for request in requests:
-            self.service.submit(_read(request), TritonResponseSender(request))
+            self.engine.submit(_read(request), TritonResponseSender(request))
 
     def finalize(self) -> None:
-        self.service.stop()
+        self.engine.stop()
 
 
-def _read(request: Any) -> Request | RequestError:
+def _read(request: pb.InferenceRequest) -> Request | RequestError:
     try:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         start, end = (bool(request.flags() & bit) for bit in (1, 2))
