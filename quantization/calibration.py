@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.models.vae.decoder import CausalConv3d
-from quantization.checkpoint import Observed, write
+from quantization.checkpoint import InputStats, write
 from quantization.recipes import Format
 
 FILE = "calibration.safetensors"
@@ -33,7 +33,7 @@ MODELOPT_BITS = {torch.int8: 8, torch.float8_e4m3fn: (4, 3)}
 
 
 @dataclasses.dataclass(kw_only=True)
-class Seen:
+class CalibrationState:
     """What has been seen so far, and the file that it is kept in."""
 
     path: Path
@@ -44,7 +44,7 @@ class Seen:
     """Largest absolute inputs of the layers watched, by model and layer: [] or [1, ..., in]."""
 
     @classmethod
-    def load(cls, path: Path, settings: Mapping[str, str]) -> Seen:
+    def load(cls, path: Path, settings: Mapping[str, str]) -> CalibrationState:
         """What the file holds, or nothing seen yet. Raises ValueError when it belongs to other settings."""
         if not path.exists():
             return cls(path=path, settings=settings)
@@ -84,9 +84,9 @@ def calibrate(
     formats: Mapping[str, Mapping[str, Format]],
     runner: ModelRunner,
     prompts: list[str],
-    seen: Seen,
+    state: CalibrationState,
     on_session: Callable[[int], None],
-) -> dict[str, dict[str, Observed]]:
+) -> dict[str, dict[str, InputStats]]:
     """What the layers of `formats` (by model, by layer) are given while `runner` makes a video per prompt.
 
     `runner` runs `models`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
@@ -98,20 +98,20 @@ def calibrate(
 
     def watch(_: nn.Module) -> None:
         quantizers = _enabled_input_quantizers(together)
-        for name, amax in seen.amax.items():
+        for name, amax in state.amax.items():
             quantizers[name]._calibrator._calib_amax = amax.to(runner.backends.device)
-        on_session(seen.sessions)
-        for number in range(seen.sessions, len(prompts)):
+        on_session(state.sessions)
+        for number in range(state.sessions, len(prompts)):
             calibration_session(runner, prompts, number)
-            seen.amax = {name: q._calibrator.compute_amax().float() for name, q in quantizers.items()}
-            seen.sessions = number + 1
-            seen.save()
-            on_session(seen.sessions)
+            state.amax = {name: q._calibrator.compute_amax().float() for name, q in quantizers.items()}
+            state.sessions = number + 1
+            state.save()
+            on_session(state.sessions)
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
         warnings.filterwarnings("ignore", message=".* skip")  # SmoothQuant on layers that have no 8-bit inputs
         mtq.quantize(together, modelopt_config(formats), watch)
-    return {name: _observed(models[name], layers) for name, layers in formats.items()}
+    return {name: _input_stats(models[name], layers) for name, layers in formats.items()}
 
 
 def modelopt_config(formats: Mapping[str, Mapping[str, Format]]) -> dict[str, Any]:
@@ -158,17 +158,17 @@ def _enabled_input_quantizers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _observed(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, Observed]:
+def _input_stats(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, InputStats]:
     found = {}
     for layer, format in layers.items():
         if not format.inputs:
             continue
         quantizer: Any = model.get_submodule(layer).input_quantizer
         if format.smoothing is None:
-            found[layer] = Observed(amax=quantizer.amax.float().cpu())
+            found[layer] = InputStats(amax=quantizer.amax.float().cpu())
         else:
             amax, smoothing = quantizer._amax_for_smoothing, quantizer.pre_quant_scale
-            found[layer] = Observed(amax=amax.flatten().float().cpu(), smoothing=smoothing.flatten().float().cpu())
+            found[layer] = InputStats(amax=amax.flatten().float().cpu(), smoothing=smoothing.flatten().float().cpu())
     return found
 
 

@@ -19,7 +19,7 @@ from quantization.recipes import Format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Observed:
+class InputStats:
     """What calibration found out about a layer's inputs."""
 
     amax: Tensor
@@ -28,14 +28,14 @@ class Observed:
     """SmoothQuant: what each channel is to be multiplied by, float32 [in]."""
 
 
-def quantized_layer(weight: Tensor, format: Format, observed: Observed | None) -> dict[str, Tensor]:
+def quantized_layer(weight: Tensor, format: Format, input_stats: InputStats | None) -> dict[str, Tensor]:
     """What takes the place of `weight` [out, in, ...]: the parts of `int8_fp8_layers.STATE`."""
     weight, state = weight.float(), {}
     if format.inputs:
-        assert observed is not None
-        amax = observed.amax.float()
-        if observed.smoothing is not None:
-            smoothing = observed.smoothing.float().bfloat16().float()  # numbers that every precision holds
+        assert input_stats is not None
+        amax = input_stats.amax.float()
+        if input_stats.smoothing is not None:
+            smoothing = input_stats.smoothing.float().bfloat16().float()  # numbers that every precision holds
             weight, amax = weight / smoothing, amax * smoothing
             state["smoothing"] = smoothing
         state["input_scale"] = scale_for(amax.max(), format.dtype)
@@ -45,14 +45,14 @@ def quantized_layer(weight: Tensor, format: Format, observed: Observed | None) -
 
 
 def quantized_state(
-    state: Mapping[str, Tensor], formats: Mapping[str, Format], observed: Mapping[str, Observed]
+    state: Mapping[str, Tensor], formats: Mapping[str, Format], input_stats: Mapping[str, InputStats]
 ) -> dict[str, Tensor]:
     """The tensors of a quantized checkpoint: the layers of `formats` in 8 bits, all else in bfloat16."""
     made: dict[str, Tensor] = {}
     for key, tensor in state.items():
         layer = key.removesuffix(".weight")
         if key.endswith(".weight") and layer in formats:
-            parts = quantized_layer(tensor, formats[layer], observed.get(layer))
+            parts = quantized_layer(tensor, formats[layer], input_stats.get(layer))
             made |= {f"{layer}.{part}": value for part, value in parts.items()}
         else:
             made[key] = tensor.bfloat16()

@@ -66,10 +66,10 @@ def quantize_all(config: ServeConfig, recipes: Sequence[str], folder: Path) -> d
         for recipe in recipes:
             task = bar.add_task(f"calibrating {recipe}", total=len(prompts))
 
-            def watched(sessions: int, task: TaskID = task) -> None:
+            def recorder(sessions: int, task: TaskID = task) -> None:
                 bar.update(task, completed=sessions)
 
-            quantize(config, [recipe], prompts, folder / recipe, on_session=watched)
+            quantize(config, [recipe], prompts, folder / recipe, on_session=recorder)
     return {recipe: str(folder / recipe) for recipe in recipes}
 
 

@@ -28,7 +28,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
-class Watched:
+class RecordingDiT:
     """A DiT backend that keeps what its blocks gave in the last forward."""
 
     def __init__(self, backend: TorchDiT) -> None:
@@ -44,38 +44,38 @@ class Watched:
         return self.backend.denoise(noisy, step, self.prompt_kv, slot, plan)
 
 
-class Onlookers:
-    """The DiT backend `leader` for a model runner of one session, with `others` that do each denoising step as well.
+class ComparedDiTs:
+    """The DiT backend `reference` for a model runner of one session, with `others` that do each denoising step as well.
 
     `flow[name][step]` collects the relative errors of their flows, `blocks[name][block]` those after each block.
     """
 
-    def __init__(self, leader: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
-        self.leader, self.dtype, self.cache_dtype = Watched(leader), leader.dtype, leader.cache_dtype
-        self.others = {name: Watched(backend) for name, backend in others.items()}
-        layers = len(leader.model.blocks)
-        self.flow = {name: [list[float]() for _ in leader.timesteps] for name in others}
+    def __init__(self, reference: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
+        self.reference, self.dtype, self.cache_dtype = RecordingDiT(reference), reference.dtype, reference.cache_dtype
+        self.others = {name: RecordingDiT(backend) for name, backend in others.items()}
+        layers = len(reference.model.blocks)
+        self.flow = {name: [list[float]() for _ in reference.timesteps] for name in others}
         self.blocks = {name: [list[float]() for _ in range(layers)] for name in others}
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
-        for watched in (self.leader, *self.others.values()):
-            watched.prompt_kv = watched.backend.embed_prompt(embeds, tokens)
-        assert self.leader.prompt_kv is not None
-        return self.leader.prompt_kv
+        for recorder in (self.reference, *self.others.values()):
+            recorder.prompt_kv = recorder.backend.embed_prompt(embeds, tokens)
+        assert self.reference.prompt_kv is not None
+        return self.reference.prompt_kv
 
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
-        cache = self.leader.backend.cache
-        flow = self.leader.denoise(noisy, step, slot, plan)
+        cache = self.reference.backend.cache
+        flow = self.reference.denoise(noisy, step, slot, plan)
         for name, other in self.others.items():
             other.backend.cache.keys.copy_(cache.keys)  # its own block it writes itself
             other.backend.cache.values.copy_(cache.values)
             self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, plan), flow))
-            for block, (got, expected) in enumerate(zip(other.outputs, self.leader.outputs, strict=True)):
+            for block, (got, expected) in enumerate(zip(other.outputs, self.reference.outputs, strict=True)):
                 self.blocks[name][block].append(relative_error(got, expected))
         return flow
 
     def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
-        self.leader.backend.update_kv_cache(clean, prompt_kv, slot, plan)
+        self.reference.backend.update_kv_cache(clean, prompt_kv, slot, plan)
 
 
 def flow_errors(
@@ -87,24 +87,26 @@ def flow_errors(
     `flow_rel_error_of_block_alone`: of the flow when only that block is quantized.
     """
     backends = build_backends(config)
-    leader, others = _torch_dit(backends.dit), {}
+    reference, others = _torch_dit(backends.dit), {}
     for name, folder in folders.items():
         quantized = _torch_dit(build_backends(dataclasses.replace(config, weights=folder)).dit)
         for block in range(config.model_config.dit.num_layers):
-            alone = TorchDiT(with_block(leader.model, quantized.model, block), config.model_config, 1, config.variant)
+            alone = TorchDiT(
+                with_block(reference.model, quantized.model, block), config.model_config, 1, config.variant
+            )
             others[f"{name} {block}"] = alone
         others[name] = quantized
-    onlookers = Onlookers(leader, others)
-    runner = ModelRunner(dataclasses.replace(backends, dit=onlookers), config.model_config, config.variant)
+    compared = ComparedDiTs(reference, others)
+    runner = ModelRunner(dataclasses.replace(backends, dit=compared), config.model_config, config.variant)
     for number in range(sessions):
         calibration_session(runner, list(prompts), number)
     blocks = range(config.model_config.dit.num_layers)
     return {
         name: {
-            "flow_rel_error_by_step": [fmean(errors) for errors in onlookers.flow[name]],
-            "rel_error_after_block": [fmean(errors) for errors in onlookers.blocks[name]],
+            "flow_rel_error_by_step": [fmean(errors) for errors in compared.flow[name]],
+            "rel_error_after_block": [fmean(errors) for errors in compared.blocks[name]],
             "flow_rel_error_of_block_alone": [
-                fmean([fmean(step) for step in onlookers.flow[f"{name} {block}"]]) for block in blocks
+                fmean([fmean(step) for step in compared.flow[f"{name} {block}"]]) for block in blocks
             ],
         }
         for name in folders

@@ -30,9 +30,9 @@ from longlive_serve.weights.layouts import DIFFUSERS, LONGLIVE, QUANTIZED_FILE
 from longlive_serve.weights.loader import ModelLoader
 from longlive_serve.weights.tensor_files import INDEX, sha256
 from quantization import calibration
-from quantization.calibration import Seen, calibrate, chunks_of_session, settings_of
-from quantization.checkpoint import Observed, quantized_state, write
-from quantization.recipes import RECIPES, Format, combined, formats_of_layers, owner
+from quantization.calibration import CalibrationState, calibrate, chunks_of_session, settings_of
+from quantization.checkpoint import InputStats, quantized_state, write
+from quantization.recipes import RECIPES, Format, combine_recipes, formats_of_layers, owner
 
 RECORD = "quantization.json"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -57,29 +57,29 @@ def quantize(
     when `out` holds a calibration of something else.
     """
     measurement = Measurement.begin("quantization.quantize", argv)
-    formats = combined(recipes)
+    formats = combine_recipes(recipes)
     loader = _check(config, formats, prompts, out)
     sources = {model: loader.fingerprint(model) for model in MODELS}
     backends = build_backends(dataclasses.replace(config, **ALL_ON_TORCH, slots=1))
     parts: dict[str, Any] = {TEXT_ENCODER: backends.text_encoder, DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
     models = {name: parts[name].model for name in formats}
     layers: Formats = {}
-    kept: dict[str, dict[str, str]] = {}
+    unquantized: dict[str, dict[str, str]] = {}
     for name, format in formats.items():
-        layers[name], kept[name] = formats_of_layers(name, models[name], format)
-    seen = Seen.load(out / calibration.FILE, settings_of(layers, prompts, sources, config.variant))
+        layers[name], unquantized[name] = formats_of_layers(name, models[name], format)
+    state = CalibrationState.load(out / calibration.FILE, settings_of(layers, prompts, sources, config.variant))
     runner = ModelRunner(backends, config.model_config, config.variant)
-    observed = calibrate(models, layers, runner, prompts, seen, on_session)
+    input_stats = calibrate(models, layers, runner, prompts, state, on_session)
     record = {
         **dataclasses.asdict(measurement),
         "versions": versions(*PACKAGES),
         "recipe": " ".join(recipes),
         "sources": sources,
         "calibration": {"prompts": prompts, "chunks_of_session": chunks_of_session(runner)},
-        "layers": {name: _facts(layers[name], observed[name]) for name in formats},
-        "kept_in_16_bits": kept,
+        "layers": {name: _layer_records(layers[name], input_stats[name]) for name in formats},
+        "kept_in_16_bits": unquantized,
     }
-    return _write_folder(loader, out, layers, observed, record, recipes)
+    return _write_folder(loader, out, layers, input_stats, record, recipes)
 
 
 def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str], out: Path) -> ModelLoader:
@@ -106,25 +106,25 @@ def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str
     return loader
 
 
-def _facts(layers: Mapping[str, Format], observed: Mapping[str, Observed]) -> dict[str, dict[str, Any]]:
-    facts: dict[str, dict[str, Any]] = {}
+def _layer_records(layers: Mapping[str, Format], input_stats: Mapping[str, InputStats]) -> dict[str, dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {}
     for layer, format in layers.items():
-        facts[layer] = {"format": str(format)}
-        if layer in observed:
-            facts[layer]["input_amax"] = observed[layer].amax.max().item()
+        records[layer] = {"format": str(format)}
+        if layer in input_stats:
+            records[layer]["input_amax"] = input_stats[layer].amax.max().item()
         if format.smoothing is not None:
-            smoothing = observed[layer].smoothing
+            smoothing = input_stats[layer].smoothing
             assert smoothing is not None
-            facts[layer]["smoothed_input_amax"] = (observed[layer].amax * smoothing).max().item()
-            facts[layer]["smoothing_range"] = [smoothing.min().item(), smoothing.max().item()]
-    return facts
+            records[layer]["smoothed_input_amax"] = (input_stats[layer].amax * smoothing).max().item()
+            records[layer]["smoothing_range"] = [smoothing.min().item(), smoothing.max().item()]
+    return records
 
 
 def _write_folder(
     loader: ModelLoader,
     out: Path,
     layers: Formats,
-    observed: Mapping[str, Mapping[str, Observed]],
+    input_stats: Mapping[str, Mapping[str, InputStats]],
     record: dict[str, Any],
     recipes: Sequence[str],
 ) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def _write_folder(
         if model in layers:
             checkpoint = loader.checkpoint(model)
             assert checkpoint is not None
-            state = quantized_state(checkpoint.state(), layers[model], observed[model])
-            about = {"recipe": owner(model, recipes), "source_sha256": record["sources"][model]}
-            about |= {"date": record["date"], "versions": json.dumps(record["versions"])}
-            write(out / quantized, state, about)
+            state = quantized_state(checkpoint.state(), layers[model], input_stats[model])
+            metadata = {"recipe": owner(model, recipes), "source_sha256": record["sources"][model]}
+            metadata |= {"date": record["date"], "versions": json.dumps(record["versions"])}
+            write(out / quantized, state, metadata)
             files.append(quantized)
         else:
             files.append(source.files[model].path.name)
@@ -189,13 +189,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("sessions watched", total=len(prompts))
 
-            def watched(sessions: int) -> None:
+            def recorder(sessions: int) -> None:
                 nonlocal done
                 done = sessions
                 bar.update(task, completed=sessions)
 
             config = ServeConfig.from_toml(arguments.config)
-            record = quantize(config, arguments.recipe, prompts, arguments.out, argv, watched)
+            record = quantize(config, arguments.recipe, prompts, arguments.out, argv, recorder)
     except ValueError as error:
         print(f"quantize: {error}", file=sys.stderr)
         return 2

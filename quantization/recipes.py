@@ -76,7 +76,7 @@ KEPT: dict[str, dict[str, str]] = {
 QUANTIZABLE = (nn.Linear, nn.Conv2d, CausalConv3d)
 
 
-def combined(names: Iterable[str]) -> Recipe:
+def combine_recipes(names: Iterable[str]) -> Recipe:
     """Several recipes as one. Raises ValueError for an unknown one, or two for the same model."""
     formats: dict[str, Format] = {}
     for name in names:
@@ -95,16 +95,16 @@ def owner(model: str, names: Iterable[str]) -> str:
 
 def formats_of_layers(name: str, model: nn.Module, format: Format) -> tuple[dict[str, Format], dict[str, str]]:
     """The format of every layer of `model` (called `name`) that is quantized, and why each of the others is not."""
-    quantized, kept = {}, {}
+    quantized, unquantized = {}, {}
     for layer, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() < 2:
             continue
         why = next((why for pattern, why in KEPT[name].items() if fnmatchcase(layer, pattern)), None)
         if why is not None:
-            kept[layer] = why
+            unquantized[layer] = why
             continue
         assert isinstance(module, QUANTIZABLE), f"{name}: {layer} is a {type(module).__name__}: it needs a row in KEPT"
         weights_only = any(fnmatchcase(layer, pattern) for pattern in WEIGHTS_ONLY.get(name, ()))
         quantized[layer] = dataclasses.replace(format, inputs=False, smoothing=None) if weights_only else format
-    return quantized, kept
+    return quantized, unquantized

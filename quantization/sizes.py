@@ -17,7 +17,7 @@ from longlive_serve.config.presets import DIT, MODELS, PRESETS, ModelConfig
 from longlive_serve.models.dit.causal_dit import CausalDiT
 from longlive_serve.models.vae.decoder import VAEDecoder
 from longlive_serve.weights.loader import ModelLoader
-from quantization.checkpoint import Observed, quantized_state, write
+from quantization.checkpoint import InputStats, quantized_state, write
 from quantization.recipes import Format, formats_of_layers
 
 FULL_SIZE = "longlive-1.3b"
@@ -53,15 +53,15 @@ def full_size_bytes(name: str, formats: Mapping[str, Format], folder: Path) -> d
     for recipe, format in formats.items():
         layers, _ = formats_of_layers(name, model, format)
         state = load_file(plain)
-        observed = {layer: _anything(state[f"{layer}.weight"], one) for layer, one in layers.items()}
+        input_stats = {layer: _dummy_stats(state[f"{layer}.weight"], one) for layer, one in layers.items()}
         path = folder / f"{name}.{recipe}.safetensors"
-        write(path, quantized_state(state, layers, observed), {})
+        write(path, quantized_state(state, layers, input_stats), {})
         written[recipe] = path.stat().st_size
         path.unlink()
     plain.unlink()
     return written
 
 
-def _anything(weight: Tensor, format: Format) -> Observed:
+def _dummy_stats(weight: Tensor, format: Format) -> InputStats:
     ones = torch.ones(weight.shape[1])
-    return Observed(amax=ones, smoothing=ones if format.smoothing is not None else None)
+    return InputStats(amax=ones, smoothing=ones if format.smoothing is not None else None)

@@ -29,7 +29,7 @@ FRAMES_PER_CHUNK = FRAMES * CHUNK
 MIDDLE = (SIZE / 2, SIZE / 2)
 
 
-class LiveCache:
+class TrainingCache:
     """Keys and values by layer and block, as the last forwards left them, with what autograd needs of them."""
 
     def __init__(self, layers: int, num_blocks: int) -> None:
@@ -42,10 +42,10 @@ class LiveCache:
             rows[:] = [row.detach() for row in rows]
 
 
-class LiveView(CacheView):
-    """A `LiveCache` as one forward of a batch of sessions sees it (absolute RoPE)."""
+class TrainingCacheView(CacheView):
+    """A `TrainingCache` as one forward of a batch of sessions sees it (absolute RoPE)."""
 
-    def __init__(self, cache: LiveCache, tables: RotaryTables, plan: KVCachePlan) -> None:
+    def __init__(self, cache: TrainingCache, tables: RotaryTables, plan: KVCachePlan) -> None:
         self.cache, self.plan, self.rows = cache, plan, tables.tokens_per_chunk
         self.query_angles = tables.of_chunks(plan.chunks)
 
@@ -64,7 +64,7 @@ class Rollout:
     def __init__(self, model: CausalDiT, window: Window, tables: RotaryTables, encoder: Encoder) -> None:
         self.model, self.window, self.tables, self.encoder = model, window, tables, encoder
         self.schedule = FlowMatchScheduler()
-        self.cache = LiveCache(model.config.num_layers, window.capacity)
+        self.cache = TrainingCache(model.config.num_layers, window.capacity)
         self.context_latents: deque[Tensor] = deque(maxlen=window.capacity)
         self.attributes: list[Attributes] = []
         self.chunk = 0
@@ -81,12 +81,12 @@ class Rollout:
         `prompt_kv`: that of the first prompt, which the sink keeps.
         """
         self.begin(attributes)
-        self.context_latents.append(self._stack(self._opening(look) for look in attributes))
-        self._commit(prompt_kv, self.window.step(0))
+        self.context_latents.append(self._stack(self._first_chunk(look) for look in attributes))
+        self._update_kv_cache(prompt_kv, self.window.step(0))
         kept = min(chunk, self.window.capacity)
         if chunk > self.window.capacity:
             starts = [(generator.randrange(SIZE), generator.randrange(SIZE)) for _ in attributes]
-            first = [self._continuation(*pair) for pair in zip(attributes, starts, strict=True)]
+            first = [self._next_chunk(*pair) for pair in zip(attributes, starts, strict=True)]
             self.context_latents[0] = self._stack(first)
         self.chunk = 1
         while self.chunk < kept:
@@ -103,8 +103,8 @@ class Rollout:
         if switch:
             self._recache(prompt_kv, keep_sink)
         elif self.chunk:
-            self._commit(prompt_kv, self.window.step(self.chunk - 1))
-        view = LiveView(self.cache, self.tables, self.window.step(self.chunk))
+            self._update_kv_cache(prompt_kv, self.window.step(self.chunk - 1))
+        view = TrainingCacheView(self.cache, self.tables, self.window.step(self.chunk))
         x, losses = torch.randn(targets.shape), []
         for step in range(self.schedule.steps):
             flow = self.model(x, self.schedule.timesteps[step].expand(x.shape[:2]), prompt_kv, view)
@@ -121,35 +121,35 @@ class Rollout:
     def targets(self, attributes: Sequence[Attributes]) -> Tensor:
         """The chunk that should come next: [sessions, CHUNK, channels, h, w]."""
         if self.chunk == 0:
-            return self._stack(self._opening(look) for look in attributes)
+            return self._stack(self._first_chunk(look) for look in attributes)
         last = self.encoder.decode(self.context_latents[-1][:, -1])  # [B, FRAMES, 3, SIZE, SIZE]
-        starts = (whereabouts(frames, look) for frames, look in zip(last, self.attributes, strict=True))
-        return self._stack(self._continuation(*pair) for pair in zip(attributes, starts, strict=True))
+        starts = (locate_shape(frames, look) for frames, look in zip(last, self.attributes, strict=True))
+        return self._stack(self._next_chunk(*pair) for pair in zip(attributes, starts, strict=True))
 
-    def _opening(self, look: Attributes) -> Tensor:
+    def _first_chunk(self, look: Attributes) -> Tensor:
         return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES * (CHUNK - 1))]))
 
-    def _continuation(self, look: Attributes, start: tuple[float, float]) -> Tensor:
+    def _next_chunk(self, look: Attributes, start: tuple[float, float]) -> Tensor:
         """`start`: the shape's place in the last frame before."""
         return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES_PER_CHUNK)], start))[1:]
 
     def _stack(self, latents: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(latents))
 
-    def _commit(self, prompt_kv: PromptKV, plan: KVCachePlan) -> None:
+    def _update_kv_cache(self, prompt_kv: PromptKV, plan: KVCachePlan) -> None:
         latents = self.context_latents[-1]
-        view = LiveView(self.cache, self.tables, plan)
+        view = TrainingCacheView(self.cache, self.tables, plan)
         self.model(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
     def _recache(self, prompt_kv: PromptKV, keep_sink: bool) -> None:
         plan = self.window.recache(self.chunk, keep_sink)
         oldest = self.chunk - len(self.context_latents)
         latents = torch.cat([self.context_latents[chunk - oldest] for chunk in plan.chunks], 1)
-        view = LiveView(self.cache, self.tables, plan)
+        view = TrainingCacheView(self.cache, self.tables, plan)
         self.model(latents, torch.zeros(latents.shape[:2]), prompt_kv, view, update_kv_cache=True)
 
 
-def whereabouts(frames: Tensor, look: Attributes) -> tuple[float, float]:
+def locate_shape(frames: Tensor, look: Attributes) -> tuple[float, float]:
     """Where the shape is in the last of some frames [n, 3, SIZE, SIZE]: the whole pixel where it fits best.
 
     The shape that should be there is slid over the picture (as the torus that it is) along its own motion, so that

@@ -22,7 +22,7 @@ CLIP_NORM = 1.0
 SAVE_EVERY = 100  # steps
 
 
-class Run:
+class Trainer:
     """Base of a run: subclasses give `losses` and may give another `rate`."""
 
     def __init__(

@@ -18,7 +18,7 @@ from longlive_serve.config.presets import PRESETS, VAEConfig
 from longlive_serve.models.vae.decoder import ResidualBlock, VAEDecoder
 from longlive_serve.weights.layouts import VAE_FILE
 from training.latents import Encoder, random_segments, random_start
-from training.run import Run, arguments
+from training.run import Trainer, arguments
 from training.world import SIZE, draw
 
 LATENTS = 4  # per training clip: the opening and three more
@@ -27,7 +27,7 @@ CROPPED = 0.75  # of the steps are on 8 crops of half the size, the others on 2 
 MUON_LR = 0.02
 
 
-class DecoderRun(Run):
+class DecoderRun(Trainer):
     """Decoded frames against drawn ones."""
 
     def __init__(self, config: VAEConfig, steps: int, seed: int, device: str) -> None:

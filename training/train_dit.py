@@ -23,7 +23,7 @@ from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, wan_names
 from longlive_serve.weights.layouts import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from training.latents import Encoder
 from training.pool import CHUNK, CHUNKS, Clip, make_pool
-from training.run import Run, arguments
+from training.run import Trainer, arguments
 from training.teacher_forcing import TeacherForcingView, flows
 from training.text import token_batch, write_tokenizer
 from training.world import caption
@@ -32,10 +32,10 @@ DEMO = PRESETS["demo"]
 BATCH, OPENINGS = 8, 24  # clips, and openings of their own: the first chunk is the hardest and needs the most practice
 MUON_LR, WARM_UP = 0.018, 40
 HISTORY_NOISE = 0.15  # the history of a session is the model's own work, not exact
-FAR = 0.4  # of the batches are placed late in a video, so that the base variant's positions are known
+FAR_SHARE = 0.4  # of the batches are placed late in a video, so that the base variant's positions are known
 
 
-class DiTRun(Run):
+class DiTRun(Trainer):
     """Flows of many chunks of a clip at once, and of openings alone."""
 
     def __init__(self, tokenizer: Tokenizer, steps: int, clips: int, seed: int, device: str) -> None:
@@ -43,7 +43,7 @@ class DiTRun(Run):
         self.tokenizer = tokenizer
         self.pool = make_pool(Encoder.fit(), clips, seed)
         self.plain = [clip for clip in self.pool if not clip.switch]
-        self.dit, self.text_encoder = passing_through(DEMO.dit), TextEncoder(DEMO.text_encoder)
+        self.dit, self.text_encoder = initialize_dit(DEMO.dit), TextEncoder(DEMO.text_encoder)
         matrices = [p for block in self.dit.blocks for p in block.parameters() if p.ndim == 2]
         both = nn.ModuleDict({"dit": self.dit, "text_encoder": self.text_encoder})
         super().__init__(both, matrices, MUON_LR, steps, seed, device)
@@ -56,20 +56,20 @@ class DiTRun(Run):
         return min(1.0, (self.step + 1) / WARM_UP, (1 - self.step / self.steps) / 0.4)
 
     def losses(self) -> dict[str, Tensor]:
-        far = self.generator.randrange(300) if self.generator.random() < FAR else 0
+        offset = self.generator.randrange(300) if self.generator.random() < FAR_SHARE else 0
         return {
-            "clips": self.loss(self.generator.sample(self.pool, BATCH), CHUNKS, far),
+            "clips": self.loss(self.generator.sample(self.pool, BATCH), CHUNKS, offset),
             "openings": self.loss(self.generator.sample(self.plain, OPENINGS), 1, 0),
         }
 
-    def loss(self, clips: list[Clip], chunks: int, far: int) -> Tensor:
+    def loss(self, clips: list[Clip], chunks: int, offset: int) -> Tensor:
         """Mean square error of the flow, over the chunks that the clip's caption speaks of."""
         clean = torch.stack([clip.latents[: CHUNK * chunks] for clip in clips]).to(self.device)
         noise = torch.randn_like(clean)
         sigmas = self.noise_levels(len(clips), chunks).repeat_interleave(CHUNK, 1)  # [B, F]
         noisy = torch.lerp(clean, noise, sigmas[:, :, None, None, None])
         history = clean + HISTORY_NOISE * torch.rand(len(clips), 1, 1, 1, 1) * torch.randn_like(clean)
-        positions = [chunk + (far if chunk else 0) for chunk in range(chunks)]
+        positions = [chunk + (offset if chunk else 0) for chunk in range(chunks)]
         view = TeacherForcingView(self.window, self.tables, positions)
         prompt_kv = self.dit.embed_prompt(self.embeddings(clips))
         got = flows(self.dit, history, noisy, sigmas * 1000, prompt_kv, view)
@@ -91,7 +91,7 @@ class DiTRun(Run):
         return embeddings
 
 
-def passing_through(config: DiTConfig) -> CausalDiT:
+def initialize_dit(config: DiTConfig) -> CausalDiT:
     """A DiT whose flow starts close to its input, which is most of what the flow is."""
     model = CausalDiT(config)
     with torch.no_grad():

@@ -25,19 +25,19 @@ from longlive_serve.weights.loader import ModelLoader
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.pool import CHUNK
 from training.rollouts import Rollout
-from training.run import Run, arguments
+from training.run import Trainer, arguments
 from training.text import token_batch
 from training.train_dit import MUON_LR, save
 from training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, caption
 
 DEMO = PRESETS["demo"]
 SESSIONS = 16  # in lockstep
-BRIEF = 6  # chunks at most of a brief video; every third step is one's
-LONGEST = 100  # chunks of the others at most
-LATEST = MAX_FRAMES // CHUNK - LONGEST  # the last chunk at which a session joins
+SHORT_VIDEO = 6  # chunks at most of a brief video; every third step is one's
+MAX_CHUNKS = 100  # chunks of the others at most
+MAX_START_CHUNK = MAX_FRAMES // CHUNK - MAX_CHUNKS  # the last chunk at which a session joins
 SWITCH = 0.12  # of chunk boundaries are prompt switches
 UNKNOWN = 0.15  # of captions hold words that the tokenizer does not know
-PEAK, WARM_UP = 0.35, 20  # the rate at its highest, as a share of the first run's
+MAX_RATE, WARM_UP = 0.35, 20  # the rate at its highest, as a share of the first run's
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,13 +45,13 @@ class Video:
     """A roll-out, its prompts and when it ends."""
 
     rollout: Rollout
-    longest: int
+    max_chunks: int
     end: int = 0
     captions: list[str] = dataclasses.field(default_factory=list)
-    joined: bool = False
+    started_late: bool = False
 
 
-class RolloutRun(Run):
+class RolloutRun(Trainer):
     """One chunk of a batch of sessions per step."""
 
     def __init__(self, folder: Path, steps: int, seed: int) -> None:
@@ -66,12 +66,12 @@ class RolloutRun(Run):
         grid = (DEMO.latent_height // PATCH, DEMO.latent_width // PATCH)
         tables, encoder = RotaryTables(DEMO.dit.head_dim, *grid, CHUNK), Encoder.fit()
         self.videos = [
-            Video(rollout=Rollout(self.dit, Window(DEMO.window), tables, encoder), longest=longest)
-            for longest in (BRIEF, LONGEST, LONGEST)
+            Video(rollout=Rollout(self.dit, Window(DEMO.window), tables, encoder), max_chunks=max_chunks)
+            for max_chunks in (SHORT_VIDEO, MAX_CHUNKS, MAX_CHUNKS)
         ]
 
     def rate(self) -> float:
-        return PEAK * min(1.0, (self.step + 1) / WARM_UP, (1 - self.step / self.steps) / 0.5)
+        return MAX_RATE * min(1.0, (self.step + 1) / WARM_UP, (1 - self.step / self.steps) / 0.5)
 
     def losses(self) -> dict[str, Tensor]:
         video = self.videos[self.step % len(self.videos)]
@@ -79,26 +79,26 @@ class RolloutRun(Run):
         rollout.cache.detach()
         if rollout.chunk >= video.end:
             self.begin(video)
-        looks, switch = rollout.attributes, rollout.chunk > 0 and (video.joined or random.random() < SWITCH)
+        looks, switch = rollout.attributes, rollout.chunk > 0 and (video.started_late or random.random() < SWITCH)
         if switch:
             looks = [self.changed(look) for look in looks]
             video.captions = [self.caption(look) for look in looks]
-        video.joined = False
+        video.started_late = False
         loss = rollout.advance(looks, self.prompt_kv(video.captions), switch, keep_sink=random.random() < 0.7)
-        return {"brief" if video.longest == BRIEF else "long": loss}
+        return {"brief" if video.max_chunks == SHORT_VIDEO else "long": loss}
 
     def begin(self, video: Video) -> None:
         """New videos: from the start, or (half of the long ones) from anywhere in a session, at a switch."""
         random = self.generator
         looks = [random_attributes(random) for _ in range(SESSIONS)]
         video.captions = [self.caption(look) for look in looks]
-        video.joined = video.longest > BRIEF and random.random() < 0.5
-        if video.joined:
-            chunk = int(math.exp(random.uniform(0, math.log(LATEST))))
+        video.started_late = video.max_chunks > SHORT_VIDEO and random.random() < 0.5
+        if video.started_late:
+            chunk = int(math.exp(random.uniform(0, math.log(MAX_START_CHUNK))))
             video.rollout.join(looks, self.prompt_kv(video.captions), chunk, random)
         else:
             video.rollout.begin(looks)
-        video.end = video.rollout.chunk + int(math.exp(random.uniform(0, math.log(video.longest + 1))))
+        video.end = video.rollout.chunk + int(math.exp(random.uniform(0, math.log(video.max_chunks + 1))))
 
     def changed(self, look: Attributes) -> Attributes:
         """After a switch: nothing, one thing or everything else. Any combination that is not held out."""

@@ -55,7 +55,7 @@ class Bar:
         self._progress, self._steps = progress, steps
         self._row, self._task = "", progress.add_task("", total=1)
 
-    def tell(self, row: str, what: str) -> None:
+    def on_progress(self, row: str, what: str) -> None:
         if row != self._row:
             if not self._progress.console.is_terminal:
                 print(f"{row} ...", file=sys.stderr, flush=True)
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
     with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tell = Bar(progress, plan.steps).tell
-        run = Run(args.preset, args.device, rows, plan, tell, flex=not args.no_flex, check=args.check)
+        on_progress = Bar(progress, plan.steps).on_progress
+        run = Run(args.preset, args.device, rows, plan, on_progress, flex=not args.no_flex, check=args.check)
         with contextlib.suppress(KeyboardInterrupt):
             run.measure(lambda: write_record(args.json, measurement, run.record) if args.json else None)
     record = run.record

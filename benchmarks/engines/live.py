@@ -23,15 +23,15 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import REALTIME, Options
 
-EVERYONE = 1e6  # as max_utilization: far more load than there can be
+UNBOUNDED = 1e6  # as max_utilization: far more load than there can be
 CHUNK_PLAYS_S = CHUNK_FRAMES / FPS
 
 
-class OpenScheduler(Scheduler):
+class UnboundedScheduler(Scheduler):
     """Admits whoever comes, as the question is how many can be kept, and remembers how late every chunk was."""
 
     def __init__(self, slots: int, cost: int) -> None:
-        super().__init__(slots, cost=cost, max_utilization=EVERYONE)
+        super().__init__(slots, cost=cost, max_utilization=UNBOUNDED)
         self.lateness: list[float] = []
         """Seconds after a chunk was due at which it came; less than 0: so long before. Of all chunks but the first,
         with which playback begins."""
@@ -43,16 +43,16 @@ class OpenScheduler(Scheduler):
         return super().done(session_id, now, frames, took)
 
 
-class Trial(EngineCore):
+class LiveEngineCore(EngineCore):
     """The service with such a scheduler."""
 
     def __init__(self, runner: ModelRunner, config: ServeConfig, chunk_s: float) -> None:
         super().__init__(runner, config, chunk_s=chunk_s)
-        self.scheduler = OpenScheduler(config.slots, round(chunk_s * SECOND))
+        self.scheduler = UnboundedScheduler(config.slots, round(chunk_s * SECOND))
         self._sessions.scheduler = self.scheduler  # nobody has come yet
 
 
-class DroppingResponseSender:
+class DiscardingResponseSender:
     """A viewer who looks at nothing."""
 
     def __init__(self) -> None:
@@ -70,19 +70,24 @@ class DroppingResponseSender:
 
 
 def measure_live(
-    runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, most: int, tick: Callable[[str], None]
+    runner: ModelRunner,
+    config: ServeConfig,
+    chunk_s: float,
+    seconds: float,
+    max_sessions: int,
+    on_step: Callable[[str], None],
 ) -> dict[str, Any]:
-    """One session, two, three, ... until chunks come late, twice, or `most` are there.
+    """One session, two, three, ... until chunks come late, twice, or `max_sessions` are there.
 
     The first run with so many sessions is the first use of a slot, when a backend may have kernels and graphs to make.
     `chunk_s`: as the warm-up found. `announced` is what a server with default settings would admit by it.
     """
     config = dataclasses.replace(config, max_unacked=10**9)
     runs: list[dict[str, Any]] = []
-    for sessions in range(1, most + 1):
+    for sessions in range(1, max_sessions + 1):
         runner.prepare(sessions)  # a CUDA graph for each size and slot: only of slots that are used
         for _ in range(2):
-            tick(f"{sessions} live sessions")
+            on_step(f"{sessions} live sessions")
             runs.append(run_live(runner, config, chunk_s, seconds, sessions))
             if not runs[-1]["misses"]:
                 break
@@ -91,31 +96,31 @@ def measure_live(
     announced = Scheduler(config.slots, cost=round(chunk_s * SECOND), max_utilization=config.max_utilization).capacity(
         FPS
     )
-    kept = max((run["sessions"] for run in runs if not run["misses"]), default=0)
-    return {"sessions": kept, "most_tried": runs[-1]["sessions"], "announced": announced, "runs": runs}
+    num_sessions = max((run["sessions"] for run in runs if not run["misses"]), default=0)
+    return {"sessions": num_sessions, "most_tried": runs[-1]["sessions"], "announced": announced, "runs": runs}
 
 
 def run_live(runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
     """`sessions` viewers, who come evenly over the time that a chunk plays. Raises RequestError when one fails."""
-    service, senders = Trial(runner, config, chunk_s), [DroppingResponseSender() for _ in range(sessions)]
+    engine, senders = LiveEngineCore(runner, config, chunk_s), [DiscardingResponseSender() for _ in range(sessions)]
     try:
         for number, sender in enumerate(senders):
             options = Options(pace=REALTIME)
             prompt = PROMPTS[number % len(PROMPTS)]
             request = Request(session_id=f"live-{number}", start=True, prompt=prompt, seed=number, options=options)
-            service.submit(request, sender)
+            engine.submit(request, sender)
             time.sleep(CHUNK_PLAYS_S / sessions)
         time.sleep(seconds)
     finally:
-        service.stop()
+        engine.stop()
     for sender in senders:
         if sender.error is not None and sender.error.kind != RequestError.SHUTTING_DOWN:
             raise sender.error
-    lateness, unseen = service.scheduler.lateness, sum(not sender.frames for sender in senders)
+    lateness, num_without_frames = engine.scheduler.lateness, sum(not sender.frames for sender in senders)
     return {
         "sessions": sessions,
         "chunks": len(lateness),
-        "misses": service.scheduler.deadline_misses + unseen,
+        "misses": engine.scheduler.deadline_misses + num_without_frames,
         "lateness_s": spread(lateness) if lateness else None,
         "frames_per_s": sum(sender.frames for sender in senders) / (seconds + CHUNK_PLAYS_S),
     }

@@ -47,24 +47,24 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """About as many calls of `tick` as a row takes."""
+        """About as many calls of `on_step` as a row takes."""
         return self.warmup + self.chunks + 2 * self.events + 2 + self.max_sessions
 
 
-class Alone:
+class SingleSession:
     """Measures sessions that have the device to themselves, on a warm model runner of two slots or more."""
 
-    def __init__(self, runner: ModelRunner, plan: Plan, tick: Callable[[str], None]) -> None:
-        """`tick`: told what was measured, each time something was."""
-        self.runner, self.plan, self.tick = runner, plan, tick
-        self.numbers = itertools.count()
+    def __init__(self, runner: ModelRunner, plan: Plan, on_step: Callable[[str], None]) -> None:
+        """`on_step`: told what was measured, each time something was."""
+        self.runner, self.plan, self.on_step = runner, plan, on_step
+        self.counter = itertools.count()
         self.session = self.new_session(slot=0)
         """A long video. What is measured beside it has slot 1."""
 
     def measure(self) -> dict[str, Any]:
         """Seconds and bytes, by what they are of."""
         chunks = self.chunks()
-        made = self.runner.config.window.chunk * FRAMES_PER_LATENT
+        num_frames = self.runner.config.window.chunk * FRAMES_PER_LATENT
         figures: dict[str, Any] = {
             "chunk_s": spread([sum(chunk.values()) for chunk in chunks]),
             "phases_s": {phase: spread([chunk[phase] for chunk in chunks]) for phase in PHASES},
@@ -73,8 +73,8 @@ class Alone:
             **self.switches(),
             "session_bytes": self.session_bytes(),
         }
-        figures["dit_fps"] = made / figures["dit_s"]["median"]
-        figures["fps"] = made / figures["chunk_s"]["median"]
+        figures["dit_fps"] = num_frames / figures["dit_s"]["median"]
+        figures["fps"] = num_frames / figures["chunk_s"]["median"]
         return figures
 
     def chunks(self) -> list[dict[str, float]]:
@@ -84,7 +84,7 @@ class Alone:
             self.advance(self.session, "warm-up")
         for _ in range(self.plan.chunks):
             seconds = self.runner.advance(self.session).seconds  # with the KV-cache update of the chunk before
-            self.tick("chunks")
+            self.on_step("chunks")
             phases = {phase: self.phase_seconds(phase) for phase in PHASES}
             chunks.append(phases | {HOST: seconds - sum(phases.values())})
         return chunks
@@ -98,8 +98,8 @@ class Alone:
     def switches(self) -> dict[str, Any]:
         """From a new prompt, at the boundary of a chunk, to that prompt's first frames; and what they wait for."""
         seconds, phases = [], []
-        for number in range(WARM_UP + self.plan.events):
-            self.session.add_prompt(PROMPTS[(number + 1) % len(PROMPTS)])
+        for index in range(WARM_UP + self.plan.events):
+            self.session.add_prompt(PROMPTS[(index + 1) % len(PROMPTS)])
             seconds.append(self.advance(self.session, "prompt switches"))
             phases.append(self.phase_seconds(SWITCH))
         encode = self.encode_seconds()
@@ -110,7 +110,7 @@ class Alone:
     def encode_seconds(self) -> dict[str, float]:
         """What a switch does before its recache: the text encoder, and the DiT's keys and values of the prompt."""
         backends = self.runner.backends
-        self.tick("text encoder")
+        self.on_step("text encoder")
 
         def embed() -> None:
             encoded = backends.text_encoder.encode(PROMPTS[0])
@@ -127,24 +127,24 @@ class Alone:
         session = self.new_session()
         for _ in range(self.runner.window.capacity + 1):
             self.runner.advance(session)
-        self.tick("memory")
-        held = torch.cuda.memory_allocated() - before if on_cuda else _held(session)
+        self.on_step("memory")
+        num_bytes = torch.cuda.memory_allocated() - before if on_cuda else _tensor_bytes(session)
         slot = KVCache.bytes_of(self.runner.config, 1, backends.dit.cache_dtype)
-        return {"slot": slot, "held": held, "total": slot + held}
+        return {"slot": slot, "held": num_bytes, "total": slot + num_bytes}
 
     def new_session(self, slot: int = 1) -> Session:
-        number = next(self.numbers)
+        index = next(self.counter)
         prompt = Prompt(index=0, text=PROMPTS[0])
-        return Session(id=f"bench-{number}", prompt=prompt, noise=SeededNoise(number), slot=slot)
+        return Session(id=f"bench-{index}", prompt=prompt, noise=SeededNoise(index), slot=slot)
 
     def advance(self, session: Session, what: str) -> float:
         """Seconds until the frames of the next chunk are there, on a device that has nothing else to do."""
         if self.runner.backends.device.startswith("cuda"):
             torch.cuda.synchronize()  # the KV-cache update of the chunk before
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in self.runner.collect_output(self.runner.execute_model_async(session)):
-            seconds = time.perf_counter() - began
-        self.tick(what)
+            seconds = time.perf_counter() - start
+        self.on_step(what)
         return seconds
 
     def phase_seconds(self, name: str) -> float:
@@ -152,7 +152,7 @@ class Alone:
         return sum(phase.seconds for phase in self.runner.phases if phase.name == name)
 
 
-def _held(session: Session) -> int:
+def _tensor_bytes(session: Session) -> int:
     """Bytes of a session's tensors, each counted once."""
     assert session.decoder_cache is not None
     assert session.prompt_kv is not None

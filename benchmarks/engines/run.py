@@ -17,7 +17,7 @@ from benchmarks.engines.check import Video, check, make_video
 from benchmarks.engines.hardware.attention_table import measure_attention
 from benchmarks.engines.hardware.roofline import FP8, achieved, measure_roofline, shares
 from benchmarks.engines.live import measure_live
-from benchmarks.engines.measure import SLOTS, Alone, Plan
+from benchmarks.engines.measure import SLOTS, Plan, SingleSession
 from benchmarks.engines.rows import Row, build
 from longlive_serve.backends.device import use_device
 from longlive_serve.backends.start_up import measure_start
@@ -26,7 +26,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[str, str], None]
+OnProgress = Callable[[str, str], None]
 """Told the row (or what else) that is being measured, and what of it."""
 
 
@@ -39,14 +39,14 @@ class Run:
         device: str,
         rows: Sequence[Row],
         plan: Plan,
-        tell: Tell,
+        on_progress: OnProgress,
         *,
         flex: bool = True,
         check: bool = False,
     ) -> None:
         """`flex`: FlexAttention has its place in the table of attention kernels. `check`: each row's videos are
         compared with the torch backend's."""
-        self.preset, self.device, self.rows, self.plan, self.tell = preset, device, rows, plan, tell
+        self.preset, self.device, self.rows, self.plan, self.on_progress = preset, device, rows, plan, on_progress
         self.flex, self.check = flex, check
         self._expected: dict[str, Video] = {}
         """By decoder."""
@@ -69,18 +69,18 @@ class Run:
         """Fill `record`. `save` is called after every row, and at the end."""
         config = self._config({})
         use_device(self.device)
-        self.tell("the device", "matrix products and copies")
+        self.on_progress("the device", "matrix products and copies")
         self.record["roofline"] = measure_roofline(self.device, self.dtype)
-        self.tell("the device", "attention")
+        self.on_progress("the device", "attention")
         self.record["attention"] = measure_attention(config.model_config, self.device, self.dtype, self.flex)
         for row in self.rows:
-            self._try(row)
+            self._measure_or_skip(row)
             self._free()
             save()
         self.record["complete"] = True
         save()
 
-    def _try(self, row: Row) -> None:
+    def _measure_or_skip(self, row: Row) -> None:
         """A row that cannot be measured leaves its reason; the others are measured all the same."""
         try:
             self.record["rows"].append(self._measure(row))
@@ -95,23 +95,23 @@ class Run:
         expected = self._video_of_torch(config.decoder) if self.check else None
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.tell(row.name, "models")
+        self.on_progress(row.name, "models")
         with measure_start() as start_s:
             backends = build(row, config)
             runner = ModelRunner(backends, config.model_config, config.variant)
-            self.tell(row.name, "warm-up")
+            self.on_progress(row.name, "warm-up")
             chunk_s = runner.warm_up(SLOTS)
         if expected is not None:
-            self.tell(row.name, "check")
+            self.on_progress(row.name, "check")
         checked = {} if expected is None else {"check": check(runner, expected)}
         gc.collect()
         gc.freeze()  # as the server does
 
-        def tick(what: str) -> None:
-            self.tell(row.name, what)
+        def on_step(what: str) -> None:
+            self.on_progress(row.name, what)
 
-        figures = Alone(runner, self.plan, tick).measure()
-        live = measure_live(runner, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, tick)
+        figures = SingleSession(runner, self.plan, on_step).measure()
+        live = measure_live(runner, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, on_step)
         reached = achieved(figures, config.model_config, config.decoder, row.is_baseline)
         return {
             "name": row.name,
@@ -135,7 +135,7 @@ class Run:
 
     def _video_of_torch(self, decoder: str) -> Video:
         if decoder not in self._expected:
-            self.tell("torch", "the video that others are compared with")
+            self.on_progress("torch", "the video that others are compared with")
             config = self._config({"backend": TORCH, "decoder": decoder})
             backends = build(Row(name="expected", settings={}), config)
             self._expected[decoder] = make_video(ModelRunner(backends, config.model_config, config.variant))

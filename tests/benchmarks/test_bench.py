@@ -260,7 +260,7 @@ def test_a_row_that_fails_leaves_the_others(
 
 
 def test_everyone_is_admitted_and_lateness_has_a_sign() -> None:
-    scheduler = live.OpenScheduler(slots=3, cost=SECOND)  # each chunk takes longer than it plays
+    scheduler = live.UnboundedScheduler(slots=3, cost=SECOND)  # each chunk takes longer than it plays
     for name in "abc":
         scheduler.add(name, 0, fps=16, max_chunks_ahead=1)
     assert len(scheduler.admit(0)) == 3

@@ -32,10 +32,10 @@ from longlive_serve.weights.loader import ModelLoader, load_model
 from longlive_serve.weights.tensor_files import sha256
 from quantization import quantize as command
 from quantization.calibration import FILE, calibration_session
-from quantization.checkpoint import Observed, quantized_state
-from quantization.flow_errors import Onlookers, relative_error, with_block
+from quantization.checkpoint import InputStats, quantized_state
+from quantization.flow_errors import ComparedDiTs, relative_error, with_block
 from quantization.quantize import quantize
-from quantization.recipes import RECIPES, Format, combined, formats_of_layers
+from quantization.recipes import RECIPES, Format, combine_recipes, formats_of_layers
 from quantization.report import markdown, plot
 from quantization.rollouts import bounded
 from quantization.sizes import bytes_of
@@ -93,12 +93,12 @@ def full_size(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_is_quantized_or_says_why_not(name: str) -> None:
     model = full_size(name)
-    quantized, kept = formats_of_layers(name, model, INT8)
+    quantized, unquantized = formats_of_layers(name, model, INT8)
     matrices = {
         key.removesuffix(".weight") for key, t in model.state_dict().items() if key.endswith(".weight") and t.dim() > 1
     }
-    assert quantized.keys() | kept.keys() == matrices
-    assert not quantized.keys() & kept.keys()
+    assert quantized.keys() | unquantized.keys() == matrices
+    assert not quantized.keys() & unquantized.keys()
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
@@ -106,20 +106,20 @@ def test_a_full_size_dit_takes_little_more_than_half(name: str) -> None:
     model = full_size(DIT)
     layers, _ = formats_of_layers(DIT, model, RECIPES[name][DIT])
     state = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
-    observed = {}
+    input_stats = {}
     for layer, format in layers.items():
         inputs = torch.empty(state[f"{layer}.weight"].shape[1], device="meta")
-        observed[layer] = Observed(amax=inputs, smoothing=inputs if format.smoothing is not None else None)
-    assert bytes_of(quantized_state(state, layers, observed)) / bytes_of(state) <= 0.53
+        input_stats[layer] = InputStats(amax=inputs, smoothing=inputs if format.smoothing is not None else None)
+    assert bytes_of(quantized_state(state, layers, input_stats)) / bytes_of(state) <= 0.53
     assert not any(layers[f"blocks.{block}.cross_attn.{part}"].inputs for block in range(30) for part in "kv")
 
 
 def test_recipes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"recipe: got 'int4', expected some of \['int8', 'fp8', 'int8-vae'\]"):
-        combined(["int4"])
+        combine_recipes(["int4"])
     with pytest.raises(ValueError, match=r"got two for dit, text_encoder .int8 fp8., expected one for a model"):
-        combined(["int8", "fp8"])
-    assert combined(["int8", "int8-vae"]).keys() == set(MODELS)
+        combine_recipes(["int8", "fp8"])
+    assert combine_recipes(["int8", "int8-vae"]).keys() == set(MODELS)
 
 
 # What is written, and what it gives
@@ -146,10 +146,10 @@ def test_a_recipe_leaves_the_other_layers_and_models_alone(int8: Path) -> None:
 
 def test_a_checkpoint_says_where_it_comes_from(fp8: Path) -> None:
     with safe_open(fp8 / "vae_decoder.quantized.safetensors", "pt") as file:
-        about = file.metadata()
-    assert about["recipe"] == "int8-vae"
-    assert about["source_sha256"] == sha256(SHIPPED / "Wan2.1_VAE.pth")
-    assert json.loads(about["versions"])["nvidia-modelopt"]
+        metadata = file.metadata()
+    assert metadata["recipe"] == "int8-vae"
+    assert metadata["source_sha256"] == sha256(SHIPPED / "Wan2.1_VAE.pth")
+    assert json.loads(metadata["versions"])["nvidia-modelopt"]
     record = json.loads((fp8 / command.RECORD).read_text(encoding="utf-8"))
     assert record["files"]["dit.quantized.safetensors"]["sha256"] == sha256(fp8 / "dit.quantized.safetensors")
 
@@ -193,7 +193,7 @@ def test_graphs_of_the_int8_model_round_as_pytorch_does(int8: Path, tmp_path: Pa
 
 
 def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) -> None:
-    watched = {DIT: ("blocks.0.self_attn.q", "blocks.4.ffn.2"), VAE_DECODER: ("decoder.upsamples.0.residual.2",)}
+    recorder = {DIT: ("blocks.0.self_attn.q", "blocks.4.ffn.2"), VAE_DECODER: ("decoder.upsamples.0.residual.2",)}
     record = json.loads((fp8 / command.RECORD).read_text(encoding="utf-8"))["layers"]
     backends = build_backends(DEMO)
     models: dict[str, Any] = {DIT: backends.dit, VAE_DECODER: backends.vae_decoder}
@@ -205,11 +205,11 @@ def test_calibration_sees_the_largest_inputs_of_the_serving_pipeline(fp8: Path) 
 
         return see
 
-    for model, layers in watched.items():
+    for model, layers in recorder.items():
         for layer in layers:
             models[model].model.get_submodule(layer).register_forward_pre_hook(hook(layer))
     calibration_session(ModelRunner(backends, DEMO.model_config), PROMPTS[:1], 0)
-    for model, layers in watched.items():
+    for model, layers in recorder.items():
         for layer in layers:
             assert record[model][layer]["input_amax"] == pytest.approx(largest[layer], rel=1e-4)
 
@@ -282,20 +282,20 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_flow_errors_name_the_block_that_errs() -> None:
     backends = build_backends(TINY)
-    leader = backends.dit
-    assert isinstance(leader, TorchDiT)
-    layers, _ = formats_of_layers(DIT, leader.model, dataclasses.replace(INT8, inputs=False))
+    reference = backends.dit
+    assert isinstance(reference, TorchDiT)
+    layers, _ = formats_of_layers(DIT, reference.model, dataclasses.replace(INT8, inputs=False))
     quantized = load_model(DIT, TINY.model_config, TINY.weights, "cpu", torch.float32)
-    install(quantized, quantized_layers(quantized_state(leader.model.state_dict(), layers, {}), "cpu"))
-    same = with_block(leader.model, leader.model, 1)
-    last = with_block(leader.model, quantized, 1)
+    install(quantized, quantized_layers(quantized_state(reference.model.state_dict(), layers, {}), "cpu"))
+    same = with_block(reference.model, reference.model, 1)
+    last = with_block(reference.model, quantized, 1)
     others = {name: TorchDiT(model, TINY.model_config, 1, "base") for name, model in (("same", same), ("last", last))}
-    onlookers = Onlookers(leader, others)
-    calibration_session(ModelRunner(dataclasses.replace(backends, dit=onlookers), TINY.model_config), PROMPTS, 0)
-    assert max(max(errors) for errors in onlookers.flow["same"]) == 0
-    assert all(min(errors) > 1e-4 for errors in onlookers.flow["last"])
-    assert max(onlookers.blocks["last"][0]) == 0
-    assert min(onlookers.blocks["last"][1]) > 1e-5
+    compared = ComparedDiTs(reference, others)
+    calibration_session(ModelRunner(dataclasses.replace(backends, dit=compared), TINY.model_config), PROMPTS, 0)
+    assert max(max(errors) for errors in compared.flow["same"]) == 0
+    assert all(min(errors) > 1e-4 for errors in compared.flow["last"])
+    assert max(compared.blocks["last"][0]) == 0
+    assert min(compared.blocks["last"][1]) > 1e-5
 
 
 def test_a_rollout_that_drifts_off_is_noticed() -> None:

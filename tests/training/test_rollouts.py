@@ -23,7 +23,7 @@ from tests.support.tolerance import Float64, error
 from training.latents import Encoder
 from training.quality.__main__ import SHIPPED
 from training.quality.workers import build_model_runner
-from training.rollouts import MIDDLE, Rollout, whereabouts
+from training.rollouts import MIDDLE, Rollout, locate_shape
 from training.train_dit import DEMO
 from training.world import ALL, MOTIONS, Segment, draw, paths
 
@@ -132,7 +132,7 @@ def test_a_shape_is_found_where_it_was_drawn(encoder: Encoder, number: int) -> N
     frames = draw([segment], start)
     blurred = encoder.decode(encoder(frames)[-1])
     assert blurred.shape == (4, 3, 64, 64)
-    found, drawn = whereabouts(blurred, ALL[number]), paths([segment], start)[-1].tolist()
+    found, drawn = locate_shape(blurred, ALL[number]), paths([segment], start)[-1].tolist()
     assert all(abs((f - d + 32) % 64 - 32) <= 1 for f, d in zip(found, drawn, strict=True)), (found, drawn)
 
 

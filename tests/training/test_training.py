@@ -17,16 +17,16 @@ from longlive_serve.models.text_encoder import END_ID, Tokenizer
 from training.latents import Encoder
 from training.optimizer import orthogonalize
 from training.pool import CHUNK, CHUNKS, make_pool, video_frames
-from training.run import Run
+from training.run import Trainer
 from training.teacher_forcing import TeacherForcingView, flows
 from training.text import write_tokenizer
-from training.train_dit import DEMO, passing_through
+from training.train_dit import DEMO, initialize_dit
 from training.world import ALL, Segment, caption, draw
 
 pytestmark = pytest.mark.numeric
 
 
-class Regression(Run):
+class Regression(Trainer):
     """The smallest run: a matrix learns another one."""
 
     def __init__(self, steps: int) -> None:
@@ -113,7 +113,7 @@ def test_the_tokenizer_knows_every_caption(tmp_path: Path) -> None:
 def test_a_model_starts_close_to_passing_its_input_through() -> None:
     torch.manual_seed(0)
     config = DiTConfig(dim=128, num_heads=4, num_layers=2, ffn_dim=128, freq_dim=64, text_len=8, text_dim=16)
-    model = passing_through(config)
+    model = initialize_dit(config)
     view = TeacherForcingView(Window(DEMO.window), RotaryTables(32, 4, 4, 3), range(2))
     clean, noisy = torch.randn(2, 1, 6, 16, 8, 8)
     prompt_kv = model.embed_prompt(torch.randn(1, 8, 16))

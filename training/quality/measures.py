@@ -82,7 +82,7 @@ def through_240s(runner: ModelRunner, case: QualityCase) -> list[bool]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Switched:
+class SwitchResult:
     """What a prompt switch did."""
 
     at_once: list[bool]
@@ -97,7 +97,7 @@ class Switched:
     """The median of those differences over the frames before the switch."""
 
 
-def after_switch(runner: ModelRunner, case: QualityCase) -> Switched:
+def after_switch(runner: ModelRunner, case: QualityCase) -> SwitchResult:
     before, after = case.before, case.attributes
     assert before is not None
     chunks = video(runner, case.script, SWITCH_AT + 2)
@@ -106,7 +106,7 @@ def after_switch(runner: ModelRunner, case: QualityCase) -> Switched:
     last = torch.cat(chunks[:SWITCH_AT])[-STEADY - 1 :]
     differences = torch.cat([last, chunks[SWITCH_AT][:4]]).float().diff(dim=0).abs().mean((1, 2, 3))
     same_ground = before.background == after.background
-    return Switched(
+    return SwitchResult(
         at_once=[good for name, good in first.items() if name not in same],
         changed=[good for name, good in second.items() if name not in same],
         kept=[second[name] for name in same],

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 PRELOADED = [__name__, "transformers.models.umt5.modeling_umt5"]
 """What every worker imports, in seconds: once, in the process that they are forked from."""
 
-_own: list[ModelRunner] = []  # a worker's model runner, once its process has begun
+_runners: list[ModelRunner] = []  # a worker's model runner, once its process has begun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,8 @@ def _begin(folder: Path, prepare: Callable[[ModelRunner], None] | None) -> None:
     runner = build_model_runner(folder)
     if prepare is not None:
         prepare(runner)
-    _own.append(runner)
+    _runners.append(runner)
 
 
 def _run(task: Callable[[ModelRunner, Any], Result], case: Any) -> Result:
-    return task(_own[0], case)
+    return task(_runners[0], case)

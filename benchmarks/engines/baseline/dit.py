@@ -38,7 +38,7 @@ class EagerDiT:
         self.timesteps = FlowMatchScheduler(weight.device).timesteps
         self.clean_timestep = torch.zeros((), device=weight.device)
         self.slots = [
-            Slot(layers=[LayerCache(config, weight) for _ in model.blocks], recent=self._no_chunks())
+            Slot(layers=[LayerCache(config, weight) for _ in model.blocks], context_latents=self._no_chunks())
             for _ in range(slots)
         ]
 
@@ -53,21 +53,21 @@ class EagerDiT:
 
     def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
         state, newest = self.slots[slot], max(plan.chunks)
-        if newest < state.committed:
+        if newest < state.num_chunks:
             self._recache(state, prompt_kv[0], plan)
             return
         self._forward(clean, self.clean_timestep, prompt_kv[0], state, self._span(clean, newest))
-        state.committed = newest + 1
-        state.recent.append(clean)
+        state.num_chunks = newest + 1
+        state.context_latents.append(clean)
 
     def _recache(self, state: Slot, text: Tensor, plan: KVCachePlan) -> None:
         """All recent chunks in the order of time; where the sink is kept, those that fall on it are for nothing."""
-        latents, keep_sink = torch.cat([*state.recent], dim=1), plan.first_block > 0
-        if not keep_sink and state.committed > len(state.recent):
+        latents, keep_sink = torch.cat([*state.context_latents], dim=1), plan.first_block > 0
+        if not keep_sink and state.num_chunks > len(state.context_latents):
             for layer in state.layers:
                 layer.keys.zero_()
                 layer.values.zero_()
-        span = self._span(latents, state.committed - len(state.recent), keep_sink)
+        span = self._span(latents, state.num_chunks - len(state.context_latents), keep_sink)
         self._forward(latents, self.clean_timestep, text, state, span)
         state.text = None  # the next call makes the prompt's keys and values again
 
@@ -76,7 +76,7 @@ class EagerDiT:
         for layer in state.layers:
             layer.global_end.zero_()
             layer.local_end.zero_()
-        state.recent, state.text, state.committed = self._no_chunks(), None, 0
+        state.context_latents, state.text, state.num_chunks = self._no_chunks(), None, 0
 
     def _no_chunks(self) -> deque[Tensor]:
         return deque(maxlen=self.config.window.window // self.config.window.chunk)

@@ -34,11 +34,11 @@ class Slot:
     """The state of one session."""
 
     layers: list[LayerCache]
-    recent: deque[Tensor]
+    context_latents: deque[Tensor]
     """Clean latents of the window's chunks."""
     text: Tensor | None = None
     """The embeddings whose keys and values the layers hold."""
-    committed: int = 0
+    num_chunks: int = 0
     """Chunks."""
 
 
@@ -56,9 +56,9 @@ class Span:
 class Update:
     """What a call does to a layer's cache: first on a clone, after the last layer for good. Numbers are tokens."""
 
-    evicted: int
+    num_evicted: int
     """By so many the rows behind the sink move forward; 0: the new ones fit."""
-    rolled: int
+    num_rolled: int
     start: int
     local_end: int
     global_end: int
@@ -68,9 +68,9 @@ class Update:
 
     def apply(self, keys: Tensor, values: Tensor, sink: int) -> None:
         for cache, new in ((keys, self.new[0]), (values, self.new[1])):
-            if self.evicted:
-                kept = cache[:, sink + self.evicted : sink + self.evicted + self.rolled].clone()
-                cache[:, sink : sink + self.rolled] = kept
+            if self.num_evicted:
+                kept = cache[:, sink + self.num_evicted : sink + self.num_evicted + self.num_rolled].clone()
+                cache[:, sink : sink + self.num_rolled] = kept
             cache[:, self.start : self.local_end] = new[:, new.shape[1] - (self.local_end - self.start) :]
 
 
@@ -81,17 +81,17 @@ def plan_update(layer: LayerCache, span: Span, keys: Tensor, values: Tensor, sin
     """
     new, capacity = span.end - span.start, layer.keys.shape[1]
     recompute = span.end <= layer.global_end.item() and span.start > 0
-    evicted = rolled = 0
+    num_evicted = num_rolled = 0
     if span.end > layer.global_end.item() and new + layer.local_end.item() > capacity:
-        evicted = new + int(layer.local_end.item()) - capacity
-        rolled = int(layer.local_end.item()) - evicted - sink
-    local_end = int(layer.local_end.item()) + span.end - int(layer.global_end.item()) - evicted
+        num_evicted = new + int(layer.local_end.item()) - capacity
+        num_rolled = int(layer.local_end.item()) - num_evicted - sink
+    local_end = int(layer.local_end.item()) + span.end - int(layer.global_end.item()) - num_evicted
     start = local_end - new
     if recompute and span.keep_sink:
         start = max(start, sink)
     return Update(
-        evicted=evicted,
-        rolled=rolled,
+        num_evicted=num_evicted,
+        num_rolled=num_rolled,
         start=start,
         local_end=local_end,
         global_end=span.end,

@@ -41,17 +41,17 @@ def measure_attention(config: ModelConfig, device: str, dtype: str, flex: bool) 
     expected, kernels = exact(q, k, v), []
     calls = {name: _call(attend, q, k, v) for name, attend in _candidates(on_cuda, flex).items()}
     calls |= _calls_in_fp8(q, k, v) if on_cuda else {}
-    for name, (call, wide) in calls.items():
-        facts: dict[str, Any] = {"name": name}
+    for name, (call, to_float32) in calls.items():
+        result: dict[str, Any] = {"name": name}
         try:
-            difference = wide(call()) - expected
-            facts["seconds"] = seconds_of(call, device, 50 if on_cuda else 5)
+            diff = to_float32(call()) - expected
+            result["seconds"] = seconds_of(call, device, 50 if on_cuda else 5)
         except Exception as error:  # torch, Triton and imports have kinds of their own for what does not run here
-            facts["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            result["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            facts["flops"] = 4 * chunk * window * heads * size / facts["seconds"]["median"]
-            facts["relative_error"] = (difference.abs().max() / expected.abs().max()).item()
-        kernels.append(facts)
+            result["flops"] = 4 * chunk * window * heads * size / result["seconds"]["median"]
+            result["relative_error"] = (diff.abs().max() / expected.abs().max()).item()
+        kernels.append(result)
     return {"heads": heads, "head_dim": size, "queries": chunk, "keys": window, "dtype": dtype, "kernels": kernels}
 
 
@@ -91,15 +91,15 @@ def _compiled_flex() -> Attend:
 
 
 def _calls_in_fp8(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
-    small = in_fp8(q, k, v)
+    fp8_inputs = in_fp8(q, k, v)
 
     def of(attend: AttendFP8 | Exception) -> Tensor:
         if isinstance(attend, Exception):
             raise attend
-        return attend(*small)
+        return attend(*fp8_inputs)
 
-    def wide(out: Tensor) -> Tensor:
-        heads: Tensor = (out.float() * small[3][2]).unflatten(-1, (q.shape[1], -1))
+    def to_float32(out: Tensor) -> Tensor:
+        heads: Tensor = (out.float() * fp8_inputs[3][2]).unflatten(-1, (q.shape[1], -1))
         return heads.transpose(0, 1)[None]
 
-    return {name: (functools.partial(of, attend), wide) for name, attend in fp8_candidates(q.device).items()}
+    return {name: (functools.partial(of, attend), to_float32) for name, attend in fp8_candidates(q.device).items()}

@@ -24,19 +24,19 @@ def measure_roofline(device: str, dtype: str) -> dict[str, Any]:
     """
     on_cuda = device.startswith("cuda")
     size, runs = (8192, 50) if on_cuda else (512, 5)
-    figures: dict[str, Any] = {"size": size, "flops": {}, "seconds": {}, "reasons": {}}
+    results: dict[str, Any] = {"size": size, "flops": {}, "seconds": {}, "reasons": {}}
     for name in dict.fromkeys(("bfloat16", FP8, dtype)):
         make = _fp8_product if name == FP8 else _product
         try:
             seconds = seconds_of(make(size, device, name), device, runs)
         except Exception as error:  # torch has many kinds for what a device cannot do
-            figures["flops"][name] = None
-            figures["reasons"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            results["flops"][name] = None
+            results["reasons"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            figures["flops"][name] = 2 * size**3 / seconds["median"]
-            figures["seconds"][name] = seconds
-    figures |= _copy(2**32 if on_cuda else 2**22, device, runs)
-    return figures
+            results["flops"][name] = 2 * size**3 / seconds["median"]
+            results["seconds"][name] = seconds
+    results |= _copy(2**32 if on_cuda else 2**22, device, runs)
+    return results
 
 
 def _product(size: int, device: str, dtype: str) -> Callable[[], object]:
@@ -65,17 +65,17 @@ def _copy(size: int, device: str, runs: int) -> dict[str, Any]:
     return {"copy_bytes_per_s": 2 * size / seconds["median"], "copy_seconds": seconds}
 
 
-def achieved(figures: dict[str, Any], config: ModelConfig, decoder: str, baseline: bool) -> dict[str, float]:
+def achieved(results: dict[str, Any], config: ModelConfig, decoder: str, baseline: bool) -> dict[str, float]:
     """Operations per second of a row's parts, by the work that its backend does: the baseline does some for nothing."""
     work = {
-        "dit": (flops.dit_chunk(config, whole_update=baseline), figures["dit_s"]),
-        "recache": (flops.recache(config, whole=baseline), figures["recache_s"]),
-        "decode": (flops.decoder_chunk(config, decoder), figures["phases_s"]["decode"]),
+        "dit": (flops.dit_chunk(config, whole_update=baseline), results["dit_s"]),
+        "recache": (flops.recache(config, whole=baseline), results["recache_s"]),
+        "decode": (flops.decoder_chunk(config, decoder), results["phases_s"]["decode"]),
     }
     return {part: operations / seconds["median"] for part, (operations, seconds) in work.items() if seconds["median"]}
 
 
-def shares(reached: dict[str, float], roofline: dict[str, Any], dtype: str) -> dict[str, float]:
+def shares(achieved_flops: dict[str, float], roofline: dict[str, Any], dtype: str) -> dict[str, float]:
     """`achieved` as shares of what the device reaches with a matrix product in `dtype`; empty if that did not run."""
     fastest = roofline["flops"][dtype]
-    return {part: speed / fastest for part, speed in reached.items()} if fastest else {}
+    return {part: speed / fastest for part, speed in achieved_flops.items()} if fastest else {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.engines.measure import Alone, Plan
+from benchmarks.engines.measure import Plan, SingleSession
 from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, PRESETS, TEXT_ENCODER, TINY, TINY_DECODER, VAE_DECODER, WAN
 from longlive_serve.config.serve_config import ServeConfig
@@ -102,7 +102,7 @@ def test_the_full_size_is_as_published() -> None:
 def test_a_real_session_takes_as_much_as_is_said(decoder: str) -> None:
     config = ServeConfig(preset="tiny", decoder=decoder, slots=2, device="cpu")
     runner = ModelRunner(build_backends(config), config.model_config)
-    alone = Alone(runner, Plan(chunks=1, warmup=0, live_seconds=0, max_sessions=2), lambda what: None)
+    alone = SingleSession(runner, Plan(chunks=1, warmup=0, live_seconds=0, max_sessions=2), lambda what: None)
     assert alone.session_bytes()["total"] == memory_model.session_memory(config.model_config, "float32", decoder).total
 
 

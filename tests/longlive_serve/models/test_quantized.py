@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLinear, install, scale_for, to_8_bit
 from longlive_serve.models.vae.decoder import CausalConv3d, FeatureCache
-from quantization.checkpoint import Observed, quantized_layer
+from quantization.checkpoint import InputStats, quantized_layer
 from quantization.flow_errors import relative_error
 from quantization.recipes import Format
 
@@ -47,7 +47,7 @@ def test_too_large_inputs_are_clamped(format: Format) -> None:
 def quantized_linear(layer: nn.Linear, x: Tensor, format: Format) -> nn.Module:
     amax = x.flatten(0, -2).abs().amax(0)
     smoothing = None if format.smoothing is None else layer.weight.detach().abs().amax(0).sqrt() / amax.sqrt()
-    state = quantized_layer(layer.weight.detach(), format, Observed(amax=amax, smoothing=smoothing))
+    state = quantized_layer(layer.weight.detach(), format, InputStats(amax=amax, smoothing=smoothing))
     model = nn.Sequential(layer)
     install(model, {"0": state})
     return model
@@ -86,7 +86,7 @@ def test_a_quantized_convolution_keeps_its_history(format: Format) -> None:
     plain, cache = FeatureCache([history]), FeatureCache([history])
     with torch.no_grad():
         expected = layer(x, plain)
-    state = quantized_layer(layer.weight.detach(), format, Observed(amax=torch.cat([history, x], 2).abs().max()))
+    state = quantized_layer(layer.weight.detach(), format, InputStats(amax=torch.cat([history, x], 2).abs().max()))
     model = nn.ModuleList([layer])
     install(model, {"0": state})
     assert 1e-4 < relative_error(model[0](x, cache), expected) < 0.04
