@@ -18,7 +18,7 @@ from longlive_serve.config.presets import PRESETS, VAEConfig
 from longlive_serve.models.vae.decoder import ResidualBlock, VAEDecoder
 from longlive_serve.weights.layouts import VAE_FILE
 from training.latents import Encoder, random_segments, random_start
-from training.run import Trainer, arguments
+from training.trainer import Trainer, arguments
 from training.world import SIZE, draw
 
 LATENTS = 4  # per training clip: the opening and three more
@@ -27,7 +27,7 @@ CROPPED = 0.75  # of the steps are on 8 crops of half the size, the others on 2 
 MUON_LR = 0.02
 
 
-class DecoderRun(Trainer):
+class DecoderTrainer(Trainer):
     """Decoded frames against drawn ones."""
 
     def __init__(self, config: VAEConfig, steps: int, seed: int, device: str) -> None:
@@ -85,9 +85,9 @@ def decode(model: VAEDecoder, latents: Tensor) -> Tensor:
 def main() -> int:
     args = arguments("training.train_decoder", __doc__, steps=1600).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    run = DecoderRun(PRESETS["demo"].vae, args.steps, args.seed, args.device)
-    run.train(args.out / "decoder.checkpoint")
-    torch.save(run.decoder.state_dict(), args.out / VAE_FILE)
+    trainer = DecoderTrainer(PRESETS["demo"].vae, args.steps, args.seed, args.device)
+    trainer.train(args.out / "decoder.checkpoint")
+    torch.save(trainer.decoder.state_dict(), args.out / VAE_FILE)
     return 0
 
 

@@ -23,9 +23,9 @@ from longlive_serve.models.text_encoder import TextEncoder, Tokenizer, wan_names
 from longlive_serve.weights.layouts import DIT_FILE, TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from training.latents import Encoder
 from training.pool import CHUNK, CHUNKS, Clip, make_pool
-from training.run import Trainer, arguments
 from training.teacher_forcing import TeacherForcingView, flows
 from training.text import token_batch, write_tokenizer
+from training.trainer import Trainer, arguments
 from training.world import caption
 
 DEMO = PRESETS["demo"]
@@ -35,7 +35,7 @@ HISTORY_NOISE = 0.15  # the history of a session is the model's own work, not ex
 FAR_SHARE = 0.4  # of the batches are placed late in a video, so that the base variant's positions are known
 
 
-class DiTRun(Trainer):
+class DiTTrainer(Trainer):
     """Flows of many chunks of a clip at once, and of openings alone."""
 
     def __init__(self, tokenizer: Tokenizer, steps: int, clips: int, seed: int, device: str) -> None:
@@ -122,9 +122,9 @@ def main() -> int:
     args = parser.parse_args()
     write_tokenizer(args.out / TOKENIZER_FOLDER)
     tokenizer = Tokenizer(DEMO.dit.text_len, args.out / TOKENIZER_FOLDER)
-    run = DiTRun(tokenizer, args.steps, args.clips, args.seed, args.device)
-    run.train(args.out / "dit.checkpoint")
-    save(run.dit, run.text_encoder, args.out)
+    trainer = DiTTrainer(tokenizer, args.steps, args.clips, args.seed, args.device)
+    trainer.train(args.out / "dit.checkpoint")
+    save(trainer.dit, trainer.text_encoder, args.out)
     return 0
 
 

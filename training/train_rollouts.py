@@ -25,9 +25,9 @@ from longlive_serve.weights.loader import ModelLoader
 from training.latents import HELD_OUT, Encoder, random_attributes
 from training.pool import CHUNK
 from training.rollouts import Rollout
-from training.run import Trainer, arguments
 from training.text import token_batch
 from training.train_dit import MUON_LR, save
+from training.trainer import Trainer, arguments
 from training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, caption
 
 DEMO = PRESETS["demo"]
@@ -51,7 +51,7 @@ class Video:
     started_late: bool = False
 
 
-class RolloutRun(Trainer):
+class RolloutTrainer(Trainer):
     """One chunk of a batch of sessions per step."""
 
     def __init__(self, folder: Path, steps: int, seed: int) -> None:
@@ -130,9 +130,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.device != "cpu":
         parser.error(f"--device: got {args.device}, expected cpu: sessions are drawn and read there")
-    run = RolloutRun(args.out, args.steps, args.seed)
-    run.train(args.out / "rollouts.checkpoint")
-    save(run.dit, run.text_encoder, args.out)
+    trainer = RolloutTrainer(args.out, args.steps, args.seed)
+    trainer.train(args.out / "rollouts.checkpoint")
+    save(trainer.dit, trainer.text_encoder, args.out)
     return 0
 
 

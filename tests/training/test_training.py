@@ -17,10 +17,10 @@ from longlive_serve.models.text_encoder import END_ID, Tokenizer
 from training.latents import Encoder
 from training.optimizer import orthogonalize
 from training.pool import CHUNK, CHUNKS, make_pool, video_frames
-from training.run import Trainer
 from training.teacher_forcing import TeacherForcingView, flows
 from training.text import write_tokenizer
 from training.train_dit import DEMO, initialize_dit
+from training.trainer import Trainer
 from training.world import ALL, Segment, caption, draw
 
 pytestmark = pytest.mark.numeric
