@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
     text = "what runs it; fused on the CPU takes $TRITON_INTERPRET=1 (default: %(default)s)"
     parser.add_argument("--backend", choices=[TORCH, FUSED], default=TORCH, help=text)
-    parser.add_argument("--fp8", action="store_true", help="with fused: products in FP8; give a --tolerance")
+    parser.add_argument("--fp8", action="store_true", help="with fused: GEMMs in FP8; set --tolerance as well")
     parser.add_argument("--fp8-attention", action="store_true", help="with fused: and attention in FP8")
     text = "run these graphs or engines of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)

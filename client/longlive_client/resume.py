@@ -65,7 +65,7 @@ class ResumableStream:
             down. (And Triton keeps what it has sent until all of a request is answered, so requests are small.)
         pace: `realtime` (the server's default): chunks come a little before they are to be shown at `fps` (16) frames
             per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
-        frame_format: how frames travel: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;
+        frame_format: encoding of the frames: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;
             needs PyAV on both sides). What comes out of here are pictures in any case.
         stream_partial_chunks: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the
             first frame and the first one under a new prompt come earlier.

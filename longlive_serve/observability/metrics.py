@@ -26,32 +26,34 @@ class Family:
 
 def _histogram(name: str, description: str) -> dict[str, Family]:
     """Prometheus' three counters of a histogram, one by one: Triton's Python backend has no histograms."""
-    parts = {"bucket": "at most `le` seconds", "sum": "all seconds together", "count": "how many"}
+    parts = {"bucket": "at most `le` seconds", "sum": "total seconds", "count": "number"}
     return {
         f"{name}_{part}": Family(kind=COUNTER, description=f"{description}: {text}") for part, text in parts.items()
     }
 
 
 FAMILIES: dict[str, Family] = {
-    "live_sessions": Family(kind=GAUGE, description="sessions that hold a slot"),
+    "live_sessions": Family(kind=GAUGE, description="sessions with a slot"),
     "waiting_sessions": Family(kind=GAUGE, description="sessions that wait for a slot"),
-    "slots": Family(kind=GAUGE, description="sessions that there is KV cache for"),
-    "capacity_sessions": Family(kind=GAUGE, description="sessions at 16 frames per second that are held at once"),
-    "playback_lead_seconds": Family(kind=GAUGE, description="until a chunk is due, of the session nearest to it"),
+    "slots": Family(kind=GAUGE, description="slots of the KV cache"),
+    "capacity_sessions": Family(
+        kind=GAUGE, description="sessions at 16 frames per second that can be admitted in total"
+    ),
+    "playback_lead_seconds": Family(kind=GAUGE, description="shortest time until the playback of a next chunk"),
     "kv_cache_bytes": Family(kind=GAUGE, description="size of the KV cache of all slots"),
-    "info": Family(kind=GAUGE, description="1; what is served, in labels"),
-    "start_seconds": Family(kind=GAUGE, description="what the start took, by phase"),
+    "info": Family(kind=GAUGE, description="always 1; the labels describe the served model"),
+    "start_seconds": Family(kind=GAUGE, description="duration of the start, by phase"),
     "chunks": Family(kind=COUNTER, description="chunks generated"),
     "frames": Family(kind=COUNTER, description="video frames generated"),
     "bytes": Family(kind=COUNTER, description="bytes of frames sent, as encoded"),
     "phase_seconds": Family(kind=COUNTER, description="time spent on chunks, by phase"),
     "failed_sessions": Family(kind=COUNTER, description="sessions that ended with an error"),
-    "refused_sessions": Family(kind=COUNTER, description="sessions that found no slot"),
+    "refused_sessions": Family(kind=COUNTER, description="sessions refused without a slot"),
     "redirected_sessions": Family(
-        kind=COUNTER, description="sessions that found no slot and would not wait as long as others: they ask elsewhere"
+        kind=COUNTER, description="sessions without a slot whose client asks another server instead of waiting"
     ),
-    "resumed_sessions": Family(kind=COUNTER, description="sessions that began with a snapshot"),
-    "deadline_misses": Family(kind=COUNTER, description="chunks that came after their playback was due"),
+    "resumed_sessions": Family(kind=COUNTER, description="sessions started from a snapshot"),
+    "deadline_misses": Family(kind=COUNTER, description="chunks generated after their playback time"),
     **_histogram("chunk_seconds", "time to generate a chunk"),
     **_histogram("first_frame_seconds", "from START to the first frames"),
     **_histogram("switch_seconds", "from a new prompt to its first frames"),

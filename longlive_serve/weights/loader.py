@@ -122,5 +122,7 @@ def get_adapters(folder: WeightsFolder | None, lora: Sequence[Adapter]) -> Seque
     if missing := [str(adapter.path) for adapter in lora if not adapter.path.is_file()]:
         raise ValueError(f"lora: {', '.join(missing)}: no such file")
     if own is not None and not any(adapter.path.resolve() == own.resolve() for adapter in lora):
-        log.warning("dit: %s is there, and left out, as `lora` names others; LongLive is both", own)
+        log.warning(
+            "dit: %s is not merged, because `lora` names other adapters; LongLive consists of base and adapter", own
+        )
     return lora

@@ -202,9 +202,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pace",
         choices=PACES,
         default=ASAP,
-        help="asap: as fast as live sessions leave time for; realtime: as a viewer gets it (default: asap)",
+        help="asap: as fast as live sessions leave time for; realtime: with a playback clock (default: asap)",
     )
-    parser.add_argument("--format", choices=FORMATS, help="how frames travel (default: raw)")
+    parser.add_argument("--format", choices=FORMATS, help="encoding of the frames on the wire (default: raw)")
     parser.add_argument("--stream-partial-chunks", action="store_true", help="get a chunk's frames as they are decoded")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")

@@ -167,7 +167,10 @@ def test_adapters_that_are_named_replace_it_and_this_is_said(
     folder = write_reference(tmp_path / "weights", torch.float32)
     own = folder / LONGLIVE_FOLDER / LORA_FILE
     assert_equal(loaded(DIT, folder, lora=(Adapter(path=adapter, scale=2.0),)), expected((lora_state(), 2.0)))
-    assert f"dit: {own} is there, and left out, as `lora` names others; LongLive is both" in caplog.messages
+    assert (
+        f"dit: {own} is not merged, because `lora` names other adapters; LongLive consists of base and adapter"
+        in caplog.messages
+    )
     both = loaded(DIT, folder, lora=(Adapter(path=own), Adapter(path=adapter, scale=2.0)))
     assert_equal(both, expected((lora_state(), 1.0), (lora_state(), 2.0)))
     assert_equal(loaded(DIT, folder, lora=(Adapter(path=own, scale=0.0),)), state_of(DIT))
