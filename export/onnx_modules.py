@@ -109,12 +109,12 @@ def write(cache: Tensor, new: Tensor, index: Tensor) -> Tensor:
 class VAEGraph(nn.Module):
     """One latent frame to video."""
 
-    def __init__(self, model: VAEDecoder, opening: bool) -> None:
+    def __init__(self, model: VAEDecoder, is_first: bool) -> None:
         super().__init__()
-        self.model, self.opening = model, opening
+        self.model, self.is_first = model, is_first
 
     def forward(self, latent: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        video, new_cache = self.model.decode_latent(latent, cache, self.opening)
+        video, new_cache = self.model.decode_latent(latent, cache, self.is_first)
         return video, *new_cache
 
 
@@ -170,7 +170,7 @@ def exportable_graphs(model: nn.Module, config: ModelConfig, variant: str) -> li
     if isinstance(model, CausalDiT):
         graphs = {PROMPT_KV: PromptKVGraph(model), DIT: DiTGraph(model, variant == "infinity")}
     elif isinstance(model, VAEDecoder):
-        graphs = {VAE_OPENING: VAEGraph(model, opening=True), VAE_STEADY: VAEGraph(model, opening=False)}
+        graphs = {VAE_OPENING: VAEGraph(model, is_first=True), VAE_STEADY: VAEGraph(model, is_first=False)}
     else:
         assert isinstance(model, TextEncoder), type(model)
         graphs = {TEXT_ENCODER: model}

@@ -54,12 +54,12 @@ def build_engine(
     apply(options, config)
     for sizes in profiles:
         if config.add_optimization_profile(optimization_profile(builder, io, sizes)) < 0:
-            raise ValueError(f"{path}: TensorRT does not take the sizes {sizes}: {logger.said}")
+            raise ValueError(f"{path}: TensorRT does not take the sizes {sizes}: {logger.last_error}")
     timings = None if timing_cache is None else timings_of(config, timing_cache)
     engine = builder.build_serialized_network(network, config)
     monitor.clear()
     if engine is None:
-        raise ValueError(f"{path}: TensorRT cannot build it: {logger.said}")
+        raise ValueError(f"{path}: TensorRT cannot build it: {logger.last_error}")
     if timing_cache is not None and timings is not None:
         timing_cache.write_bytes(memoryview(timings.serialize()))
     return memoryview(engine)

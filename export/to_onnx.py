@@ -29,7 +29,7 @@ from export.onnx_modules import ExportableGraph, exportable_graphs
 from longlive_serve.backends.exported.io_spec import BATCH, FRAMES, USED, GraphTensor
 from longlive_serve.backends.exported.manifest import MANIFEST, GraphFile, Manifest, sizes_of
 from longlive_serve.backends.exported.onnxruntime_session import OnnxRuntimeGraph
-from longlive_serve.backends.float64 import LEAST, Float64, error, may_be
+from longlive_serve.backends.float64 import LEAST, Float64, error, max_error
 from longlive_serve.config.presets import DIT, MODELS, ModelConfig
 from longlive_serve.config.serve_config import AUTO, ONNXRUNTIME, ServeConfig
 from longlive_serve.models.quantization.int8_fp8_layers import QuantizedLayer
@@ -208,7 +208,7 @@ def compare(graph: ExportableGraph, file: GraphFile, folder: Path) -> Comparison
                     tolerances.append(distance(beside, expected) + LEAST)
                 else:
                     errors.append(error(got[tensor.name], beside))
-                    tolerances.append(may_be(expected, beside))
+                    tolerances.append(max_error(expected, beside))
     return Comparison(error=max(errors), tolerance=max(tolerances))
 
 

@@ -53,11 +53,11 @@ def build(
     """
     from export.optimization_profiles import profiles_of
     from export.tensorrt_builder import build_engine
-    from longlive_serve.backends.exported.tensorrt_session import machine
+    from longlive_serve.backends.exported.tensorrt_session import get_target
 
     given = _read_graphs(source, graphs)
     sizes = ModelConfig.from_sizes(given.sizes)
-    here = {"library": library, **machine(torch.device("cuda"), library), **dataclasses.asdict(options)}
+    here = {"library": library, **get_target(torch.device("cuda"), library), **dataclasses.asdict(options)}
     made = _engines_there(out, given, sizes)
     made.versions[library] = here["tensorrt"]
     timing_cache = out / TIMING_CACHE if library == TENSORRT else None

@@ -23,7 +23,7 @@ from longlive_serve.backends.base import Backends, DiTBackend, EncodedPrompt
 from longlive_serve.backends.exported.graphs import load_graphs
 from longlive_serve.backends.exported.manifest import Manifest
 from longlive_serve.backends.exported.modules import GraphDiT
-from longlive_serve.backends.float64 import Float64, error, may_be
+from longlive_serve.backends.float64 import Float64, error, max_error
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS, DiTConfig, ModelConfig, WindowConfig
 from longlive_serve.config.serve_config import FUSED, TORCH, ServeConfig
@@ -117,7 +117,7 @@ class NoDecoder:
     def initial_cache(self) -> list[Tensor]:
         return []
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
         return torch.empty((0, 0, 0, 3), dtype=torch.uint8), cache
 
 
@@ -166,7 +166,7 @@ def exact_latents(case: ReplayCase, tensors: dict[str, Tensor]) -> Tensor:
 def rounding(case: ReplayCase, tensors: dict[str, Tensor]) -> float:
     """What float32 may do to the latents of a case, by what it does to them here in PyTorch on the CPU."""
     latents = replay(case, tensors, TorchDiT(case_model(case, tensors), case.model_config, 1, case.variant))
-    return may_be(latents, exact_latents(case, tensors))
+    return max_error(latents, exact_latents(case, tensors))
 
 
 def load_case_tensors(case: ReplayCase, path: Path) -> dict[str, Tensor]:

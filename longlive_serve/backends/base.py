@@ -96,10 +96,10 @@ class VAEDecoderBackend(Protocol):
         """The feature cache of a stream that has not begun."""
         ...
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
         """[1, frames, channels, h, w] -> uint8 [video frames, height, width, 3] on the device, and the new cache.
 
-        `opening` marks the first call of a stream: its first latent frame gives 1 video frame instead of 4.
+        `is_first` marks the first call of a stream: its first latent frame gives 1 video frame instead of 4.
         """
         ...
 

@@ -27,15 +27,15 @@ class AsyncD2HCopy:
     """A tensor on its way to the host, where it comes as soon as the work queued for it so far is done."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._there, self._arrival = tensor, None
+        self._host, self._event = tensor, None
         if tensor.is_cuda:
-            self._there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._there.copy_(tensor, non_blocking=True)
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
 
     def wait(self) -> Tensor:
         """Until it is there."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._there
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

@@ -6,7 +6,9 @@ Used by the model runner, whose work on a GPU is queued long before it is done.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -39,3 +41,13 @@ class DeviceTimer:
             return float(begin.elapsed_time(end)) / 1e3
         assert isinstance(begin, float) and isinstance(end, float), "marks of two clocks"  # noqa: PT018
         return end - begin
+
+
+def median_seconds(call: Callable[[], object], device: str, runs: int) -> float:
+    """Of some runs, after one that compiles or loads the kernel."""
+    timer, events = DeviceTimer(device), []
+    for _ in range(runs + 1):
+        begin = timer.record()
+        call()
+        events.append((begin, timer.record()))
+    return statistics.median([timer.seconds(*pair) for pair in events][1:])

@@ -42,28 +42,28 @@ class Float64(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is Tensor.float:
             func = Tensor.double
-        return func(*_wide(args), **_wide(kwargs or {}))
+        return func(*_to_float64(args), **_to_float64(kwargs or {}))
 
 
-def _wide(given: Any) -> Any:
+def _to_float64(value: Any) -> Any:
     """Arguments with float64 in the place of float32, tensors and dtypes."""
-    if isinstance(given, Tensor):
-        return given.double() if given.dtype == torch.float32 else given
-    if isinstance(given, Mapping):
-        return {name: _wide(value) for name, value in given.items()}
-    if type(given) in {list, tuple}:
-        return type(given)(map(_wide, given))
-    return torch.float64 if given is torch.float32 else given
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, Mapping):
+        return {name: _to_float64(item) for name, item in value.items()}
+    if type(value) in {list, tuple}:
+        return type(value)(map(_to_float64, value))
+    return torch.float64 if value is torch.float32 else value
 
 
-def error(got: Tensor, exact: Tensor) -> float:
+def error(actual: Tensor, exact: Tensor) -> float:
     """The largest difference, as a share of the largest value."""
-    assert got.shape == exact.shape, f"got {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    got, exact = got.double(), exact.double()
-    return ((got - exact).abs().max() / exact.abs().max()).item()
+    assert actual.shape == exact.shape, f"got {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    actual, exact = actual.double(), exact.double()
+    return ((actual - exact).abs().max() / exact.abs().max()).item()
 
 
-def may_be(reference: Tensor, exact: Tensor) -> float:
+def max_error(reference: Tensor, exact: Tensor) -> float:
     """How far a float32 result may be from the exact one, by how far another, the reference, is.
 
     Not less than for the rounding of the result and of its inputs: a reference may be exact by chance.

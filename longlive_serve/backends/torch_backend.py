@@ -95,6 +95,6 @@ class TorchVAEDecoder:
         size = (self.config.latent_height, self.config.latent_width)
         return self.model.initial_cache(1, *size, weight.device, weight.dtype)
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
-        frames, cache = self.model(latents.to(next(self.model.parameters()).dtype), cache, opening)
+    def decode(self, latents: Tensor, cache: list[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
+        frames, cache = self.model(latents.to(next(self.model.parameters()).dtype), cache, is_first)
         return to_uint8(frames)[0], cache

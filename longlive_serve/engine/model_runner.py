@@ -125,13 +125,13 @@ class ModelRunner:
             self._updating += time.monotonic() - began
 
     def _decode(
-        self, session: Session, parts: Sequence[Tensor], opening: bool, phases: Phases
+        self, session: Session, parts: Sequence[Tensor], is_first: bool, phases: Phases
     ) -> Iterator[AsyncD2HCopy]:
         decoder = self.backends.vae_decoder
         cache = decoder.initial_cache() if session.decoder_cache is None else session.decoder_cache
         for place, part in enumerate(parts):
             with phases.of("decode"):
-                frames, cache = decoder.decode(part, cache, opening and place == 0)
+                frames, cache = decoder.decode(part, cache, is_first and place == 0)
                 session.decoder_cache = cache
                 there = AsyncD2HCopy(frames)
             yield there

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -84,7 +83,7 @@ class Tokenizer:
 
 
 class TextEncoder(nn.Module):
-    """The umT5 encoder of transformers, in the sizes of `config`. Its parameters' names: `map_wan_names`."""
+    """The umT5 encoder of transformers, in the sizes of `config`. Its parameters' names: `wan_names`."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         from transformers import UMT5Config, UMT5EncoderModel  # seconds; not on import
@@ -137,15 +136,3 @@ def wan_names(num_layers: int) -> dict[str, str]:
     for layer in range(num_layers):
         names |= {f"blocks.{layer}.{wan}": f"stack.block.{layer}.{ours}" for wan, ours in _NAMES_OF_BLOCK.items()}
     return names
-
-
-def map_wan_names(state_dict: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """The tensors of models_t5_umt5-xxl-enc-bf16.pth under the names of `TextEncoder`, for `load_state_dict`.
-
-    Raises ValueError that lists the names that are missing and those that are unknown.
-    """
-    names = wan_names(num_layers)
-    missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
-    if missing or unknown:
-        raise ValueError(f"text encoder checkpoint for {num_layers} layers: missing {missing}, unknown {unknown}")
-    return {ours: state_dict[wan] for wan, ours in names.items()}

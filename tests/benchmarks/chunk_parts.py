@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.engines.hardware.attention_table import exact
 from benchmarks.engines.hardware.roofline import to_fp8
 from benchmarks.timing import seconds_of
-from longlive_serve.backends.fused.attention_autotune import CANDIDATES, Attend, example, fp8_candidates, in_fp8, sizes
+from longlive_serve.backends.fused.attention_autotune import KERNELS, AttentionFn, example, fp8_kernels, in_fp8, sizes
 from longlive_serve.backends.fused.cudnn_library import relative_error
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.kernels.norm_silu import norm_silu
@@ -58,8 +58,8 @@ def attention(machine: Machine) -> dict[str, Any]:
     config, device = machine.config, torch.device(machine.device)
     q, k, v = example(config, device, machine.dtype, config.window.window)
     small = in_fp8(q, k, v)
-    kernels: dict[str, Attend] = {"torch": F.scaled_dot_product_attention, **CANDIDATES}
-    in_8_bit = {name: one for name, one in fp8_candidates(device).items() if not isinstance(one, Exception)}
+    kernels: dict[str, AttentionFn] = {"torch": F.scaled_dot_product_attention, **KERNELS}
+    in_8_bit = {name: one for name, one in fp8_kernels(device).items() if not isinstance(one, Exception)}
 
     def plain(out: Tensor) -> Tensor:
         return out.float()

@@ -96,13 +96,13 @@ class Chunk:
         config, window = self.config.dit, self.window.capacity * self.rows
         small = torch.float8_e4m3fn if fp8_attention else DTYPE
         attention = FP8Attention(
-            attend=attention_fp8,
+            attention_fn=attention_fp8,
             scales=self.empty(config.num_layers, 3, dtype=torch.float32),
             out_scales=self.empty(config.num_layers, window, 1, dtype=torch.float32),
         )
-        attend = torch.nn.functional.scaled_dot_product_attention
+        attention_fn = torch.nn.functional.scaled_dot_product_attention
         with counted():  # weights are quantized by a kernel of ours
-            model = FusedCausalDiT(self.model(DIT), fp8, attend, attention if fp8_attention else None)
+            model = FusedCausalDiT(self.model(DIT), fp8, attention_fn, attention if fp8_attention else None)
         constants = Modulation(blocks=self.empty(config.num_layers, 6, config.dim), head=self.empty(2, config.dim))
         angles = self.empty(self.rows, config.head_dim // 2, dtype=torch.float32)
         cache = functools.partial(self.empty, config.num_layers, config.num_heads, window, config.head_dim, dtype=small)

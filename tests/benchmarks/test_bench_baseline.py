@@ -85,7 +85,7 @@ def test_the_baseline_decodes_the_reference_s_frames() -> None:
     height, width = latents.shape[-2:]
     cache = reference.initial_cache(latents.shape[0], height, width, "cpu", torch.float32)
     with torch.no_grad():
-        frames, _ = reference(latents, cache, opening=True)
+        frames, _ = reference(latents, cache, is_first=True)
     assert_reference(frames, tensors["frames_raw"], exact_frames())
 
 

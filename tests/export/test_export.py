@@ -94,7 +94,7 @@ def test_the_cache_is_written_in_place_and_nowhere_else(exported: ExportedGraphs
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     assert set(dit(inputs)) == {"flow"}
     rows = 3 * sizes.tokens_per_frame
-    for name in dit.io.held:
+    for name in dit.io.persistent:
         changed = (inputs[name] != before[name]).any(-1).any(1)  # [B, rows of the window]
         for session, first in enumerate(inputs["write_index"].tolist()):
             written = torch.zeros_like(changed[session])

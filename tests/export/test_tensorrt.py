@@ -241,10 +241,10 @@ def test_a_library_that_is_not_there_says_where_it_comes_from(monkeypatch: pytes
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tensorrt_itself_needs_a_gpu() -> None:
-    from longlive_serve.backends.exported.tensorrt_session import machine
+    from longlive_serve.backends.exported.tensorrt_session import get_target
 
     with pytest.raises(ValueError, match="got no GPU"):
-        machine(torch.device("cuda"), tensorrt_library.TENSORRT)
+        get_target(torch.device("cuda"), tensorrt_library.TENSORRT)
 
 
 def test_the_command_prints_what_it_built(

@@ -24,8 +24,8 @@ import triton
 from torch import Tensor
 
 from longlive_serve.backends.fused import cudnn_attention, cudnn_convolution
-from longlive_serve.backends.fused.cudnn_builds import Builds, Built, Task
-from longlive_serve.backends.fused.cudnn_graphs import CONFIGURATIONS, Blueprint, Make, Tensors, kernels
+from longlive_serve.backends.fused.cudnn_builds import Builds, SerializedPlan, Task
+from longlive_serve.backends.fused.cudnn_graphs import KERNEL_CONFIG_IDS, GraphSpec, Make, Tensors, kernels
 from longlive_serve.backends.fused.cudnn_plan_cache import PlanCache
 from longlive_serve.config.presets import PRESETS
 
@@ -202,7 +202,7 @@ def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
             graph = make(cudnn, tensors, device_property=device)
             graph.validate()
             graph.build_operation_graph()
-            plans = kernels(cudnn, graph, CONFIGURATIONS if name in build else ())
+            plans = kernels(cudnn, graph, KERNEL_CONFIG_IDS if name in build else ())
             if name in build:
                 graph.build_plan_at_index(0)
         except cudnn.cudnnGraphNotSupportedError as error:
@@ -215,7 +215,7 @@ def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
 def _build_beside(found: Mapping[str, str]) -> str:
     """Three plans as the server has them built, in processes and once more out of the cache; the bytes of each. Nothing
     here can load them: that takes a device."""
-    graphs = {name: Blueprint.of(make, tensors) for name, make, tensors in _graphs()}
+    graphs = {name: GraphSpec.of(make, tensors) for name, make, tensors in _graphs()}
     tasks = [Task(graphs[f"attention, 3 to {keys} frames"], "eng2_k24=7") for keys in (3, 6)]
     tasks.append(Task(graphs["attention, 3 to 9 frames"], "eng2_k24=63"))  # there is no such kernel
     with tempfile.TemporaryDirectory() as folder:
@@ -225,8 +225,8 @@ def _build_beside(found: Mapping[str, str]) -> str:
         loaded = {*Path(folder).glob("*.cubin")}
         assert again(tasks) == first
         assert loaded == {*Path(folder).glob("*.cubin")}, "built once more"
-    assert all(isinstance(one, Built) for one in first), first
-    kernels = [(one.kernel, len(one.plan)) for one in first if isinstance(one, Built)]
+    assert all(isinstance(one, SerializedPlan) for one in first), first
+    kernels = [(one.kernel, len(one.plan)) for one in first if isinstance(one, SerializedPlan)]
     assert [kernel for kernel, _ in kernels[:2]] == ["eng2_k24=7"] * 2
     assert kernels[2][0] in found["attention, 3 to 9 frames"]
     return ", ".join(f"{kernel} {size} bytes" for kernel, size in kernels)

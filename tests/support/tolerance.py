@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longlive_serve.backends.float64 import TIMES, Float64, error, may_be
+from longlive_serve.backends.float64 import TIMES, Float64, error, max_error
 
-__all__ = ["TIMES", "Float64", "assert_as_near", "assert_reference", "error", "gamma", "may_be", "whole_numbers"]
+__all__ = ["TIMES", "Float64", "assert_as_near", "assert_reference", "error", "gamma", "max_error", "whole_numbers"]
 
 GOLDEN = 2e-6
 """The largest error of the reference's float32 results. A mistake is larger: the least that comes to mind, an eps of
@@ -44,7 +44,7 @@ def assert_as_near(got: Tensor | None, reference: Tensor, exact: Tensor) -> None
     assert got is not None
     assert got.dtype == torch.float32
     assert exact.dtype == torch.float64
-    off, allowed = error(got, exact), may_be(reference, exact)
+    off, allowed = error(got, exact), max_error(reference, exact)
     assert off <= allowed, f"error {off:.2e} of the largest value, {allowed / TIMES:.2e} has the other result"
 
 

@@ -141,8 +141,8 @@ def test_the_target_goes_on_from_the_models_own_frames(runner: ModelRunner, enco
     before, after = ALL[0], ALL[-1]
     assert (before.motion, after.motion) == ("right", "still")
     rollout.begin([before])
-    opening = rollout.targets([before])
-    assert torch.equal(opening[0], encoder(draw([Segment(attributes=before, frames=9)])))
+    is_first = rollout.targets([before])
+    assert torch.equal(is_first[0], encoder(draw([Segment(attributes=before, frames=9)])))
     shown = encoder(draw([Segment(attributes=before, frames=9)], (7, 40)))  # not where it should be
     rollout.context_latents.append(shown[None])
     rollout.chunk = 1

@@ -170,7 +170,7 @@ def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
         look = generator.choice(sorted(HELD_OUT, key=str)) if held_out else random_attributes(generator)
         frames = draw([Segment(attributes=look, frames=33)], (generator.randrange(64), generator.randrange(64)))
         with torch.inference_mode():
-            decoded, _ = decoder.decode(encoder(frames)[None], decoder.initial_cache(), opening=True)
+            decoded, _ = decoder.decode(encoder(frames)[None], decoder.initial_cache(), is_first=True)
         error = (decoded.float().div(255).permute(0, 3, 1, 2) - frames).square().mean()
         psnr["vae_psnr_db"].append(-10 * error.log10().item())
         if held_out:

@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import seconds_of
 from longlive_serve.backends.fused.attention_autotune import (
-    CANDIDATES,
-    Attend,
-    AttendFP8,
+    KERNELS,
+    AttentionFn,
+    FP8AttentionFn,
     example,
-    fp8_candidates,
+    fp8_kernels,
     in_fp8,
 )
 from longlive_serve.config.presets import ModelConfig
@@ -61,16 +61,16 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([_math(*(x.float() for x in head)) for head in heads], dim=1)
 
 
-def _call(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def _call(attend: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Call:
     return functools.partial(attend, q, k, v), Tensor.float
 
 
-def _candidates(on_cuda: bool, flex: bool) -> dict[str, Attend]:
+def _candidates(on_cuda: bool, flex: bool) -> dict[str, AttentionFn]:
     """Those that the fused backend chooses from, and for comparison others that it does not."""
-    candidates: dict[str, Attend] = {DEFAULT: F.scaled_dot_product_attention}
+    candidates: dict[str, AttentionFn] = {DEFAULT: F.scaled_dot_product_attention}
     if not on_cuda:
         return candidates
-    return candidates | CANDIDATES | ({"flex": _flex} if flex else {}) | {"math": _math}
+    return candidates | KERNELS | ({"flex": _flex} if flex else {}) | {"math": _math}
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,17 +83,17 @@ def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled_flex() -> Attend:
+def _compiled_flex() -> AttentionFn:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Attend = torch.compile(flex_attention)
+    compiled: AttentionFn = torch.compile(flex_attention)
     return compiled
 
 
 def _calls_in_fp8(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     fp8_inputs = in_fp8(q, k, v)
 
-    def of(attend: AttendFP8 | Exception) -> Tensor:
+    def of(attend: FP8AttentionFn | Exception) -> Tensor:
         if isinstance(attend, Exception):
             raise attend
         return attend(*fp8_inputs)
@@ -102,4 +102,4 @@ def _calls_in_fp8(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
         heads: Tensor = (out.float() * fp8_inputs[3][2]).unflatten(-1, (q.shape[1], -1))
         return heads.transpose(0, 1)[None]
 
-    return {name: (functools.partial(of, attend), to_float32) for name, attend in fp8_candidates(q.device).items()}
+    return {name: (functools.partial(of, attend), to_float32) for name, attend in fp8_kernels(q.device).items()}

@@ -48,7 +48,7 @@ def decoder_chunk(config: ModelConfig, decoder: str) -> float:
         model = TinyDecoder(config.tiny_decoder) if decoder == TINY else VAEDecoder(config.vae).to("meta")
         size = config.latent_height, config.latent_width
         latents = torch.empty(1, config.window.chunk, config.dit.channels, *size)
-        model(latents, model.initial_cache(1, *size, "meta", torch.float32), opening=False)
+        model(latents, model.initial_cache(1, *size, "meta", torch.float32), is_first=False)
     return float(counter.get_total_flops())
 
 

@@ -50,7 +50,7 @@ class GraphIO:
     outputs: tuple[GraphTensor, ...]
     in_place: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Output -> the input at whose address it is written."""
-    held: tuple[str, ...] = ()
+    persistent: tuple[str, ...] = ()
     """Inputs that stay at their addresses for ever: a slot."""
 
     def dims(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
@@ -88,7 +88,7 @@ def graph_io(config: ModelConfig, variant: str) -> dict[str, GraphIO]:
 def _dit_io(config: ModelConfig, variant: str, prompt_kv: tuple[GraphTensor, ...]) -> GraphIO:
     """One graph for denoising steps, KV-cache updates and recaches: they differ in how many frames go in."""
     dit, positions = config.dit, config.tokens_per_frame
-    picture = (dit.channels, config.latent_height, config.latent_width)
+    latent_shape = (dit.channels, config.latent_height, config.latent_width)
     angles = (positions, dit.head_dim // 2)
     rows = (BATCH, dit.num_heads, config.window.window * positions, dit.head_dim)
     names = cache_names(dit.num_layers)
@@ -99,7 +99,7 @@ def _dit_io(config: ModelConfig, variant: str, prompt_kv: tuple[GraphTensor, ...
     return GraphIO(
         name=DIT,
         inputs=(
-            GraphTensor("latents", (BATCH, FRAMES, *picture)),
+            GraphTensor("latents", (BATCH, FRAMES, *latent_shape)),
             GraphTensor("time_features", (BATCH, FRAMES, dit.freq_dim)),
             *prompt_kv,
             *(GraphTensor(name, (BATCH, FRAMES, *angles), FLOAT32) for name in ("query_cos", "query_sin")),
@@ -108,11 +108,11 @@ def _dit_io(config: ModelConfig, variant: str, prompt_kv: tuple[GraphTensor, ...
             *(GraphTensor(name, rows) for name in names),
         ),
         outputs=(
-            GraphTensor("flow", (BATCH, FRAMES, *picture)),
+            GraphTensor("flow", (BATCH, FRAMES, *latent_shape)),
             *(GraphTensor(f"new_{name}", rows) for name in names),
         ),
         in_place={f"new_{name}": name for name in names},
-        held=tuple(names),
+        persistent=tuple(names),
     )
 
 

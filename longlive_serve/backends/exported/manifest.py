@@ -29,7 +29,7 @@ class GraphFile:
     weights: str = ""
     """SHA-256 of the checkpoint that it was made of; `random` where there was none."""
     built: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a TensorRT engine: what it was built with and for (`tensorrt_session.check_fit`)."""
+    """Of a TensorRT engine: what it was built with and for (`tensorrt_session.check_target`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

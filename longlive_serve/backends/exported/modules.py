@@ -120,17 +120,17 @@ class GraphVAEDecoder:
     """The streaming Wan VAE decoder as two graphs of one latent frame: a video's first one, and every other."""
 
     def __init__(self, graphs: Mapping[str, Graph]) -> None:
-        self.opening, self.steady = graphs[VAE_OPENING], graphs[VAE_STEADY]
+        self.is_first, self.steady = graphs[VAE_OPENING], graphs[VAE_STEADY]
 
     def initial_cache(self) -> list[Tensor]:
         graph = self.steady
         shapes = [tensor.shape[1:] for tensor in graph.io.inputs[1:]]
         return [torch.zeros((1, *shape), device=graph.device, dtype=graph.dtype) for shape in shapes]  # type: ignore[arg-type]
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
         parts = []
         for index, latent in enumerate(latents.to(self.steady.dtype).unbind(1)):
-            graph = self.opening if opening and index == 0 else self.steady
+            graph = self.is_first if is_first and index == 0 else self.steady
             inputs = {f"cache.{number}": tensor for number, tensor in enumerate(cache)}
             out = graph(inputs | {"latent": latent.contiguous()})
             cache = [out[f"new_cache.{number}"] for number in range(len(cache))]

@@ -39,12 +39,12 @@ class TensorRTGraph:
         """Raises ValueError when the engine was built by another TensorRT or for another GPU, and says what to do."""
         self.io, self.device, self.dtype = io, torch.device(device), getattr(torch, file.dtype)
         self.path = folder / file.file
-        check_fit(self.path, file.built, machine(self.device, file.built["library"]))
+        check_target(self.path, file.built, get_target(self.device, file.built["library"]))
         self._logger = Logger()
         self._runtime = trt.Runtime(self._logger)
         engine = self._runtime.deserialize_cuda_engine(read_engine(self.path, file.built["sha256"]))
         if engine is None:
-            raise ValueError(f"{self.path}: TensorRT cannot load it: {self._logger.said}. Build it again")
+            raise ValueError(f"{self.path}: TensorRT cannot load it: {self._logger.last_error}. Build it again")
         self.engine = engine
         self._check_names()
         if file.built["weights_mb"] is not None:  # else they all lie on the GPU
@@ -52,7 +52,7 @@ class TensorRTGraph:
         TensorRTGraph._activation_bytes = max(TensorRTGraph._activation_bytes, engine.device_memory_size_v2)
         self._profiles: dict[tuple[int, ...], int] = {}
         self._contexts: dict[int, tuple[trt.IExecutionContext, Tensor]] = {}
-        self._staged: dict[tuple[str, torch.Size], Tensor] = {}
+        self._static_inputs: dict[tuple[str, torch.Size], Tensor] = {}
         self._cuda_graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph | None] = OrderedDict()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,25 +75,25 @@ class TensorRTGraph:
             for tensor in self.io.outputs
             if tensor.name not in self.io.in_place
         }
-        if not self.io.held:
+        if not self.io.persistent:
             self._enqueue(profile, {**inputs, **outputs})
             return outputs
-        staged = {name: self._place(name, tensor) for name, tensor in {**inputs, **outputs}.items()}
-        for name in inputs.keys() - set(self.io.held):
-            staged[name].copy_(inputs[name])
-        self._repeat(profile, staged)
+        static_inputs = {name: self._static_input(name, tensor) for name, tensor in {**inputs, **outputs}.items()}
+        for name in inputs.keys() - set(self.io.persistent):
+            static_inputs[name].copy_(inputs[name])
+        self._repeat(profile, static_inputs)
         for name, tensor in outputs.items():
-            tensor.copy_(staged[name])
+            tensor.copy_(static_inputs[name])
         return outputs
 
-    def _place(self, name: str, tensor: Tensor) -> Tensor:
+    def _static_input(self, name: str, tensor: Tensor) -> Tensor:
         """Where a tensor lies in every call: itself if it is held, else a place of its own for each of its shapes."""
-        if name in self.io.held:
+        if name in self.io.persistent:
             return tensor
         key = name, tensor.shape
-        if key not in self._staged:
-            self._staged[key] = torch.empty_like(tensor)
-        return self._staged[key]
+        if key not in self._static_inputs:
+            self._static_inputs[key] = torch.empty_like(tensor)
+        return self._static_inputs[key]
 
     def _repeat(self, profile: int, tensors: Mapping[str, Tensor]) -> None:
         """Run on tensors that stay where they are: twice as it is, from then on as a CUDA graph."""
@@ -113,32 +113,33 @@ class TensorRTGraph:
             self._cuda_graphs.popitem(last=False)
 
     def _enqueue(self, profile: int, tensors: Mapping[str, Tensor]) -> None:
-        context, taken = self._context(profile), []
+        context, accepted = self._context(profile), []
         for tensor in self.io.inputs:
-            given = tensors[tensor.name]
-            assert given.is_contiguous(), f"{tensor.name}: an engine runs on contiguous tensors"
-            assert given.dtype == tensor.torch_dtype(self.dtype), f"{tensor.name}: got {given.dtype}"
-            taken.append(context.set_input_shape(tensor.name, tuple(given.shape)))
-            taken.append(context.set_tensor_address(tensor.name, given.data_ptr()))
+            value = tensors[tensor.name]
+            assert value.is_contiguous(), f"{tensor.name}: an engine runs on contiguous tensors"
+            assert value.dtype == tensor.torch_dtype(self.dtype), f"{tensor.name}: got {value.dtype}"
+            accepted.append(context.set_input_shape(tensor.name, tuple(value.shape)))
+            accepted.append(context.set_tensor_address(tensor.name, value.data_ptr()))
         for tensor in self.io.outputs:
             out = tensors[self.io.in_place.get(tensor.name, tensor.name)]
-            taken.append(context.set_tensor_address(tensor.name, out.data_ptr()))
-        if not all(taken) or not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.said}")
+            accepted.append(context.set_tensor_address(tensor.name, out.data_ptr()))
+        if not all(accepted) or not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.last_error}")
 
     def _profile(self, dims: Mapping[str, int], inputs: Mapping[str, Tensor]) -> int:
         """The optimization profile that was built for these shapes."""
         key = tuple(dims.values())
         if key not in self._profiles:
-            fitting = [number for number in range(self.engine.num_optimization_profiles) if self._fits(number, inputs)]
-            if not fitting:
+            profiles = range(self.engine.num_optimization_profiles)
+            profile = next((index for index in profiles if self._supports(index, inputs)), None)
+            if profile is None:
                 raise ValueError(
                     f"{self.path}: got a call with {dict(dims)}, expected one it was built for. Build it again"
                 )
-            self._profiles[key] = fitting[0]
+            self._profiles[key] = profile
         return self._profiles[key]
 
-    def _fits(self, profile: int, inputs: Mapping[str, Tensor]) -> bool:
+    def _supports(self, profile: int, inputs: Mapping[str, Tensor]) -> bool:
         for tensor in self.io.inputs:
             least, _, largest = self.engine.get_tensor_profile_shape(tensor.name, profile)
             sizes = enumerate(inputs[tensor.name].shape)
@@ -156,7 +157,7 @@ class TensorRTGraph:
             context.set_device_memory(memory.data_ptr(), len(memory))
             stream = torch.cuda.current_stream(self.device)
             if not context.set_optimization_profile_async(profile, stream.cuda_stream):
-                raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.said}")
+                raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.last_error}")
             stream.synchronize()
             self._contexts[profile] = context, memory
         return self._contexts[profile][0]
@@ -181,14 +182,14 @@ class Logger(trt.ILogger):
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
-        self.said = "it did not say why"
+        self.last_error = "it did not say why"
         """The last error."""
         self._warnings: set[str] = set()
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         level = self._LEVELS[severity]
         if level == logging.ERROR:
-            self.said = msg
+            self.last_error = msg
         if level == logging.WARNING:
             if msg in self._warnings:
                 return  # it says the same of every layer
@@ -196,7 +197,7 @@ class Logger(trt.ILogger):
         log.log(level, "TensorRT: %s", msg)
 
 
-def machine(device: torch.device, library: str) -> dict[str, str]:
+def get_target(device: torch.device, library: str) -> dict[str, str]:
     """What an engine is built for: it runs nowhere else. TensorRT for RTX fits it to the GPU when it is loaded."""
     if library == TENSORRT_RTX:
         return {"tensorrt": trt.__version__}
@@ -207,12 +208,13 @@ def machine(device: torch.device, library: str) -> dict[str, str]:
     return {"tensorrt": trt.__version__, "gpu": gpu, "compute_capability": f"{major}.{minor}"}
 
 
-def check_fit(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) -> None:
+def check_target(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) -> None:
     """Raises ValueError when an engine was built for another machine than this one."""
-    differ = [f"{key} {built.get(key)!r}, here {here[key]!r}" for key in here if built.get(key) != here[key]]
-    if differ:
+    mismatches = [f"{key} {built.get(key)!r}, here {here[key]!r}" for key in here if built.get(key) != here[key]]
+    if mismatches:
         raise ValueError(
-            f"{path}: was built for another machine: {'; '.join(differ)}. Build it here: python -m export.to_tensorrt"
+            f"{path}: was built for another machine: {'; '.join(mismatches)}. "
+            "Build it here: python -m export.to_tensorrt"
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import statistics
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from longlive_serve.backends.device_timer import median_seconds
 from longlive_serve.backends.fused.cudnn_attention import CudnnAttention
 from longlive_serve.backends.fused.cudnn_library import relative_error
 from longlive_serve.backends.start_up import CHOOSE, phase
@@ -31,9 +31,9 @@ RUNS = 7
 OFF_16_BIT, OFF_FP8 = 0.02, 0.1
 """What a result may be off, as the norm of the difference by the norm: rounding makes it a fifth of that. What a wrong
 kernel gives has little to do with what is right."""
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d]: over all keys, without a mask."""
-AttendFP8 = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+FP8AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FP8 (E4M3) q [H, L, d], k and v [H, T, d], and their scales [3] -> FP8 [L, H * d] with the scale of v."""
 
 
@@ -49,7 +49,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return heads.transpose(0, 1)[None]
 
 
-CANDIDATES: dict[str, Attend] = {
+KERNELS: dict[str, AttentionFn] = {
     "cudnn": functools.partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
     "flash": functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
     "efficient": functools.partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
@@ -58,20 +58,20 @@ CANDIDATES: dict[str, Attend] = {
 """None of them changes what is computed but for the order of its sums."""
 
 
-def fp8_candidates(device: torch.device) -> dict[str, AttendFP8 | Exception]:
+def fp8_kernels(device: torch.device) -> dict[str, FP8AttentionFn | Exception]:
     """Those that take FP8; instead of one that cannot be had the reason."""
     from longlive_serve.kernels.attention import attention_fp8  # it needs Triton
 
-    candidates: dict[str, AttendFP8 | Exception] = {"triton fp8": attention_fp8}
+    kernels: dict[str, FP8AttentionFn | Exception] = {"triton fp8": attention_fp8}
     if device.type == "cuda":
         try:
-            candidates["cudnn fp8"] = CudnnAttention(device)
+            kernels["cudnn fp8"] = CudnnAttention(device)
         except (ImportError, RuntimeError) as error:
-            candidates["cudnn fp8"] = error
-    return candidates
+            kernels["cudnn fp8"] = error
+    return kernels
 
 
-class Trial(NamedTuple):
+class Candidate(NamedTuple):
     """A kernel on the example's tensors."""
 
     run: Callable[[int, int], Tensor]
@@ -81,53 +81,53 @@ class Trial(NamedTuple):
 
 
 @phase(CHOOSE)
-def fastest_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Attend:
-    """The fastest of CANDIDATES for a chunk against a full window; on a device without CUDA PyTorch's own choice."""
+def select_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionFn:
+    """The fastest of KERNELS for a chunk against a full window; on a device without CUDA PyTorch's own choice."""
     if device.type != "cuda":
         return F.scaled_dot_product_attention
     q, k, v = example(config, device, dtype, config.window.window)
 
-    def trial(attend: Attend) -> Trial:
-        return Trial(
-            run=lambda queries, keys: attend(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]),
+    def to_candidate(attention_fn: AttentionFn) -> Candidate:
+        return Candidate(
+            run=lambda q_len, kv_len: attention_fn(q[:, :, :q_len], k[:, :, :kv_len], v[:, :, :kv_len]),
             head=lambda out: out[0, 0].float(),
         )
 
-    trials = {name: trial(attend) for name, attend in CANDIDATES.items()}
-    best = _fastest("attention", trials, config, functools.partial(_exact, q, k, v), OFF_16_BIT)
-    return CANDIDATES[best] if best else F.scaled_dot_product_attention
+    candidates = {name: to_candidate(attention_fn) for name, attention_fn in KERNELS.items()}
+    best = _select_fastest("attention", candidates, config, functools.partial(_exact, q, k, v), OFF_16_BIT)
+    return KERNELS[best] if best else F.scaled_dot_product_attention
 
 
 @phase(CHOOSE)
-def fastest_fp8_attention(config: ModelConfig, device: torch.device) -> AttendFP8:
+def select_fp8_attention(config: ModelConfig, device: torch.device) -> FP8AttentionFn:
     """The fastest of those that take FP8, or our own kernel where none can be timed."""
-    candidates = fp8_candidates(device)
-    there = {name: attend for name, attend in candidates.items() if not isinstance(attend, Exception)}
-    for name in candidates.keys() - there.keys():
-        log.info("attention in FP8: no %s: %s", name, candidates[name])
+    kernels = fp8_kernels(device)
+    available = {name: kernel for name, kernel in kernels.items() if not isinstance(kernel, Exception)}
+    for name in kernels.keys() - available.keys():
+        log.info("attention in FP8: no %s: %s", name, kernels[name])
     if device.type != "cuda":
-        return there["triton fp8"]
+        return available["triton fp8"]
     q, k, v, scales = in_fp8(*example(config, device, torch.bfloat16, config.window.window))
 
-    def trial(attend: AttendFP8) -> Trial:
-        return Trial(
-            run=lambda queries, keys: attend(q[:, :queries], k[:, :keys], v[:, :keys], scales),
+    def to_candidate(attention_fn: FP8AttentionFn) -> Candidate:
+        return Candidate(
+            run=lambda q_len, kv_len: attention_fn(q[:, :q_len], k[:, :kv_len], v[:, :kv_len], scales),
             head=lambda out: out[:, : q.shape[-1]].float() * scales[2],
         )
 
-    trials = {name: trial(attend) for name, attend in there.items()}
-    wide = [(x.float() * scale)[None] for x, scale in zip((q[:1], k[:1], v[:1]), scales, strict=True)]
-    if isinstance(cudnn := there.get("cudnn fp8"), CudnnAttention):
-        _build(cudnn, trials["cudnn fp8"], config)
-    best = _fastest("attention in FP8", trials, config, functools.partial(_exact, *wide), OFF_FP8)
-    return there[best or "triton fp8"]
+    candidates = {name: to_candidate(attention_fn) for name, attention_fn in available.items()}
+    float_qkv = [(x.float() * scale)[None] for x, scale in zip((q[:1], k[:1], v[:1]), scales, strict=True)]
+    if isinstance(cudnn := available.get("cudnn fp8"), CudnnAttention):
+        _build(cudnn, candidates["cudnn fp8"], config)
+    best = _select_fastest("attention in FP8", candidates, config, functools.partial(_exact, *float_qkv), OFF_FP8)
+    return available[best or "triton fp8"]
 
 
-def _build(cudnn: CudnnAttention, trial: Trial, config: ModelConfig) -> None:
+def _build(cudnn: CudnnAttention, candidate: Candidate, config: ModelConfig) -> None:
     try:
-        with cudnn.noting():
+        with cudnn.record_calls():
             for size in sizes(config):
-                trial.run(*size)
+                candidate.run(*size)
     except RuntimeError as error:
         log.info("attention in FP8: cuDNN: %s", error)  # it fails once more when it is tried
 
@@ -159,43 +159,37 @@ def in_fp8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return small[0], small[1], small[2], scales
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, queries: int, keys: int) -> Tensor:
+def _exact(q: Tensor, k: Tensor, v: Tensor, q_len: int, kv_len: int) -> Tensor:
     """The first head, float32 [L, d]."""
-    head = [x[:, :1, :rows].float() for x, rows in ((q, queries), (k, keys), (v, keys))]
+    head = [x[:, :1, :rows].float() for x, rows in ((q, q_len), (k, kv_len), (v, kv_len))]
     return _sdpa(head[0], head[1], head[2], SDPBackend.MATH)[0, 0]
 
 
-def _fastest(
-    what: str, trials: Mapping[str, Trial], config: ModelConfig, exact: Callable[[int, int], Tensor], most: float
+def _select_fastest(
+    label: str,
+    candidates: Mapping[str, Candidate],
+    config: ModelConfig,
+    exact: Callable[[int, int], Tensor],
+    tolerance: float,
 ) -> str | None:
     """The name of the fastest at the first of `sizes` that is right at all of them; None if none is. The log says what
-    each took. Of a result `most` may be off."""
+    each took. `tolerance`: what a result may be off."""
     seconds: dict[str, float] = {}
-    for name, trial in trials.items():
+    for name, candidate in candidates.items():
         try:
-            off = {size: relative_error(trial.head(trial.run(*size)), exact(*size)) for size in sizes(config)}
-            size, worst = max(off.items(), key=lambda one: one[1])
-            if worst < most:
-                seconds[name] = _median(functools.partial(trial.run, *sizes(config)[0]))
+            errors = {
+                size: relative_error(candidate.head(candidate.run(*size)), exact(*size)) for size in sizes(config)
+            }
+            size, max_error = max(errors.items(), key=lambda one: one[1])
+            if max_error < tolerance:
+                seconds[name] = median_seconds(functools.partial(candidate.run, *sizes(config)[0]), "cuda", RUNS)
             else:
-                log.warning("%s: %s is wrong: %.3g off with %d queries and %d keys", what, name, worst, *size)
+                log.warning("%s: %s is wrong: %.3g off with %d queries and %d keys", label, name, max_error, *size)
         except Exception as error:  # PyTorch, Triton and cuDNN each have their own way to say that they have no kernel
-            log.debug("%s: %s: %s: %s", what, name, type(error).__name__, error)
+            log.debug("%s: %s: %s: %s", label, name, type(error).__name__, error)
     if not seconds:
-        log.info("%s: none of %s runs here", what, ", ".join(trials))
+        log.info("%s: none of %s runs here", label, ", ".join(candidates))
         return None
     best = min(seconds, key=lambda name: seconds[name])
-    log.info("%s: %s (%s)", what, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
+    log.info("%s: %s (%s)", label, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
     return best
-
-
-def _median(call: Callable[[], object]) -> float:
-    times: list[float] = []
-    for _ in range(RUNS + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[1:])  # the first one compiles

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from longlive_serve.backends.fused.cudnn_graphs import Blueprint, NoPlanError, build_first, kernels
+from longlive_serve.backends.fused.cudnn_graphs import GraphSpec, NoPlanError, build_first, kernels
 from longlive_serve.backends.fused.cudnn_plan_cache import PlanCache
 from longlive_serve.backends.start_up import COMPILE, phase
 
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
-    blueprint: Blueprint
+    spec: GraphSpec
     kernel: str
-    """Its name. Where it does not exist or does not build, another is taken, in cuDNN's own order, unless `alone`."""
-    alone: bool = False
+    """Its name. Where it does not exist or does not build, another is taken, in cuDNN's own order, unless `exact`."""
+    exact: bool = False
 
 
-class Built(NamedTuple):
+class SerializedPlan(NamedTuple):
     kernel: str
     plan: bytes
     """As the frontend serializes it."""
@@ -52,23 +52,23 @@ class Builds:
         """Of an entry of the cache for this device and these versions."""
         return "\n".join((self._versions, self._properties, *map(str, parts)))
 
-    def __call__(self, tasks: Sequence[Task]) -> list[Built | NoPlanError]:
+    def __call__(self, tasks: Sequence[Task]) -> list[SerializedPlan | NoPlanError]:
         """A plan for each, or why there is none."""
-        found = [self._kept(task) for task in tasks]
-        missing = [task for task, there in zip(tasks, found, strict=True) if there is None]
+        found = [self._get_cached(task) for task in tasks]
+        missing = [task for task, cached in zip(tasks, found, strict=True) if cached is None]
         made = iter(self._build(missing))
-        return [next(made) if there is None else there for there in found]
+        return [next(made) if cached is None else cached for cached in found]
 
-    def _kept(self, task: Task) -> Built | None:
-        kept = self._cache.get(self.key(*task))
-        if kept is None:
+    def _get_cached(self, task: Task) -> SerializedPlan | None:
+        cached = self._cache.get(self.key(*task))
+        if cached is None:
             return None
-        kernel, _, plan = kept.partition(b"\0")
-        return Built(kernel.decode(), plan)
+        kernel, _, plan = cached.partition(b"\0")
+        return SerializedPlan(kernel.decode(), plan)
 
     @phase(COMPILE)
-    def _build(self, tasks: Sequence[Task]) -> list[Built | NoPlanError]:
-        made: list[Built | NoPlanError] = []
+    def _build(self, tasks: Sequence[Task]) -> list[SerializedPlan | NoPlanError]:
+        made: list[SerializedPlan | NoPlanError] = []
         if (processes := min(self._processes, len(tasks))) > 1:
             try:
                 with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -78,20 +78,20 @@ class Builds:
                 made.clear()
         made = made or [build(self._properties, task) for task in tasks]
         for task, one in zip(tasks, made, strict=True):
-            if isinstance(one, Built):
+            if isinstance(one, SerializedPlan):
                 self._cache.put(self.key(*task), b"\0".join((one.kernel.encode(), one.plan)))
         return made
 
 
-def build(properties: str, task: Task) -> Built | NoPlanError:
+def build(properties: str, task: Task) -> SerializedPlan | NoPlanError:
     """In any process: errors are returned."""
     import cudnn
 
     number = task.kernel.rpartition("=")[2]
     try:
-        graph = task.blueprint.graph(cudnn, device_property=cudnn.create_device_properties(properties))
+        graph = task.spec.graph(cudnn, device_property=cudnn.create_device_properties(properties))
         found = kernels(cudnn, graph, [int(number)] if number.isdigit() else [])
-        kernel = build_first(graph, found, task.kernel, task.alone)
+        kernel = build_first(graph, found, task.kernel, task.exact)
     except NoPlanError as error:
         return error
-    return Built(kernel, bytes(graph.serialize()))
+    return SerializedPlan(kernel, bytes(graph.serialize()))

@@ -28,13 +28,13 @@ class Part(enum.IntEnum):
     OUT = 6
 
 
-def convolution_graph(cudnn: Any, tensors: Tensors, **where: Any) -> Any:
+def convolution_graph(cudnn: Any, tensors: Tensors, **kwargs: Any) -> Any:
     """OUT = (X * WEIGHT) SCALE + BIAS, and + ADDED where there is one: * is the convolution over T + 2 frames.
 
     X [1, C, T + 2, H, W], WEIGHT [C', C, 3, 3, 3], SCALE and BIAS [1, C', 1, 1, 1], ADDED and OUT [1, C', T, H, W].
     """
-    graph = fp8_graph(cudnn, **where)
-    given = {
+    graph = fp8_graph(cudnn, **kwargs)
+    inputs = {
         part: graph.tensor(
             uid=part.value,
             dim=list(tensors[part].shape),
@@ -47,12 +47,12 @@ def convolution_graph(cudnn: Any, tensors: Tensors, **where: Any) -> Any:
     }
     ones = [1, 1, 1]
     y = graph.conv_fprop(
-        image=given[Part.X], weight=given[Part.WEIGHT], padding=[0, 1, 1], stride=ones, dilation=ones, name="products"
+        image=inputs[Part.X], weight=inputs[Part.WEIGHT], padding=[0, 1, 1], stride=ones, dilation=ones, name="products"
     )
-    y = graph.mul(a=y, b=given[Part.SCALE], name="scaled")
-    y = graph.add(a=y, b=given[Part.BIAS], name="with bias")
-    if Part.ADDED in given:
-        y = graph.add(a=y, b=given[Part.ADDED], name="sum")
+    y = graph.mul(a=y, b=inputs[Part.SCALE], name="scaled")
+    y = graph.add(a=y, b=inputs[Part.BIAS], name="with bias")
+    if Part.ADDED in inputs:
+        y = graph.add(a=y, b=inputs[Part.ADDED], name="sum")
     out = tensors[Part.OUT]
     y.set_uid(Part.OUT.value).set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
     y.set_data_type(data_type(cudnn, out))
@@ -65,7 +65,7 @@ class CudnnConvolution:
     def __init__(self) -> None:
         """Raises ImportError without the package."""
         self._cudnn = Cudnn()
-        self.noting = self._cudnn.noting
+        self.record_calls = self._cudnn.record_calls
 
     def __call__(self, x: Tensor, weights: FP8Weights, dtype: torch.dtype, added: Tensor | None) -> Tensor:
         """x [1, C, T + 2, H, W] -> [1, C', T, H, W] in `dtype`, plus what is to be added; all of it channels last."""
@@ -76,6 +76,6 @@ class CudnnConvolution:
         if added is not None:
             tensors[Part.ADDED] = added
         outputs, inputs = weights.weight.shape[:2]
-        family = f"convolution from {inputs} to {outputs} channels"
-        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, Part.OUT, family)
+        group = f"convolution from {inputs} to {outputs} channels"
+        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, Part.OUT, group)
         return out

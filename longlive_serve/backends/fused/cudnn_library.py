@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longlive_serve.backends.device_timer import DeviceTimer
-from longlive_serve.backends.fused.cudnn_builds import Builds, Built, Task
-from longlive_serve.backends.fused.cudnn_graphs import Blueprint, Make, NoPlanError, Tensors, build_first, kernels
+from longlive_serve.backends.device_timer import median_seconds
+from longlive_serve.backends.fused.cudnn_builds import Builds, SerializedPlan, Task
+from longlive_serve.backends.fused.cudnn_graphs import GraphSpec, Make, NoPlanError, Tensors, build_first, kernels
 from longlive_serve.backends.fused.cudnn_plan_cache import PlanCache, cache_folder
 
 log = logging.getLogger(__name__)
 
 RUNS = 5
-AGREE = 0.05
+TOLERANCE = 0.05
 """Of two kernels' results: the norm of the difference as a share of the norm. Many are off by FP8's own rounding."""
 
 
@@ -36,19 +36,19 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Wanted:
+class PlanRequest:
     """A call whose plan is to be made."""
 
-    blueprint: Blueprint
+    spec: GraphSpec
     tensors: Tensors | None
     """None: it is not measured with them."""
     result: int
-    family: str
+    group: str
 
 
 class Cudnn:
     """Runs graphs on this thread's current stream. Plans are made for each size of the tensors as they come, one after
-    another, or many at a time for `noting`: run a size once before a CUDA graph is captured."""
+    another, or many at a time for `record_calls`: run a size once before a CUDA graph is captured."""
 
     def __init__(self) -> None:
         """Raises ImportError without the package."""
@@ -58,42 +58,42 @@ class Cudnn:
         device = torch.cuda.current_device() if torch.cuda.is_available() else 0
         self._cache = PlanCache(cache_folder() / "cudnn")
         self._builds = Builds(cudnn.create_device_properties(device).serialize(), self._cache)
-        self._readable = True
+        self._can_load_plans = True
         """Plans that were built elsewhere can be loaded."""
-        self._plans: dict[Blueprint, Plan] = {}
-        self._fastest: dict[str, str] = {}
+        self._plans: dict[GraphSpec, Plan] = {}
+        self._best_kernels: dict[str, str] = {}
         """Names of kernels by family."""
-        self._noted: dict[Blueprint, Wanted] | None = None
+        self._recorded: dict[GraphSpec, PlanRequest] | None = None
 
-    def __call__(self, make: Make, tensors: Tensors, result: int, family: str) -> None:
-        """`result`: the number of the tensor that is written. `family`: sizes that share the kernel that is the
+    def __call__(self, make: Make, tensors: Tensors, result: int, group: str) -> None:
+        """`result`: the number of the tensor that is written. `group`: sizes that share the kernel that is the
         fastest for the first of them.
 
         Raises NoPlanError.
         """
-        blueprint = Blueprint.of(make, tensors)
-        if self._noted is not None:
-            first = all(other.family != family for other in self._noted.values())
-            self._noted.setdefault(blueprint, Wanted(blueprint, tensors if first else None, result, family))
+        spec = GraphSpec.of(make, tensors)
+        if self._recorded is not None:
+            first = all(other.group != group for other in self._recorded.values())
+            self._recorded.setdefault(spec, PlanRequest(spec, tensors if first else None, result, group))
             tensors[result].copy_(torch.randn(tensors[result].shape, device=tensors[result].device))
             return
-        if blueprint not in self._plans:
-            self._prepare([Wanted(blueprint, tensors, result, family)])
-        self._execute(self._plans[blueprint], tensors)
+        if spec not in self._plans:
+            self._prepare([PlanRequest(spec, tensors, result, group)])
+        self._execute(self._plans[spec], tensors)
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
+    def record_calls(self) -> Iterator[None]:
         """Calls within give random numbers; the plans that they need are made at the end, many at a time.
 
         Raises NoPlanError.
         """
-        noted: dict[Blueprint, Wanted] = {}
-        self._noted = noted
+        recorded: dict[GraphSpec, PlanRequest] = {}
+        self._recorded = recorded
         try:
             yield
         finally:
-            self._noted = None
-        self._prepare(list(noted.values()))
+            self._recorded = None
+        self._prepare(list(recorded.values()))
 
     def _execute(self, plan: Plan, tensors: Tensors) -> None:
         graph, number = plan
@@ -106,93 +106,85 @@ class Cudnn:
         else:
             graph.execute_plan_at_index(pointers, workspace.data_ptr(), number, handle=self._handle)
 
-    def _prepare(self, wanted: Sequence[Wanted]) -> None:
+    def _prepare(self, requests: Sequence[PlanRequest]) -> None:
         """Plans for all of them, by the fastest kernel of each family."""
-        firsts: dict[str, Wanted] = {}
-        for one in wanted:
-            if one.family not in self._fastest:
-                firsts.setdefault(one.family, one)
-        self._choose(firsts)
-        tasks = [Task(one.blueprint, self._fastest[one.family]) for one in wanted if one.blueprint not in self._plans]
+        first_requests: dict[str, PlanRequest] = {}
+        for one in requests:
+            if one.group not in self._best_kernels:
+                first_requests.setdefault(one.group, one)
+        self._choose(first_requests)
+        tasks = [Task(one.spec, self._best_kernels[one.group]) for one in requests if one.spec not in self._plans]
         for task, plan in zip(tasks, self._made(tasks), strict=True):
             if isinstance(plan, NoPlanError):
                 raise plan
-            self._plans[task.blueprint] = plan
+            self._plans[task.spec] = plan
 
-    def _choose(self, firsts: Mapping[str, Wanted]) -> None:
+    def _choose(self, first_requests: Mapping[str, PlanRequest]) -> None:
         """Measure the kernels of some families, each at one size."""
         tasks = []
-        for family, one in firsts.items():
-            if kept := self._cache.get(self._key(one)):
-                self._fastest[family] = kept.decode()
+        for group, one in first_requests.items():
+            if cached := self._cache.get(self._key(one)):
+                self._best_kernels[group] = cached.decode()
             else:
-                found = kernels(self._frontend, one.blueprint.graph(self._frontend, handle=self._handle))
-                tasks += [(one, Task(one.blueprint, name, alone=True)) for name in found]
+                found = kernels(self._frontend, one.spec.graph(self._frontend, handle=self._handle))
+                tasks += [(one, Task(one.spec, name, exact=True)) for name in found]
         made = self._made([task for _, task in tasks])
-        plans: dict[Wanted, dict[str, Plan]] = {one: {} for one, _ in tasks}
+        plans: dict[PlanRequest, dict[str, Plan]] = {one: {} for one, _ in tasks}
         for (one, task), plan in zip(tasks, made, strict=True):
             if isinstance(plan, Plan):
                 plans[one][task.kernel] = plan
-        for one, built in plans.items():
-            self._fastest[one.family] = self._measure(one, built)
-            self._cache.put(self._key(one), self._fastest[one.family].encode())
+        for one, candidates in plans.items():
+            self._best_kernels[one.group] = self._benchmark(one, candidates)
+            self._cache.put(self._key(one), self._best_kernels[one.group].encode())
 
-    def _key(self, one: Wanted) -> str:
+    def _key(self, one: PlanRequest) -> str:
         """Of the fastest kernel of a family."""
-        return self._builds.key("fastest", one.family, one.blueprint)
+        return self._builds.key("fastest", one.group, one.spec)
 
     def _made(self, tasks: Sequence[Task]) -> list[Plan | NoPlanError]:
-        if self._readable:
+        if self._can_load_plans:
             try:
                 return [one if isinstance(one, NoPlanError) else self._load(one) for one in self._builds(tasks)]
             except (RuntimeError, self._frontend.cudnnGraphNotSupportedError) as error:
                 log.warning("cuDNN: plans cannot be loaded here (%s): building them one after another", error)
-                self._readable = False
+                self._can_load_plans = False
         return [self._build(task) for task in tasks]
 
-    def _load(self, built: Built) -> Plan:
+    def _load(self, serialized: SerializedPlan) -> Plan:
         graph = self._frontend.pygraph(handle=self._handle)
-        graph.deserialize(self._handle, list(built.plan))
+        graph.deserialize(self._handle, list(serialized.plan))
         return Plan(graph, None)
 
     def _build(self, task: Task) -> Plan | NoPlanError:
         try:
-            graph = task.blueprint.graph(self._frontend, handle=self._handle)
+            graph = task.spec.graph(self._frontend, handle=self._handle)
             found = kernels(self._frontend, graph)
-            return Plan(graph, found[build_first(graph, found, task.kernel, task.alone)])
+            return Plan(graph, found[build_first(graph, found, task.kernel, task.exact)])
         except NoPlanError as error:
             return error
 
-    def _measure(self, one: Wanted, plans: Mapping[str, Plan]) -> str:
+    def _benchmark(self, one: PlanRequest, plans: Mapping[str, Plan]) -> str:
         """The name of the fastest kernel that agrees with the first one; of that one where none runs."""
         if one.tensors is None or not plans:
-            raise NoPlanError(f"cuDNN has plans for {one.family} and can build none of them")
+            raise NoPlanError(f"cuDNN has plans for {one.group} and can build none of them")
         result, first, seconds, expected = one.tensors[one.result], next(iter(plans)), dict[str, float](), None
         for name, plan in plans.items():
             with contextlib.suppress(RuntimeError):  # it is one of many
-                taken = self._seconds(plan, one.tensors)
+                run = functools.partial(self._execute, plan, one.tensors)
+                taken = median_seconds(run, result.device.type, RUNS)
                 expected = result.float() if expected is None else expected
-                if (apart := relative_error(result.float(), expected)) < AGREE:
+                if (error := relative_error(result.float(), expected)) < TOLERANCE:
                     seconds[name] = taken
                 else:
-                    log.warning("cuDNN, %s: %s is wrong: %.3g off %s", one.family, name, apart, first)
+                    log.warning("cuDNN, %s: %s is wrong: %.3g off %s", one.group, name, error, first)
         best = min(seconds, key=lambda name: seconds[name], default=first)
-        told = [name for name in dict.fromkeys((best, first)) if name in seconds]
-        times = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in told)
-        log.info("cuDNN, %s: %s of %d kernels (%s)", one.family, best, len(seconds), times)
+        shown = [name for name in dict.fromkeys((best, first)) if name in seconds]
+        times = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in shown)
+        log.info("cuDNN, %s: %s of %d kernels (%s)", one.group, best, len(seconds), times)
         return best
-
-    def _seconds(self, plan: Plan, tensors: Tensors) -> float:
-        """The median of some runs after one that loads the kernel."""
-        timer, events = DeviceTimer(next(iter(tensors.values())).device.type), []
-        for _ in range(RUNS + 1):
-            begin = timer.record()
-            self._execute(plan, tensors)
-            events.append((begin, timer.record()))
-        return statistics.median([timer.seconds(*pair) for pair in events][1:])
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The norm of the difference as a share of the norm; infinite where a number is none."""
-    apart = ((got - expected).norm() / expected.norm()).item()
-    return apart if math.isfinite(apart) else math.inf
+    error = ((got - expected).norm() / expected.norm()).item()
+    return error if math.isfinite(error) else math.inf

@@ -30,12 +30,12 @@ class PlanCache:
     def get(self, key: str) -> bytes | None:
         path = self._path(key)
         try:
-            stored = path.read_bytes()
+            data = path.read_bytes()
         except OSError:
             return None
         size = hashlib.sha256().digest_size
-        if stored[:size] == _digest(key, stored[size:]):
-            return stored[size:]
+        if data[:size] == _digest(key, data[size:]):
+            return data[size:]
         log.warning("cache: %s is damaged: building anew", path)
         return None
 

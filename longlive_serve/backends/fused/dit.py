@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longlive_serve.backends.base import PromptKV
-from longlive_serve.backends.fused.attention_autotune import fastest_attention, fastest_fp8_attention
+from longlive_serve.backends.fused.attention_autotune import select_attention, select_fp8_attention
 from longlive_serve.backends.fused.cuda_graph_runner import CudaGraphs, Function
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.kernels.tiles import check_kernels
@@ -56,26 +56,26 @@ class FusedDiT:
         """Takes the model's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
         device, self.dtype = model.patch_embedding.weight.device, model.patch_embedding.weight.dtype
         self.relative, self.fp8 = variant == "infinity", fp8
-        self.attend = fastest_attention(config, device, self.dtype)
-        self.attend_fp8 = fastest_fp8_attention(config, device) if fp8_attention else None
+        self.attention_fn = select_attention(config, device, self.dtype)
+        self.fp8_attention_fn = select_fp8_attention(config, device) if fp8_attention else None
         self.cache_dtype = torch.float8_e4m3fn if fp8_attention else self.dtype
         self.cache = KVCache(config, slots, device, self.cache_dtype)
         grid = config.latent_height // PATCH, config.latent_width // PATCH
         self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
         self._calls: dict[Hashable, Call] = {}
         """One of each size that has come before `prepare`; kept until all slots are prepared."""
-        self._warming_up = True
-        self._take(model)
+        self._in_warmup = True
+        self._take_weights(model)
 
     def with_model(self, model: CausalDiT) -> FusedDiT:
         """As `Exchangeable.with_model`. Takes the model's weights."""
         other = copy.copy(self)
-        other._calls, other._warming_up = {}, False
-        other._take(model)
+        other._calls, other._in_warmup = {}, False
+        other._take_weights(model)
         return other
 
     @torch.no_grad()
-    def _take(self, model: CausalDiT) -> None:
+    def _take_weights(self, model: CausalDiT) -> None:
         device = model.patch_embedding.weight.device
         check_kernels(device)
         check(model, self.fp8, device, self.dtype)
@@ -84,12 +84,12 @@ class FusedDiT:
         self.modulations = [modulation(model, level) for level in levels]
         """Of the denoising steps, and that of a KV-cache update last."""
         attention = None
-        if self.attend_fp8 is not None:
+        if self.fp8_attention_fn is not None:
             scales = attention_scales(model, self.modulations)
             rows = self.cache.keys.shape[-2]  # a recache of the whole window
             out_scales = scales[:, 2].view(-1, 1, 1).repeat(1, rows, 1)
-            attention = FP8Attention(attend=self.attend_fp8, scales=scales, out_scales=out_scales)
-        self.model = FusedCausalDiT(model, self.fp8, self.attend, attention)
+            attention = FP8Attention(attention_fn=self.fp8_attention_fn, scales=scales, out_scales=out_scales)
+        self.model = FusedCausalDiT(model, self.fp8, self.attention_fn, attention)
         self.graphs = CudaGraphs(device)
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
@@ -106,7 +106,7 @@ class FusedDiT:
 
     def prepare(self, slots: int | None = None) -> None:
         """Capture graphs of what any slot has run: a session in a fresh slot then waits for none."""
-        self._warming_up = False
+        self._in_warmup = False
         for call in self._calls.values():
             for slot in range(self.cache.keys.shape[1] if slots is None else slots):
                 self.graphs.prepare(*self._graph(call, slot))
@@ -116,7 +116,7 @@ class FusedDiT:
     def _run(self, latents: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor | None:
         call = Call(latents=latents, step=step, prompt_kv=prompt_kv, plan=plan)
         graph = self._graph(call, slot)
-        if self._warming_up:
+        if self._in_warmup:
             self._calls.setdefault(graph[0], call)
         return self.graphs(*graph)
 

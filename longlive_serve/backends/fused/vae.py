@@ -52,7 +52,7 @@ class FusedVAEDecoder:
         convolution = _fp8_convolution() if fp8 else None
         self.model = FusedTiny(model) if isinstance(model, TinyDecoder) else FusedVAE(model, convolution)
         self.graphs = CudaGraphs(self.device)
-        self._working = self._new_cache()
+        self._static_cache = self._new_cache()
         self._owner: weakref.ref[StreamCache] | None = None
         if convolution is not None:
             self._choose_kernels(convolution)
@@ -60,48 +60,48 @@ class FusedVAEDecoder:
     def initial_cache(self) -> list[Tensor]:
         return StreamCache(self._new_cache())
 
-    def decode(self, latents: Tensor, cache: list[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, latents: Tensor, cache: list[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
         assert isinstance(cache, StreamCache)
-        self._bring(cache)
+        self._swap_in(cache)
         latents = latents.to(self.dtype)
-        parts = [latents[:, :1], latents[:, 1:]] if opening else [latents]
-        frames = [self._decode(part, opening and number == 0) for number, part in enumerate(parts) if part.shape[1]]
+        parts = [latents[:, :1], latents[:, 1:]] if is_first else [latents]
+        frames = [self._decode(part, is_first and number == 0) for number, part in enumerate(parts) if part.shape[1]]
         return torch.cat(frames, 1)[0], cache
 
-    def _decode(self, latents: Tensor, opening: bool) -> Tensor:
+    def _decode(self, latents: Tensor, is_first: bool) -> Tensor:
         def run(inputs: Sequence[Tensor]) -> Tensor:
             tf32 = torch.backends.cudnn.allow_tf32
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=PLANS, allow_tf32=tf32):
-                return to_uint8(self.model.decode(inputs[0], self._working, opening))
+                return to_uint8(self.model.decode(inputs[0], self._static_cache, is_first))
 
-        frames = self.graphs((opening, latents.shape), None, run, [latents])
+        frames = self.graphs((is_first, latents.shape), None, run, [latents])
         assert frames is not None
         return frames
 
     @phase(CHOOSE)
     def _choose_kernels(self, convolution: CudnnConvolution) -> None:
-        """For all sizes that are served. Those of the first size are kept for others: a whole chunk, and no opening."""
+        """For all sizes that are served. The first size, a whole chunk but not the first, decides for the others."""
         config, draw = self.config, torch.Generator(self.device).manual_seed(0)
         size = (1, config.window.chunk, config.vae.z_dim, config.latent_height, config.latent_width)
         latents = torch.randn(size, generator=draw, device=self.device, dtype=self.dtype)
         chunk = config.window.chunk
         try:
-            with convolution.noting():
-                for frames, opening in ((chunk, False), (1, True), (chunk - 1, False), (1, False)):
+            with convolution.record_calls():
+                for frames, is_first in ((chunk, False), (1, True), (chunk - 1, False), (1, False)):
                     if frames:
-                        self.model.decode(latents[:, :frames], self._working, opening)
+                        self.model.decode(latents[:, :frames], self._static_cache, is_first)
         except NoPlanError as error:
             raise ValueError(f"fp8_decoder: got true on {self.device}: {error}") from None
-        self._working = self._new_cache()
+        self._static_cache = self._new_cache()
 
-    def _bring(self, cache: StreamCache) -> None:
+    def _swap_in(self, cache: StreamCache) -> None:
         """Make `cache` the one that is worked on."""
         owner = None if self._owner is None else self._owner()
         if owner is cache:
             return
         if owner is not None:
-            _copy(self._working, owner)
-        _copy(cache, self._working)
+            _copy(self._static_cache, owner)
+        _copy(cache, self._static_cache)
         self._owner = weakref.ref(cache)
 
     def _new_cache(self) -> list[Tensor]:

@@ -57,7 +57,7 @@ class CacheRows:
 class FP8Attention:
     """Self-attention of FP8 (E4M3) queries, keys and values."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    attention_fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """q [H, L, d], k and v [H, T, d], scales [3] -> FP8 [L, H * d] with the scale of v, over all keys."""
     scales: Tensor
     """Of the queries, keys and values of each layer: float32 [layers, 3]."""
@@ -128,7 +128,7 @@ class FusedCausalDiT:
         self,
         model: CausalDiT,
         fp8: bool,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        attention_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
         fp8_attention: FP8Attention | None = None,
     ) -> None:
         """fp8: the products of the blocks are FP8 (the prompt's keys and values, made once per prompt, are not).
@@ -137,7 +137,7 @@ class FusedCausalDiT:
         cache instead of it, with `fp8` alone.
         """
         assert fp8 or fp8_attention is None, "FP8 attention is followed by an FP8 product"
-        self.model, self.attend, self.fp8_attention = model, attend, fp8_attention
+        self.model, self.attention_fn, self.fp8_attention = model, attention_fn, fp8_attention
         self.config, self.eps = model.config, model.config.eps
         self.blocks = [FusedBlock(block, FP8Gemm if fp8 else Gemm) for block in model.blocks]
 
@@ -208,16 +208,16 @@ class FusedCausalDiT:
             rotate_keys(plain, *cache.key_angles, keys)
         if self.fp8_attention is not None:
             scales = self.fp8_attention.scales[layer]
-            small = self.fp8_attention.attend(q, keys, values, scales)
+            small = self.fp8_attention.attention_fn(q, keys, values, scales)
             return block.o(QuantizedRows(small, self.fp8_attention.out_scales[layer, : len(small)]))
-        return _project(block.o, self.attend(q[None], keys[None], values[None])[0].transpose(0, 1).flatten(1))
+        return _project(block.o, self.attention_fn(q[None], keys[None], values[None])[0].transpose(0, 1).flatten(1))
 
     def _attend_to_prompt(self, block: FusedBlock, layer: int, y: Tensor | QuantizedRows, prompt: PromptRows) -> Tensor:
         keys, values = prompt.keys[layer], prompt.values[layer]
         q = rms_norm(block.cross_q(y), block.cross.norm_q.weight, eps=self.eps)
         q = q.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)
         if prompt.bias is None:
-            out = self.attend(q[None], keys, values)[0].transpose(0, 1).flatten(1)
+            out = self.attention_fn(q[None], keys, values)[0].transpose(0, 1).flatten(1)
         else:
             out = attention_with_bias(q, keys[0], values[0], key_bias=prompt.bias)
         return _project(block.cross_o, out)

@@ -145,8 +145,8 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(channels, 2 * channels, kernel=1) if doubles_time else None
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels // 2, 3, padding=1))
 
-    def forward(self, x: Tensor, cache: FeatureCache, opening: bool) -> Tensor:
-        if self.time_conv is not None and opening:
+    def forward(self, x: Tensor, cache: FeatureCache, is_first: bool) -> Tensor:
+        if self.time_conv is not None and is_first:
             cache.skip()  # the first latent gives one frame, and stays out of this conv's history
         elif self.time_conv is not None:
             earlier, later = self.time_conv(x, cache).chunk(2, dim=1)
@@ -177,16 +177,16 @@ class Decoder(nn.Module):
         self.upsamples = nn.Sequential(*upsamples)
         self.head = nn.Sequential(RMSNorm(base), nn.SiLU(), CausalConv3d(base, 3))
 
-    def forward(self, x: Tensor, cache: FeatureCache, opening: bool) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache, is_first: bool) -> Tensor:
         x = _run(self.middle, self.conv1(x, cache), cache)
-        x = _run(self.upsamples, x, cache, opening)
+        x = _run(self.upsamples, x, cache, is_first)
         return _run(self.head, x, cache)
 
 
 class VAEDecoder(nn.Module):
     """Streaming decoder: any split of a video's latents into calls gives the same frames, bit for bit.
 
-    The caller owns the cache. A video starts with `initial_cache` and `opening=True`; each call returns the cache for
+    The caller owns the cache. A video starts with `initial_cache` and `is_first=True`; each call returns the cache for
     the next one. Neither the list passed in nor its tensors are changed, but the new list may share tensors with it.
     """
 
@@ -219,32 +219,32 @@ class VAEDecoder(nn.Module):
                 scale *= 2
         return cache
 
-    def forward(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
-        """Decode latents [B, F, 16, h, w]; `opening`: the first of them is the first of the video.
+    def forward(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
+        """Decode latents [B, F, 16, h, w]; `is_first`: the first of them is the first of the video.
 
         Returns frames [B, T, 3, 8h, 8w], not clamped, in the model's dtype, and the new cache. T is 4F, or 4F - 3
-        when opening.
+        in the first call.
         """
         frames = []
         for index, latent in enumerate(latents.unbind(1)):
-            part, cache = self.decode_latent(latent, cache, opening and index == 0)
+            part, cache = self.decode_latent(latent, cache, is_first and index == 0)
             frames.append(part)
         return torch.cat(frames, dim=1), list(cache)
 
-    def decode_latent(self, latent: Tensor, cache: Sequence[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
+    def decode_latent(self, latent: Tensor, cache: Sequence[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
         """Decode one latent frame [B, 16, h, w]: frames [B, 4, 3, 8h, 8w] (1 instead of 4 when opening), new cache."""
         mean, std = self.mean.to(latent.dtype), self.std.to(latent.dtype)
         x = latent / (1.0 / std) + mean  # the reference's own order of rounding
         features = FeatureCache(cache)
-        frames = self.decoder(self.conv2(x.unsqueeze(2)), features, opening)
+        frames = self.decoder(self.conv2(x.unsqueeze(2)), features, is_first)
         assert len(features.new) == len(cache), f"cache of {len(cache)} tensors for {len(features.new)} convs"
         return frames.transpose(1, 2), features.new
 
 
-def _run(layers: nn.Sequential, x: Tensor, cache: FeatureCache, opening: bool = False) -> Tensor:
+def _run(layers: nn.Sequential, x: Tensor, cache: FeatureCache, is_first: bool = False) -> Tensor:
     for layer in layers:
         if isinstance(layer, Upsample):
-            x = layer(x, cache, opening)
+            x = layer(x, cache, is_first)
         elif isinstance(layer, CausalConv3d | ResidualBlock):
             x = layer(x, cache)
         else:

@@ -150,12 +150,12 @@ class FusedVAE:
         dtypes = [torch.float8_e4m3fn if conv in self._fp8 else dtype for conv in convs]
         return [x.to(of).contiguous(memory_format=LAST) for x, of in zip(tensors, dtypes, strict=True)]
 
-    def decode(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> Tensor:
+    def decode(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> Tensor:
         """Latents [1, F, 16, h, w] -> frames [1, T, 3, 8h, 8w], as `VAEDecoder.forward` gives them.
 
-        The cache, in channels-last memory, becomes that for the next call. With `opening` F is 1.
+        The cache, in channels-last memory, becomes that for the next call. With `is_first` F is 1.
         """
-        assert not opening or latents.shape[1] == 1
+        assert not is_first or latents.shape[1] == 1
         mean, std = self.model.mean.to(latents.dtype), self.model.std.to(latents.dtype)
         x = latents / (1.0 / std) + mean
         x = self.model.conv2(x.transpose(1, 2).contiguous(memory_format=LAST))
@@ -165,7 +165,7 @@ class FusedVAE:
             if isinstance(layer, ResidualBlock):
                 stream = self._residual(layer, stream, histories)
             elif isinstance(layer, Upsample):
-                stream = Sum(self._upsample(layer, stream.whole(), histories, opening))
+                stream = Sum(self._upsample(layer, stream.whole(), histories, is_first))
             else:
                 assert isinstance(layer, AttentionBlock)
                 stream = Sum(layer(stream.whole()).contiguous(memory_format=LAST))
@@ -178,8 +178,8 @@ class FusedVAE:
         shortcut = block.shortcut(x.whole()).contiguous(memory_format=LAST)
         return self._convolve(second, y, second_norm, histories, added=shortcut)
 
-    def _upsample(self, layer: Upsample, x: Tensor, histories: Iterator[Tensor], opening: bool) -> Tensor:
-        if layer.time_conv is not None and opening:
+    def _upsample(self, layer: Upsample, x: Tensor, histories: Iterator[Tensor], is_first: bool) -> Tensor:
+        if layer.time_conv is not None and is_first:
             next(histories)  # as `Upsample` does
         elif layer.time_conv is not None:
             both = self._convolve(layer.time_conv, Sum(x), None, histories).whole()

@@ -29,12 +29,12 @@ class FusedTiny:
         tensors = self.model.initial_cache(1, height, width, device, dtype)
         return [tensor.contiguous(memory_format=LAST) for tensor in tensors]
 
-    def decode(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> Tensor:
+    def decode(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> Tensor:
         """Latents [1, F, 16, h, w] -> frames [1, T, 3, 8h, 8w], as `TinyDecoder.forward` gives them.
 
-        The cache becomes that for the next call. With `opening` F is 1.
+        The cache becomes that for the next call. With `is_first` F is 1.
         """
-        assert not opening or latents.shape[1] == 1
+        assert not is_first or latents.shape[1] == 1
         x, histories = latents[0].contiguous(memory_format=LAST), iter(cache)  # [T, C, H, W] from here on
         for layer in self.model.decoder:
             if isinstance(layer, MemoryBlock):
@@ -44,7 +44,7 @@ class FusedTiny:
             else:
                 x = layer(x)
         frames = x * 2 - 1  # TAEHV's are 0 to 1
-        return frames[None, FRAMES_PER_LATENT - 1 :] if opening else frames[None]
+        return frames[None, FRAMES_PER_LATENT - 1 :] if is_first else frames[None]
 
 
 def _with_the_frame_before(block: MemoryBlock, x: Tensor, past: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Grow(nn.Module):
 class TinyDecoder(nn.Module):
     """Streaming decoder: any split of a video's latents into calls gives the same frames, bit for bit.
 
-    The caller owns the cache. A video starts with `initial_cache` and `opening=True`; each call returns the cache for
+    The caller owns the cache. A video starts with `initial_cache` and `is_first=True`; each call returns the cache for
     the next one. Neither the list passed in nor its tensors are changed.
     """
 
@@ -95,17 +95,17 @@ class TinyDecoder(nn.Module):
                 scale *= 2
         return cache
 
-    def forward(self, latents: Tensor, cache: Sequence[Tensor], opening: bool) -> tuple[Tensor, list[Tensor]]:
-        """Decode latents [B, F, 16, h, w] as the DiT makes them; `opening`: the first of them is the video's first.
+    def forward(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
+        """Decode latents [B, F, 16, h, w] as the DiT makes them; `is_first`: the first of them is the video's first.
 
         Returns frames [B, T, 3, 8h, 8w], -1 to 1 and somewhat beyond, in the model's dtype, and the new cache. T is
-        4F, or 4F - 3 when opening.
+        4F, or 4F - 3 in the first call.
         """
         frames = []
         for latent in latents.split(1, dim=1):  # one by one, so that no split changes a bit
             part, cache = self._decode_latent(latent, cache)
             frames.append(part)
-        if opening:
+        if is_first:
             frames[0] = frames[0][:, FRAMES_PER_LATENT - 1 :]  # those before were made of an empty past
         return torch.cat(frames, dim=1), list(cache)
 

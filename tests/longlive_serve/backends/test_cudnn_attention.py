@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.engines.hardware import attention_table
 from longlive_serve.backends.fused import attention_autotune
-from longlive_serve.backends.fused.attention_autotune import example, fastest_fp8_attention, fp8_candidates, in_fp8
+from longlive_serve.backends.fused.attention_autotune import example, fp8_kernels, in_fp8, select_fp8_attention
 from longlive_serve.backends.fused.cudnn_attention import CudnnAttention
 from longlive_serve.config.presets import PRESETS
 from longlive_serve.kernels.attention import attention_fp8
@@ -82,14 +82,12 @@ def test_the_log_says_which_was_taken_and_why(
         cudnn = CudnnAttention(CPU)
     except ImportError as missing:
         cudnn = missing
-    monkeypatch.setattr(
-        attention_autotune, "fp8_candidates", lambda _: {"triton fp8": attention_fp8, "cudnn fp8": cudnn}
-    )
+    monkeypatch.setattr(attention_autotune, "fp8_kernels", lambda _: {"triton fp8": attention_fp8, "cudnn fp8": cudnn})
     monkeypatch.setattr(attention_autotune, "example", lambda config, _, *rest: example(config, CPU, *rest))
     taken = iter((3e-3, 2e-3))
-    monkeypatch.setattr(attention_autotune, "_median", lambda call: next(taken))
+    monkeypatch.setattr(attention_autotune, "median_seconds", lambda call, *_: next(taken))
     caplog.set_level(logging.INFO)
-    attend = fastest_fp8_attention(TINY, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    attend = select_fp8_attention(TINY, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
     if there:
         assert isinstance(attend, CudnnAttention)
         assert "attention in FP8: cudnn fp8 (triton fp8 3.00 ms, cudnn fp8 2.00 ms)" in caplog.text
@@ -100,8 +98,8 @@ def test_the_log_says_which_was_taken_and_why(
 
 
 def test_without_a_gpu_our_own_kernel_is_taken() -> None:
-    assert fastest_fp8_attention(TINY, CPU) is attention_fp8
-    assert fp8_candidates(CPU).keys() == {"triton fp8"}
+    assert select_fp8_attention(TINY, CPU) is attention_fp8
+    assert fp8_kernels(CPU).keys() == {"triton fp8"}
 
 
 def test_the_benchmark_shows_what_fp8_costs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +108,7 @@ def test_the_benchmark_shows_what_fp8_costs(monkeypatch: pytest.MonkeyPatch) -> 
     expected = attention_table.exact(*example(TINY, CPU, torch.float32))
     assert 0.005 < (wide(call()) - expected).norm() / expected.norm() < 0.1
     missing = ImportError("no cudnn here")
-    monkeypatch.setattr(attention_table, "fp8_candidates", lambda _: {"cudnn fp8": missing})
+    monkeypatch.setattr(attention_table, "fp8_kernels", lambda _: {"cudnn fp8": missing})
     call, _ = attention_table._calls_in_fp8(*example(TINY, CPU, torch.float32))["cudnn fp8"]
     with pytest.raises(ImportError, match="no cudnn here"):
         call()

@@ -84,7 +84,7 @@ def attend_at(attend: CudnnAttention, sizes: tuple[int, ...] = SIZES) -> list[Te
 class TestPlans:
     def test_those_of_all_sizes_are_built_before_anybody_waits_for_one(self) -> None:
         attend = CudnnAttention(CPU)
-        with attend.noting():
+        with attend.record_calls():
             noted = attend_at(attend)
         assert Graph.built == [*ALL, *[FASTEST] * 3]
         assert all(out.float().std() > 0.5 for out in noted[1:]), "what follows in a model has numbers to work on"
@@ -148,6 +148,6 @@ class TestPlans:
 
     def test_what_cudnn_cannot_do_is_said_at_the_end_of_noting(self) -> None:
         attend = CudnnAttention(CPU)
-        with pytest.raises(NoPlanError, match="head size"), attend.noting():
+        with pytest.raises(NoPlanError, match="head size"), attend.record_calls():
             attend(*inputs(33, 70, size=24))
         attend_at(attend, (70,))

@@ -215,10 +215,10 @@ def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:
     copies = []
 
     class Counting(CudaGraphs):
-        def _stage(self, number: int, tensor: Tensor, lasting: bool) -> Tensor:
-            before = self._came.get((number, tensor.shape))
-            copies.append((number, not lasting or before is not tensor))
-            return super()._stage(number, tensor, lasting)
+        def _copy_input(self, number: int, tensor: Tensor, is_persistent: bool) -> Tensor:
+            before = self._last_inputs.get((number, tensor.shape))
+            copies.append((number, not is_persistent or before is not tensor))
+            return super()._copy_input(number, tensor, is_persistent)
 
     with graphs_on_cpu():
         graphs = Counting(torch.device("cpu"))
@@ -228,12 +228,16 @@ def test_a_graph_runs_on_what_it_is_given_and_copies_what_lasts_once() -> None:
             x = torch.full((3,), float(turn))
             results.append(
                 graphs(
-                    "sum", turn == 4, lambda given: given[0] + given[1], [x, weight if turn < 3 else other], lasting=1
+                    "sum",
+                    turn == 4,
+                    lambda given: given[0] + given[1],
+                    [x, weight if turn < 3 else other],
+                    num_persistent=1,
                 )
             )
     assert [result.tolist()[0] for result in results if result is not None] == [1, 2, 3, 8, 9]
     assert [copied for number, copied in copies if number == 1] == [True, False, False, True, False]
-    assert (Graph.captured, Graph.replayed) == (2, 4)  # two places
+    assert (Graph.captured, Graph.replayed) == (2, 4)  # two slots
 
 
 def test_every_thread_runs_a_function_as_it_is_before_it_captures() -> None:

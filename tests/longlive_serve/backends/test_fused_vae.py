@@ -86,9 +86,9 @@ def test_the_tiny_decoder_draws_the_same_frames_by_any_split(split: tuple[int, .
     latents = torch.cat(video(1, chunks=2), 1)
     size = TINY.latent_height, TINY.latent_width
     begin = plain.initial_cache(1, *size, "cpu", torch.float32)  # type: ignore[operator]
-    expected, left = plain(latents, begin, opening=True)
+    expected, left = plain(latents, begin, is_first=True)
     with Float64():
-        exact, exactly_left = plain(latents, begin, opening=True)
+        exact, exactly_left = plain(latents, begin, is_first=True)
     cache = fused.initial_cache(*size, torch.device("cpu"), torch.float32)
     parts = [fused.decode(part, cache, number == 0) for number, part in enumerate(latents.split(split, 1))]
     assert_as_near(torch.cat(parts, 1), expected, exact)
@@ -175,11 +175,11 @@ def in_turn(block: ResidualBlock, history: list[Tensor]) -> Callable[[Tensor], T
 
 def test_streams_in_fp8_take_turns(cudnn_on_cpu: None) -> None:
     backend = FusedVAEDecoder(model(), TINY, fp8=True)  # type: ignore[arg-type]
-    alone = [[*frames_of(backend, video(seed, chunks=2))] for seed in (1, 2)]
+    exact = [[*frames_of(backend, video(seed, chunks=2))] for seed in (1, 2)]
     together = zip(*(frames_of(backend, video(seed, chunks=2)) for seed in (1, 2)), strict=True)
     for turn, (first, second) in enumerate(together):
-        assert np.array_equal(first, alone[0][turn])
-        assert np.array_equal(second, alone[1][turn])
+        assert np.array_equal(first, exact[0][turn])
+        assert np.array_equal(second, exact[1][turn])
 
 
 def test_a_stream_in_fp8_holds_a_byte_for_what_its_convolutions_read(cudnn_on_cpu: None) -> None:

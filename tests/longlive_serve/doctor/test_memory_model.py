@@ -129,7 +129,7 @@ def peaks() -> Iterator[tuple[int, int]]:
         for name, model in ((WAN, wan), (TINY, tiny)):
             cache = model.initial_cache(1, *size, "meta", BF16)
             with PeakMemory() as counter:
-                model(latents, cache, opening=False)
+                model(latents, cache, is_first=False)
             yield memory_model._decoder_workspace(FULL, name, False, 2), counter.peak
         cache = wan.initial_cache(1, *size, "meta", BF16)
         with PeakMemory() as counter:  # a whole chunk at once, as the fused backend does it

@@ -54,20 +54,20 @@ def test_a_kernel_that_fails_or_is_wrong_at_a_size_that_is_served_is_not_chosen(
     kind: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Triton's and cuDNN's errors are no RuntimeError. Each trial gives the seconds that it takes."""
-    monkeypatch.setattr(attention_autotune, "_median", lambda call: call().item())
+    monkeypatch.setattr(attention_autotune, "median_seconds", lambda call, *_: call().item())
     usual, *others = attention_autotune.sizes(TINY)
     assert len(others) == 7
 
-    def trial(seconds: float, wrong: tuple[int, int] | None = None) -> attention_autotune.Trial:
+    def trial(seconds: float, wrong: tuple[int, int] | None = None) -> attention_autotune.Candidate:
         def run(queries: int, keys: int) -> Tensor:
             if wrong == (0, 0):
                 raise kind("there is no kernel")
             return torch.tensor(math.nan if (queries, keys) == wrong else seconds)
 
-        return attention_autotune.Trial(run=run, head=lambda out: out / out)
+        return attention_autotune.Candidate(run=run, head=lambda out: out / out)
 
-    def chosen(**trials: attention_autotune.Trial) -> str | None:
-        return attention_autotune._fastest("attention", trials, TINY, lambda queries, keys: torch.ones(()), 0.1)
+    def chosen(**trials: attention_autotune.Candidate) -> str | None:
+        return attention_autotune._select_fastest("attention", trials, TINY, lambda queries, keys: torch.ones(()), 0.1)
 
     there = {"slow": trial(2.0), "fast": trial(1.0)}
     assert chosen(broken=trial(0.5, (0, 0)), **there) == "fast"
@@ -80,26 +80,26 @@ def test_a_kernel_that_fails_or_is_wrong_at_a_size_that_is_served_is_not_chosen(
 @pytest.mark.parametrize("name", ["attention", "attention in FP8"])
 def test_what_is_right_is_told_from_what_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's attention, or our own in FP8, beside one that leaves out the last key."""
-    tried: dict[str, tuple[dict[str, attention_autotune.Trial], list[float]]] = {}
+    tried: dict[str, tuple[dict[str, attention_autotune.Candidate], list[float]]] = {}
 
-    def note(what: str, trials: dict[str, attention_autotune.Trial], config: object, exact: Any, most: float) -> str:
+    def note(label: str, candidates: Any, config: object, exact: Any, tolerance: float) -> str:
         size = attention_autotune.sizes(TINY)[1]
-        right, wrong = (trial.head(trial.run(*size)) for trial in trials.values())
-        tried[what] = trials, [relative_error(out, exact(*size)) / most for out in (right, wrong)]
+        right, wrong = (candidate.head(candidate.run(*size)) for candidate in candidates.values())
+        tried[label] = candidates, [relative_error(out, exact(*size)) / tolerance for out in (right, wrong)]
         return "right"
 
     cuda: Any = SimpleNamespace(type="cuda")
     monkeypatch.setattr(attention_autotune, "example", lambda config, _, *rest: example(config, CPU, torch.float32, 12))
-    monkeypatch.setattr(attention_autotune, "_fastest", note)
+    monkeypatch.setattr(attention_autotune, "_select_fastest", note)
     if name == "attention":
         sdpa = F.scaled_dot_product_attention
         fakes = {"right": sdpa, "wrong": lambda q, k, v: sdpa(q, k[:, :, 1:], -v[:, :, 1:])}
-        monkeypatch.setattr(attention_autotune, "CANDIDATES", fakes)
-        assert attention_autotune.fastest_attention(TINY, cuda, torch.float32) is sdpa
+        monkeypatch.setattr(attention_autotune, "KERNELS", fakes)
+        assert attention_autotune.select_attention(TINY, cuda, torch.float32) is sdpa
     else:
         small = {"right": attention_fp8, "wrong": lambda q, k, v, scales: attention_fp8(q, v, k, scales)}
-        monkeypatch.setattr(attention_autotune, "fp8_candidates", lambda _: small)
-        assert attention_autotune.fastest_fp8_attention(TINY, cuda) is attention_fp8
+        monkeypatch.setattr(attention_autotune, "fp8_kernels", lambda _: small)
+        assert attention_autotune.select_fp8_attention(TINY, cuda) is attention_fp8
     _, (right, wrong) = tried[name]
     assert right < 0.5
     assert wrong > 5

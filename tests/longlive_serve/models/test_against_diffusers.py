@@ -162,7 +162,7 @@ def test_the_vae_decoder_equals_diffusers_in_one_call_and_streamed(split: tuple[
     _, ours = pair(VAE_DECODER)
     cache, parts = ours.initial_cache(1, *LATENTS.shape[-2:], "cpu", torch.float32), []
     for index, part in enumerate(LATENTS.split(split, dim=1)):
-        frames, cache = ours(part, cache, opening=index == 0)
+        frames, cache = ours(part, cache, is_first=index == 0)
         parts.append(frames)
     assert relative_error(torch.cat(parts, dim=1), decoded_by_diffusers()) < 1e-10
 

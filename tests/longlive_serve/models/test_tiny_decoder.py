@@ -93,7 +93,7 @@ def new_cache(decoder: TinyDecoder, latents: Tensor = LATENTS) -> list[Tensor]:
 def stream(decoder: TinyDecoder, latents: Tensor, split: tuple[int, ...]) -> list[Tensor]:
     cache, parts = new_cache(decoder, latents), []
     for index, part in enumerate(latents.split(split, dim=1)):
-        frames, cache = decoder(part, cache, opening=index == 0)
+        frames, cache = decoder(part, cache, is_first=index == 0)
         parts.append(frames)
     return parts
 
@@ -109,7 +109,7 @@ def test_names_and_shapes_are_those_of_the_published_file() -> None:
 
 
 def test_frames_are_those_of_a_computation_over_the_whole_time_at_once(decoder: TinyDecoder) -> None:
-    frames, _ = decoder(LATENTS, new_cache(decoder), opening=True)
+    frames, _ = decoder(LATENTS, new_cache(decoder), is_first=True)
     expected = recomputed(decoder.state_dict(), LATENTS)
     assert expected.std() > 0.1
     torch.testing.assert_close(frames, 2 * expected - 1, rtol=0, atol=1e-12)
@@ -117,7 +117,7 @@ def test_frames_are_those_of_a_computation_over_the_whole_time_at_once(decoder: 
 
 @pytest.mark.parametrize("split", [(12,), (3, 3, 3, 3), (1,) * 12, (2, 7, 1, 2)])
 def test_any_split_gives_the_same_frames_bit_for_bit(decoder: TinyDecoder, split: tuple[int, ...]) -> None:
-    full, _ = decoder(LATENTS, new_cache(decoder), opening=True)
+    full, _ = decoder(LATENTS, new_cache(decoder), is_first=True)
     parts = stream(decoder, LATENTS, split)
     assert [part.shape[1] for part in parts] == [4 * split[0] - 3] + [4 * latents for latents in split[1:]]
     assert full.shape == (2, 1 + 4 * 11, 3, 24, 40)
@@ -126,9 +126,9 @@ def test_any_split_gives_the_same_frames_bit_for_bit(decoder: TinyDecoder, split
 
 def test_a_call_changes_neither_the_cache_it_was_given_nor_the_latents(decoder: TinyDecoder) -> None:
     cache, latents = new_cache(decoder), LATENTS[:, :3].clone()
-    for opening in (True, False):
+    for is_first in (True, False):
         tensors, copies = list(cache), [tensor.clone() for tensor in cache]
-        _, following = decoder(latents, cache, opening)
+        _, following = decoder(latents, cache, is_first)
         assert all(now is before for now, before in zip(cache, tensors, strict=True))
         assert all(torch.equal(now, copy) for now, copy in zip(cache, copies, strict=True))
         assert torch.equal(latents, LATENTS[:, :3])
@@ -140,23 +140,23 @@ def test_a_call_changes_neither_the_cache_it_was_given_nor_the_latents(decoder: 
 def test_a_frame_sees_eight_latents_back_and_none_ahead(decoder: TinyDecoder) -> None:
     changed = LATENTS.clone()
     changed[:, 2] += 1
-    frames, others = (decoder(latents, new_cache(decoder), opening=True)[0] for latents in (LATENTS, changed))
+    frames, others = (decoder(latents, new_cache(decoder), is_first=True)[0] for latents in (LATENTS, changed))
     differs = (frames != others).transpose(0, 1).flatten(1).any(dim=1)  # of each frame
     of_latent = [part.any().item() for part in differs.split((1,) + (4,) * 11)]
     assert of_latent == [2 <= latent <= 10 for latent in range(12)]
 
 
 def test_videos_in_a_batch_do_not_see_each_other(decoder: TinyDecoder) -> None:
-    together, _ = decoder(LATENTS, new_cache(decoder), opening=True)
+    together, _ = decoder(LATENTS, new_cache(decoder), is_first=True)
     for video, frames in zip(LATENTS, together, strict=True):
-        alone, _ = decoder(video[None], new_cache(decoder, video[None]), opening=True)
+        alone, _ = decoder(video[None], new_cache(decoder, video[None]), is_first=True)
         torch.testing.assert_close(alone[0], frames, rtol=0, atol=1e-12)
 
 
 def test_frames_have_the_dtype_of_the_model() -> None:
     model = TinyDecoder(TINY.tiny_decoder).to(torch.bfloat16).requires_grad_(False)
     cache = model.initial_cache(1, 2, 3, "cpu", torch.bfloat16)
-    frames, cache = model(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, opening=True)
+    frames, cache = model(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, is_first=True)
     assert {frames.dtype, *(tensor.dtype for tensor in cache)} == {torch.bfloat16}
 
 

@@ -41,7 +41,7 @@ def new_cache(decoder: VAEDecoder, latents: Tensor = LATENTS) -> list[Tensor]:
 def stream(decoder: VAEDecoder, latents: Tensor, split: tuple[int, ...]) -> list[Tensor]:
     cache, parts = new_cache(decoder, latents), []
     for index, part in enumerate(latents.split(split, dim=1)):
-        frames, cache = decoder(part, cache, opening=index == 0)
+        frames, cache = decoder(part, cache, is_first=index == 0)
         parts.append(frames)
     return parts
 
@@ -56,12 +56,12 @@ def exact_frames() -> Tensor:
     """The reference's frames in float64, of the model that they are of."""
     vae = golden_decoder()
     with Float64():
-        frames: Tensor = vae(LATENTS, new_cache(vae), opening=True)[0]
+        frames: Tensor = vae(LATENTS, new_cache(vae), is_first=True)[0]
     return frames
 
 
 def test_decoding_all_latents_equals_the_reference(decoder: VAEDecoder) -> None:
-    frames, _ = decoder(LATENTS, new_cache(decoder), opening=True)
+    frames, _ = decoder(LATENTS, new_cache(decoder), is_first=True)
     assert_reference(frames, FRAMES, exact_frames())
 
 
@@ -71,7 +71,7 @@ def test_decoding_all_latents_equals_the_reference(decoder: VAEDecoder) -> None:
 def test_streaming_equals_decoding_all_latents_bit_for_bit(
     decoder: VAEDecoder, split: tuple[int, ...], counts: list[int]
 ) -> None:
-    full, _ = decoder(LATENTS, new_cache(decoder), opening=True)
+    full, _ = decoder(LATENTS, new_cache(decoder), is_first=True)
     parts = stream(decoder, LATENTS, split)
     assert [part.shape[1] for part in parts] == counts
     assert torch.equal(torch.cat(parts, dim=1), full)
@@ -79,9 +79,9 @@ def test_streaming_equals_decoding_all_latents_bit_for_bit(
 
 def test_a_call_changes_neither_the_cache_it_was_given_nor_the_latents(decoder: VAEDecoder) -> None:
     cache, latents = new_cache(decoder), LATENTS[:, :3].clone()
-    for opening in (True, False):
+    for is_first in (True, False):
         tensors, copies = list(cache), [tensor.clone() for tensor in cache]
-        _, following = decoder(latents, cache, opening)
+        _, following = decoder(latents, cache, is_first)
         assert all(now is before for now, before in zip(cache, tensors, strict=True))
         assert all(torch.equal(now, copy) for now, copy in zip(cache, copies, strict=True))
         assert torch.equal(latents, LATENTS[:, :3])
@@ -90,18 +90,18 @@ def test_a_call_changes_neither_the_cache_it_was_given_nor_the_latents(decoder: 
 
 
 def test_the_first_latent_stays_out_of_the_history_of_the_time_convs_only(decoder: VAEDecoder) -> None:
-    _, cache = decoder(LATENTS[:, :1], new_cache(decoder), opening=True)
+    _, cache = decoder(LATENTS[:, :1], new_cache(decoder), is_first=True)
     reference: list[Any] = FACTS["cache_shapes_after_latent"]["0"][:-1]  # one more is allocated than used
     assert [not tensor.any() for tensor in cache] == [shape == "Rep" for shape in reference]
     assert [list(tensor.shape) for tensor in cache] == FACTS["cache_shapes_after_latent"]["2"][:-1]
 
 
 def test_a_first_latent_in_the_history_of_a_time_conv_would_be_seen(decoder: VAEDecoder) -> None:
-    first, cache = decoder(LATENTS[:, :1], new_cache(decoder), opening=True)
-    _, wrong = decoder(LATENTS[:, :1], new_cache(decoder), opening=False)
+    first, cache = decoder(LATENTS[:, :1], new_cache(decoder), is_first=True)
+    _, wrong = decoder(LATENTS[:, :1], new_cache(decoder), is_first=False)
     time_conv = FACTS["cache_shapes_after_latent"]["0"].index("Rep")
     cache[time_conv] = wrong[time_conv]
-    frames, _ = decoder(LATENTS[:, 1:], cache, opening=False)
+    frames, _ = decoder(LATENTS[:, 1:], cache, is_first=False)
     assert relative_error(torch.cat([first, frames], dim=1), FRAMES) > 0.01
 
 
@@ -123,13 +123,13 @@ def test_the_convolution_by_conv2d_equals_conv3d(kernel: int, frames: int) -> No
     assert relative_error(conv(x, FeatureCache([history])), expected) < 1e-12
 
 
-@pytest.mark.parametrize("opening", [True, False])
-def test_an_exported_latent_equals_the_model(opening: bool) -> None:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_exported_latent_equals_the_model(is_first: bool) -> None:
     vae = VAEDecoder(PRESETS["tiny"].vae).double().requires_grad_(False)
     latents = torch.randn(1, 1, 16, 2, 3).double()
     cache = [torch.randn_like(tensor).double() for tensor in new_cache(vae, latents)]
-    exported = torch.export.export(vae, (latents, cache, opening)).module()
-    got, expected = exported(latents, cache, opening), vae(latents, cache, opening)
+    exported = torch.export.export(vae, (latents, cache, is_first)).module()
+    got, expected = exported(latents, cache, is_first), vae(latents, cache, is_first)
     assert relative_error(got[0], expected[0]) < 1e-10
     for tensor, reference in zip(got[1], expected[1], strict=True):
         assert relative_error(tensor, reference) < 1e-10
@@ -153,7 +153,7 @@ def test_the_latent_statistics_survive_the_meta_device() -> None:
 def test_frames_have_the_dtype_of_the_model() -> None:
     vae = VAEDecoder(PRESETS["tiny"].vae).to(torch.bfloat16).requires_grad_(False)
     cache = vae.initial_cache(1, 2, 3, "cpu", torch.bfloat16)
-    frames, cache = vae(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, opening=True)
+    frames, cache = vae(torch.randn(1, 1, 16, 2, 3, dtype=torch.bfloat16), cache, is_first=True)
     assert {frames.dtype, *(tensor.dtype for tensor in cache)} == {torch.bfloat16}
 
 
