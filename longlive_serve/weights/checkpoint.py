@@ -136,9 +136,9 @@ class Checkpoint:
         shown = {}
         if self.file.kind == WAN and self.name == TEXT_ENCODER:  # the file's own names
             shown = {ours: wan for wan, ours in wan_names(self.config.text_encoder.num_layers).items()}
-        if problems := state_dict_mismatches(state, model.state_dict(), shown):
+        if errors := state_dict_mismatches(state, model.state_dict(), shown):
             raise ValueError(
-                _misfit_text(self.file.path, problems)
+                _mismatch_message(self.file.path, errors)
                 + f"\nExpected the {self.name} of preset {self.config.name}: give another file or another preset"
             )
         if self.use_ema and self.file.kind == CONVERTED and not self.origin().get("use_ema"):
@@ -209,10 +209,10 @@ def state_dict_mismatches(
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
     """Copy `state` into `model`. Raises ValueError that lists what does not fit."""
-    if problems := state_dict_mismatches(state, model.state_dict(), {}):
-        raise ValueError(_misfit_text(source, problems))
+    if errors := state_dict_mismatches(state, model.state_dict(), {}):
+        raise ValueError(_mismatch_message(source, errors))
     model.load_state_dict(state)
 
 
-def _misfit_text(source: Path | str, problems: Sequence[str]) -> str:
-    return f"{source}: does not fit the model:\n  " + "\n  ".join(problems)
+def _mismatch_message(source: Path | str, errors: Sequence[str]) -> str:
+    return f"{source}: does not fit the model:\n  " + "\n  ".join(errors)

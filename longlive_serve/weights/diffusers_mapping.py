@@ -46,7 +46,7 @@ _RULES = {
         r"scale_shift_table": "head.modulation",
         r"proj_out": "head.head",
     },
-    VAE_DECODER: {  # after `_numbered`
+    VAE_DECODER: {  # after `_wan_block_names`
         r"post_quant_conv": "conv2",
         r"decoder\.conv_in": "decoder.conv1",
         r"decoder\.norm_out": "decoder.head.0",
@@ -79,30 +79,30 @@ def from_diffusers(model: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if model == VAE_DECODER:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_VAE_ENCODER)}
-    numbered = _numbered(state) if model == VAE_DECODER else {}
-    return {_renamed(model, name, numbered.get(name, name)): tensor for name, tensor in state.items()}
+    block_names = _wan_block_names(state) if model == VAE_DECODER else {}
+    return {_renamed(model, name, block_names.get(name, name)): tensor for name, tensor in state.items()}
 
 
-def _renamed(model: str, name: str, numbered: str) -> str:
-    """Our name of the tensor `name`, which the rules know as `numbered`."""
-    parts = _PARAMETER.fullmatch(numbered)
-    assert parts is not None, numbered
+def _renamed(model: str, name: str, block_name: str) -> str:
+    """Our name of the tensor `name`, which the rules know as `block_name`."""
+    parts = _PARAMETER.fullmatch(block_name)
+    assert parts is not None, block_name
     for pattern, ours in _RULES[model].items():
         if match := re.fullmatch(pattern, parts[1]):
             return match.expand(ours) + (parts[2] or "")
     return name
 
 
-def _numbered(names: Iterable[str]) -> dict[str, str]:
+def _wan_block_names(names: Iterable[str]) -> dict[str, str]:
     """The names inside the VAE's middle and upsampling stages with each module's place in the one list that Wan has."""
     stages = [match for name in names if (match := _UPSAMPLES.fullmatch(name))]
     blocks = 1 + max((int(match[3]) for match in stages if match[2] == "resnets"), default=0)  # of each stage
-    numbered = {}
+    block_names = {}
     for name in names:
         if match := _MIDDLE.fullmatch(name):  # a residual block, attention, a residual block
-            place = 1 if match[1] == "attentions" else 2 * int(match[2])
-            numbered[name] = f"decoder.middle.{place}.{match[3]}"
+            index = 1 if match[1] == "attentions" else 2 * int(match[2])
+            block_names[name] = f"decoder.middle.{index}.{match[3]}"
     for match in stages:
-        place = int(match[1]) * (blocks + 1) + (int(match[3]) if match[2] == "resnets" else blocks)
-        numbered[match[0]] = f"decoder.upsamples.{place}.{match[4]}"
-    return numbered
+        index = int(match[1]) * (blocks + 1) + (int(match[3]) if match[2] == "resnets" else blocks)
+        block_names[match[0]] = f"decoder.upsamples.{index}.{match[4]}"
+    return block_names

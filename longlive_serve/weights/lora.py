@@ -67,19 +67,19 @@ def read_adapters(adapters: Sequence[Adapter], shapes: Mapping[str, Sequence[int
     """
     updates: Updates = {}
     for adapter in adapters:
-        layers, problems = _layers(read_tensors(adapter.path, (LORA_KEY,)))
-        for layer, halves in layers.items():
-            problems += _misfit(layer, halves, shapes.get(f"{layer}.weight"))
-        if problems:
+        layers, errors = _layers(read_tensors(adapter.path, (LORA_KEY,)))
+        for layer, factors in layers.items():
+            errors += _layer_errors(layer, factors, shapes.get(f"{layer}.weight"))
+        if errors:
             raise ValueError(
-                f"{adapter.path}: not an adapter of this DiT:\n  " + listed(problems, "\n  ") + "\n"
+                f"{adapter.path}: not an adapter of this DiT:\n  " + listed(errors, "\n  ") + "\n"
                 "Expected lora_A [rank, in] and lora_B [out, rank] of layers that it has; name another file in `lora`"
             )
-        for layer, halves in layers.items():
-            rank = len(halves["A"])
+        for layer, factors in layers.items():
+            rank = len(factors["A"])
             factor = adapter.scale * ((adapter.alpha or rank) / rank)
-            updates.setdefault(f"{layer}.weight", []).append(LowRank(a=halves["A"], b=halves["B"], factor=factor))
-        ranks = ", ".join(map(str, sorted({len(halves["A"]) for halves in layers.values()})))
+            updates.setdefault(f"{layer}.weight", []).append(LowRank(a=factors["A"], b=factors["B"], factor=factor))
+        ranks = ", ".join(map(str, sorted({len(factors["A"]) for factors in layers.values()})))
         alpha = f"{adapter.alpha:g}" if adapter.alpha else "as rank"
         text = "dit: %s goes into %d layers: rank %s, alpha %s, scale %g"
         log.info(text, adapter.path, len(layers), ranks, alpha, adapter.scale)
@@ -95,7 +95,7 @@ def rank_of(adapter: Adapter) -> int:
 def _layers(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """The two factors of each layer; and the names that are none."""
     layers: dict[str, dict[str, Tensor]] = {}
-    problems = []
+    errors = []
     for name, tensor in state.items():
         plain = name.replace("_fsdp_wrapped_module.", "")
         for prefix in _PREFIXES:
@@ -103,19 +103,19 @@ def _layers(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         if match := _NAME.fullmatch(plain):
             layers.setdefault(match["layer"], {})[match["half"]] = tensor
         else:
-            problems.append(f"unexpected {name}")
-    return layers, problems
+            errors.append(f"unexpected {name}")
+    return layers, errors
 
 
-def _misfit(layer: str, halves: Mapping[str, Tensor], weight: Sequence[int] | None) -> list[str]:
+def _layer_errors(layer: str, factors: Mapping[str, Tensor], weight: Sequence[int] | None) -> list[str]:
     """What is wrong with the factors of a layer, if something is."""
     if weight is None:
         return [f"{layer}: the model has no such layer"]
-    if len(halves) < 2:
-        return [f"{layer}: got lora_{next(iter(halves))} alone, expected lora_A and lora_B"]
-    a, b = halves["A"].shape, halves["B"].shape
+    if len(factors) < 2:
+        return [f"{layer}: got lora_{next(iter(factors))} alone, expected lora_A and lora_B"]
+    a, b = factors["A"].shape, factors["B"].shape
     if len(weight) != 2 or len(a) != 2 or tuple(b) != (weight[0], a[0]) or a[1] != weight[1]:
         return [f"{layer}: got lora_A {list(a)} and lora_B {list(b)}, expected them for a weight {list(weight)}"]
-    if not all(half.is_floating_point() for half in halves.values()):
-        return [f"{layer}: got {halves['A'].dtype} and {halves['B'].dtype}, expected float dtypes"]
+    if not all(half.is_floating_point() for half in factors.values()):
+        return [f"{layer}: got {factors['A'].dtype} and {factors['B'].dtype}, expected float dtypes"]
     return []

@@ -77,7 +77,7 @@ def metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except Exception as error:  # OSError and the library's own
-        raise ValueError(f"{path}: cannot be read as tensors: {_why(path, error)}") from None
+        raise ValueError(f"{path}: cannot be read as tensors: {_read_error(path, error)}") from None
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
@@ -107,7 +107,7 @@ def _open(path: Path) -> Any:
             name = str(path) if str(path).isascii() else f"/proc/self/fd/{file.fileno()}"
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_mapped(path))
     except Exception as error:  # each format has its own kinds
-        raise ValueError(f"{path}: cannot be read as tensors: {_why(path, error)}") from None
+        raise ValueError(f"{path}: cannot be read as tensors: {_read_error(path, error)}") from None
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -138,26 +138,26 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     return {name: states[shard][name] for name, shard in shards.items()}
 
 
-def _why(path: Path, error: Exception) -> str:
+def _read_error(path: Path, error: Exception) -> str:
     """What is wrong with a file that cannot be read, and what to do."""
     with path.open("rb") as file:
         size, head = path.stat().st_size, file.read(64)
     first_line = str(error).partition("\n")[0][:300]
-    what, todo = f"{type(error).__name__}: {first_line}", "Expected a file of tensors; fetch it again"
+    message, action = f"{type(error).__name__}: {first_line}", "Expected a file of tensors; fetch it again"
     if head.startswith(b"version https://git-lfs"):
-        what, todo = "it is a pointer of git-lfs", "Fetch the file itself: git lfs pull"
+        message, action = "it is a pointer of git-lfs", "Fetch the file itself: git lfs pull"
     elif head[:1] == b"<":
-        what, todo = "it is a web page", "Fetch the file itself"
+        message, action = "it is a web page", "Fetch the file itself"
     elif path.suffix == ".safetensors":
         expected = _safetensors_bytes(path)
         if size < expected:
-            what, todo = f"it is cut off: got {size} bytes, expected {expected}", "Fetch it again"
+            message, action = f"it is cut off: got {size} bytes, expected {expected}", "Fetch it again"
     elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
-        what, todo = f"it is cut off: got {size} bytes without the end of torch's archive", "Fetch it again"
+        message, action = f"it is cut off: got {size} bytes without the end of torch's archive", "Fetch it again"
     elif found := re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]+)", str(error)):
-        what = f"it holds code or objects ({found[1] or found[2]}), of which nothing was run; expected tensors alone"
-        todo = "Fetch it from its source, or save its tensors alone with torch.save"
-    return f"{what}. {todo}"
+        message = f"it holds code or objects ({found[1] or found[2]}), of which nothing was run; expected tensors alone"
+        action = "Fetch it from its source, or save its tensors alone with torch.save"
+    return f"{message}. {action}"
 
 
 def _safetensors_bytes(path: Path) -> int:
