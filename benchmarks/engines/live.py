@@ -13,17 +13,18 @@ from typing import Any
 
 from benchmarks.engines.prompts import PROMPTS
 from benchmarks.timing import spread
-from longlive_serve.config.presets import FPS
+from longlive_serve.config.presets import FPS, WindowConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import Encode
 from longlive_serve.engine.core import EngineCore
 from longlive_serve.engine.model_runner import ModelRunner
-from longlive_serve.engine.scheduler import CHUNK_FRAMES, SECOND, Scheduler
+from longlive_serve.engine.scheduler import SECOND, Scheduler
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import REALTIME, Options
 
 UNBOUNDED = 1e6  # as max_utilization: far more load than there can be
+CHUNK_FRAMES = WindowConfig().chunk_frames
 CHUNK_PLAYS_S = CHUNK_FRAMES / FPS
 
 
@@ -31,16 +32,16 @@ class UnboundedScheduler(Scheduler):
     """Admits whoever comes, as the question is how many can be kept, and remembers how late every chunk was."""
 
     def __init__(self, slots: int, cost: int) -> None:
-        super().__init__(slots, cost=cost, max_utilization=UNBOUNDED)
+        super().__init__(slots, chunk_frames=CHUNK_FRAMES, cost=cost, max_utilization=UNBOUNDED)
         self.lateness: list[float] = []
         """Seconds after a chunk was due at which it came; less than 0: so long before. Of all chunks but the first,
         with which playback begins."""
 
-    def done(self, session_id: str, now: int, frames: int, took: int) -> int:
+    def done(self, session_id: str, now: int, frames: int, duration: int) -> int:
         session = self._session(session_id)
         if session.started is not None:
             self.lateness.append((now - session.deadline) / SECOND)
-        return super().done(session_id, now, frames, took)
+        return super().done(session_id, now, frames, duration)
 
 
 class LiveEngineCore(EngineCore):
@@ -93,9 +94,9 @@ def measure_live(
                 break
         else:
             break
-    announced = Scheduler(config.slots, cost=round(chunk_s * SECOND), max_utilization=config.max_utilization).capacity(
-        FPS
-    )
+    cost, max_utilization = round(chunk_s * SECOND), config.max_utilization
+    scheduler = Scheduler(config.slots, chunk_frames=CHUNK_FRAMES, cost=cost, max_utilization=max_utilization)
+    announced = scheduler.capacity(FPS)
     num_sessions = max((run["sessions"] for run in runs if not run["misses"]), default=0)
     return {"sessions": num_sessions, "most_tried": runs[-1]["sessions"], "announced": announced, "runs": runs}
 

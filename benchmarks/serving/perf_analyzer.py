@@ -26,7 +26,7 @@ from benchmarks.command_line import exit_code, write_serving_results
 from benchmarks.results import Measurement
 from benchmarks.serving.__main__ import PROMPTS, summarize
 from benchmarks.serving.viewer import ViewerConfig, run_viewers
-from longlive_client.proxies import VARIABLES
+from longlive_client.proxies import ENV_NAMES
 from longlive_serve.protocol.messages import MODEL_NAME
 from longlive_serve.protocol.session_options import ASAP, Options
 from longlive_serve.triton_server.launcher import TritonServer
@@ -74,7 +74,7 @@ def analyze(url: str, concurrency: int, seconds: float, table: Path) -> dict[str
         command += ["--input-data", str(data), "--concurrency-range", str(concurrency), "-f", str(table)]
         command += ["--measurement-interval", str(round(1000 * seconds)), "--stability-percentage", "100", "-r", "3"]
         direct = {
-            name: value for name, value in os.environ.items() if name not in VARIABLES
+            name: value for name, value in os.environ.items() if name not in ENV_NAMES
         }  # the server is this one's
         done = subprocess.run(command, env=direct, capture_output=True, text=True, check=False)
     print(done.stdout)

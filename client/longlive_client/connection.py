@@ -34,8 +34,8 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import RAW, Options
 
-CAUSE_TIMEOUT_S = 2.0
-CLOSE_TIMEOUT_S = 5.0  # how long a graceful end may take before the stream is cancelled
+ERROR_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 5.0  # how long a send_end end may take before the stream is cancelled
 AHEAD = 8  # chunks requested and not consumed, unless told otherwise
 CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
 
@@ -70,8 +70,8 @@ class Connection:
         self._tracker = RequestTracker(state, start.options.format or RAW, check=config.check)
         self._last_response = 0.0  # when it was received
         self._last_probe = 0.0  # when a heartbeat was last sent because there was no response
-        self._unconfirmed = 0  # chunks consumed since the last request
-        self._opened = False
+        self._num_consumed = 0  # chunks consumed since the last request
+        self._is_open = False
 
     async def open(self) -> None:
         """Connect and send the START. Raises InvalidRequestError when it must not be sent."""
@@ -86,22 +86,22 @@ class Connection:
         self._call = stub.ModelStreamInfer(metadata=headers)
         self._reader = asyncio.create_task(self._read())
         self._heartbeats = asyncio.create_task(self._run_heartbeats())
-        self._opened = True
+        self._is_open = True
         try:
             await self._write(message)
         except BaseException:
             await self.close()
             raise
 
-    async def close(self, *, graceful: bool = True) -> None:
-        """End the session (`graceful`: with an END, and its answer) and the stream. What was not consumed is lost."""
-        if not self._opened or self._tracker.closing:
+    async def close(self, *, send_end: bool = True) -> None:
+        """End the session (`send_end`: with an END, and its answer) and the stream. What was not consumed is lost."""
+        if not self._is_open or self._tracker.is_closed:
             return
-        self._tracker.closing = True
+        self._tracker.is_closed = True
         self._heartbeats.cancel()
         try:
             # A session that failed is ended too, or Triton would keep a place for it; but not somebody else's.
-            if graceful and not (self._call.done() or isinstance(self._tracker.failure, SessionExistsError)):
+            if send_end and not (self._call.done() or isinstance(self._tracker.failure, SessionExistsError)):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     _, message = self._tracker.add(self._request(end=True))
                     await self._write(message)
@@ -127,21 +127,21 @@ class Connection:
 
     async def next_chunk(self) -> StreamedChunk | None:
         """The next chunk; None when all that were requested have come. Raises what ended the session too early."""
-        tracker, received = self._tracker, self._state.received
+        tracker, queue = self._tracker, self._state.queue
         if tracker.failure is None:
             with contextlib.suppress(VideoStreamError):  # raised below, after the chunks that were received
                 await self.request_remaining()
-                if self._unconfirmed >= CONFIRM_EVERY and tracker.is_streaming:
+                if self._num_consumed >= CONFIRM_EVERY and tracker.is_streaming:
                     await self._send_heartbeat()
-        await self._wait_until(lambda: bool(received or not tracker.is_streaming))
-        if not received:
+        await self._wait_until(lambda: bool(queue or not tracker.is_streaming))
+        if not queue:
             if tracker.failure is not None and self._state.remaining:
                 raise tracker.failure
             return None
-        item = received.popleft()
+        item = queue.popleft()
         if isinstance(item, VideoStreamError):
             raise item
-        self._unconfirmed += 1
+        self._num_consumed += 1
         return item
 
     async def switch_prompt(self, text: str, at_latent_frame: int | None) -> StreamedChunk:
@@ -158,7 +158,7 @@ class Connection:
 
     async def request_remaining(self) -> None:
         """Request the chunks that remain, as far as `ahead` allows."""
-        num_received = sum(isinstance(item, StreamedChunk) and item.completes for item in self._state.received)
+        num_received = sum(isinstance(item, StreamedChunk) and item.completes for item in self._state.queue)
         chunks = min(self._state.remaining, self._config.ahead - num_received) - self._tracker.num_requested
         if chunks > 0:
             await self._send(self._request(chunks=int(chunks)))
@@ -170,10 +170,10 @@ class Connection:
     async def _send(self, request: Request) -> OpenRequest:
         if self._tracker.failure is not None:
             raise self._tracker.failure
-        opened, message = self._tracker.add(request)
-        self._unconfirmed = 0
+        open_request, message = self._tracker.add(request)
+        self._num_consumed = 0
         await self._write(message)
-        return opened
+        return open_request
 
     async def _write(self, message: Any) -> None:
         """Whoever is cancelled while it waits leaves the writing to itself: to cancel that would end the call."""
@@ -206,18 +206,18 @@ class Connection:
                 self._last_response = time.monotonic()
                 self._tracker.receive(response)
                 self._changed.set()
-            error = self._lost("the server closed it")
+            error = self._make_error("the server closed it")
         except grpc.aio.AioRpcError as rpc_error:
-            why = rpc_error if self._last_response else await self._find_cause(rpc_error)
+            why = rpc_error if self._last_response else await self._find_error(rpc_error)
             refusal = access_error(self._config.url, why.code())
             lost = f"{why.code().name}: {why.details()}"
-            error = ForbiddenError(RequestError.FORBIDDEN, refusal) if refusal else self._lost(lost)
+            error = ForbiddenError(RequestError.FORBIDDEN, refusal) if refusal else self._make_error(lost)
         except asyncio.CancelledError:
             error = _cancelled("cancelled by this client")
         self._tracker.fail(error)
         self._changed.set()
 
-    async def _find_cause(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+    async def _find_error(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
         """Why the stream ended before anything came.
 
         A proxy that turns it away answers and resets it at once, and gRPC may see the reset alone: then a call that is
@@ -227,7 +227,7 @@ class Connection:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
             headers = auth_metadata(self._config.access_token)
             try:
-                await stub.ServerLive(service_pb2.ServerLiveRequest(), metadata=headers, timeout=CAUSE_TIMEOUT_S)
+                await stub.ServerLive(service_pb2.ServerLiveRequest(), metadata=headers, timeout=ERROR_TIMEOUT_S)
             except grpc.aio.AioRpcError as other:
                 if other.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE):
                     return other
@@ -236,7 +236,7 @@ class Connection:
     async def _run_heartbeats(self) -> None:
         while self._tracker.failure is None:
             await asyncio.sleep(self._config.heartbeat_s)
-            if not self._state.received:  # else it would say that what lies here was read
+            if not self._state.queue:  # else it would say that what lies here was read
                 await self._send_heartbeat()
 
     async def _send_heartbeat(self) -> None:
@@ -260,25 +260,25 @@ class Connection:
 
     async def _get_wait_time(self, since: float, timeout: float) -> float:
         """Seconds to wait for a response when the last one came at `since`; then ask again."""
-        quiet = time.monotonic() - since
-        if quiet >= timeout:
+        elapsed = time.monotonic() - since
+        if elapsed >= timeout:
             raise StallError(
                 f"{self._config.url}: no response for {timeout:g} s while one was due; "
                 "the server hangs or the network is cut"
             )
-        if quiet >= timeout / 2 and self._last_probe <= since:
+        if elapsed >= timeout / 2 and self._last_probe <= since:
             self._last_probe = time.monotonic()
             await self._send_heartbeat()
-        return timeout - quiet if self._last_probe > since else timeout / 2 - quiet
+        return timeout - elapsed if self._last_probe > since else timeout / 2 - elapsed
 
     def cancel(self) -> None:
         """End the session at once: whoever waits here gets a SessionCancelledError. Call it in the event loop."""
         self._tracker.fail(_cancelled("cancelled by this client"))
-        if self._opened and not self._tracker.closing:
+        if self._is_open and not self._tracker.is_closed:
             self._call.cancel()
             self._changed.set()
 
-    def _lost(self, reason: str) -> ConnectionLostError:
+    def _make_error(self, reason: str) -> ConnectionLostError:
         if not self._last_response:
             return ConnectionLostError(
                 f"{self._config.url}: cannot be reached ({reason}); check that the server runs there and that this "

@@ -27,13 +27,13 @@ class Decoder:
     def decode(self, chunk: FrameChunkT) -> FrameChunkT:
         """`chunk` with its frames as pictures. Raises ValueError for data that is none."""
         try:
-            pictures = [
+            images = [
                 frame.to_ndarray(format="rgb24")
                 for data in chunk.encoded
                 for frame in self._context.decode(av.Packet(data))  # type: ignore[attr-defined]
             ]
         except av.FFmpegError as error:
             raise ValueError(f"the frames cannot be decoded: {error}") from None
-        if len(pictures) != len(chunk.encoded):
-            raise ValueError(f"got {len(pictures)} pictures of {len(chunk.encoded)} encoded frames")
-        return dataclasses.replace(chunk, frames=np.stack(pictures), encoded=())
+        if len(images) != len(chunk.encoded):
+            raise ValueError(f"got {len(images)} pictures of {len(chunk.encoded)} encoded frames")
+        return dataclasses.replace(chunk, frames=np.stack(images), encoded=())

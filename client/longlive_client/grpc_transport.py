@@ -15,13 +15,13 @@ import grpc
 from longlive_client.proxies import channel_options
 
 DEFAULT_URL = "127.0.0.1:8001"
-ACCESS_VARIABLE = "LONGLIVE_ACCESS_TOKEN"
+ACCESS_TOKEN_ENV = "LONGLIVE_ACCESS_TOKEN"
 # Where an option of a command is not given, the environment may have it.
-VARIABLES = {
+ENV_NAMES = {
     "tls-ca": "LONGLIVE_TLS_CA",
     "tls-cert": "LONGLIVE_CLIENT_CERT",
     "tls-key": "LONGLIVE_CLIENT_KEY",
-    "access-token": ACCESS_VARIABLE,
+    "access-token": ACCESS_TOKEN_ENV,
 }
 Options = Sequence[tuple[str, int]]
 
@@ -65,7 +65,7 @@ def auth_metadata(access_token: str | None) -> tuple[tuple[str, str], ...]:
 def access_error(url: str, code: grpc.StatusCode) -> str:
     """What to say when a proxy has not let a call through; empty: that is not what has happened."""
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        return f"{url}: got no access token that is known there, expected one (access_token, or ${ACCESS_VARIABLE})"
+        return f"{url}: got no access token that is known there, expected one (access_token, or ${ACCESS_TOKEN_ENV})"
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return f"{url}: this call is not let through there"
     return ""
@@ -78,9 +78,9 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
         ("tls-key", "PEM", "its private key"),
         ("access-token", "TOKEN", "what a proxy lets this client in by"),
     ):
-        variable = VARIABLES[name]
-        default = os.environ.get(variable)
-        parser.add_argument(f"--{name}", metavar=kind, default=default, help=f"{text} (default: ${variable})")
+        env_name = ENV_NAMES[name]
+        default = os.environ.get(env_name)
+        parser.add_argument(f"--{name}", metavar=kind, default=default, help=f"{text} (default: ${env_name})")
 
 
 def get_tls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:

@@ -12,7 +12,7 @@ import urllib.request
 from typing import Any
 
 # In the order in which gRPC looks at them; the first that is set counts.
-VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+ENV_NAMES = ("grpc_proxy", "https_proxy", "http_proxy")
 EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
 
 
@@ -43,13 +43,13 @@ def channel_options(url: str) -> list[tuple[str, int]]:
 
 def proxy_hint(url: str) -> str:
     """What to add to the error of a connection that a proxy may have stood in the way of; empty: there is none."""
-    variable = next((name for name in VARIABLES if os.environ.get(name)), None)
-    if variable is None or is_own(url):
+    env_name = next((name for name in ENV_NAMES if os.environ.get(name)), None)
+    if env_name is None or is_own(url):
         return ""
     exceptions = next(filter(None, map(os.environ.get, EXCEPTIONS)), "")
     if urllib.request.proxy_bypass_environment(host_of(url), {"no": exceptions}):  # type: ignore[attr-defined]
         return ""
-    return f"; it goes by the proxy that ${variable} names: unset that, or add {host_of(url)} to $no_proxy"
+    return f"; it goes by the proxy that ${env_name} names: unset that, or add {host_of(url)} to $no_proxy"
 
 
 def open_http(url: str, timeout_s: float) -> Any:

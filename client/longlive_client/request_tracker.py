@@ -51,7 +51,7 @@ class RequestTracker:
         """Why the session is over, once it is."""
         self.num_chunks = 0
         """Chunks received so far."""
-        self.closing = False
+        self.is_closed = False
         """Chunks that arrive now are dropped."""
         self._state = state
         self._check = check
@@ -88,10 +88,10 @@ class RequestTracker:
             raise InvalidRequestError(RequestError.INVALID_REQUEST, f"request: cannot be sent ({error})") from None
         self._num_sent += 1
         request_id, chunks = str(self._num_sent), request.chunks or 0
-        opened = OpenRequest(start=request.start, remaining=chunks, is_streaming=chunks > 0)
-        self._open[request_id] = opened
+        open_request = OpenRequest(start=request.start, remaining=chunks, is_streaming=chunks > 0)
+        self._open[request_id] = open_request
         message = wire.infer_request(request.session_id, request_id, tensors, start=request.start, end=request.end)
-        return opened, message
+        return open_request, message
 
     def receive(self, response: Any) -> None:
         """Take in one ModelStreamInferResponse."""
@@ -130,7 +130,7 @@ class RequestTracker:
             request.remaining = max(0, request.remaining - 1)
         elif not request.is_streaming:
             request.acknowledgement = chunk
-        if (len(chunk.frames) > 0 or chunk.notice) and not self.closing:
+        if (len(chunk.frames) > 0 or chunk.notice) and not self.is_closed:
             self._state.add(chunk)
 
     def _on_error(self, request_id: str, error: VideoStreamError) -> None:
@@ -143,4 +143,4 @@ class RequestTracker:
         request.close(error)
         if request.is_streaming:
             self._state.remaining -= request.remaining
-            self._state.received.append(error)
+            self._state.queue.append(error)

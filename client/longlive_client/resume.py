@@ -119,7 +119,7 @@ class ResumableStream:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # that watch a START, or end a refused session
-        self._ended = False  # closed or cancelled
+        self._closed = False  # closed or cancelled
         self._resume_lock = asyncio.Lock()
 
     @property
@@ -129,7 +129,7 @@ class ResumableStream:
 
     def cancel(self) -> None:
         """End the session at once, and with it the iteration. May be called from any thread."""
-        self._ended = True
+        self._closed = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the stream with it
                 self._loop.call_soon_threadsafe(self._cancel)
@@ -140,7 +140,7 @@ class ResumableStream:
         self._connection = self._make_connection()
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        if self._ended:
+        if self._closed:
             raise SessionCancelledError(RequestError.CANCELLED, "cancelled by this client")
         await self._start(self._connection)
 
@@ -148,20 +148,20 @@ class ResumableStream:
         """End the session, and the stream. Chunks that were not consumed are dropped."""
         if self._connection is None:
             return
-        graceful, self._ended = not self._ended, True
+        send_end, self._closed = not self._closed, True
         self._stop.set()
-        await self._connection.close(graceful=graceful)
-        if graceful and self._tasks:
+        await self._connection.close(send_end=send_end)
+        if send_end and self._tasks:
             await asyncio.wait(self._tasks)
 
     async def _next_chunk(self) -> StreamedChunk | None:
         """The next chunk; None when all that were requested have come, or after `cancel`."""
-        while not self._ended:
+        while not self._closed:
             connection = self._get_connection()
             try:
                 return await connection.next_chunk()
             except RESUMABLE as error:
-                if self._ended or not self._state.remaining:  # only the end of the last request is missing
+                if self._closed or not self._state.remaining:  # only the end of the last request is missing
                     return None
                 await self._resume(connection, error)
         return None
@@ -201,14 +201,14 @@ class ResumableStream:
         async with self._resume_lock:
             if self._connection is not broken:  # another task has done it
                 return
-            if self._ended or not self._retry_policy.should_retry(error, self._state):
+            if self._closed or not self._retry_policy.should_retry(error, self._state):
                 raise error
             if self._retry_policy.is_refusal(error, self._state):  # no delay: few servers, each asked about once
                 self._create_task(broken.close())  # Triton would keep the sequence of a session that is only cancelled
             else:
                 await self._wait(self._retry_policy.next_delay(), error)
-                await broken.close(graceful=False)
-            if self._ended or not self._state.remaining:
+                await broken.close(send_end=False)
+            if self._closed or not self._state.remaining:
                 return
             # A new id: it leads to another server, and this one may not have noticed yet that the connection broke.
             self.session_id = wire.new_session_id()
@@ -247,7 +247,7 @@ class ResumableStream:
 
     def _cancel(self) -> None:
         self._stop.set()
-        self._state.received.clear()
+        self._state.queue.clear()
         self._get_connection().cancel()
 
 

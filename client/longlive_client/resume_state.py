@@ -32,7 +32,7 @@ class ResumeState:
         """`chunks`: how many are requested; math.inf: until stopped."""
         self.remaining = chunks
         """Chunks requested that have not arrived."""
-        self.received: deque[StreamedChunk | VideoStreamError] = deque()
+        self.queue: deque[StreamedChunk | VideoStreamError] = deque()
         """Not consumed yet, in order; an error stands where the chunks that it refused would have come."""
         self.prompts: list[SentPrompt] = []
         """Those that no snapshot contains: to be sent again."""
@@ -41,7 +41,7 @@ class ResumeState:
         self.next_frame = 0
         self.num_resumed = 0
         """How often new frames arrived after the session was interrupted."""
-        self.interrupted_at: float | None = None
+        self.failed_at: float | None = None
         """When the session lost its connection (monotonic); None while frames arrive."""
         self._start = start
 
@@ -51,22 +51,22 @@ class ResumeState:
         return dataclasses.replace(self._start, session_id=session_id, options=options)
 
     def add(self, chunk: StreamedChunk) -> None:
-        """Append what is new in `chunk` to `received`, and note its snapshot."""
+        """Append what is new in `chunk` to `queue`, and note its snapshot."""
         self.has_response = True
         if chunk.snapshot:
             self._set_snapshot(chunk)
         if not len(chunk.frames):
-            self.received.append(chunk)
+            self.queue.append(chunk)
             return
         num_old = max(0, self.next_frame - chunk.first_frame)
         if num_old >= len(chunk.frames):
             return
         first_frame = chunk.first_frame + num_old
-        self.received.append(dataclasses.replace(chunk, frames=chunk.frames[num_old:], first_frame=first_frame))
+        self.queue.append(dataclasses.replace(chunk, frames=chunk.frames[num_old:], first_frame=first_frame))
         self.next_frame = chunk.first_frame + len(chunk.frames)
         self.remaining -= chunk.completes
-        self.num_resumed += self.interrupted_at is not None
-        self.interrupted_at = None
+        self.num_resumed += self.failed_at is not None
+        self.failed_at = None
 
     def _set_snapshot(self, chunk: StreamedChunk) -> None:
         """From now on the session continues from there. What a snapshot contains is not sent beside it."""

@@ -56,9 +56,9 @@ class RetryPolicy:
         """Whether to try again after a connection ended with `error`. Notes in `state` that it did."""
         refused = self.is_refusal(error, state)
         now = time.monotonic()
-        if not refused and state.interrupted_at is None:
-            state.interrupted_at, self._num_rounds = now, 0
-        if state.interrupted_at is not None and now - state.interrupted_at >= self._resume_for:
+        if not refused and state.failed_at is None:
+            state.failed_at, self._num_rounds = now, 0
+        if state.failed_at is not None and now - state.failed_at >= self._resume_for:
             return False
         if refused:
             state.has_response |= isinstance(error, UnavailableError)

@@ -9,12 +9,11 @@ import math
 from pathlib import Path
 from random import Random
 
-from longlive_serve.config.presets import FPS, TINY
+from longlive_serve.config.presets import FPS, TINY, WindowConfig
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.scheduler import CHUNK_FRAMES
 
 MEASURED = Path(__file__).parents[2] / "results/gpu.json"
-CHUNK_PLAYS_S = CHUNK_FRAMES / FPS
+CHUNK_PLAYS_S = WindowConfig().chunk_frames / FPS
 PROJECTED_CAPACITY = 3
 
 

@@ -19,10 +19,9 @@ from deploy.autoscaling_simulator.report.tables import SECTION as SIMULATOR
 from deploy.autoscaling_simulator.report.tables import sweep_tables, trace_table
 from deploy.autoscaling_simulator.sim_config import CHUNK_PLAYS_S, MEASURED
 from deploy.capacity.projection import FP8, FULL, GPUS, PRECISIONS, chunk_seconds, memory_of
-from longlive_serve.config.presets import DECODERS
+from longlive_serve.config.presets import DECODERS, WindowConfig
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.doctor.memory_model import server_memory
-from longlive_serve.engine.scheduler import CHUNK_FRAMES
 
 RESULTS = ROOT / "results/autoscaling.json"
 PROJECTED = "projected"
@@ -135,7 +134,7 @@ def _computed(row: GPUCapacity, price: float, factor: float) -> dict[str, Any]:
     cost, fleet_cost = (
         f"{price * times / row.max_admitted:.2f}" if row.max_admitted else "-" for times in (1.0, factor)
     )
-    speed = {"chunk_ms": 1e3 * row.chunk_s, "fps": CHUNK_FRAMES / row.chunk_s}
+    speed = {"chunk_ms": 1e3 * row.chunk_s, "fps": WindowConfig().chunk_frames / row.chunk_s}
     return {
         **speed,
         "memory": "?" if row.max_by_memory is None else row.max_by_memory,

@@ -83,6 +83,11 @@ class WindowConfig:
                 f"window: got {self.window} frames, expected at least sink + chunk = {self.sink + self.chunk}"
             )
 
+    @property
+    def chunk_frames(self) -> int:
+        """Video frames of every chunk but the first."""
+        return self.chunk * FRAMES_PER_LATENT
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

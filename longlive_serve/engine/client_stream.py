@@ -63,7 +63,7 @@ class ClientStream:
 
     session: Session
     chunk_requests: deque[ChunkRequest]
-    ending: bool
+    end_requested: bool
     """True once the client has said END: the session ends with its last request for chunks."""
     arrival_time: float
     """When its START came (monotonic seconds, as all times here)."""
@@ -76,8 +76,8 @@ class ClientStream:
     encode: Encode | None = None
     """Frames to the session's format; None: raw."""
     trace: Trace | None = None
-    first_frame_due: bool = True
-    switch_arrivals: dict[int, float] = dataclasses.field(default_factory=dict)
+    needs_first_frame: bool = True
+    switch_times: dict[int, float] = dataclasses.field(default_factory=dict)
     """When the prompts came that are meant for the next chunk, by index."""
     last_activity: float = 0.0
     """When the client last sent a request, or was last sent a chunk."""
@@ -92,25 +92,27 @@ class ClientStream:
         self.last_activity = self.arrival_time
 
     @property
-    def named(self) -> dict[str, str]:
+    def log_extra(self) -> dict[str, str]:
         """What a log record about this session carries."""
         return {"session": self.session.id}
 
-    def note_chunk(self, chunk: FrameChunk, phases: Sequence[Phase]) -> None:
+    def trace_chunk(self, chunk: FrameChunk, phases: Sequence[Phase]) -> None:
         """Write a chunk into the session's trace, if it has one."""
         if self.trace is not None:
-            facts = {"first_frame": chunk.first_frame, "prompt_index": chunk.prompt_index}
-            ended = phases[-1].began + phases[-1].seconds if phases else time.monotonic()
-            whole = Phase(name=f"chunk {self.session.chunk - 1}", began=ended - chunk.seconds, seconds=chunk.seconds)
-            self.trace.add(whole, "chunks", **facts)
+            metadata = {"first_frame": chunk.first_frame, "prompt_index": chunk.prompt_index}
+            end = phases[-1].start_time + phases[-1].seconds if phases else time.monotonic()
+            name = f"chunk {self.session.next_chunk - 1}"
+            self.trace.add(
+                Phase(name=name, start_time=end - chunk.seconds, seconds=chunk.seconds), "chunks", **metadata
+            )
             for phase in phases:
                 self.trace.add(phase, "phases")
 
     def check(self, request: Request, max_per_s: int) -> None:
         """Raises RequestError when `request`, a later one of this session, must not be taken."""
-        own, theirs = self.session.token, request.options.session_token or ""
-        if own and not hmac.compare_digest(own.encode(), theirs.encode()):
-            text = f"OPTIONS.session_token: got {'another' if theirs else 'none'}, expected the one that START carried"
+        expected, token = self.session.token, request.options.session_token or ""
+        if expected and not hmac.compare_digest(expected.encode(), token.encode()):
+            text = f"OPTIONS.session_token: got {'another' if token else 'none'}, expected the one that START carried"
             raise RequestError(RequestError.FORBIDDEN, f"session {self.session.id}: {text}")
         now = time.monotonic()
         while self.request_times and now - self.request_times[0] > RATE_WINDOW_S:
@@ -119,29 +121,29 @@ class ClientStream:
             text = f"got more than {max_per_s} requests in a second; wait {RATE_WINDOW_S:g} s"
             raise RequestError(RequestError.RATE_LIMITED, f"session {self.session.id}: {text}")
         self.request_times.append(now)
-        for given, pending, what in (
+        for value, pending, message in (
             (request.prompt, self.session.pending, "PROMPT: got one while {} others wait for their time"),
             (request.chunks, self.chunk_requests, "CHUNKS: got some while {} requests for chunks are open"),
         ):
-            if given is not None and len(pending) >= MAX_PENDING:
-                text = f"{what.format(len(pending))}, expected fewer than {MAX_PENDING}"
+            if value is not None and len(pending) >= MAX_PENDING:
+                text = f"{message.format(len(pending))}, expected fewer than {MAX_PENDING}"
                 raise RequestError(RequestError.INVALID_REQUEST, text)
 
-    def note_request(self) -> None:
-        """The client has spoken, and so it has read what it was sent."""
+    def record_request(self) -> None:
+        """A request arrived: the client has read what it was sent."""
         self.last_activity, self.unacked = time.monotonic(), 0
 
     @property
-    def wants_snapshot(self) -> bool:
+    def needs_snapshot(self) -> bool:
         """Whether the chunk just generated goes out with a snapshot."""
-        return bool(self.snapshot_every) and self.session.chunk % self.snapshot_every == 0
+        return bool(self.snapshot_every) and self.session.next_chunk % self.snapshot_every == 0
 
     @property
-    def disconnected(self) -> bool:
+    def is_cancelled(self) -> bool:
         """True when the client has left an answer unheard."""
         return any(chunk_request.sender.is_cancelled() for chunk_request in self.chunk_requests)
 
-    def deliver(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
+    def send_chunk(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
         """Send a chunk (or an early part of it) as an answer to the oldest request for chunks, and close that with its
         last one.
 

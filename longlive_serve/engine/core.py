@@ -19,13 +19,13 @@ from longlive_serve.backends.device import AsyncD2HCopy, use_device
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import ClientStream, ResponseSender
 from longlive_serve.engine.inflight import InflightChunk
-from longlive_serve.engine.lora_manager import Adapters
+from longlive_serve.engine.lora_manager import LoRAManager
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.response_writer import QueuedResponseSender, ResponseWriter
 from longlive_serve.engine.scheduler import SECOND
 from longlive_serve.engine.session_manager import SessionManager, shutting_down
 from longlive_serve.engine.snapshot import copy_to_host, dump_later
-from longlive_serve.observability.metrics import Change
+from longlive_serve.observability.metrics import MetricUpdate
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import SET_LORA
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05  # how often a worker with nothing to generate looks for dead clients
 
 
-class Launched(NamedTuple):
-    """A chunk in flight, whose it is, and what its snapshot takes of the device, if one goes with it."""
+class ScheduledChunk(NamedTuple):
+    """A chunk in flight, its session, and the tensors of its snapshot, if one is sent with it."""
 
     stream: ClientStream
     chunk: InflightChunk
@@ -51,19 +51,19 @@ class EngineCore:
         self,
         runner: ModelRunner,
         config: ServeConfig,
-        on_statistics: Callable[[Sequence[Change]], None] = lambda changes: None,
+        on_metrics: Callable[[Sequence[MetricUpdate]], None] = lambda updates: None,
         chunk_s: float = 0.0,
     ) -> None:
-        """`on_statistics`: is told the figures that have changed. `chunk_s`: seconds that a chunk takes, as measured
+        """`on_metrics`: is told the figures that have changed. `chunk_s`: seconds that a chunk takes, as measured
         beforehand; 0: the first chunk will tell."""
         self._runner = runner
-        self._on_statistics = on_statistics
+        self._on_metrics = on_metrics
         self._sessions = SessionManager(runner, config, chunk_s)
         self._requests: queue.SimpleQueue[tuple[Request | RequestError, QueuedResponseSender] | None]
         self._requests = queue.SimpleQueue()  # None: only wakes the worker
-        self._adapters = Adapters(runner, config, self._wake)
+        self._adapters = LoRAManager(runner, config, self._wake)
         self._writer = ResponseWriter()
-        self._in_flight: Launched | None = None
+        self._in_flight: ScheduledChunk | None = None
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._run, name="longlive-worker", daemon=True)
@@ -94,7 +94,7 @@ class EngineCore:
         while not self._stopping.is_set():
             try:
                 self._step()
-            except Exception as error:  # a bug outside any session's boundary: nobody may wait for ever
+            except Exception as error:  # a bug outside any session's boundary: no client may wait for ever
                 log.exception("the worker failed; every session ends")
                 text = f"the server failed: {type(error).__name__}: {error}"
                 self._in_flight = None
@@ -102,32 +102,32 @@ class EngineCore:
         self._step()
 
     def _step(self) -> None:
-        """One round of the worker: it looks around, and has one session's next chunk generated.
+        """One iteration of the worker: housekeeping, and one session's next chunk.
 
-        That is launched while the device still decodes the one before, which is finished then: the device has no pause.
+        The chunk is launched while the device still decodes the previous one, so that the device is never idle.
         """
         self._housekeeping()
         if self._in_flight is not None:
             self._runner.wait_until_denoised(self._in_flight.chunk)
-            self._process_requests()  # what came meanwhile
+            self._process_requests()  # those that arrived meanwhile
             self._sessions.admit()
         turn, _ = self._sessions.scheduler.next(time.monotonic_ns())
-        launched = None if turn is None else self._launch(self._sessions[turn])
+        scheduled = None if turn is None else self._launch(self._sessions[turn])
         self._collect_output()
-        self._in_flight = launched
+        self._in_flight = scheduled
         if not self._runner.asynchronous:
             self._collect_output()
 
     def _housekeeping(self) -> None:
-        """Requests, departures, arrivals. The device denoises meanwhile: to ask Triton who is gone takes its time."""
+        """Requests, ended and waiting sessions, while the device denoises: asking Triton who disconnected is slow."""
         sessions = self._sessions
         self._process_requests()
         if self._draining.is_set():
             self._collect_output()  # a last snapshot goes on after what its client has been sent
             sessions.drain(at_once=self._stopping.is_set())
-            self._adapters.abandon(shutting_down())
+            self._adapters.cancel(shutting_down())
         self._adapters.apply()
-        sessions.drop_disconnected()
+        sessions.end_inactive()
         sessions.admit()
         sessions.notify_waiting()
         self._publish()  # before the chunk: who has it can look at the figures
@@ -166,11 +166,11 @@ class EngineCore:
             log.exception("a request failed")
             sender.fail(RequestError(RequestError.INTERNAL, f"{type(error).__name__}: {error}"))
 
-    def _launch(self, stream: ClientStream) -> Launched | None:
-        with self._boundary_of(stream):
+    def _launch(self, stream: ClientStream) -> ScheduledChunk | None:
+        with self._catch_errors(stream):
             self._sessions.scheduler.begin(stream.session.id, time.monotonic_ns())
             chunk = self._runner.execute_model_async(stream.session, stream.stream_partial_chunks)
-            return Launched(stream, chunk, copy_to_host(stream.session) if stream.wants_snapshot else {})
+            return ScheduledChunk(stream, chunk, copy_to_host(stream.session) if stream.needs_snapshot else {})
         return None
 
     def _collect_output(self) -> None:
@@ -180,40 +180,40 @@ class EngineCore:
         (stream, chunk, tensors), self._in_flight = self._in_flight, None
         if stream not in self._sessions:  # it has ended meanwhile
             return
-        with self._boundary_of(stream):
+        with self._catch_errors(stream):
             frames, snapshot = 0, None
             for part in self._runner.collect_output(chunk):
                 frames += len(part.frames)
                 if part.completes:
-                    self._note_end(stream, part, frames)
+                    self._update_scheduler(stream, part, frames)
                     if tensors:
                         snapshot = dump_later(stream.session, self._runner.config, tensors)
-                stream.deliver(part, snapshot)
-                self._sessions.delivered(stream, part)
+                stream.send_chunk(part, snapshot)
+                self._sessions.on_chunk_sent(stream, part)
                 if stream not in self._sessions:  # that was its last chunk: nobody needs the KV-cache update
                     break
         self._publish()
 
-    def _note_end(self, stream: ClientStream, chunk: FrameChunk, frames: int) -> None:
-        """The scheduler wants to know when a chunk of so many frames was there."""
+    def _update_scheduler(self, stream: ClientStream, chunk: FrameChunk, frames: int) -> None:
+        """Tell the scheduler that a chunk of `frames` frames is complete."""
         session, now = stream.session, time.monotonic_ns()
-        late = self._sessions.scheduler.done(session.id, now, frames, round(chunk.seconds * SECOND))
-        if late:
-            log.warning("chunk %d came %.3f s late", session.chunk - 1, late / SECOND, extra=stream.named)
+        delay = self._sessions.scheduler.done(session.id, now, frames, round(chunk.seconds * SECOND))
+        if delay:
+            log.warning("chunk %d came %.3f s late", session.next_chunk - 1, delay / SECOND, extra=stream.log_extra)
 
     @contextlib.contextmanager
-    def _boundary_of(self, stream: ClientStream) -> Iterator[None]:
+    def _catch_errors(self, stream: ClientStream) -> Iterator[None]:
         """Whatever fails within ends this session alone: the server outlives any session."""
         try:
             yield
         except RequestError as error:
             self._sessions.end(stream, error)
         except Exception as error:
-            log.exception("failed at chunk %d", stream.session.chunk, extra=stream.named)
+            log.exception("failed at chunk %d", stream.session.next_chunk, extra=stream.log_extra)
             text = f"the session failed: {type(error).__name__}: {error}"
             self._sessions.end(stream, RequestError(RequestError.INTERNAL, text))
 
     def _publish(self) -> None:
-        changes = self._sessions.collect_metrics()
-        if changes:  # the bytes are counted where they are sent
-            self._writer.put(lambda: self._on_statistics([*changes, ("bytes", (), self._writer.bytes)]))
+        updates = self._sessions.collect_metrics()
+        if updates:  # the bytes are counted where they are sent
+            self._writer.put(lambda: self._on_metrics([*updates, ("bytes", (), self._writer.bytes)]))

@@ -17,7 +17,7 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import H264, JPEG, RAW
 
-JPEG_QUANTIZER = 3  # 1 (best) to 31
+JPEG_QSCALE = 3  # 1 (best) to 31
 H264_CRF = "18"
 H264_ENCODERS = {  # the first that opens on this machine
     "h264_nvenc": {"preset": "p4", "tune": "ull", "zerolatency": "1", "cq": H264_CRF},
@@ -52,22 +52,22 @@ class Encoder:
 
     def encode(self, chunk: FrameChunk) -> FrameChunk:
         """`chunk` with its frames encoded, one packet each."""
-        packets = tuple(packet for picture in chunk.frames for packet in self._packets(picture))
-        return dataclasses.replace(chunk, frames=chunk.frames[:0], encoded=packets)
+        encoded = tuple(packet for image in chunk.frames for packet in self._encode_frame(image))
+        return dataclasses.replace(chunk, frames=chunk.frames[:0], encoded=encoded)
 
-    def _packets(self, picture: np.ndarray[Any, Any]) -> list[bytes]:
+    def _encode_frame(self, image: np.ndarray[Any, Any]) -> list[bytes]:
         import av
 
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame = frame.reformat(format=self._context.pix_fmt)
         frame.pts, self._frame = self._frame, self._frame + 1
-        packets = [bytes(packet) for packet in self._context.encode(frame)]
-        assert len(packets) == 1, "a frame gives one packet at once"
-        return packets
+        encoded = [bytes(packet) for packet in self._context.encode(frame)]
+        assert len(encoded) == 1, "a frame gives one packet at once"
+        return encoded
 
 
 def _open_jpeg(size: tuple[int, int], fps: int) -> Any:
-    return _open("mjpeg", size, fps, "yuvj420p", {"qmin": str(JPEG_QUANTIZER), "qmax": str(JPEG_QUANTIZER)})
+    return _open("mjpeg", size, fps, "yuvj420p", {"qmin": str(JPEG_QSCALE), "qmax": str(JPEG_QSCALE)})
 
 
 def _open_h264(size: tuple[int, int], fps: int) -> Any:

@@ -34,7 +34,7 @@ class Phases:
         """All of them, the last of which has just ended, at `now` (monotonic seconds)."""
         seconds, (_, _, last) = self._timer.seconds, self._events[-1]
         return [
-            Phase(name=name, began=now - seconds(begin, last), seconds=seconds(begin, end))
+            Phase(name=name, start_time=now - seconds(begin, last), seconds=seconds(begin, end))
             for name, begin, end in self._events
         ]
 
@@ -49,7 +49,7 @@ class InflightChunk:
     first_frame: int
     prompt_index: int
     notice: str
-    began: float
+    start_time: float
     """When the host began with it (monotonic seconds)."""
     denoised: Event
     """Then only the decoding and the KV-cache update are left."""

@@ -2,7 +2,7 @@
 """Changes the LoRA adapters of sessions to come while others are live.
 
 Used by the engine core's worker. A thread of its own merges the weights; the worker takes the result between two
-chunks. A session keeps the DiT that it began with, which goes when its last session has gone.
+chunks. A session keeps the DiT that it began with, which is freed with its last session.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from longlive_serve.weights.loader import ModelLoader
 log = logging.getLogger(__name__)
 
 
-class Adapters:
+class LoRAManager:
     """The adapters of sessions to come: those of the settings, and on top those that were asked for last."""
 
     def __init__(self, runner: ModelRunner, config: ServeConfig, wake: Callable[[], None]) -> None:
         """`wake` is called from another thread when there is something for `apply`."""
         self._runner, self._config, self._wake = runner, config, wake
-        self._asked: ResponseSender | None = None
+        self._pending_sender: ResponseSender | None = None
         """Waits for what is being loaded."""
         self._loaded: CausalDiT | RequestError | None = None
-        self._said = ""
+        self._description = ""
 
     def change(self, options: Options, sender: ResponseSender) -> None:
         """Begin to load; the answer goes to `sender` when it is done. Raises RequestError for what cannot be done."""
-        config, wanted, dit = self._config, options.adapters or {}, self._runner.backends.dit
+        config, requested, dit = self._config, options.adapters or {}, self._runner.backends.dit
         if not config.adapters_dir:
             raise RequestError(RequestError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
         if not hmac.compare_digest(config.admin_token.encode(), (options.admin_token or "").encode()):
@@ -53,34 +53,34 @@ class Adapters:
         if not isinstance(dit, Exchangeable):
             text = f"OPTIONS.adapters: got backend {self._runner.backends.name}, expected torch or fused for the DiT"
             raise RequestError(RequestError.INVALID_REQUEST, text)
-        if self._asked is not None:
+        if self._pending_sender is not None:
             raise RequestError(RequestError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
-        adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in wanted.items()]
-        scales = [f"{name}={scale:g}" for name, scale in wanted.items()]
-        self._said = ", ".join(scales) or "none but those of the settings"
-        self._asked = sender
+        adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in requested.items()]
+        scales = [f"{name}={scale:g}" for name, scale in requested.items()]
+        self._description = ", ".join(scales) or "none but those of the settings"
+        self._pending_sender = sender
         threading.Thread(target=self._load, args=(adapters, dit.dtype), name="longlive-adapters", daemon=True).start()
 
     def apply(self) -> None:
-        """Take what has been loaded, if something has, and answer."""
-        sender, loaded = self._asked, self._loaded
+        """Use what has been loaded, if anything, and answer."""
+        sender, loaded = self._pending_sender, self._loaded
         if loaded is None or sender is None:
             return
-        self._asked = self._loaded = None
+        self._pending_sender = self._loaded = None
         if isinstance(loaded, RequestError):
             sender.fail(loaded)
             return
         backends = self._runner.backends
         assert isinstance(backends.dit, Exchangeable)
         self._runner.backends = dataclasses.replace(backends, dit=backends.dit.with_model(loaded))
-        log.info("adapters of sessions to come: %s", self._said)
-        sender.send(notice_chunk(self._config.model_config.video_size, f"adapters: {self._said}"), final=True)
+        log.info("adapters of sessions to come: %s", self._description)
+        sender.send(notice_chunk(self._config.model_config.video_size, f"adapters: {self._description}"), final=True)
 
-    def abandon(self, error: RequestError) -> None:
-        """Answer whoever waits with `error`; what is loaded still is not taken."""
-        if self._asked is not None:
-            self._asked.fail(error)
-            self._asked = None
+    def cancel(self, error: RequestError) -> None:
+        """Answer the request that waits with `error`; what is still being loaded is not used."""
+        if self._pending_sender is not None:
+            self._pending_sender.fail(error)
+            self._pending_sender = None
 
     def _file(self, name: str) -> Path:
         folder = Path(self._config.adapters_dir)
@@ -88,9 +88,9 @@ class Adapters:
         files = {os.fsencode(path.name): path for path in folder.glob("*") if path.is_file()}
         found = files.get(name.encode(errors="replace"))
         if found is None:
-            there = sorted(file.decode(errors="replace") for file in files)
+            available = sorted(file.decode(errors="replace") for file in files)
             raise RequestError(
-                RequestError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {there}"
+                RequestError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {available}"
             )
         return found
 

@@ -48,7 +48,7 @@ class ModelRunner:
         """Of the last chunk that was finished."""
         self._finished = 0.0
         """When that was."""
-        self._updating = 0.0
+        self._update_seconds = 0.0
         """Seconds of KV-cache updates since then, where the host waits for them."""
         self._timer = DeviceTimer(backends.device)
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
@@ -66,7 +66,7 @@ class ModelRunner:
         `early`: frames come in parts, one for every latent frame.
         Raises RequestError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
-        began, number, phases = time.monotonic(), session.chunk, session.phases or Phases(self._timer)
+        start_time, number, phases = time.monotonic(), session.next_chunk, session.phases or Phases(self._timer)
         self._check_limit(number)
         with phases.of("switch"):
             if session.context_latents and session.prompt_kv is None:  # it comes from a snapshot
@@ -83,7 +83,7 @@ class ModelRunner:
             first_frame=self.first_frame(number),
             prompt_index=session.prompt.index,
             notice=notice,
-            began=began,
+            start_time=start_time,
             denoised=denoised,
             phases=phases,
         )
@@ -106,9 +106,9 @@ class ModelRunner:
                 frames=frames.wait().numpy(), first_frame=first_frame, prompt_index=chunk.prompt_index, notice=notice
             )
             if number == chunk.parts:
-                began, self._finished = max(chunk.began, self._finished), time.monotonic()
-                part = dataclasses.replace(part, seconds=self._finished - began + self._updating)
-                self.phases, self._updating = chunk.phases.until(self._finished), 0.0
+                start_time, self._finished = max(chunk.start_time, self._finished), time.monotonic()
+                part = dataclasses.replace(part, seconds=self._finished - start_time + self._update_seconds)
+                self.phases, self._update_seconds = chunk.phases.until(self._finished), 0.0
             yield part
             first_frame, notice = first_frame + len(part.frames), ""
 
@@ -118,11 +118,11 @@ class ModelRunner:
         """The frames, and then the KV-cache update, for which nobody needs to wait: it is for the next chunk."""
         yield from frames
         assert session.prompt_kv is not None
-        began, session.phases = time.monotonic(), Phases(self._timer)
+        start_time, session.phases = time.monotonic(), Phases(self._timer)
         with session.phases.of("kv_cache_update"):
             self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, plan)
         if not self.asynchronous:
-            self._updating += time.monotonic() - began
+            self._update_seconds += time.monotonic() - start_time
 
     def _decode(
         self, session: Session, parts: Sequence[Tensor], is_first: bool, phases: Phases
@@ -133,8 +133,8 @@ class ModelRunner:
             with phases.of("decode"):
                 frames, cache = decoder.decode(part, cache, is_first and place == 0)
                 session.decoder_cache = cache
-                there = AsyncD2HCopy(frames)
-            yield there
+                copy = AsyncD2HCopy(frames)
+            yield copy
 
     @phase(WARM_UP)
     def warm_up(self, slots: int | None = None) -> float:
@@ -144,8 +144,8 @@ class ModelRunner:
         `prepare` has it.
         """
         if isinstance(self.backends.dit, Preparable):
-            self._rehearse()
-        session, seconds = _nobodys("a warm-up"), []
+            self._compile()
+        session, seconds = _make_dummy_session("a warm-up"), []
         for number in range(4 * self.window.capacity):
             if number % WARM_UP_SWITCH == WARM_UP_SWITCH - 1:
                 session.add_prompt("another warm-up", NOW)
@@ -159,14 +159,14 @@ class ModelRunner:
         if isinstance(self.backends.dit, Preparable):
             self.backends.dit.prepare(slots)
 
-    def _rehearse(self) -> None:
+    def _compile(self) -> None:
         """Whatever a session can ask for, twice: such backends compile when they meet a size, and then capture it.
 
         Prompts of any length, switches with any number of chunks to recache, openings and chunks, whole ones and in
         early frames.
         """
         for text in 2 * ("a warm-up", "a long one, " * self.config.dit.text_len):
-            session = _nobodys(text)
+            session = _make_dummy_session(text)
             for number in range(self.window.capacity + 2):
                 if number:
                     session.add_prompt(text, NOW)
@@ -188,14 +188,14 @@ class ModelRunner:
 
     def _apply_prompts(self, session: Session) -> str:
         """Put the next due prompt in force, at most one per chunk; returns what its writer should know."""
-        first_latent_frame = session.chunk * self.config.window.chunk
-        due = bool(session.pending) and session.pending[0].at_latent_frame <= first_latent_frame
-        if not due and session.prompt_kv is not None:
+        first_latent_frame = session.next_chunk * self.config.window.chunk
+        is_due = bool(session.pending) and session.pending[0].at_latent_frame <= first_latent_frame
+        if not is_due and session.prompt_kv is not None:
             return ""
-        if due:
+        if is_due:
             session.prompt = session.pending.pop(0)
         encoded, session.prompt_kv = self._embed(session, session.prompt)
-        if session.chunk > 0:
+        if session.next_chunk > 0:
             self._switch_cache(session)
         return prompt_notice(session.prompt.index, encoded)
 
@@ -211,18 +211,18 @@ class ModelRunner:
         if session.on_switch == RECACHE:
             self._recache(session, session.global_sink)
         elif session.on_switch == CLEAR:
-            session.first_cached = session.chunk
+            session.first_cached = session.next_chunk
 
     def _recache(self, session: Session, keep_sink: bool) -> None:
         """Rebuild the cache from recent clean latents under the prompt in force (docs/semantics.md, section 6.1)."""
-        plan = self.window.recache(session.chunk, keep_sink, session.first_cached)
-        oldest = session.chunk - len(session.context_latents)
-        latents = torch.cat([session.context_latents[chunk - oldest] for chunk in plan.chunks], dim=1)
+        plan = self.window.recache(session.next_chunk, keep_sink, session.first_cached)
+        first = session.next_chunk - len(session.context_latents)
+        latents = torch.cat([session.context_latents[chunk - first] for chunk in plan.chunks], dim=1)
         assert session.prompt_kv is not None
         self._dit(session).update_kv_cache(latents, session.prompt_kv, session.slot, plan)
-        self._note_sink(session, latents, plan)
+        self._update_sink(session, latents, plan)
 
-    def _note_sink(self, session: Session, latents: Tensor, plan: KVCachePlan) -> None:
+    def _update_sink(self, session: Session, latents: Tensor, plan: KVCachePlan) -> None:
         """Remember what the sink's blocks are given."""
         parts = latents.split(self.config.window.chunk, 1)
         for block, (chunk, part) in enumerate(zip(plan.chunks, parts, strict=True), plan.first_block):
@@ -235,18 +235,18 @@ class ModelRunner:
 
         Close to what was there before, not equal: keys and values had seen chunks that have left the window since.
         """
-        kept = session.chunk - session.first_cached
-        if kept > self.window.capacity:
+        num_cached = session.next_chunk - session.first_cached
+        if num_cached > self.window.capacity:
             for block, one in enumerate(session.sink):
                 plan = dataclasses.replace(self.window.step(block), chunks=(one.chunk,))
                 prompt_kv = self._embed(session, one.prompt)[1]
                 self._dit(session).update_kv_cache(one.latents, prompt_kv, session.slot, plan)
         _, session.prompt_kv = self._embed(session, session.prompt)
-        if kept:
+        if num_cached:
             self._recache(session, keep_sink=True)
-        oldest = session.chunk - len(session.context_latents)
+        first = session.next_chunk - len(session.context_latents)
         session.decoder_cache = self.backends.vae_decoder.initial_cache()
-        for number, latents in enumerate(session.context_latents, oldest):
+        for number, latents in enumerate(session.context_latents, first):
             _, session.decoder_cache = self.backends.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
     def _denoise(self, session: Session, plan: KVCachePlan, phases: Phases) -> Tensor:
@@ -254,18 +254,18 @@ class ModelRunner:
         assert session.prompt_kv is not None
         dit, schedule = self._dit(session), self.schedule
         with phases.of("denoise"):
-            x, *noises = self._draw(session)
+            x, *noise = self._draw(session)
             for step in range(schedule.steps):
                 flow = dit.denoise(x, step, session.prompt_kv, session.slot, plan)
                 clean = schedule.convert_flow_pred_to_x0(x, flow, step)
                 if step + 1 < schedule.steps:
-                    x = schedule.add_noise(clean, noises[step], step + 1)
-        self._note_sink(session, clean, plan)
+                    x = schedule.add_noise(clean, noise[step], step + 1)
+        self._update_sink(session, clean, plan)
         session.noise.prepare(self._noise_shape, schedule.steps, self.backends.device.startswith("cuda"))
         session.context_latents.append(clean)
         if len(session.context_latents) > self.window.capacity:
             session.context_latents.popleft()
-        session.chunk += 1
+        session.next_chunk += 1
         return clean
 
     def _draw(self, session: Session) -> Sequence[Tensor]:
@@ -293,6 +293,6 @@ def prompt_notice(index: int, encoded: EncodedPrompt) -> str:
     return "; ".join(parts)
 
 
-def _nobodys(prompt: str) -> Session:
+def _make_dummy_session(prompt: str) -> Session:
     """A session that warms up."""
     return Session(id="warm-up", prompt=Prompt(index=0, text=prompt), noise=SeededNoise(0), slot=0)

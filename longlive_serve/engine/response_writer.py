@@ -18,7 +18,7 @@ from longlive_serve.protocol.messages import FrameChunk
 
 log = logging.getLogger(__name__)
 
-MOST_JOBS = 64  # waiting to be done
+MAX_JOBS = 64  # waiting to be done
 
 
 class ResponseWriter:
@@ -27,16 +27,16 @@ class ResponseWriter:
     def __init__(self) -> None:
         self.bytes = 0
         """Of frames, sent so far."""
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_JOBS)
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_JOBS)
         self._thread = threading.Thread(target=self._run, name="longlive-responses", daemon=True)
         self._thread.start()
 
     def put(self, job: Callable[[], None]) -> None:
-        """Waits while too much is there: who generates faster than can be sent is slowed down."""
+        """Blocks while the queue is full: generation that is faster than sending is slowed down."""
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Run what is there, then end."""
+        """Run the queued jobs, then end."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -53,7 +53,7 @@ class QueuedResponseSender:
 
     def __init__(self, sender: ResponseSender, writer: ResponseWriter) -> None:
         self._sender, self._writer = sender, writer
-        self._broken = False
+        self._failed = False
 
     def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None:
         self._writer.put(lambda: self._send(chunk, final, encode))
@@ -62,10 +62,10 @@ class QueuedResponseSender:
         self._writer.put(lambda: self._fail(error))
 
     def is_cancelled(self) -> bool:
-        return self._broken or self._sender.is_cancelled()
+        return self._failed or self._sender.is_cancelled()
 
     def _send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None) -> None:
-        if self._broken:
+        if self._failed:
             return
         try:
             if chunk is not None and encode is not None:
@@ -80,6 +80,6 @@ class QueuedResponseSender:
 
     def _fail(self, error: RequestError) -> None:
         """The client is told once, if it can be; the worker then sees the sender as one whose client has left."""
-        if not self._broken:
-            self._broken = True
+        if not self._failed:
+            self._failed = True
             self._sender.fail(error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds a slot and which session advances next, so that no viewer waits. No torch and no clock of its own.
+"""Decides who holds a slot and whose chunk is next: EDF with a schedulability test. No torch and no clock of its own.
 
 Called by the engine core's worker, which tells it the time. Times are integer nanoseconds.
 
@@ -16,9 +16,8 @@ import dataclasses
 from collections.abc import Iterable
 
 SECOND = 1_000_000_000
-CHUNK_FRAMES = 12  # of every chunk but the first
-RISE, FALL = 0.1, 0.01  # of a new measurement in the cost of a chunk: what was slow once is slow again
-PROOF = 50  # chunks after which a measured cost is not doubted any more
+ALPHA_UP, ALPHA_DOWN = 0.1, 0.01  # of a new measurement in the cost of a chunk: what was slow once is slow again
+MIN_MEASUREMENTS = 50  # chunks after which a measured cost is not doubted any more
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +27,8 @@ class ScheduledSession:
     session_id: str
     fps: int | None
     """Frames per second of its playback clock; None: pace `asap`."""
+    chunk_frames: int
+    """Of every chunk but the first."""
     max_chunks_ahead: int
     """Chunks that may be ready before they are due."""
     since: int
@@ -50,7 +51,7 @@ class ScheduledSession:
     def period(self) -> int:
         """Time that a chunk plays."""
         assert self.fps is not None
-        return CHUNK_FRAMES * SECOND // self.fps
+        return self.chunk_frames * SECOND // self.fps
 
     @property
     def deadline(self) -> int:
@@ -82,10 +83,13 @@ class ScheduledSession:
 class Scheduler:
     """Admits sessions to slots in the order of arrival and says whose chunk is next."""
 
-    def __init__(self, slots: int, *, cost: int = 0, max_utilization: float = 0.8, cost_margin: float = 0.0) -> None:
-        """`cost`: time of a chunk, as measured so far. `max_utilization`: share of all time that clocks may count on.
-        `cost_margin`: what a cost that was measured without load may be too low by, as a share of it."""
-        self._slots = slots
+    def __init__(
+        self, slots: int, *, chunk_frames: int, cost: int = 0, max_utilization: float = 0.8, cost_margin: float = 0.0
+    ) -> None:
+        """`chunk_frames`: video frames of every chunk but the first. `cost`: time of a chunk, as measured so far.
+        `max_utilization`: share of all time that clocks may count on. `cost_margin`: what a cost that was measured
+        without load may be too low by, as a share of it."""
+        self._slots, self._chunk_frames = slots, chunk_frames
         self._free = list(range(slots))[::-1]
         self._waiting: list[ScheduledSession] = []
         self._running: dict[str, ScheduledSession] = {}  # those with a slot, in the order of their last turns
@@ -93,7 +97,7 @@ class Scheduler:
         self.cost = cost
         """Time of a chunk that is seldom exceeded."""
         self.deadline_misses = 0
-        self._measured = 0  # chunks
+        self._num_done = 0  # chunks
 
     @property
     def waiting(self) -> int:
@@ -108,11 +112,11 @@ class Scheduler:
         load = self._load(fps)
         return self._slots if not load else min(self._slots, int(self._max_utilization / load))
 
-    def has_room(self, fps: int) -> bool:
+    def has_capacity(self, fps: int) -> bool:
         """Whether a session with such a clock that comes now is admitted at once."""
-        return bool(self._free) and not self._waiting and self._fits_beside(fps)
+        return bool(self._free) and not self._waiting and self._has_capacity(fps)
 
-    def shortest_slack(self, now: int) -> int:
+    def min_slack(self, now: int) -> int:
         """Time until the first chunk is due, of all that play; 0: none does."""
         return min(
             (session.deadline - now for session in self._running.values() if session.started is not None), default=0
@@ -121,7 +125,12 @@ class Scheduler:
     def add(self, session_id: str, now: int, *, fps: int | None, max_chunks_ahead: int, resumed: bool = False) -> None:
         """Queue a session; one that is `resumed` before those that nobody has seen anything of yet."""
         session = ScheduledSession(
-            session_id=session_id, fps=fps, max_chunks_ahead=max_chunks_ahead, since=now, resumed=resumed
+            session_id=session_id,
+            fps=fps,
+            chunk_frames=self._chunk_frames,
+            max_chunks_ahead=max_chunks_ahead,
+            since=now,
+            resumed=resumed,
         )
         queue_position = sum(other.resumed for other in self._waiting) if resumed else len(self._waiting)
         self._waiting.insert(queue_position, session)
@@ -131,12 +140,12 @@ class Scheduler:
         return next((i for i, session in enumerate(self._waiting, 1) if session.session_id == session_id), 0)
 
     def admit(self, now: int) -> list[tuple[str, int]]:
-        """Give free slots to those who wait longest and whose clock can be kept; returns who got which."""
+        """Give free slots in the order of arrival, where the clock can be kept; returns session ids and slots."""
         admitted = []
         for session in list(self._waiting):
             if not self._free:
                 break
-            if session.fps is not None and not self._fits_beside(session.fps):
+            if session.fps is not None and not self._has_capacity(session.fps):
                 continue  # those at pace asap behind it take nobody's time
             self._waiting.remove(session)
             session.slot, session.since = self._free.pop(), now
@@ -153,7 +162,7 @@ class Scheduler:
         if session.started is not None:
             session.started += max(0, now + session.period - session.deadline)
 
-    def rest(self, session_id: str) -> None:
+    def set_idle(self, session_id: str) -> None:
         """The session has nothing to generate for now."""
         self._session(session_id).ready = False
 
@@ -167,56 +176,57 @@ class Scheduler:
         Nobody's whose chunk is being generated: it is the turn of the others.
         """
         ready = [session for session in self._running.values() if session.ready]
-        clocked = sorted(
+        by_deadline = sorted(
             (session for session in ready if session.fps is not None), key=lambda session: session.next_deadline
         )
-        free = [session for session in clocked if session.expected_at is None]
-        may = [session for session in free if session.earliest_start <= now]
-        eager = [session for session in may if session.is_new or session.prioritized]
-        begin = self._free_at(now)
+        idle = [session for session in by_deadline if session.expected_at is None]
+        candidates = [session for session in idle if session.earliest_start <= now]
+        eager = [session for session in candidates if session.is_new or session.prioritized]
+        begin = self._get_free_time(now)
         for session in eager:
-            if self._schedulable(session, clocked, begin):
+            if self._is_schedulable(session, by_deadline, begin):
                 return session.session_id, None
-        if may:
-            return may[0].session_id, None
-        for session in ready:
-            if session.fps is None and session.expected_at is None and self._schedulable(session, clocked, begin):
+        if candidates:
+            return candidates[0].session_id, None
+        background = [session for session in ready if session.fps is None and session.expected_at is None]
+        for session in background:
+            if self._is_schedulable(session, by_deadline, begin):
                 return session.session_id, None
-        return None, min((session.earliest_start for session in free), default=None)
+        return None, min((session.earliest_start for session in idle), default=None)
 
     def begin(self, session_id: str, now: int) -> None:
         """The session's next chunk is generated from now on, or after those that have been begun before."""
         session = self._running[session_id]
-        session.expected_at = self._free_at(now) + self.cost
+        session.expected_at = self._get_free_time(now) + self.cost
         session.prioritized = False
 
-    def done(self, session_id: str, now: int, frames: int, took: int) -> int:
-        """The session's chunk of `frames` is there and `took` this long. Returns by how much it came too late."""
-        smoothing = RISE if took > self.cost else FALL
-        self.cost = round(self.cost + smoothing * (took - self.cost)) if self.cost else took
-        self._measured += 1
+    def done(self, session_id: str, now: int, frames: int, duration: int) -> int:
+        """The session's chunk of `frames` is complete after `duration`. Returns by how much it missed its deadline."""
+        alpha = ALPHA_UP if duration > self.cost else ALPHA_DOWN
+        self.cost = round(self.cost + alpha * (duration - self.cost)) if self.cost else duration
+        self._num_done += 1
         session = self._running.pop(session_id)
         self._running[session_id] = session
         session.expected_at = None
-        late = 0
+        delay = 0
         if session.fps is not None:
             if session.started is None:
-                session.started = now + (CHUNK_FRAMES - frames - session.frame) * SECOND // session.fps
-            late = max(0, now - session.deadline)
-            session.started += late  # playback stood still for so long
-            self.deadline_misses += late > 0
+                session.started = now + (self._chunk_frames - frames - session.frame) * SECOND // session.fps
+            delay = max(0, now - session.deadline)
+            session.started += delay  # playback stood still for so long
+            self.deadline_misses += delay > 0
         session.frame += frames
-        return late
+        return delay
 
     def extend_prefetch(self, chunks: int) -> None:
         """From now on so many chunks more may be ready before they are due."""
         for session in self._running.values():
             session.max_chunks_ahead += chunks
 
-    def is_behind(self, now: int) -> bool:
-        """Whether a chunk that plays later may be generated now."""
-        playing = (session for session in self._running.values() if session.ready and session.started is not None)
-        return any(session.fps is not None and session.earliest_start <= now for session in playing)
+    def can_prefetch(self, now: int) -> bool:
+        """Whether a chunk may be generated ahead now."""
+        sessions = (session for session in self._running.values() if session.ready and session.started is not None)
+        return any(session.fps is not None and session.earliest_start <= now for session in sessions)
 
     def remove(self, session_id: str) -> None:
         """Forget a session, wherever it stands, and free its slot."""
@@ -231,23 +241,23 @@ class Scheduler:
 
     def _load(self, fps: int) -> float:
         """Share of all time that a session with such a clock takes."""
-        cost_margin = self._cost_margin * max(0.0, 1 - self._measured / PROOF)
-        return (1 + cost_margin) * self.cost * fps / (CHUNK_FRAMES * SECOND)
+        cost_margin = self._cost_margin * max(0.0, 1 - self._num_done / MIN_MEASUREMENTS)
+        return (1 + cost_margin) * self.cost * fps / (self._chunk_frames * SECOND)
 
-    def _fits_beside(self, fps: int) -> bool:
-        clocks = [session.fps for session in self._running.values() if session.fps is not None]
-        return not clocks or self._load(fps) + sum(map(self._load, clocks)) <= self._max_utilization
+    def _has_capacity(self, fps: int) -> bool:
+        rates = [session.fps for session in self._running.values() if session.fps is not None]
+        return not rates or self._load(fps) + sum(map(self._load, rates)) <= self._max_utilization
 
-    def _free_at(self, now: int) -> int:
-        """When all that has been begun should be there."""
+    def _get_free_time(self, now: int) -> int:
+        """When all chunks that were begun should be complete."""
         return max(
             [now, *(session.expected_at for session in self._running.values() if session.expected_at is not None)]
         )
 
-    def _schedulable(self, first: ScheduledSession, clocked: Iterable[ScheduledSession], begin: int) -> bool:
-        """Whether every chunk that has a time is in time if `first` begins at `begin` and the others follow by due."""
+    def _is_schedulable(self, first: ScheduledSession, by_deadline: Iterable[ScheduledSession], begin: int) -> bool:
+        """Whether every chunk meets its deadline if `first` begins at `begin` and the others follow in EDF order."""
         end = begin + self.cost
-        for session in clocked:
+        for session in by_deadline:
             if session is first or session.is_new:
                 continue
             end = max(end, session.earliest_start) + self.cost

@@ -26,11 +26,11 @@ class Noise(Protocol):
     """Standard normal noise in the order in which a session uses it: per chunk the initial noise, then one draw
     after each denoising step but the last."""
 
-    def draw(self, shape: tuple[int, ...], draws: int) -> Tensor:
+    def draw(self, shape: tuple[int, ...], num_samples: int) -> Tensor:
         """A chunk's, [draws, *shape]."""
         ...
 
-    def prepare(self, shape: tuple[int, ...], draws: int, pinned: bool) -> None:
+    def prepare(self, shape: tuple[int, ...], num_samples: int, pinned: bool) -> None:
         """Told while the device works what the next chunk will draw; `pinned`: in memory that a GPU copies from."""
         ...
 
@@ -56,22 +56,22 @@ class SeededNoise:
         self._generator.set_state(state)
         self._prepared = None
 
-    def draw(self, shape: tuple[int, ...], draws: int) -> Tensor:
+    def draw(self, shape: tuple[int, ...], num_samples: int) -> Tensor:
         if self._prepared is None:
-            return self._draw(shape, draws, False)
-        drawn, self._prepared = self._prepared, None
-        return drawn
+            return self._draw(shape, num_samples, False)
+        noise, self._prepared = self._prepared, None
+        return noise
 
-    def prepare(self, shape: tuple[int, ...], draws: int, pinned: bool) -> None:
+    def prepare(self, shape: tuple[int, ...], num_samples: int, pinned: bool) -> None:
         if self._prepared is None:
             self._state_before = self._generator.get_state()
-            self._prepared = self._draw(shape, draws, pinned)
+            self._prepared = self._draw(shape, num_samples, pinned)
 
-    def _draw(self, shape: tuple[int, ...], draws: int, pinned: bool) -> Tensor:
-        drawn = torch.empty((draws, *shape), pin_memory=pinned)
-        for one in drawn:
+    def _draw(self, shape: tuple[int, ...], num_samples: int, pinned: bool) -> Tensor:
+        noise = torch.empty((num_samples, *shape), pin_memory=pinned)
+        for one in noise:
             torch.randn(shape, generator=self._generator, out=one)
-        return drawn
+        return noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ class Session:
     """What a prompt switch does to the cache: one of `options.ON_SWITCH`."""
     first_cached: int = 0
     """The first chunk that the cache knows of: more than 0 after a switch that cleared it."""
-    chunk: int = 0
-    """Number of the next chunk."""
+    next_chunk: int = 0
+    """Its number."""
     pending: list[Prompt] = dataclasses.field(default_factory=list)
     """Prompts to come, ordered by their time; at most one takes effect per chunk boundary."""
     prompts: int = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sessions of an engine core: who comes, what each asks for, who waits, who goes.
+"""The sessions of an engine core: starts, requests, the queue for slots, ends.
 
 Used by the engine core's worker alone; it generates nothing.
 """
@@ -27,7 +27,7 @@ from longlive_serve.engine.scheduler import SECOND, Scheduler
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 from longlive_serve.engine.snapshot import dump, load_session
 from longlive_serve.models.dit.kv_cache import KVCache
-from longlive_serve.observability.metrics import Change, Statistics
+from longlive_serve.observability.metrics import Metrics, MetricUpdate
 from longlive_serve.observability.tracing import Trace
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import READY, FrameChunk, Request
@@ -49,17 +49,20 @@ class SessionManager:
     """Streams by session id, and their places in the scheduler."""
 
     def __init__(self, runner: ModelRunner, config: ServeConfig, chunk_s: float) -> None:
-        cost = round(chunk_s * SECOND)
         self.scheduler = Scheduler(
-            config.slots, cost=cost, max_utilization=config.max_utilization, cost_margin=COST_MARGIN
+            config.slots,
+            chunk_frames=config.model_config.window.chunk_frames,
+            cost=round(chunk_s * SECOND),
+            max_utilization=config.max_utilization,
+            cost_margin=COST_MARGIN,
         )
-        self.statistics = Statistics()
-        self.statistics.set("slots", config.slots)
+        self.metrics = Metrics()
+        self.metrics.set("slots", config.slots)
         backends = runner.backends
         cache = KVCache.bytes_of(runner.config, config.slots, backends.dit.cache_dtype)
-        self.statistics.set("kv_cache_bytes", cache)
+        self.metrics.set("kv_cache_bytes", cache)
         what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "backend": backends.name}
-        self.statistics.set("info", 1, **what, device=backends.device, dtype=backends.dtype)
+        self.metrics.set("info", 1, **what, device=backends.device, dtype=backends.dtype)
         self._runner = runner
         self._config = config
         self._streams: dict[str, ClientStream] = {}
@@ -98,17 +101,17 @@ class SessionManager:
         for session_id, slot in self.scheduler.admit(time.monotonic_ns()):
             session = self._streams[session_id].session
             session.slot = slot
-            self.statistics.add("resumed_sessions", int(session.chunk > 0))  # a snapshot has at least one
+            self.metrics.add("resumed_sessions", int(session.next_chunk > 0))  # a snapshot has at least one
 
-    def drop_disconnected(self) -> None:
+    def end_inactive(self) -> None:
         """End sessions whose client went away or reads nothing, and those that hold on to a slot without using it."""
         now = time.monotonic()
         for stream in list(self._streams.values()):
             silent = now - stream.last_activity > self._config.idle_timeout_s
-            if stream.disconnected:
+            if stream.is_cancelled:
                 self.end(stream, RequestError(RequestError.CANCELLED, "the client cancelled the request"))
             elif not stream.chunk_requests and silent:
-                log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.named)
+                log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.log_extra)
                 self.end(stream)
             elif stream.unacked >= self._config.max_unacked and silent:
                 text = (
@@ -130,26 +133,26 @@ class SessionManager:
             else:
                 stream.notify_queue_position(queue_position, self.scheduler.waiting, self._model_config.video_size)
 
-    def delivered(self, stream: ClientStream, chunk: FrameChunk) -> None:
+    def on_chunk_sent(self, stream: ClientStream, chunk: FrameChunk) -> None:
         """A chunk (or an early part of it) was sent: count it, and see whether the session goes on."""
         now = time.monotonic()
-        self.statistics.add("frames", len(chunk.frames))
-        if stream.first_frame_due:
-            stream.first_frame_due = False
-            self.statistics.observe("first_frame_seconds", now - stream.arrival_time)
-        for index in [index for index in stream.switch_arrivals if index <= chunk.prompt_index]:
-            self.statistics.observe("switch_seconds", now - stream.switch_arrivals.pop(index))
+        self.metrics.add("frames", len(chunk.frames))
+        if stream.needs_first_frame:
+            stream.needs_first_frame = False
+            self.metrics.observe("first_frame_seconds", now - stream.arrival_time)
+        for index in [index for index in stream.switch_times if index <= chunk.prompt_index]:
+            self.metrics.observe("switch_seconds", now - stream.switch_times.pop(index))
         if not chunk.completes:
             return
-        self.statistics.add("chunks")
-        self.statistics.observe("chunk_seconds", chunk.seconds)
+        self.metrics.add("chunks")
+        self.metrics.observe("chunk_seconds", chunk.seconds)
         for phase in self._runner.phases:
-            self.statistics.add("phase_seconds", phase.seconds, phase=phase.name)
-        stream.note_chunk(chunk, self._runner.phases)
-        if not stream.chunk_requests and stream.ending:
+            self.metrics.add("phase_seconds", phase.seconds, phase=phase.name)
+        stream.trace_chunk(chunk, self._runner.phases)
+        if not stream.chunk_requests and stream.end_requested:
             self.end(stream)
         elif not stream.chunk_requests or stream.unacked >= self._config.max_unacked:
-            self.scheduler.rest(stream.session.id)
+            self.scheduler.set_idle(stream.session.id)
 
     def end(self, stream: ClientStream, error: RequestError | None = None) -> None:
         """Free the session's slot and close what is still open of it, with the error if there is one."""
@@ -161,10 +164,10 @@ class SessionManager:
             else:
                 chunk_request.sender.fail(error)
         if error is not None and error.kind not in NO_FAILURE:
-            self.statistics.add("failed_sessions")
-        log.info("ended after %d chunks (%s)", stream.session.chunk, error or "complete", extra=stream.named)
+            self.metrics.add("failed_sessions")
+        log.info("ended after %d chunks (%s)", stream.session.next_chunk, error or "complete", extra=stream.log_extra)
         if stream.trace is not None:
-            log.info("trace in %s", stream.trace.write(Path(self._config.trace_dir)), extra=stream.named)
+            log.info("trace in %s", stream.trace.write(Path(self._config.trace_dir)), extra=stream.log_extra)
 
     def end_all(self, error: RequestError) -> None:
         for stream in list(self._streams.values()):
@@ -183,7 +186,7 @@ class SessionManager:
             for stream in list(self._streams.values()):
                 if self.scheduler.queue_position(stream.session.id):
                     self.end(stream, shutting_down())
-        if not at_once and now < self._drain_deadline and self.scheduler.is_behind(time.monotonic_ns()):
+        if not at_once and now < self._drain_deadline and self.scheduler.can_prefetch(time.monotonic_ns()):
             return
         for stream in list(self._streams.values()):
             session = stream.session
@@ -192,20 +195,20 @@ class SessionManager:
                 stream.chunk_requests[0].sender.send(last, final=False)
             self.end(stream, shutting_down())
 
-    def collect_metrics(self) -> Sequence[Change]:
+    def collect_metrics(self) -> Sequence[MetricUpdate]:
         """The figures that have changed since the last call."""
-        statistics, scheduler = self.statistics, self.scheduler
-        statistics.set("live_sessions", scheduler.live)
-        statistics.set("waiting_sessions", scheduler.waiting)
-        statistics.set("deadline_misses", scheduler.deadline_misses)
-        statistics.set("capacity_sessions", scheduler.capacity(FPS))
-        statistics.set("playback_lead_seconds", scheduler.shortest_slack(time.monotonic_ns()) / SECOND)
-        return statistics.take_changes()
+        metrics, scheduler = self.metrics, self.scheduler
+        metrics.set("live_sessions", scheduler.live)
+        metrics.set("waiting_sessions", scheduler.waiting)
+        metrics.set("deadline_misses", scheduler.deadline_misses)
+        metrics.set("capacity_sessions", scheduler.capacity(FPS))
+        metrics.set("playback_lead_seconds", scheduler.min_slack(time.monotonic_ns()) / SECOND)
+        return metrics.collect_updates()
 
     def _send_health(self, sender: ResponseSender) -> None:
         scheduler = self.scheduler
         full = f"full: {scheduler.live} sessions are live, {scheduler.waiting} wait"
-        notice = READY if scheduler.has_room(FPS) else full
+        notice = READY if scheduler.has_capacity(FPS) else full
         sender.send(notice_chunk(self._runner.config.video_size, notice), final=True)
 
     def _start(self, request: Request, sender: EncodingResponseSender) -> None:
@@ -233,13 +236,13 @@ class SessionManager:
             session.id, time.monotonic_ns(), fps=fps, max_chunks_ahead=self._config.max_chunks_ahead, resumed=resumed
         )
         pace = "asap" if fps is None else f"{fps} fps"
-        log.info("started at chunk %d, chunks %s, %s", session.chunk, request.chunks, pace, extra=stream.named)
+        log.info("started at chunk %d, chunks %s, %s", session.next_chunk, request.chunks, pace, extra=stream.log_extra)
 
     def _check_client(self, client: str) -> None:
         most = self._config.max_sessions_per_client
         own = sum(stream.session.client == client for stream in self._streams.values())
         if client and most and own >= most:
-            self.statistics.add("refused_sessions")
+            self.metrics.add("refused_sessions")
             text = f"client {client!r} has {own} sessions, expected at most {most}; end one first"
             raise RequestError(RequestError.RATE_LIMITED, text)
 
@@ -249,27 +252,27 @@ class SessionManager:
         device, dtype = backends.device, self._runner.dtype
         return load_session(request.snapshot, request.session_id, token, self._model_config, device, dtype)
 
-    def _refuse(self, stream: ClientStream, why: str) -> None:
+    def _refuse(self, stream: ClientStream, reason: str) -> None:
         """End a session that waits. One that would not wait its turn is no demand: its viewer asks here and there."""
         if stream.max_wait_s < self._config.max_wait_s:
-            self.statistics.add("redirected_sessions")
+            self.metrics.add("redirected_sessions")
             hint = "START with a new session id, for another server, or without OPTIONS.max_wait_s, to wait here"
         else:
-            self.statistics.add("refused_sessions")
+            self.metrics.add("refused_sessions")
             hint = f"try again in {self._config.max_wait_s:g} s"
-        self.end(stream, RequestError(RequestError.UNAVAILABLE, f"{why}; {hint}"))
+        self.end(stream, RequestError(RequestError.UNAVAILABLE, f"{reason}; {hint}"))
 
     def _update(self, stream: ClientStream, request: Request, sender: EncodingResponseSender) -> None:
         session = stream.session
         stream.check(request, self._config.max_requests_per_s)
-        stream.note_request()
+        stream.record_request()
         index = session.prompt.index
         if request.prompt is not None:
             frame = request.options.at_latent_frame
             index = session.add_prompt(request.prompt, NOW if frame is None else frame).index
             if frame is None:
                 self.scheduler.prioritize(session.id)
-                stream.switch_arrivals[index] = time.monotonic()
+                stream.switch_times[index] = time.monotonic()
         if request.chunks is not None:
             stream.chunk_requests.append(ChunkRequest(sender, request.chunks or None))
         else:
@@ -277,13 +280,13 @@ class SessionManager:
         if stream.chunk_requests:
             self.scheduler.ready(session.id, time.monotonic_ns())
         if request.end:
-            stream.ending = True
+            stream.end_requested = True
             if request.chunks is None:
                 self.end(stream)
 
     def _notice(self, session: Session, text: str = "", **fields: object) -> FrameChunk:
         """A response without frames that says where the session stands."""
-        stand = {"first_frame": self._runner.first_frame(session.chunk), "prompt_index": session.prompt.index}
+        stand = {"first_frame": self._runner.first_frame(session.next_chunk), "prompt_index": session.prompt.index}
         return notice_chunk(self._model_config.video_size, text, **(stand | fields))
 
     @property

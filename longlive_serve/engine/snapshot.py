@@ -3,7 +3,7 @@
 
 Written and read by the service; clients keep it without looking into it. The format is a SHA-256 sum and then a
 safetensors file, never pickle: a snapshot comes from outside and is not trusted. What is not in it is rebuilt by
-`Pipeline.restore`.
+`ModelRunner.restore`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import MAX_PROMPT_BYTES
 from longlive_serve.protocol.session_options import ON_SWITCH
 
-VERSION = 2
+VERSION = 3
 SUM_BYTES = hashlib.sha256().digest_size
-_PLAIN = ("global_sink", "on_switch", "first_cached", "chunk", "prompts")  # of Session, as they are
+_PLAIN = ("global_sink", "on_switch", "first_cached", "next_chunk", "prompts")  # of Session, as they are
 
 
 def copy_to_host(session: Session) -> dict[str, AsyncD2HCopy]:
@@ -52,7 +52,7 @@ def dump(session: Session, model_config: ModelConfig) -> bytes:
 
 def dump_later(session: Session, model_config: ModelConfig, tensors: Mapping[str, AsyncD2HCopy]) -> Callable[[], bytes]:
     """What writes the bytes: in any thread, whatever happens to the session meanwhile."""
-    facts = {
+    metadata = {
         "version": VERSION,
         "model": model_config.name,
         **{name: getattr(session, name) for name in _PLAIN},
@@ -61,11 +61,11 @@ def dump_later(session: Session, model_config: ModelConfig, tensors: Mapping[str
         "pending": [dataclasses.asdict(prompt) for prompt in session.pending],
         "sink": [{"chunk": one.chunk, "prompt": dataclasses.asdict(one.prompt)} for one in session.sink],
     }
-    return functools.partial(_write, json.dumps(facts), tensors)
+    return functools.partial(_write, json.dumps(metadata), tensors)
 
 
-def _write(facts: str, tensors: Mapping[str, AsyncD2HCopy]) -> bytes:
-    body = save({name: tensor.wait() for name, tensor in tensors.items()}, {"session": facts})
+def _write(metadata: str, tensors: Mapping[str, AsyncD2HCopy]) -> bytes:
+    body = save({name: tensor.wait() for name, tensor in tensors.items()}, {"session": metadata})
     return hashlib.sha256(body).digest() + body
 
 
@@ -78,36 +78,36 @@ def load_session(
     if hashlib.sha256(body).digest() != data[:SUM_BYTES]:
         raise _invalid("its checksum is wrong: it is cut off or damaged, or not a snapshot")
     try:
-        tensors, facts = load(body), _facts(body)
+        tensors, metadata = load(body), _read_metadata(body)
     except (SafetensorError, ValueError, KeyError) as error:
         raise _invalid(f"it cannot be read ({error})") from None
-    if facts.get("version") != VERSION or facts.get("model") != model_config.name:
+    if metadata.get("version") != VERSION or metadata.get("model") != model_config.name:
         raise _invalid(
-            f"it is of version {facts.get('version')} and of the model {facts.get('model')!r}, "
+            f"it is of version {metadata.get('version')} and of the model {metadata.get('model')!r}, "
             f"expected version {VERSION} and {model_config.name!r}"
         )
-    if not hmac.compare_digest(str(facts.get("token")).encode(), _hashed(token).encode()):
+    if not hmac.compare_digest(str(metadata.get("token")).encode(), _hashed(token).encode()):
         raise RequestError(
             RequestError.FORBIDDEN, "OPTIONS.session_token: got another than that of the SNAPSHOT's session"
         )
     try:
-        return _session(session_id, facts, tensors, model_config, device, dtype)
+        return _session(session_id, metadata, tensors, model_config, device, dtype)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _invalid(f"it does not describe a session ({type(error).__name__}: {error})") from None
 
 
-def _facts(body: bytes) -> dict[str, Any]:
+def _read_metadata(body: bytes) -> dict[str, Any]:
     """The metadata of a safetensors file: the length of its header, then the header as JSON."""
     header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-    facts = json.loads(header["__metadata__"]["session"])
-    if not isinstance(facts, dict):
+    metadata = json.loads(header["__metadata__"]["session"])
+    if not isinstance(metadata, dict):
         raise ValueError("its facts are no JSON object")
-    return facts
+    return metadata
 
 
 def _session(
     session_id: str,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     tensors: dict[str, Tensor],
     model_config: ModelConfig,
     device: str,
@@ -121,31 +121,31 @@ def _session(
     )
     window = model_config.window
 
-    def chunks(name: str, most: int) -> list[Tensor]:
+    def chunks(name: str, max_chunks: int) -> list[Tensor]:
         tensor = tensors[name].to(device, dtype)
-        if tensor.shape[1:] != shape or not 1 <= len(tensor) <= most or not tensor.isfinite().all():
-            raise ValueError(f"{name}: got {list(tensor.shape)}, expected up to {most} chunks of {list(shape)}")
+        if tensor.shape[1:] != shape or not 1 <= len(tensor) <= max_chunks or not tensor.isfinite().all():
+            raise ValueError(f"{name}: got {list(tensor.shape)}, expected up to {max_chunks} chunks of {list(shape)}")
         return list(tensor.split(1))
 
     context_latents = chunks("recent", window.window // window.chunk)
-    sink = chunks("sink", window.sink // window.chunk) if facts["sink"] else []
+    sink = chunks("sink", window.sink // window.chunk) if metadata["sink"] else []
     noise = SeededNoise(0)
     noise.state = tensors["noise"]
     session = Session(
         id=session_id,
-        prompt=_prompt(facts["prompt"]),
+        prompt=_prompt(metadata["prompt"]),
         noise=noise,
         sink=[
             SinkChunk(chunk=_count(one["chunk"]), latents=latents, prompt=_prompt(one["prompt"]))
-            for one, latents in zip(facts["sink"], sink, strict=True)
+            for one, latents in zip(metadata["sink"], sink, strict=True)
         ],
         context_latents=deque(context_latents),
-        pending=[_prompt(prompt) for prompt in facts["pending"]],
-        on_switch=str(facts["on_switch"]),
-        global_sink=bool(facts["global_sink"]),
-        first_cached=_count(facts["first_cached"]),
-        chunk=_count(facts["chunk"]),
-        prompts=_count(facts["prompts"]),
+        pending=[_prompt(prompt) for prompt in metadata["pending"]],
+        on_switch=str(metadata["on_switch"]),
+        global_sink=bool(metadata["global_sink"]),
+        first_cached=_count(metadata["first_cached"]),
+        next_chunk=_count(metadata["next_chunk"]),
+        prompts=_count(metadata["prompts"]),
     )
     _check(session, window)
     return session
@@ -153,12 +153,12 @@ def _session(
 
 def _check(session: Session, window: WindowConfig) -> None:
     """Raises ValueError if the parts do not fit together: a restored cache must have no place left unwritten."""
-    capacity, kept = window.window // window.chunk, session.chunk - session.first_cached
-    if len(session.context_latents) != min(capacity, session.chunk) or kept < 0:
-        raise ValueError(f"got {len(session.context_latents)} recent chunks before chunk {session.chunk}")
-    if kept > capacity and len(session.sink) != window.sink // window.chunk:
+    capacity, num_cached = window.window // window.chunk, session.next_chunk - session.first_cached
+    if len(session.context_latents) != min(capacity, session.next_chunk) or num_cached < 0:
+        raise ValueError(f"got {len(session.context_latents)} recent chunks before chunk {session.next_chunk}")
+    if num_cached > capacity and len(session.sink) != window.sink // window.chunk:
         raise ValueError(f"got {len(session.sink)} chunks of the sink")
-    if any(one.chunk >= session.chunk for one in session.sink):
+    if any(one.chunk >= session.next_chunk for one in session.sink):
         raise ValueError("got a sink from the future")
     if session.on_switch not in ON_SWITCH or len(session.pending) > MAX_PENDING:
         raise ValueError(f"got on_switch {session.on_switch!r} and {len(session.pending)} prompts to come")
@@ -181,5 +181,5 @@ def _hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _invalid(why: str) -> RequestError:
-    return RequestError(RequestError.INVALID_REQUEST, f"SNAPSHOT: {why}")
+def _invalid(reason: str) -> RequestError:
+    return RequestError(RequestError.INVALID_REQUEST, f"SNAPSHOT: {reason}")

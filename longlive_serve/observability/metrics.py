@@ -60,10 +60,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 Labels = tuple[tuple[str, str], ...]
-Change = tuple[str, Labels, float]
+MetricUpdate = tuple[str, Labels, float]
 
 
-class Statistics:
+class Metrics:
     """What every figure stands at, and which have changed since they were last told."""
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ class Statistics:
             self._values[key] = value
             self._changed[key] = None
 
-    def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        self.set(name, self._values.get((name, tuple(labels.items())), 0) + amount, **labels)
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        self.set(name, self._values.get((name, tuple(labels.items())), 0) + value, **labels)
 
     def observe(self, name: str, seconds: float) -> None:
         """Count `seconds` in the histogram `name`."""
@@ -91,10 +91,10 @@ class Statistics:
         self.add(f"{name}_sum", seconds)
         self.add(f"{name}_count")
 
-    def take_changes(self) -> Sequence[Change]:
-        changes = [(name, labels, self._values[name, labels]) for name, labels in self._changed]
+    def collect_updates(self) -> Sequence[MetricUpdate]:
+        updates = [(name, labels, self._values[name, labels]) for name, labels in self._changed]
         self._changed.clear()
-        return changes
+        return updates
 
 
 def sessions_at(metrics_url: str) -> int | None:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-MOST_EVENTS = 200_000  # about a day of one session; later ones are dropped
+MAX_EVENTS = 200_000  # about a day of one session; later ones are dropped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Phase:
     """A stretch of work. Times are monotonic seconds."""
 
     name: str
-    began: float
+    start_time: float
     seconds: float
 
 
@@ -31,10 +31,10 @@ class Trace:
         self._session_id = session_id
         self._events: list[dict[str, Any]] = []
 
-    def add(self, phase: Phase, row: str, **facts: Any) -> None:
+    def add(self, phase: Phase, row: str, **args: Any) -> None:
         """`row`: which line of the picture it stands in."""
-        event = {"name": phase.name, "ph": "X", "ts": phase.began * 1e6, "dur": phase.seconds * 1e6, "args": facts}
-        if len(self._events) < MOST_EVENTS:
+        event = {"name": phase.name, "ph": "X", "ts": phase.start_time * 1e6, "dur": phase.seconds * 1e6, "args": args}
+        if len(self._events) < MAX_EVENTS:
             self._events.append(event | {"pid": self._session_id, "tid": row})
 
     def write(self, folder: Path) -> Path:

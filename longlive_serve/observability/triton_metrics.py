@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from longlive_serve.observability.metrics import COUNTER, FAMILIES, Change, Labels
+from longlive_serve.observability.metrics import COUNTER, FAMILIES, Labels, MetricUpdate
 
 
 class TritonMetrics:
@@ -24,8 +24,8 @@ class TritonMetrics:
         }
         self._metrics: dict[tuple[str, Labels], Any] = {}
 
-    def publish(self, changes: Sequence[Change]) -> None:
-        for name, labels, value in changes:
+    def publish(self, updates: Sequence[MetricUpdate]) -> None:
+        for name, labels, value in updates:
             if (name, labels) not in self._metrics:
                 self._metrics[name, labels] = self._families[name].Metric(labels=dict(labels))
             metric = self._metrics[name, labels]

@@ -141,7 +141,7 @@ class Request:
         for name, value in tensors.items():
             if value is not None:
                 raise invalid(f"{name}: got it with the command {command!r}, expected no tensor but OPTIONS")
-        for key in self.options.given():
+        for key in self.options.to_dict():
             if key not in ("command", *COMMAND_OPTIONS[command]):
                 expected = " and ".join(COMMAND_OPTIONS[command]) or "no other option"
                 raise invalid(f"OPTIONS.{key}: got it with the command {command!r}, expected {expected}")
@@ -151,16 +151,16 @@ class Request:
     def _check_after_start(self) -> None:
         if self.seed is not None:
             raise invalid("SEED: got it after START, expected it in START only")
-        for key in self.options.given():
+        for key in self.options.to_dict():
             if key not in ("session_token", "at_latent_frame"):
                 raise invalid(f"OPTIONS.{key}: got it after START, expected it in START only")
 
     def _check_snapshot(self) -> None:
         if not self.start:
             raise invalid("SNAPSHOT: got it after START, expected it in START only")
-        kept = {"PROMPT": self.prompt, "SEED": self.seed}
-        kept |= {f"OPTIONS.{key}": getattr(self.options, key) for key in ("global_sink", "on_switch")}
-        for name, value in kept.items():
+        fields = {"PROMPT": self.prompt, "SEED": self.seed}
+        fields |= {f"OPTIONS.{key}": getattr(self.options, key) for key in ("global_sink", "on_switch")}
+        for name, value in fields.items():
             if value is not None:
                 raise invalid(f"{name}: got it with a SNAPSHOT, expected none: the snapshot has its own")
 
@@ -250,8 +250,10 @@ def _bytes(tensors: Mapping[str, np.ndarray[Any, Any]], spec: TensorSpec, limit:
     if array is None:
         return None
     if array.ndim != 1 or array.dtype != _NUMPY_DTYPES[spec.dtype] or array.size > limit:
-        got = f"{array.dtype} {list(array.shape)}"
-        raise invalid(f"{spec.name}: got {got}, expected {spec.dtype} {list(spec.shape)} of at most {limit} bytes")
+        dtype_shape = f"{array.dtype} {list(array.shape)}"
+        raise invalid(
+            f"{spec.name}: got {dtype_shape}, expected {spec.dtype} {list(spec.shape)} of at most {limit} bytes"
+        )
     return array.tobytes()
 
 

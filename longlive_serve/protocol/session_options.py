@@ -62,17 +62,17 @@ class Options:
             raise invalid(f"OPTIONS: got {text[:80]!r}, expected a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise invalid(f"OPTIONS: got {type(values).__name__}, expected a JSON object")
-        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(
+        types: dict[str, tuple[type, ...]] = dict.fromkeys(
             ("command", "on_switch", "pace", "format", "session_token", "admin_token"), (str,)
         )
-        kinds |= dict.fromkeys(("global_sink", "stream_partial_chunks"), (bool,))
-        kinds |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
-        kinds |= {"max_wait_s": (int, float), "adapters": (dict,)}
+        types |= dict.fromkeys(("global_sink", "stream_partial_chunks"), (bool,))
+        types |= dict.fromkeys(("fps", "snapshot_every", "at_latent_frame"), (int,))
+        types |= {"max_wait_s": (int, float), "adapters": (dict,)}
         for key, value in values.items():
-            if key not in kinds:
-                raise invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(kinds)}")
-            if type(value) not in kinds[key]:
-                raise invalid(f"OPTIONS.{key}: got {value!r}, expected {' or '.join(k.__name__ for k in kinds[key])}")
+            if key not in types:
+                raise invalid(f"OPTIONS: got unknown key {key!r}, expected some of {sorted(types)}")
+            if type(value) not in types[key]:
+                raise invalid(f"OPTIONS.{key}: got {value!r}, expected {' or '.join(k.__name__ for k in types[key])}")
         options = cls(**values)
         options._check()
         return options
@@ -87,10 +87,14 @@ class Options:
         ):
             if getattr(self, key) not in (None, *choices):
                 raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
-        for key, least, most in (("fps", 1, MAX_FPS), ("snapshot_every", 1, None), ("at_latent_frame", 0, None)):
+        for key, min_value, max_value in (
+            ("fps", 1, MAX_FPS),
+            ("snapshot_every", 1, None),
+            ("at_latent_frame", 0, None),
+        ):
             number = getattr(self, key)
-            if number is not None and not least <= number <= (number if most is None else most):
-                expected_range = f"{least} or more" if most is None else f"{least} to {most}"
+            if number is not None and not min_value <= number <= (number if max_value is None else max_value):
+                expected_range = f"{min_value} or more" if max_value is None else f"{min_value} to {max_value}"
                 raise invalid(f"OPTIONS.{key}: got {number}, expected {expected_range}")
         if self.max_wait_s is not None and not 0 <= self.max_wait_s < math.inf:
             raise invalid(f"OPTIONS.max_wait_s: got {self.max_wait_s}, expected a finite number, 0 or more")
@@ -103,9 +107,9 @@ class Options:
             if type(scale) not in (int, float) or not -MAX_SCALE <= scale <= MAX_SCALE:
                 raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, at most {MAX_SCALE:g}")
 
-    def given(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """The options that are set, by key."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
     def to_json(self) -> str:
-        return json.dumps(self.given())
+        return json.dumps(self.to_dict())

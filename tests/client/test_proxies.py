@@ -17,13 +17,13 @@ import pytest
 from benchmarks.serving import __main__ as benchmark
 from longlive_client.cli import health
 from longlive_client.errors import ConnectionLostError
-from longlive_client.proxies import EXCEPTIONS, VARIABLES, host_of, is_own, open_http, proxy_hint
+from longlive_client.proxies import ENV_NAMES, EXCEPTIONS, host_of, is_own, open_http, proxy_hint
 from longlive_serve.triton_server.launcher import TritonServer
 from tests.support.both_streams import Open
 from tests.support.live import start_server
 
 ROOT = Path(__file__).parents[2]
-ALL = (*VARIABLES, "all_proxy", *(name.upper() for name in (*VARIABLES, "all_proxy")))
+ALL = (*ENV_NAMES, "all_proxy", *(name.upper() for name in (*ENV_NAMES, "all_proxy")))
 
 
 class Proxy:
@@ -95,7 +95,7 @@ def test_onnx_runtime_reports_nothing_to_its_makers_unless_asked_to(tmp_path: Pa
     assert bool(list(tmp_path.rglob("*"))) == wanted
 
 
-@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("variable", ENV_NAMES)
 def test_another_host_is_asked_for_at_the_proxy_and_a_failure_names_the_variable(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, stream: Open, variable: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,7 +125,7 @@ def test_the_first_variable_counts_and_exceptions_do(proxy: Proxy, monkeypatch: 
     monkeypatch.setenv("no_grpc_proxy", "models.test")
     assert proxy_hint("models.test:8001") == ""
     assert "$grpc_proxy" in proxy_hint("models.example:8001")
-    for name in VARIABLES:
+    for name in ENV_NAMES:
         monkeypatch.delenv(name)
     assert proxy_hint("models.example:8001") == ""
 

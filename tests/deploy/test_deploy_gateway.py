@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 from deploy.checks import tools
 from deploy.checks.manifests import KUBERNETES, VERSIONS, Document, can_validate, render, schema_errors
 from deploy.checks.references import reference_errors
-from longlive_client.grpc_transport import VARIABLES
+from longlive_client.grpc_transport import ENV_NAMES
 from longlive_client.video_stream import AsyncVideoStream
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.protocol.messages import CLIENT_HEADER, SESSION_HEADER
@@ -138,8 +138,8 @@ def test_pods_hear_the_envoys_of_this_gateway_and_nobody_else(rendered: list[Doc
 def test_envoy_and_pods_speak_the_same_tls(rendered: list[Document]) -> None:
     (server,) = the("StatefulSet", rendered)["spec"]["template"]["spec"]["containers"]
     assert any(argument.startswith("--tls-client-ca=") for argument in server["args"])
-    for_probes = {one["name"] for one in server["env"]} & set(VARIABLES.values())
-    assert for_probes == {VARIABLES[name] for name in ("tls-ca", "tls-cert", "tls-key")}
+    for_probes = {one["name"] for one in server["env"]} & set(ENV_NAMES.values())
+    assert for_probes == {ENV_NAMES[name] for name in ("tls-ca", "tls-cert", "tls-key")}
     policy, envoy = the("BackendTLSPolicy", rendered)["spec"], the("EnvoyProxy", rendered)["spec"]
     (authority,) = policy["validation"]["caCertificateRefs"]
     shown = envoy["backendTLS"]["clientCertificateRef"]

@@ -21,7 +21,7 @@ from longlive_serve.engine.client_stream import Encode
 from longlive_serve.engine.core import EngineCore
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Session
-from longlive_serve.observability.metrics import Change
+from longlive_serve.observability.metrics import MetricUpdate
 from longlive_serve.observability.tracing import Phase
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
@@ -86,8 +86,8 @@ class CountingModelRunner:
             raise RuntimeError("a model failed")
         if session.pending:
             session.prompt = session.pending.pop(0)
-        chunk = session.chunk
-        session.chunk += 1
+        chunk = session.next_chunk
+        session.next_chunk += 1
         session.context_latents.append(torch.zeros(1))
         frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
         parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if early else [frames]
@@ -180,8 +180,8 @@ class Bench:
 def bench(**settings: Any) -> Iterator[Bench]:
     runner, figures = CountingModelRunner(), collections.defaultdict[str, float](float)
 
-    def note(changes: Sequence[Change]) -> None:
-        figures.update({name: value for name, _, value in changes})
+    def note(updates: Sequence[MetricUpdate]) -> None:
+        figures.update({name: value for name, _, value in updates})
 
     config = ServeConfig(**{"max_waiting": 1000, "max_unacked": 10**9, "max_requests_per_s": 10**9} | settings)
     service = EngineCore(cast(ModelRunner, runner), config, note)

@@ -46,12 +46,12 @@ class Exact:
             session.prompt = session.pending.pop()
         if switched and session.on_switch == CLEAR:
             self.place = (32.0, 32.0)
-        segments = [Segment(attributes=self.looks[session.prompt.index], frames=13 if session.chunk else 9)]
-        frames = draw(segments, self.place)[1 if session.chunk else 0 :]
+        segments = [Segment(attributes=self.looks[session.prompt.index], frames=13 if session.next_chunk else 9)]
+        frames = draw(segments, self.place)[1 if session.next_chunk else 0 :]
         self.place = cast(tuple[float, float], tuple(paths(segments, self.place)[-1].tolist()))
-        if session.chunk >= self.ruined_from:
+        if session.next_chunk >= self.ruined_from:
             frames = frames.flip(2)  # triangles point down, what moves up moves down
-        session.chunk += 1
+        session.next_chunk += 1
         pictures = (frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
         return FrameChunk(frames=np.ascontiguousarray(pictures), first_frame=0, prompt_index=0, seconds=0.0)
 

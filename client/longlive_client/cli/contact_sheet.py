@@ -22,8 +22,8 @@ class ContactSheet:
 
     def add(self, video: int, prompt_index: int, frame: np.ndarray[Any, Any]) -> None:
         """Add one uint8 [height, width, RGB] to the row of this prompt. All frames must have one size."""
-        longer = max(frame.shape[:2])
-        step, times = -(-longer // CELL), max(1, CELL // longer)
+        max_side = max(frame.shape[:2])
+        step, times = -(-max_side // CELL), max(1, CELL // max_side)
         small = frame[::step, ::step].repeat(times, axis=0).repeat(times, axis=1)
         self._rows.setdefault((video, prompt_index), []).append(small)
 
@@ -47,11 +47,11 @@ def _chosen(frames: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     return [frames[int(i)] for i in np.linspace(0, len(frames) - 1, count).round()]
 
 
-def _write_png(path: Path, picture: np.ndarray[Any, Any]) -> None:
+def _write_png(path: Path, image: np.ndarray[Any, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="image2", options={"update": "1"}) as container:
         stream = container.add_stream("png")
-        stream.height, stream.width = picture.shape[:2]
+        stream.height, stream.width = image.shape[:2]
         stream.pix_fmt = "rgb24"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())

@@ -34,11 +34,11 @@ DEFAULT_SECONDS = 30.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = _arguments(argv)
-    timings: dict[Path, Timing] = {}
+    results: dict[Path, Timing] = {}
     try:
         scenes = _scenes(args)
         with _server_url(args) as url:
-            _generate(args, scenes, url, timings)
+            _generate(args, scenes, url, results)
     except VideoStreamError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
@@ -49,25 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     finally:
-        if timings:
-            Console().print(_table(timings))
-            for path in timings:
+        if results:
+            Console().print(_table(results))
+            for path in results:
                 print(f"wrote {path}")
     return 0
 
 
-def _generate(args: argparse.Namespace, scenes: list[Scene], url: str, timings: dict[Path, Timing]) -> None:
-    """Make the videos one after another. `timings` gets an entry for each that is complete."""
+def _generate(args: argparse.Namespace, scenes: list[Scene], url: str, results: dict[Path, Timing]) -> None:
+    """Make the videos one after another. `results` gets an entry for each that is complete."""
     folder = args.out / ("interactive" if args.prompts else "long")
     sheet = ContactSheet()
     with _progress() as progress:
         for number, scene in enumerate(scenes):
             file = VideoFile(folder / f"{scene.name}.mp4", crf=args.crf)
             try:
-                timings[file.path] = _record(scene, number, file, _stream(scene, url, args), progress, sheet)
+                results[file.path] = _record(scene, number, file, _stream(scene, url, args), progress, sheet)
             except BaseException:
                 if file.frames:
-                    _say(progress, f"{file.partial_path}: kept the {file.frames} frames that came")
+                    _print(progress, f"{file.partial_path}: kept the {file.frames} frames that came")
                 raise
     if args.contact_sheet is not None:
         sheet.write(args.contact_sheet)
@@ -81,7 +81,7 @@ def _record(
     with file, stream as video:
         for chunk in _play(scene, video):
             if chunk.notice:
-                _say(progress, f"{scene.name}: {chunk.notice}")
+                _print(progress, f"{scene.name}: {chunk.notice}")
             if len(chunk.frames):
                 timing.add(chunk)
                 file.write(chunk.frames)
@@ -155,14 +155,14 @@ def _progress() -> Progress:
     )
 
 
-def _say(progress: Progress, text: str) -> None:
+def _print(progress: Progress, text: str) -> None:
     progress.console.print(Text(text))
 
 
-def _table(timings: dict[Path, Timing]) -> Table:
+def _table(results: dict[Path, Timing]) -> Table:
     video = Column("video", overflow="fold")
     table = Table(video, "frames", "wall s", "real-time\nfactor", "first\nframe s", "switch\nlatency s")
-    for path, timing in timings.items():
+    for path, timing in results.items():
         table.add_row(
             Text(path.stem),
             str(timing.frames),
@@ -176,9 +176,9 @@ def _table(timings: dict[Path, Timing]) -> Table:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m longlive_client.cli.generate", description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="make one video of this prompt")
-    what.add_argument("--prompts", type=Path, metavar="JSONL", help="make a video of each line of this file")
+    prompt_group = parser.add_mutually_exclusive_group(required=True)
+    prompt_group.add_argument("--prompt", help="make one video of this prompt")
+    prompt_group.add_argument("--prompts", type=Path, metavar="JSONL", help="make a video of each line of this file")
     parser.add_argument("--name", help="name of the video (with --prompt; default: words of the prompt and the seed)")
     parser.add_argument(
         "--switch-at",
@@ -206,9 +206,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=FORMATS, help="encoding of the frames on the wire (default: raw)")
     parser.add_argument("--stream-partial-chunks", action="store_true", help="get a chunk's frames as they are decoded")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
-    where.add_argument("--serve", action="store_true", help="start a server for this run")
+    server_group = parser.add_mutually_exclusive_group()
+    server_group.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
+    server_group.add_argument("--serve", action="store_true", help="start a server for this run")
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings of that server (with --serve)")
     parser.add_argument("--out", type=Path, default=Path("videos"), help="folder of the videos (default: videos)")
     parser.add_argument("--crf", type=int, default=18, help="quality, 0 (lossless) to 51 (default: 18)")

@@ -29,10 +29,10 @@ def write_gif(video: Path, gif: Path, *, fps: int = 8, width: int = 192) -> int:
         with av.open(str(gif), "w", format="gif", options={"loop": "0"}) as container:
             out = container.add_stream("gif", rate=fps)
             count = 0
-            while (picture := _next(sink)) is not None:
+            while (image := _next(sink)) is not None:
                 if not count:
-                    out.width, out.height, out.pix_fmt = picture.width, picture.height, "pal8"
-                container.mux(out.encode(picture))
+                    out.width, out.height, out.pix_fmt = image.width, image.height, "pal8"
+                container.mux(out.encode(image))
                 count += 1
             container.mux(out.encode())
     return count
@@ -56,8 +56,8 @@ def _graph(stream: av.VideoStream, fps: int, width: int) -> tuple[av.filter.Grap
 
 
 def _chain(*filters: av.filter.FilterContext) -> av.filter.FilterContext:
-    for one, following in itertools.pairwise(filters):
-        one.link_to(following)
+    for one, next_filter in itertools.pairwise(filters):
+        one.link_to(next_filter)
     return filters[-1]
 
 

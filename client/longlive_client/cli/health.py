@@ -57,8 +57,8 @@ def send_command(
                 if chunk is not None:
                     return chunk.notice
         except grpc.RpcError as error:
-            silence = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name}){proxy_hint(url)}"
-            raise ConnectionError(access_error(url, error.code()) or silence) from None
+            message = f"{url}: the model gave no answer in {timeout_s:g} s ({error.code().name}){proxy_hint(url)}"
+            raise ConnectionError(access_error(url, error.code()) or message) from None
     raise ConnectionError(f"{url}: the stream ended without an answer")
 
 

@@ -72,10 +72,10 @@ class VideoFile:
             raise ValueError(f"frames: got {height}x{width}, expected {self._size[0]}x{self._size[1]} as before")
         # yuv420p has no odd sizes: repeat the last row or column.
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(even, format="rgb24")
-        picture.pts = self.frames
-        picture.time_base = Fraction(1, self._fps)
-        self._container.mux(self._stream.encode(picture))
+        image = av.VideoFrame.from_ndarray(even, format="rgb24")
+        image.pts = self.frames
+        image.time_base = Fraction(1, self._fps)
+        self._container.mux(self._stream.encode(image))
         self.frames += 1
 
     def _add_stream(self, height: int, width: int) -> av.video.stream.VideoStream:

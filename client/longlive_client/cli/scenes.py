@@ -24,7 +24,7 @@ from longlive_serve.protocol.messages import MAX_PROMPT_BYTES
 SWITCH_EVERY_S = 10.0
 LATENTS_PER_CHUNK = WindowConfig().chunk
 FRAMES_PER_CHUNK = LATENTS_PER_CHUNK * FRAMES_PER_LATENT
-_FIRST_CHUNK_LACKS = FRAMES_PER_LATENT - 1  # the first latent frame becomes one video frame
+_FIRST_CHUNK_OFFSET = FRAMES_PER_LATENT - 1  # the first latent frame becomes one video frame
 _KEYS = ("name", "prompts", "seconds", "seed")
 _NAME = re.compile(r"\w[\w .,-]*")  # one path component, and not a hidden one
 
@@ -77,7 +77,7 @@ class Scene:
     @property
     def chunks(self) -> int:
         """The fewest chunks that last `seconds`."""
-        return max(1, math.ceil((FPS * self.seconds + _FIRST_CHUNK_LACKS) / FRAMES_PER_CHUNK))
+        return max(1, math.ceil((FPS * self.seconds + _FIRST_CHUNK_OFFSET) / FRAMES_PER_CHUNK))
 
 
 def default_seconds(switch_at: Sequence[float]) -> float:
@@ -148,10 +148,12 @@ def _scene(
 ) -> Scene:
     entries = values.get("prompts")
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"prompts: got {_shown(entries)}, expected a list of at least one")
+        raise ValueError(f"prompts: got {_format_value(entries)}, expected a list of at least one")
     for index, entry in enumerate(entries):
         if not isinstance(entry, str | dict):
-            raise ValueError(f"prompts[{index}]: got {_shown(entry)}, expected a string, or an object with 'prompt'")
+            raise ValueError(
+                f"prompts[{index}]: got {_format_value(entry)}, expected a string, or an object with 'prompt'"
+            )
     if all(isinstance(entry, str) for entry in entries):
         prompts = entries
         times = [SWITCH_EVERY_S * i for i in range(1, len(prompts))] if switch_at is None else list(switch_at)
@@ -159,12 +161,12 @@ def _scene(
         prompts, times = _timed(entries)
     else:
         raise ValueError("prompts: got strings and objects mixed, expected all of them to be the one or the other")
-    given = _number(values["seconds"], "seconds") if "seconds" in values else seconds
+    length = _number(values["seconds"], "seconds") if "seconds" in values else seconds
     return Scene(
         name=_typed(values.get("name", name), str, "name"),
         prompts=tuple(prompts),
         switch_at=tuple(times),
-        seconds=default_seconds(times) if given is None else given,
+        seconds=default_seconds(times) if length is None else length,
         seed=_typed(values.get("seed", seed), int, "seed"),
     )
 
@@ -172,14 +174,14 @@ def _scene(
 def _timed(entries: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
     prompts, times = [], []
     for index, entry in enumerate(entries):
-        where = f"prompts[{index}]"
-        _check_keys(entry, ("at", "prompt"), where)
+        field = f"prompts[{index}]"
+        _check_keys(entry, ("at", "prompt"), field)
         if "prompt" not in entry:
-            raise ValueError(f"{where}: got no 'prompt', expected one")
-        prompts.append(_typed(entry["prompt"], str, f"{where}.prompt"))
+            raise ValueError(f"{field}: got no 'prompt', expected one")
+        prompts.append(_typed(entry["prompt"], str, f"{field}.prompt"))
         if "at" not in entry and index > 0:
-            raise ValueError(f"{where}: got no 'at', expected the second at which it takes over")
-        times.append(_number(entry.get("at", 0), f"{where}.at"))
+            raise ValueError(f"{field}: got no 'at', expected the second at which it takes over")
+        times.append(_number(entry.get("at", 0), f"{field}.at"))
     if times[0] != 0:
         raise ValueError(f"prompts[0].at: got {times[0]:g}, expected 0 or none: a video begins with its first prompt")
     return prompts, times[1:]
@@ -196,23 +198,23 @@ def _check_prompt(prompt: str) -> None:
         raise ValueError(f"prompt: got {size} bytes, expected at most {MAX_PROMPT_BYTES}")
 
 
-def _check_keys(values: dict[str, Any], known: tuple[str, ...], where: str = "line") -> None:
+def _check_keys(values: dict[str, Any], allowed: tuple[str, ...], field: str = "line") -> None:
     for key in values:
-        if key not in known:
-            raise ValueError(f"{where}: got unknown key {key!r}, expected some of {list(known)}")
+        if key not in allowed:
+            raise ValueError(f"{field}: got unknown key {key!r}, expected some of {list(allowed)}")
 
 
-def _typed(value: Any, expected: type, where: str) -> Any:
+def _typed(value: Any, expected: type, field: str) -> Any:
     if type(value) is not expected:
-        raise ValueError(f"{where}: got {_shown(value)}, expected {expected.__name__}")
+        raise ValueError(f"{field}: got {_format_value(value)}, expected {expected.__name__}")
     return value
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: Any, field: str) -> float:
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise ValueError(f"{where}: got {_shown(value)}, expected a number of seconds, 0 or more")
+        raise ValueError(f"{field}: got {_format_value(value)}, expected a number of seconds, 0 or more")
     return float(value)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "nothing" if value is None else repr(value)[:60]

@@ -17,7 +17,7 @@ from longlive_client.grpc_transport import DEFAULT_URL, Tls, add_access_argument
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.session_options import SET_LORA, Options
 
-TOKEN_VARIABLE = "LONGLIVE_ADMIN_TOKEN"
+ADMIN_TOKEN_ENV = "LONGLIVE_ADMIN_TOKEN"
 
 
 def set_adapters(
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "a file in the server's adapters_dir, with its scale if that is not 1"
     parser.add_argument("adapters", nargs="*", metavar="FILE[=SCALE]", help=text)
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
-    text = f"the server's admin_token (default: what the environment has as {TOKEN_VARIABLE})"
-    parser.add_argument("--admin-token", default=os.environ.get(TOKEN_VARIABLE, ""), help=text)
+    text = f"the server's admin_token (default: what the environment has as {ADMIN_TOKEN_ENV})"
+    parser.add_argument("--admin-token", default=os.environ.get(ADMIN_TOKEN_ENV, ""), help=text)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: %(default)g")
     add_access_arguments(parser)
     args = parser.parse_args(argv)

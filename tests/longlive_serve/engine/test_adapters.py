@@ -16,7 +16,7 @@ from longlive_serve.backends.registry import build_backends
 from longlive_serve.backends.torch_backend import TorchDiT
 from longlive_serve.config.presets import DIT, PRESETS
 from longlive_serve.config.serve_config import ServeConfig
-from longlive_serve.engine.lora_manager import Adapters
+from longlive_serve.engine.lora_manager import LoRAManager
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session_manager import shutting_down
 from longlive_serve.models.dit.kv_cache import Window
@@ -39,7 +39,7 @@ class At:
         self.config = dataclasses.replace(config, **settings)
         self.runner = ModelRunner(build_backends(config), config.model_config)
         self.go, self.woken = threading.Event(), threading.Event()
-        self.adapters = Adapters(self.runner, self.config, self.woken.set)
+        self.adapters = LoRAManager(self.runner, self.config, self.woken.set)
 
         load_now = ModelLoader.load_model
 
@@ -70,8 +70,8 @@ def test_who_waits_when_the_server_goes_is_told_so(tmp_path: Path, monkeypatch: 
     at, sender = At(tmp_path, monkeypatch), RecordingResponseSender()
     before = at.runner.backends.dit
     at.adapters.change(ASKED, sender)
-    at.adapters.abandon(shutting_down())
-    at.adapters.abandon(shutting_down())
+    at.adapters.cancel(shutting_down())
+    at.adapters.cancel(shutting_down())
     at.go.set()
     wait_until(at.woken.is_set)
     at.adapters.apply()

@@ -20,7 +20,7 @@ from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine import core
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
-from longlive_serve.engine.snapshot import SUM_BYTES, _facts, copy_to_host
+from longlive_serve.engine.snapshot import SUM_BYTES, _read_metadata, copy_to_host
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import Options
@@ -116,7 +116,9 @@ def test_a_snapshot_is_read_before_the_next_sessions_chunk_is_launched(monkeypat
             options = Options(pace="asap", snapshot_every=2)
             senders = [at.start("a", chunks=4, end=True, options=options), at.start("b", chunks=4, end=True)]
         wait_until(closed(*senders))
-    chunks = [facts_of(chunk)["chunk"] if chunk.snapshot else 0 for chunk in senders[0].chunks if len(chunk.frames)]
+    chunks = [
+        facts_of(chunk)["next_chunk"] if chunk.snapshot else 0 for chunk in senders[0].chunks if len(chunk.frames)
+    ]
     assert chunks == [0, 2, 0, 4]
     launched = [number for number, call in enumerate(device.calls) if call == ("launch", "a")]
     assert [device.calls[number + 1] == ("read", "a") for number in launched] == [False, True] * 2
@@ -135,7 +137,7 @@ def test_a_prompt_that_is_accepted_before_a_snapshot_is_sent_is_in_it() -> None:
 
 
 def facts_of(chunk: FrameChunk) -> dict[str, Any]:
-    return _facts(chunk.snapshot[SUM_BYTES:])
+    return _read_metadata(chunk.snapshot[SUM_BYTES:])
 
 
 def test_a_session_alone_is_not_launched_twice() -> None:
@@ -185,7 +187,7 @@ def test_a_device_that_is_lost_ends_the_sessions_and_not_the_service() -> None:
 
 def test_a_last_snapshot_goes_on_after_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "longlive_serve.engine.session_manager.dump", lambda session, model: f"at {session.chunk}".encode()
+        "longlive_serve.engine.session_manager.dump", lambda session, model: f"at {session.next_chunk}".encode()
     )
     with bench_of_device(slots=2) as (at, device):
         senders = [at.start(name, options=Options(pace="asap", snapshot_every=10**6)) for name in "ab"]

@@ -181,7 +181,7 @@ def test_unknown_words_are_announced_with_the_known_ones() -> None:
 def test_the_base_variant_ends_at_its_documented_limit() -> None:
     session = new_session()
     runner().advance(session)
-    session.chunk = 340  # as if it had run for 255 seconds
+    session.next_chunk = 340  # as if it had run for 255 seconds
     last = runner().advance(session)
     assert last.first_frame + len(last.frames) == 4089
     with pytest.raises(RequestError, match="1023 latent frames \\(4089 video frames\\)") as raised:

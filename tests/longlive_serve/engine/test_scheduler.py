@@ -8,14 +8,14 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlive_serve.engine.scheduler import CHUNK_FRAMES, SECOND, Scheduler
+from longlive_serve.engine.scheduler import SECOND, Scheduler
 
-FPS = 16
+FPS, CHUNK_FRAMES = 16, 12
 PERIOD = CHUNK_FRAMES * SECOND // FPS
 
 
 def scheduler_of(slots: int, *names: str, cost: int = 0, fps: int | None = FPS) -> Scheduler:
-    scheduler = Scheduler(slots, cost=cost)
+    scheduler = Scheduler(slots, chunk_frames=CHUNK_FRAMES, cost=cost)
     for name in names:
         scheduler.add(name, 0, fps=fps, max_chunks_ahead=1)
     return scheduler
@@ -57,14 +57,14 @@ def test_a_session_that_is_too_much_for_this_machine_still_runs_alone() -> None:
 def test_sessions_without_a_clock_take_turns() -> None:
     scheduler = scheduler_of(3, *"abc", fps=None)
     scheduler.admit(0)
-    scheduler.rest("b")
+    scheduler.set_idle("b")
     turns = []
     for _ in range(4):
         name, _ = scheduler.next(0)
         assert name is not None
         turns.append(name)
         scheduler.begin(name, 0)
-        scheduler.done(name, 0, 12, took=1)
+        scheduler.done(name, 0, 12, duration=1)
     assert turns == ["a", "c", "a", "c"]
     scheduler.ready("b", 0)
     assert scheduler.next(0)[0] == "b"
@@ -73,15 +73,15 @@ def test_sessions_without_a_clock_take_turns() -> None:
 def test_no_more_than_the_lead_is_generated_ahead() -> None:
     scheduler = scheduler_of(1, "a")
     scheduler.admit(0)
-    scheduler.done("a", SECOND, 9, took=1)  # frame 9 is due 9 / 16 s later
+    scheduler.done("a", SECOND, 9, duration=1)  # frame 9 is due 9 / 16 s later
     due = SECOND + PERIOD
     assert scheduler.next(SECOND) == ("a", None)
-    scheduler.done("a", SECOND, 12, took=1)
+    scheduler.done("a", SECOND, 12, duration=1)
     assert scheduler.next(SECOND) == (None, due)  # the chunk after is due a period later
     scheduler.prioritize("a")
     assert scheduler.next(SECOND) == ("a", None)  # a new prompt is waited for
     scheduler.begin("a", SECOND)
-    scheduler.done("a", SECOND, 12, took=1)
+    scheduler.done("a", SECOND, 12, duration=1)
     assert scheduler.next(SECOND) == (None, due + PERIOD)
 
 
@@ -93,17 +93,17 @@ def test_while_a_chunk_is_generated_the_next_one_is_anothers() -> None:
     assert scheduler.next(0) == ("b", None)
     scheduler.begin("b", 0)
     assert scheduler.next(0) == (None, None)
-    scheduler.done("a", SECOND, 9, took=1)
+    scheduler.done("a", SECOND, 9, duration=1)
     assert scheduler.next(SECOND) == ("a", None)
 
 
 def test_a_prompt_that_comes_while_a_chunk_is_generated_is_waited_for_with_the_next() -> None:
     scheduler = scheduler_of(1, "a")
     scheduler.admit(0)
-    scheduler.done("a", 0, 9, took=1)
+    scheduler.done("a", 0, 9, duration=1)
     scheduler.begin("a", 0)
     scheduler.prioritize("a")
-    scheduler.done("a", 0, 12, took=1)
+    scheduler.done("a", 0, 12, duration=1)
     assert scheduler.next(0) == ("a", None)
 
 
@@ -111,7 +111,7 @@ def test_a_first_chunk_waits_where_it_would_make_others_late_after_what_has_been
     scheduler = scheduler_of(3, "a", cost=PERIOD // 4)
     scheduler.add("offline", 0, fps=None, max_chunks_ahead=1)
     scheduler.admit(0)
-    scheduler.done("a", 0, 9, took=PERIOD // 4)  # the next one is due a period later
+    scheduler.done("a", 0, 9, duration=PERIOD // 4)  # the next one is due a period later
     scheduler.add("new", PERIOD // 2, fps=FPS, max_chunks_ahead=1)
     scheduler.admit(PERIOD // 2)
     assert scheduler.next(PERIOD // 2) == ("new", None)
@@ -120,7 +120,7 @@ def test_a_first_chunk_waits_where_it_would_make_others_late_after_what_has_been
 
 
 def test_who_was_interrupted_waits_before_who_has_not_begun() -> None:
-    scheduler = Scheduler(1)
+    scheduler = Scheduler(1, chunk_frames=CHUNK_FRAMES)
     for name in ("new", "resumed 1", "newer", "resumed 2"):
         scheduler.add(name, 0, fps=None, max_chunks_ahead=1, resumed=name.startswith("resumed"))
     places = {name: scheduler.queue_position(name) for name in ("resumed 1", "resumed 2", "new", "newer")}
@@ -128,12 +128,12 @@ def test_who_was_interrupted_waits_before_who_has_not_begun() -> None:
 
 
 def test_a_cost_that_no_load_has_proved_is_doubted() -> None:
-    scheduler = Scheduler(8, cost=PERIOD // 10, cost_margin=0.5)
+    scheduler = Scheduler(8, chunk_frames=CHUNK_FRAMES, cost=PERIOD // 10, cost_margin=0.5)
     assert scheduler.capacity(FPS) == 5  # of 8 that 0.8 of all time would hold
     scheduler.add("a", 0, fps=FPS, max_chunks_ahead=1)
     scheduler.admit(0)
     for number in range(50):
-        scheduler.done("a", number * PERIOD, 12, took=PERIOD // 10)
+        scheduler.done("a", number * PERIOD, 12, duration=PERIOD // 10)
     assert scheduler.capacity(FPS) == 8
 
 
@@ -142,7 +142,7 @@ def test_a_cost_rises_fast_and_falls_slowly() -> None:
     scheduler.admit(0)
     costs = []
     for took in [10**5] + 10 * [2 * 10**5] + 10 * [10**5]:
-        scheduler.done("a", 0, 12, took=took)
+        scheduler.done("a", 0, 12, duration=took)
         costs.append(scheduler.cost)
     assert costs[0] == 10**5
     assert costs[10] > 1.6 * 10**5
@@ -152,22 +152,22 @@ def test_a_cost_rises_fast_and_falls_slowly() -> None:
 def test_a_late_chunk_is_counted_once_and_playback_goes_on_from_it() -> None:
     scheduler = scheduler_of(1, "a")
     scheduler.admit(0)
-    assert scheduler.done("a", SECOND, 9, took=1) == 0
-    late = scheduler.done("a", 3 * SECOND, 12, took=1)
+    assert scheduler.done("a", SECOND, 9, duration=1) == 0
+    late = scheduler.done("a", 3 * SECOND, 12, duration=1)
     assert late == 2 * SECOND - PERIOD
-    assert scheduler.done("a", 3 * SECOND + PERIOD, 12, took=1) == 0
+    assert scheduler.done("a", 3 * SECOND + PERIOD, 12, duration=1) == 0
     assert scheduler.deadline_misses == 1
 
 
 def test_time_that_a_client_lets_pass_is_no_miss() -> None:
     scheduler = scheduler_of(1, "a")
     scheduler.admit(0)
-    scheduler.done("a", 0, 9, took=1)
-    scheduler.rest("a")
+    scheduler.done("a", 0, 9, duration=1)
+    scheduler.set_idle("a")
     assert scheduler.next(100 * SECOND) == (None, None)
     scheduler.ready("a", 100 * SECOND)
     assert scheduler.next(100 * SECOND) == ("a", None)
-    assert scheduler.done("a", 100 * SECOND + PERIOD, 12, took=1) == 0
+    assert scheduler.done("a", 100 * SECOND + PERIOD, 12, duration=1) == 0
 
 
 @given(
@@ -176,7 +176,7 @@ def test_time_that_a_client_lets_pass_is_no_miss() -> None:
     st.integers(0, PERIOD),
 )
 def test_a_slot_has_one_owner_and_none_is_lost(slots: int, events: list[tuple[str, int]], cost: int) -> None:
-    scheduler = Scheduler(slots, cost=cost)
+    scheduler = Scheduler(slots, chunk_frames=CHUNK_FRAMES, cost=cost)
     waiting: list[str] = []
     owners: dict[str, int] = {}
     for kind, number in events:
@@ -220,7 +220,7 @@ def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
     """`load`: of all admitted viewers together. `decode`: share of a chunk before whose end the next one is chosen.
     Times go on for 40 periods."""
     cost = int(load * PERIOD / len(crowd))
-    scheduler = Scheduler(len(crowd) + 1, cost=cost)
+    scheduler = Scheduler(len(crowd) + 1, chunk_frames=CHUNK_FRAMES, cost=cost)
     now, made_offline = 0, 0
     if offline:
         scheduler.add("offline", 0, fps=None, max_chunks_ahead=1)
@@ -230,7 +230,7 @@ def test_no_deadline_is_missed_while_the_load_fits_and_nobody_starves(
     def finish(name: str, end: int) -> None:
         nonlocal now, made_offline
         now = max(now, end)
-        scheduler.done(name, now, 12 if name in here and here[name].chunks else 9, took=cost)
+        scheduler.done(name, now, 12 if name in here and here[name].chunks else 9, duration=cost)
         if name == "offline":
             made_offline += 1
             return

@@ -110,7 +110,7 @@ def test_requests_come_only_so_often(clock: Clock) -> None:
 
 def test_draining_hands_out_a_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "longlive_serve.engine.session_manager.dump", lambda session, model: f"at {session.chunk}".encode()
+        "longlive_serve.engine.session_manager.dump", lambda session, model: f"at {session.next_chunk}".encode()
     )
     with bench() as at:
         with_snapshots = at.start("a", options=Options(pace="asap", snapshot_every=10**6))

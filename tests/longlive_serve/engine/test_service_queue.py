@@ -128,7 +128,7 @@ def test_nobody_waits_longer_than_the_server_lets(clock: Clock) -> None:
 
 def test_one_that_resumes_and_would_not_wait_pushes_nobody_out_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     def session(data: bytes, session_id: str, *others: object) -> Session:
-        return Session(id=session_id, prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(0), chunk=3)
+        return Session(id=session_id, prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(0), next_chunk=3)
 
     monkeypatch.setattr("longlive_serve.engine.session_manager.load_session", session)
     with bench(slots=1, max_waiting=1) as at:

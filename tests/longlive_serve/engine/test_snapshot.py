@@ -57,8 +57,8 @@ def test_a_session_goes_on_from_its_snapshot(chunks: int, switch_at: int | None)
     session = played(chunks, switch_at)
     session.add_prompt("A green triangle moves up across an empty white scene.", 3 * (chunks + 2))
     resumed = load_again(dump(session, DEMO))
-    assert (resumed.chunk, resumed.prompt, resumed.prompts, resumed.pending) == (
-        session.chunk,
+    assert (resumed.next_chunk, resumed.prompt, resumed.prompts, resumed.pending) == (
+        session.next_chunk,
         session.prompt,
         session.prompts,
         session.pending,
@@ -91,7 +91,7 @@ def test_a_cleared_cache_stays_cleared() -> None:
     session.add_prompt(BLUE, NOW)
     runner().advance(session)
     resumed = load_again(dump(session, DEMO))
-    assert (resumed.first_cached, resumed.chunk) == (6, 7)
+    assert (resumed.first_cached, resumed.next_chunk) == (6, 7)
     runner().backends.dit.cache.keys[:, 1] = torch.nan  # type: ignore[attr-defined]
     frames = [runner().advance(one).frames.astype(int) for one in (session, resumed)]
     assert np.abs(frames[0] - frames[1]).mean() < 4
@@ -119,10 +119,10 @@ def test_what_is_no_snapshot_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'\\"chunk\\": 6', b'\\"chunk\\": 2', "does not describe a session"),
-        (b'\\"chunk\\": 6', b'\\"chunk\\": x', "cannot be read"),
-        (b'\\"version\\": 2', b'\\"version\\": 9', "of version 9"),
-        (b'\\"model\\": \\"demo\\"', b'\\"model\\": \\"tiny\\"', "expected version 2 and 'demo'"),
+        (b'\\"next_chunk\\": 6', b'\\"next_chunk\\": 2', "does not describe a session"),
+        (b'\\"next_chunk\\": 6', b'\\"next_chunk\\": x', "cannot be read"),
+        (b'\\"version\\": 3', b'\\"version\\": 9', "of version 9"),
+        (b'\\"model\\": \\"demo\\"', b'\\"model\\": \\"tiny\\"', "expected version 3 and 'demo'"),
         (b'\\"on_switch\\": \\"recache\\"', b'\\"on_switch\\": \\"explode\\"', "does not describe a session"),
         (b'\\"first_cached\\": 0', b'\\"first_cached\\": 9', "does not describe a session"),
         (b'\\"prompts\\"', b'\\"prompty\\"', "does not describe a session"),

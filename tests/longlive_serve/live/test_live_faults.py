@@ -19,7 +19,7 @@ import trustme
 
 from longlive_client.cli.health import main, probe
 from longlive_client.errors import ConnectionLostError, ForbiddenError, InvalidRequestError, ServerShutdownError
-from longlive_client.grpc_transport import VARIABLES
+from longlive_client.grpc_transport import ENV_NAMES
 from longlive_client.video_stream import Tls, VideoStream
 from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import MAX_SNAPSHOT_BYTES
@@ -231,7 +231,7 @@ def test_tls_and_mutual_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with start_server(tmp_path, **files, tls_client_ca=tmp_path / "ca.pem") as server:
         assert watch(server, tls("client")) == 2
         for name, file in (("tls-ca", "ca.pem"), ("tls-cert", "client.pem"), ("tls-key", "client.key")):
-            monkeypatch.setenv(VARIABLES[name], str(tmp_path / file))  # as pods have it
+            monkeypatch.setenv(ENV_NAMES[name], str(tmp_path / file))  # as pods have it
         assert main(["--url", server.grpc_url, "--timeout", str(LIMIT_S)]) == 0
         for wrong in (None, "stranger"):
             with pytest.raises(ConnectionLostError, match="cannot be reached"):

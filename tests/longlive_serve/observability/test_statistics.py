@@ -11,31 +11,31 @@ from typing import Any
 import pytest
 
 from longlive_serve.observability.log_setup import JsonLines, Lines
-from longlive_serve.observability.metrics import BUCKETS_S, COUNTER, FAMILIES, Statistics
+from longlive_serve.observability.metrics import BUCKETS_S, COUNTER, FAMILIES, Metrics
 from longlive_serve.observability.tracing import Phase, Trace
 from longlive_serve.observability.triton_metrics import TritonMetrics
 
 
-def changed(statistics: Statistics) -> dict[Any, float]:
-    return {(name, *(value for _, value in labels)): value for name, labels, value in statistics.take_changes()}
+def changed(metrics: Metrics) -> dict[Any, float]:
+    return {(name, *(value for _, value in labels)): value for name, labels, value in metrics.collect_updates()}
 
 
 def test_only_what_has_changed_is_told() -> None:
-    statistics = Statistics()
-    assert changed(statistics)["live_sessions",] == 0
-    assert changed(statistics) == {}
-    statistics.set("live_sessions", 2)
-    statistics.set("waiting_sessions", 0)
-    statistics.add("phase_seconds", 0.5, phase="decode")
-    statistics.add("phase_seconds", 0.25, phase="decode")
-    assert changed(statistics) == {("live_sessions",): 2, ("phase_seconds", "decode"): 0.75}
+    metrics = Metrics()
+    assert changed(metrics)["live_sessions",] == 0
+    assert changed(metrics) == {}
+    metrics.set("live_sessions", 2)
+    metrics.set("waiting_sessions", 0)
+    metrics.add("phase_seconds", 0.5, phase="decode")
+    metrics.add("phase_seconds", 0.25, phase="decode")
+    assert changed(metrics) == {("live_sessions",): 2, ("phase_seconds", "decode"): 0.75}
 
 
 def test_a_histogram_counts_what_is_at_most_the_end_of_a_bucket() -> None:
-    statistics = Statistics()
+    metrics = Metrics()
     for seconds in (0.05, 0.06, 100.0):
-        statistics.observe("switch_seconds", seconds)
-    figures = changed(statistics)
+        metrics.observe("switch_seconds", seconds)
+    figures = changed(metrics)
     buckets = [figures["switch_seconds_bucket", end] for end in (*map(str, BUCKETS_S), "+Inf")]
     assert buckets == [1, *[2] * (len(BUCKETS_S) - 1), 3]
     assert figures["switch_seconds_count",] == 3
@@ -70,12 +70,12 @@ class CountingFamily:
 
 
 def test_every_figure_becomes_a_metric_of_its_kind() -> None:
-    statistics, metrics = Statistics(), TritonMetrics(CountingFamily)
+    metrics, triton = Metrics(), TritonMetrics(CountingFamily)
     for live in (3, 1):
-        statistics.set("live_sessions", live)
-        statistics.add("chunks", 2)
-        statistics.set("info", 1, preset="demo")
-        metrics.publish(statistics.take_changes())
+        metrics.set("live_sessions", live)
+        metrics.add("chunks", 2)
+        metrics.set("info", 1, preset="demo")
+        triton.publish(metrics.collect_updates())
     shown = CountingFamily.shown
     assert (shown["longlive_live_sessions",], shown["longlive_chunks",], shown["longlive_info", "demo"]) == (1, 4, 1)
     assert {name for name, *_ in shown} <= {f"longlive_{name}" for name in FAMILIES}
@@ -83,7 +83,7 @@ def test_every_figure_becomes_a_metric_of_its_kind() -> None:
 
 def test_a_trace_can_be_read_by_a_viewer(tmp_path: Path) -> None:
     trace = Trace("../../etc/a session")
-    trace.add(Phase(name="chunk 0", began=2.0, seconds=0.5), "chunks", first_frame=0)
+    trace.add(Phase(name="chunk 0", start_time=2.0, seconds=0.5), "chunks", first_frame=0)
     path = trace.write(tmp_path / "traces")
     assert path == tmp_path / "traces/etcasession.json"
     (event,) = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
