@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section, header in headers(json.loads(path.read_text(encoding="utf-8"))).items():
             files = changed(header["commit"], header["code"])
             if files is None:
-                told = "cannot be told: git does not know the commit"
+                status = "cannot be told: git does not know the commit"
             else:
-                told = "\n".join(files) if args.all and files else f"{len(files)} files" if files else "nothing"
+                status = "\n".join(files) if args.all and files else f"{len(files)} files" if files else "nothing"
             commit = header["commit"][:10] + (DIRTY if header["commit"].endswith(DIRTY) else "")
-            table.add_row(f"{path.name} {section}".strip(), commit, header["date"], told)
+            table.add_row(f"{path.name} {section}".strip(), commit, header["date"], status)
     Console().print(table)
     return 0
 

@@ -29,9 +29,9 @@ def viewers_table(runs: Sequence[Mapping[str, Any]]) -> str:
 def stress_table(record: dict[str, Any]) -> str:
     """What the service survived."""
     chaos, soak, fuzz, fleet = (record[f"trials.{name}"] for name in ("chaos", "soak", "fuzz", "fleet"))
-    kills = ", ".join(f"{count} x {what}" for what, count in sorted(chaos["kills"].items()))
+    kills = ", ".join(f"{count} x {name}" for name, count in sorted(chaos["kills"].items()))
     seam = f"{chaos['seam_difference_of_255']:.2f} of 255 from the uninterrupted video"
-    came = (
+    viewers = (
         f"{chaos['viewers']} viewers at {chaos['fps']} fps, {chaos['frames']} frames, {chaos['resumed']} times resumed"
     )
     memory = f"memory {soak['memory_slope_mb_per_h']:+.1f} MB/h at {soak['memory_mb']:.0f} MB"
@@ -41,7 +41,7 @@ def stress_table(record: dict[str, Any]) -> str:
         for run in record["trials.perf"]["runs"]
     ]
     rows = {
-        f"kills: {kills}": f"{came}: **{chaos['lost_frames']} lost, {chaos['repeated_frames']} repeated**; {seam}",
+        f"kills: {kills}": f"{viewers}: **{chaos['lost_frames']} lost, {chaos['repeated_frames']} repeated**; {seam}",
         f"{fleet['servers']} servers with mutual TLS and tokens; one killed, one drained": _fleet(fleet),
         f"{soak['minutes']:g} minutes, {soak['viewers_at_once']} viewers at once": f"{soak['sessions']} sessions, "
         f"{soak['prompt_switches']} prompt switches, {late}; {memory}",
@@ -51,16 +51,16 @@ def stress_table(record: dict[str, Any]) -> str:
     return markdown_table(("stress test", "result"), rows.items())
 
 
-def _fleet(figures: dict[str, Any]) -> str:
-    refused, lost = (
-        figures["turned_away"].values(),
-        f"{figures['lost_frames']} lost, {figures['repeated_frames']} repeated",
+def _fleet(results: dict[str, Any]) -> str:
+    rejected, lost = (
+        results["turned_away"].values(),
+        f"{results['lost_frames']} lost, {results['repeated_frames']} repeated",
     )
     return (
-        f"{figures['viewers']} viewers at {figures['fps']} fps and {figures['late_viewers']} who came meanwhile, "
-        f"{figures['resumed_after_kill']} and {figures['resumed_after_drain']} resumed: **{lost}**, "
-        f"{figures['viewers_who_saw_a_stall']} saw a stall; {figures['found_over_another_connection']} of "
-        f"{figures['viewers']} found over another connection; {sum(refused)} of {len(refused)} strangers turned away"
+        f"{results['viewers']} viewers at {results['fps']} fps and {results['late_viewers']} who came meanwhile, "
+        f"{results['resumed_after_kill']} and {results['resumed_after_drain']} resumed: **{lost}**, "
+        f"{results['viewers_who_saw_a_stall']} saw a stall; {results['found_over_another_connection']} of "
+        f"{results['viewers']} found over another connection; {sum(rejected)} of {len(rejected)} strangers turned away"
     )
 
 

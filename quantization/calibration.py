@@ -93,10 +93,10 @@ def calibrate(
     how many sessions are done after each, the first time with those of an earlier run.
     """
     mtq = _modelopt()
-    _teach_causal_conv3d()
+    _register_causal_conv3d()
     together = nn.ModuleDict(models)
 
-    def watch(_: nn.Module) -> None:
+    def run_sessions(_: nn.Module) -> None:
         quantizers = _enabled_input_quantizers(together)
         for name, amax in state.amax.items():
             quantizers[name]._calibrator._calib_amax = amax.to(runner.backends.device)
@@ -110,7 +110,7 @@ def calibrate(
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
         warnings.filterwarnings("ignore", message=".* skip")  # SmoothQuant on layers that have no 8-bit inputs
-        mtq.quantize(together, modelopt_config(formats), watch)
+        mtq.quantize(together, modelopt_config(formats), run_sessions)
     return {name: _input_stats(models[name], layers) for name, layers in formats.items()}
 
 
@@ -139,7 +139,7 @@ def _modelopt() -> Any:
     return modelopt.torch.quantization
 
 
-def _teach_causal_conv3d() -> None:
+def _register_causal_conv3d() -> None:
     """Tell ModelOpt of our convolution: it knows nn.Conv3d, and leaves subclasses with another forward alone."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
     from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase

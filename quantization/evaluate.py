@@ -78,12 +78,12 @@ def full_size_ratios(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for model in MEASURED_AT_FULL_SIZE:
         formats = {name: recipe[model] for name, recipe in RECIPES.items() if model in recipe and name not in found}
-        written = full_size_bytes(model, formats, folder)
+        num_bytes = full_size_bytes(model, formats, folder)
         for name in formats:
             found[name] = {
-                "bytes_ratio": written[name] / written["bfloat16"],
+                "bytes_ratio": num_bytes[name] / num_bytes["bfloat16"],
                 "bytes_ratio_of": f"{model} of {FULL_SIZE}: checkpoint file, against the same in bfloat16",
-                "full_size_bytes": {"bfloat16": written["bfloat16"], "quantized": written[name]},
+                "full_size_bytes": {"bfloat16": num_bytes["bfloat16"], "quantized": num_bytes[name]},
             }
     return found
 
@@ -129,18 +129,18 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
     expected: list[Rollout] = []
     for name, path in {UNQUANTIZED: config.weights, **folders}.items():
         print(name, file=sys.stderr)
-        figures = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
+        results = record[UNQUANTIZED] if name == UNQUANTIZED else recipes[name]
         with Workers(Path(path), FUSED[name][0] if name in FUSED else None) as workers:
-            made = workers.map("videos of 60 s", roll_out, cases)
-            compared = compare(made, expected or made, cases)
+            rollouts = workers.map("videos of 60 s", roll_out, cases)
+            compared = compare(rollouts, expected or rollouts, cases)
             if name == UNQUANTIZED:
-                expected, compared = made, {key: compared[key] for key in ("attributes_right_at_60s",)}
-            figures |= compared
-            if name != UNQUANTIZED or "attribute_accuracy" not in figures:  # of an earlier run, with the same counts
-                figures |= quality(workers, counts.captions, counts.switches)
+                expected, compared = rollouts, {key: compared[key] for key in ("attributes_right_at_60s",)}
+            results |= compared
+            if name != UNQUANTIZED or "attribute_accuracy" not in results:  # of an earlier run, with the same counts
+                results |= quality(workers, counts.captions, counts.switches)
         for key in ("attribute_accuracy", "switch_adoption_within_2_chunks"):
             if name != UNQUANTIZED:
-                figures[f"{key}_lost"] = record[UNQUANTIZED][key] - figures[key]
+                results[f"{key}_lost"] = record[UNQUANTIZED][key] - results[key]
         yield
 
 
@@ -149,8 +149,8 @@ def measure_recipes(config: ServeConfig, folders: dict[str, str], recipes: dict[
     ratios = full_size_ratios(folder)
     recipes |= {name: ratios[name] | of_recipe(config, name, path) for name, path in folders.items()}
     of_dit = {name: path for name, path in folders.items() if DIT in RECIPES[name]}
-    for name, figures in flow_errors(config, of_dit, read_prompts(DEFAULT_PROMPTS), SESSIONS_OF_FLOW).items():
-        recipes[name] |= figures
+    for name, results in flow_errors(config, of_dit, read_prompts(DEFAULT_PROMPTS), SESSIONS_OF_FLOW).items():
+        recipes[name] |= results
 
 
 def main(argv: Sequence[str] | None = None) -> int:

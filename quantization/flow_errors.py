@@ -23,9 +23,9 @@ from longlive_serve.models.dit.kv_cache import KVCachePlan
 from quantization.calibration import calibration_session
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
+def relative_error(output: Tensor, expected: Tensor) -> float:
     """The L2 norm of the difference as a share of that of what was expected."""
-    return float((got.float() - expected.float()).norm() / expected.float().norm())
+    return float((output.float() - expected.float()).norm() / expected.float().norm())
 
 
 class RecordingDiT:
@@ -45,20 +45,20 @@ class RecordingDiT:
 
 
 class ComparedDiTs:
-    """The DiT backend `reference` for a model runner of one session, with `others` that do each denoising step as well.
+    """The DiT backend `reference` for a model runner of one session; `candidates` do each denoising step as well.
 
     `flow[name][step]` collects the relative errors of their flows, `blocks[name][block]` those after each block.
     """
 
-    def __init__(self, reference: TorchDiT, others: Mapping[str, TorchDiT]) -> None:
+    def __init__(self, reference: TorchDiT, candidates: Mapping[str, TorchDiT]) -> None:
         self.reference, self.dtype, self.cache_dtype = RecordingDiT(reference), reference.dtype, reference.cache_dtype
-        self.others = {name: RecordingDiT(backend) for name, backend in others.items()}
+        self.candidates = {name: RecordingDiT(backend) for name, backend in candidates.items()}
         layers = len(reference.model.blocks)
-        self.flow = {name: [list[float]() for _ in reference.timesteps] for name in others}
-        self.blocks = {name: [list[float]() for _ in range(layers)] for name in others}
+        self.flow = {name: [list[float]() for _ in reference.timesteps] for name in candidates}
+        self.blocks = {name: [list[float]() for _ in range(layers)] for name in candidates}
 
     def embed_prompt(self, embeds: Tensor, tokens: int) -> PromptKV:
-        for recorder in (self.reference, *self.others.values()):
+        for recorder in (self.reference, *self.candidates.values()):
             recorder.prompt_kv = recorder.backend.embed_prompt(embeds, tokens)
         assert self.reference.prompt_kv is not None
         return self.reference.prompt_kv
@@ -66,12 +66,12 @@ class ComparedDiTs:
     def denoise(self, noisy: Tensor, step: int, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> Tensor:
         cache = self.reference.backend.cache
         flow = self.reference.denoise(noisy, step, slot, plan)
-        for name, other in self.others.items():
+        for name, other in self.candidates.items():
             other.backend.cache.keys.copy_(cache.keys)  # its own block it writes itself
             other.backend.cache.values.copy_(cache.values)
             self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, plan), flow))
-            for block, (got, expected) in enumerate(zip(other.outputs, self.reference.outputs, strict=True)):
-                self.blocks[name][block].append(relative_error(got, expected))
+            for block, (output, expected) in enumerate(zip(other.outputs, self.reference.outputs, strict=True)):
+                self.blocks[name][block].append(relative_error(output, expected))
         return flow
 
     def update_kv_cache(self, clean: Tensor, prompt_kv: PromptKV, slot: int, plan: KVCachePlan) -> None:
@@ -87,16 +87,16 @@ def flow_errors(
     `flow_rel_error_of_block_alone`: of the flow when only that block is quantized.
     """
     backends = build_backends(config)
-    reference, others = _torch_dit(backends.dit), {}
+    reference, candidates = _torch_dit(backends.dit), {}
     for name, folder in folders.items():
         quantized = _torch_dit(build_backends(dataclasses.replace(config, weights=folder)).dit)
         for block in range(config.model_config.dit.num_layers):
-            alone = TorchDiT(
+            with_one_block = TorchDiT(
                 with_block(reference.model, quantized.model, block), config.model_config, 1, config.variant
             )
-            others[f"{name} {block}"] = alone
-        others[name] = quantized
-    compared = ComparedDiTs(reference, others)
+            candidates[f"{name} {block}"] = with_one_block
+        candidates[name] = quantized
+    compared = ComparedDiTs(reference, candidates)
     runner = ModelRunner(dataclasses.replace(backends, dit=compared), config.model_config, config.variant)
     for number in range(sessions):
         calibration_session(runner, list(prompts), number)

@@ -51,7 +51,7 @@ RECIPES: dict[str, Recipe] = {
 
 WEIGHTS_ONLY = {DIT: ("blocks.*.cross_attn.[kv]",)}  # they run once per prompt: 8-bit inputs would win no time
 
-KEPT: dict[str, dict[str, str]] = {
+UNQUANTIZED_LAYERS: dict[str, dict[str, str]] = {
     DIT: {
         "patch_embedding": "reads the noisy latents, 0.01 % of all weights",
         "text_embedding.*": "runs once per prompt, and every layer reads what it makes",
@@ -95,16 +95,20 @@ def owner(model: str, names: Iterable[str]) -> str:
 
 def formats_of_layers(name: str, model: nn.Module, format: Format) -> tuple[dict[str, Format], dict[str, str]]:
     """The format of every layer of `model` (called `name`) that is quantized, and why each of the others is not."""
-    quantized, unquantized = {}, {}
+    quantized, skipped = {}, {}
     for layer, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() < 2:
             continue
-        why = next((why for pattern, why in KEPT[name].items() if fnmatchcase(layer, pattern)), None)
-        if why is not None:
-            unquantized[layer] = why
+        reason = next(
+            (reason for pattern, reason in UNQUANTIZED_LAYERS[name].items() if fnmatchcase(layer, pattern)), None
+        )
+        if reason is not None:
+            skipped[layer] = reason
             continue
-        assert isinstance(module, QUANTIZABLE), f"{name}: {layer} is a {type(module).__name__}: it needs a row in KEPT"
+        assert isinstance(module, QUANTIZABLE), (
+            f"{name}: {layer} is a {type(module).__name__}: it needs a row in UNQUANTIZED_LAYERS"
+        )
         weights_only = any(fnmatchcase(layer, pattern) for pattern in WEIGHTS_ONLY.get(name, ()))
         quantized[layer] = dataclasses.replace(format, inputs=False, smoothing=None) if weights_only else format
-    return quantized, unquantized
+    return quantized, skipped

@@ -72,23 +72,23 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     depth, time, picture = figure.subplots(1, 3)
     blocks = range(0)
-    for number, (name, figures) in enumerate(record["recipes"].items()):
+    for number, (name, results) in enumerate(record["recipes"].items()):
         color = f"C{number}"
-        seconds = [(chunk + 1) * FRAMES_OF_CHUNK / FPS for chunk in range(len(figures["psnr_db_by_chunk"]))]
-        if "rel_error_after_block" in figures:
-            blocks = range(1, 1 + len(figures["rel_error_after_block"]))
+        seconds = [(chunk + 1) * FRAMES_OF_CHUNK / FPS for chunk in range(len(results["psnr_db_by_chunk"]))]
+        if "rel_error_after_block" in results:
+            blocks = range(1, 1 + len(results["rel_error_after_block"]))
             depth.plot(
                 blocks,
-                [100 * error for error in figures["rel_error_after_block"]],
+                [100 * error for error in results["rel_error_after_block"]],
                 "o-",
                 color=color,
                 label=f"{name}: what the block hands on",
             )
-            alone = [100 * error for error in figures[BLOCK_ERRORS]]
+            alone = [100 * error for error in results[BLOCK_ERRORS]]
             depth.plot(blocks, alone, "x:", color=color, label=f"{name}: the flow, this block alone quantized")
-        if figures["latent_rel_error"]:
-            time.plot(seconds, [100 * error for error in figures["latent_rel_error_by_chunk"]], color=color, label=name)
-        picture.plot(seconds, figures["psnr_db_by_chunk"], color=color, label=name)
+        if results["latent_rel_error"]:
+            time.plot(seconds, [100 * error for error in results["latent_rel_error_by_chunk"]], color=color, label=name)
+        picture.plot(seconds, results["psnr_db_by_chunk"], color=color, label=name)
     for axes, x, y in (
         (depth, "block of the DiT", "relative error, %"),
         (time, "seconds of video", "relative error of the latents, %"),

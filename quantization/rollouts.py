@@ -46,14 +46,15 @@ def roll_out(runner: ModelRunner, case: QualityCase) -> Rollout:
     return Rollout(latents=torch.stack(latents), frames=frames)
 
 
-def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence[QualityCase]) -> dict[str, Any]:
+def compare(output: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence[QualityCase]) -> dict[str, Any]:
     """How far the rollouts are apart by chunk, the mean over all; and whether they stay bounded."""
-    pairs = list(zip(got, expected, strict=True))
+    pairs = list(zip(output, expected, strict=True))
     chunks = range(CHUNKS)
     errors = [fmean([relative_error(a.latents[chunk], b.latents[chunk]) for a, b in pairs]) for chunk in chunks]
     spread = [fmean([(a.latents[chunk].std() / b.latents[chunk].std()).item() for a, b in pairs]) for chunk in chunks]
     right = [
-        all(read(torch.cat(a.frames[-2:])).agrees(case.attributes).values()) for a, case in zip(got, cases, strict=True)
+        all(read(torch.cat(a.frames[-2:])).agrees(case.attributes).values())
+        for a, case in zip(output, cases, strict=True)
     ]
     quarter = CHUNKS // 4
     return {
@@ -66,7 +67,7 @@ def compare(got: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence
         "latent_std_ratio_range": [min(spread), max(spread)],
         "error_growth": growth(errors, quarter),
         "rollout_bounded": bounded(errors, spread),
-        "attributes_right_at_60s": fmean([float(good) for good in right]),
+        "attributes_right_at_60s": fmean([float(correct) for correct in right]),
         "psnr_db_by_chunk": [psnr([(a.frames[chunk], b.frames[chunk]) for a, b in pairs]) for chunk in chunks],
         "psnr_db": psnr([(torch.cat(a.frames), torch.cat(b.frames)) for a, b in pairs]),
     }

@@ -49,17 +49,17 @@ def full_size_bytes(name: str, formats: Mapping[str, Format], folder: Path) -> d
         model: nn.Module = CausalDiT(sizes.dit) if name == DIT else VAEDecoder(sizes.vae)
     plain = folder / f"{name}.safetensors"
     write(plain, {key: torch.randn(t.shape, dtype=torch.bfloat16) for key, t in model.state_dict().items()}, {})
-    written = {"bfloat16": plain.stat().st_size}
+    num_bytes = {"bfloat16": plain.stat().st_size}
     for recipe, format in formats.items():
         layers, _ = formats_of_layers(name, model, format)
         state = load_file(plain)
         input_stats = {layer: _dummy_stats(state[f"{layer}.weight"], one) for layer, one in layers.items()}
         path = folder / f"{name}.{recipe}.safetensors"
         write(path, quantized_state(state, layers, input_stats), {})
-        written[recipe] = path.stat().st_size
+        num_bytes[recipe] = path.stat().st_size
         path.unlink()
     plain.unlink()
-    return written
+    return num_bytes
 
 
 def _dummy_stats(weight: Tensor, format: Format) -> InputStats:

@@ -24,8 +24,8 @@ CONTENT_WEIGHT = 10.0  # of blocks that show more than the plain background
 def blocks(frames: Tensor) -> Tensor:
     """[1 + 4n, 3, SIZE, SIZE] in 0 to 1 -> [1 + n, rows, columns, 768] in -1 to 1."""
     padded = torch.cat([frames[:1].expand(FRAMES - 1, -1, -1, -1), frames]) * 2 - 1
-    cells: Tensor = padded.unflatten(0, (-1, FRAMES)).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-    return cells.permute(0, 3, 5, 1, 2, 4, 6).flatten(3)  # [latents, rows, columns, (frame, colour, y, x)]
+    patches: Tensor = padded.unflatten(0, (-1, FRAMES)).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    return patches.permute(0, 3, 5, 1, 2, 4, 6).flatten(3)  # [latents, rows, columns, (frame, colour, y, x)]
 
 
 class Encoder:
@@ -41,11 +41,11 @@ class Encoder:
         generator = random.Random(seed)
         count, total, second = 0.0, torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
         for _ in range(clips):
-            cells = blocks(draw(random_segments(generator, 17), random_start(generator))).flatten(0, 2).double()
-            weight = 1 + (CONTENT_WEIGHT - 1) * (cells.unflatten(1, (FRAMES, 3, -1)).std(-1).amax((1, 2)) > 0.05)
+            patches = blocks(draw(random_segments(generator, 17), random_start(generator))).flatten(0, 2).double()
+            weight = 1 + (CONTENT_WEIGHT - 1) * (patches.unflatten(1, (FRAMES, 3, -1)).std(-1).amax((1, 2)) > 0.05)
             count += weight.sum().item()
-            total += (weight[:, None] * cells).sum(0)
-            second += cells.T @ (weight[:, None] * cells)
+            total += (weight[:, None] * patches).sum(0)
+            second += patches.T @ (weight[:, None] * patches)
         mean = total / count
         values, vectors = torch.linalg.eigh(second / count - mean[:, None] * mean)
         values, vectors = values[-CHANNELS:].flip(0), vectors[:, -CHANNELS:].flip(1)
@@ -60,9 +60,9 @@ class Encoder:
 
         It blurs, but shows where things are.
         """
-        cells = latents.movedim(-3, -1) @ self.inverse + self.mean
-        cells = cells.unflatten(-1, (FRAMES, 3, BLOCK, BLOCK))  # [.., rows, columns, frame, colour, y, x]
-        pictures: Tensor = cells.movedim((-6, -5), (-4, -2)).flatten(-4, -3).flatten(-2)
+        patches = latents.movedim(-3, -1) @ self.inverse + self.mean
+        patches = patches.unflatten(-1, (FRAMES, 3, BLOCK, BLOCK))  # [.., rows, columns, frame, colour, y, x]
+        pictures: Tensor = patches.movedim((-6, -5), (-4, -2)).flatten(-4, -3).flatten(-2)
         return pictures / 2 + 0.5
 
 

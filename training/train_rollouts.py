@@ -79,25 +79,28 @@ class RolloutTrainer(Trainer):
         rollout.cache.detach()
         if rollout.chunk >= video.end:
             self.begin(video)
-        looks, switch = rollout.attributes, rollout.chunk > 0 and (video.started_late or random.random() < SWITCH)
+        attributes_list, switch = (
+            rollout.attributes,
+            rollout.chunk > 0 and (video.started_late or random.random() < SWITCH),
+        )
         if switch:
-            looks = [self.changed(look) for look in looks]
-            video.captions = [self.caption(look) for look in looks]
+            attributes_list = [self.changed(look) for look in attributes_list]
+            video.captions = [self.caption(look) for look in attributes_list]
         video.started_late = False
-        loss = rollout.advance(looks, self.prompt_kv(video.captions), switch, keep_sink=random.random() < 0.7)
+        loss = rollout.advance(attributes_list, self.prompt_kv(video.captions), switch, keep_sink=random.random() < 0.7)
         return {"brief" if video.max_chunks == SHORT_VIDEO else "long": loss}
 
     def begin(self, video: Video) -> None:
         """New videos: from the start, or (half of the long ones) from anywhere in a session, at a switch."""
         random = self.generator
-        looks = [random_attributes(random) for _ in range(SESSIONS)]
-        video.captions = [self.caption(look) for look in looks]
+        attributes_list = [random_attributes(random) for _ in range(SESSIONS)]
+        video.captions = [self.caption(look) for look in attributes_list]
         video.started_late = video.max_chunks > SHORT_VIDEO and random.random() < 0.5
         if video.started_late:
             chunk = int(math.exp(random.uniform(0, math.log(MAX_START_CHUNK))))
-            video.rollout.join(looks, self.prompt_kv(video.captions), chunk, random)
+            video.rollout.join(attributes_list, self.prompt_kv(video.captions), chunk, random)
         else:
-            video.rollout.begin(looks)
+            video.rollout.begin(attributes_list)
         video.end = video.rollout.chunk + int(math.exp(random.uniform(0, math.log(video.max_chunks + 1))))
 
     def changed(self, look: Attributes) -> Attributes:

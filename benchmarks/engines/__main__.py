@@ -55,13 +55,13 @@ class Bar:
         self._progress, self._steps = progress, steps
         self._row, self._task = "", progress.add_task("", total=1)
 
-    def on_progress(self, row: str, what: str) -> None:
+    def on_progress(self, row: str, step: str) -> None:
         if row != self._row:
             if not self._progress.console.is_terminal:
                 print(f"{row} ...", file=sys.stderr, flush=True)
             self._row = row
             self._progress.reset(self._task, total=self._steps)
-        self._progress.update(self._task, advance=1, description=f"{row}: {what}")
+        self._progress.update(self._task, advance=1, description=f"{row}: {step}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     by_name = {row.name: row for row in ROWS}
     rows = [by_name[name] for name in args.rows] + exported(args.graphs, args.tensorrt_engines)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    late = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
-    with late, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    log_level = at_level("longlive_serve", logging.ERROR)  # late chunks are counted; the bar stays whole
+    with log_level, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         on_progress = Bar(progress, plan.steps).on_progress
         run = Run(args.preset, args.device, rows, plan, on_progress, flex=not args.no_flex, check=args.check)
         with contextlib.suppress(KeyboardInterrupt):

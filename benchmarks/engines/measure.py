@@ -65,7 +65,7 @@ class SingleSession:
         """Seconds and bytes, by what they are of."""
         chunks = self.chunks()
         num_frames = self.runner.config.window.chunk * FRAMES_PER_LATENT
-        figures: dict[str, Any] = {
+        results: dict[str, Any] = {
             "chunk_s": spread([sum(chunk.values()) for chunk in chunks]),
             "phases_s": {phase: spread([chunk[phase] for chunk in chunks]) for phase in PHASES},
             "dit_s": spread([chunk[DENOISE] + chunk[KV_CACHE_UPDATE] for chunk in chunks]),
@@ -73,9 +73,9 @@ class SingleSession:
             **self.switches(),
             "session_bytes": self.session_bytes(),
         }
-        figures["dit_fps"] = num_frames / figures["dit_s"]["median"]
-        figures["fps"] = num_frames / figures["chunk_s"]["median"]
-        return figures
+        results["dit_fps"] = num_frames / results["dit_s"]["median"]
+        results["fps"] = num_frames / results["chunk_s"]["median"]
+        return results
 
     def chunks(self) -> list[dict[str, float]]:
         """The phases of chunks in the middle of a video; together they are the time of the whole chunk."""
@@ -137,14 +137,14 @@ class SingleSession:
         prompt = Prompt(index=0, text=PROMPTS[0])
         return Session(id=f"bench-{index}", prompt=prompt, noise=SeededNoise(index), slot=slot)
 
-    def advance(self, session: Session, what: str) -> float:
+    def advance(self, session: Session, step: str) -> float:
         """Seconds until the frames of the next chunk are there, on a device that has nothing else to do."""
         if self.runner.backends.device.startswith("cuda"):
             torch.cuda.synchronize()  # the KV-cache update of the chunk before
         start = time.perf_counter()
         for _ in self.runner.collect_output(self.runner.execute_model_async(session)):
             seconds = time.perf_counter() - start
-        self.on_step(what)
+        self.on_step(step)
         return seconds
 
     def phase_seconds(self, name: str) -> float:

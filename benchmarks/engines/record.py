@@ -17,7 +17,7 @@ PACKAGES = ("numpy", "torch", "transformers", "triton", "onnxruntime", "tensorrt
 CODE = ("longlive_serve", ":!longlive_serve/doctor", "benchmarks/engines")
 
 
-def top_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def top_level_results(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """What a run comes down to. None: no row tells, or none of that precision.
 
     Frames per second and sessions are those of our fastest backend with each decoder, the VAE included. The first
@@ -26,27 +26,31 @@ def top_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """
     full, tiny = fastest(rows, WAN), fastest(rows, TINY)
     eager = next((row for row in rows if row["baseline"]), None)
-    ours = [row for row in rows if not row["baseline"]]
-    alike = fastest([row for row in ours if eager and row["dtype"] == eager["dtype"] and not row["fp8"]], WAN)
-    in_fp8 = fastest([row for row in ours if row["fp8"]], WAN)
+    own_rows = [row for row in rows if not row["baseline"]]
+    same_precision = fastest(
+        [row for row in own_rows if eager and row["dtype"] == eager["dtype"] and not row["fp8"]], WAN
+    )
+    in_fp8 = fastest([row for row in own_rows if row["fp8"]], WAN)
     return {
-        "dit_fps_bf16": max((r["dit_fps"] for r in ours if r["dtype"] == "bfloat16" and not r["fp8"]), default=None),
-        "dit_fps_fp8": max((row["dit_fps"] for row in ours if row["fp8"]), default=None),
+        "dit_fps_bf16": max(
+            (r["dit_fps"] for r in own_rows if r["dtype"] == "bfloat16" and not r["fp8"]), default=None
+        ),
+        "dit_fps_fp8": max((row["dit_fps"] for row in own_rows if row["fp8"]), default=None),
         "fps_full_vae": full["fps"] if full else None,
         "fps_tiny_vae": tiny["fps"] if tiny else None,
         "first_frame_s": full["first_frame_s"]["median"] if full else None,
         "switch_p95_s": full["switch_s"]["p95"] if full else None,
         "live_sessions_full_vae": full["live"]["sessions"] if full else None,
         "live_sessions_tiny_vae": tiny["live"]["sessions"] if tiny else None,
-        "speedup_vs_eager": alike["fps"] / eager["fps"] if alike and eager else None,
+        "speedup_vs_eager": same_precision["fps"] / eager["fps"] if same_precision and eager else None,
         "speedup_vs_eager_fp8": in_fp8["fps"] / eager["fps"] if in_fp8 and eager else None,
     }
 
 
 def fastest(rows: Sequence[dict[str, Any]], decoder: str) -> dict[str, Any] | None:
     """Our fastest row with this decoder, the decoder's time included."""
-    ours = [row for row in rows if not row["baseline"] and row["decoder"] == decoder]
-    return max(ours, key=lambda row: row["fps"], default=None)
+    own_rows = [row for row in rows if not row["baseline"] and row["decoder"] == decoder]
+    return max(own_rows, key=lambda row: row["fps"], default=None)
 
 
 def write_record(path: Path, measurement: Measurement, record: dict[str, Any]) -> None:
@@ -59,7 +63,7 @@ def write_record(path: Path, measurement: Measurement, record: dict[str, Any]) -
         hardware=hardware(record["device"]),
         versions=torch_versions(),
         section=SECTION,
-        top_level=top_figures(record["rows"]),
+        top_level=top_level_results(record["rows"]),
     )
 
 

@@ -107,12 +107,12 @@ class Run:
         gc.collect()
         gc.freeze()  # as the server does
 
-        def on_step(what: str) -> None:
-            self.on_progress(row.name, what)
+        def on_step(step: str) -> None:
+            self.on_progress(row.name, step)
 
-        figures = SingleSession(runner, self.plan, on_step).measure()
+        results = SingleSession(runner, self.plan, on_step).measure()
         live = measure_live(runner, config, chunk_s, self.plan.live_seconds, self.plan.max_sessions, on_step)
-        reached = achieved(figures, config.model_config, config.decoder, row.is_baseline)
+        reached = achieved(results, config.model_config, config.decoder, row.is_baseline)
         return {
             "name": row.name,
             "backend": backends.name,
@@ -122,7 +122,7 @@ class Run:
             "fp8_attention": config.fp8_attention,
             "fp8_decoder": config.fp8_decoder,
             "baseline": row.is_baseline,
-            **figures,
+            **results,
             **checked,
             "live": live,
             "ready_s": sum(start_s.values()),

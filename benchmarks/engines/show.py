@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.engines.live import CHUNK_PLAYS_S
 from benchmarks.engines.measure import PHASES
-from benchmarks.engines.record import top_figures
+from benchmarks.engines.record import top_level_results
 from benchmarks.results import format_table, markdown_table
 
 TERA, MIB = 1e12, 2**20
@@ -38,7 +38,7 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
     for key in ("skipped", "failed"):
         yield from (f"{key}: {name}: {reason}" for name, reason in record[key].items())
     if record["rows"]:
-        top = top_figures(record["rows"])
+        top = top_level_results(record["rows"])
         yield ", ".join(f"{name} {value:.4g}" for name, value in top.items() if value is not None)
 
 
@@ -102,11 +102,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     rows = record["rows"][::-1]
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
-    axes, names, lefts = figure.subplots(), [row["name"] for row in rows], [0.0] * len(rows)
+    axes, names, offsets = figure.subplots(), [row["name"] for row in rows], [0.0] * len(rows)
     for phase in PHASES:
         widths = [1e3 * row["phases_s"][phase]["median"] for row in rows]
-        axes.barh(names, widths, left=lefts, label=phase)
-        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+        axes.barh(names, widths, left=offsets, label=phase)
+        offsets = [left + width for left, width in zip(offsets, widths, strict=True)]
     plays = 1e3 * CHUNK_PLAYS_S
     axes.axvline(plays, color="black", linestyle="--", label=f"a chunk plays {plays:.0f} ms")
     axes.set_xlabel(f"ms per chunk, preset {record['preset']} on {record['device']}")

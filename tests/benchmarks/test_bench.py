@@ -21,7 +21,7 @@ from benchmarks.engines import __main__ as command
 from benchmarks.engines import check, live, run
 from benchmarks.engines.hardware import flops
 from benchmarks.engines.hardware.attention_table import exact
-from benchmarks.engines.record import top_figures
+from benchmarks.engines.record import top_level_results
 from benchmarks.engines.rows import BASELINE
 from benchmarks.engines.show import plot
 from longlive_serve.config.presets import PRESETS
@@ -152,11 +152,11 @@ def test_the_figures_on_top_are_those_of_our_fastest_engines(whole: dict[str, An
     assert whole["live_sessions_tiny_vae"] == rows["torch tiny"]["live"]["sessions"]
     assert whole["dit_fps_bf16"] is whole["dit_fps_fp8"] is None  # nothing ran in these
     in_fp8 = [row | {"fp8": True} if row["name"] == "torch" else row for row in record["rows"]]
-    assert top_figures(in_fp8)["speedup_vs_eager"] is None, "FP8 is not compared with more bits"
-    assert top_figures(in_fp8)["speedup_vs_eager_fp8"] == whole["speedup_vs_eager"]
+    assert top_level_results(in_fp8)["speedup_vs_eager"] is None, "FP8 is not compared with more bits"
+    assert top_level_results(in_fp8)["speedup_vs_eager_fp8"] == whole["speedup_vs_eager"]
     in_bf16 = [row | {"dtype": "bfloat16"} for row in record["rows"]]
-    assert top_figures(in_bf16)["dit_fps_bf16"] == max(rows[name]["dit_fps"] for name in ("torch", "torch tiny"))
-    assert all(value is None for value in top_figures([]).values())
+    assert top_level_results(in_bf16)["dit_fps_bf16"] == max(rows[name]["dit_fps"] for name in ("torch", "torch tiny"))
+    assert all(value is None for value in top_level_results([]).values())
 
 
 def test_a_record_becomes_a_picture(record: dict[str, Any], tmp_path: Path) -> None:

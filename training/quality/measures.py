@@ -42,11 +42,11 @@ class QualityCase:
 def held_out_captions(count: int, seed: int) -> list[QualityCase]:
     """New wordings and noise; the combinations that training never showed are among them."""
     generator = random.Random(seed)
-    asked = generator.sample(sorted(HELD_OUT, key=str), min(count // 4, len(HELD_OUT)))
-    asked += generator.sample([look for look in ALL if look not in HELD_OUT], count - len(asked))
+    requested = generator.sample(sorted(HELD_OUT, key=str), min(count // 4, len(HELD_OUT)))
+    requested += generator.sample([look for look in ALL if look not in HELD_OUT], count - len(requested))
     return [
         QualityCase(script=Script(prompts={0: caption(look, generator)}, seed=seed * 1000 + number), attributes=look)
-        for number, look in enumerate(asked)
+        for number, look in enumerate(requested)
     ]
 
 
@@ -107,8 +107,8 @@ def after_switch(runner: ModelRunner, case: QualityCase) -> SwitchResult:
     differences = torch.cat([last, chunks[SWITCH_AT][:4]]).float().diff(dim=0).abs().mean((1, 2, 3))
     same_ground = before.background == after.background
     return SwitchResult(
-        at_once=[good for name, good in first.items() if name not in same],
-        changed=[good for name, good in second.items() if name not in same],
+        at_once=[correct for name, correct in first.items() if name not in same],
+        changed=[correct for name, correct in second.items() if name not in same],
         kept=[second[name] for name in same],
         seam=differences[STEADY:].max().item() if same_ground else None,
         steady=differences[:STEADY].median().item(),
@@ -124,8 +124,8 @@ def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
             right.setdefault(window, []).append(all(agrees.values()))
             if case.attributes in HELD_OUT:
                 right.setdefault(f"{window}_held_out_combinations", []).append(all(agrees.values()))
-            for name, good in agrees.items():
-                right.setdefault(f"{window}_{name}", []).append(good)
+            for name, correct in agrees.items():
+                right.setdefault(f"{window}_{name}", []).append(correct)
     return {name: fmean(values) for name, values in right.items()}
 
 
@@ -134,9 +134,9 @@ def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float |
     results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
     seams = [(result.seam, result.steady) for result in results if result.seam is not None]
     return {
-        "adoption_first_chunk": fmean([good for result in results for good in result.at_once]),
-        "adoption": fmean([good for result in results for good in result.changed]),
-        "kept": fmean([good for result in results for good in result.kept]),
+        "adoption_first_chunk": fmean([correct for result in results for correct in result.at_once]),
+        "adoption": fmean([correct for result in results for correct in result.changed]),
+        "kept": fmean([correct for result in results for correct in result.kept]),
         "flicker": fmean([seam for seam, _ in seams]) / fmean([steady for _, steady in seams]) if seams else None,
     }
 

@@ -32,8 +32,8 @@ class Reading:
 
     def agrees(self, attributes: Attributes) -> dict[str, bool]:
         """Per attribute, whether it is as asked for."""
-        asked = dataclasses.asdict(attributes)
-        return {name: getattr(self, name) == value for name, value in asked.items()}
+        requested = dataclasses.asdict(attributes)
+        return {name: getattr(self, name) == value for name, value in requested.items()}
 
 
 def read(frames: Tensor) -> Reading:
@@ -88,8 +88,8 @@ def _shape(mask: Tensor, centre: Tensor) -> tuple[str, float]:
 
 def _motion(centres: Tensor, seen: Tensor) -> str:
     """The mean step between frames that follow each other, on the torus, against each motion's own."""
-    numbers = seen.nonzero().flatten()
-    follows = numbers.diff() == 1
+    indices = seen.nonzero().flatten()
+    follows = indices.diff() == 1
     steps = ((centres.diff(dim=0) + SIZE / 2) % SIZE - SIZE / 2)[follows]
     step = steps.mean(0)
     return min(MOTIONS, key=lambda name: (step - SPEED * torch.tensor(MOTIONS[name])).norm().item())
