@@ -144,7 +144,7 @@ class ClientStream:
         return any(chunk_request.sender.is_cancelled() for chunk_request in self.chunk_requests)
 
     def send_chunk(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
-        """Send a chunk (or an early part of it) as an answer to the oldest request for chunks, and close that with its
+        """Send a chunk (or a part of it) as an answer to the oldest request for chunks, and close that with its
         last one.
 
         `snapshot` makes the one that goes with it, in the thread that sends.

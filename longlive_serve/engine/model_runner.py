@@ -59,11 +59,11 @@ class ModelRunner:
         return chunk
 
     @torch.inference_mode()
-    def execute_model_async(self, session: Session, early: bool = False) -> InflightChunk:
+    def execute_model_async(self, session: Session, partial_chunks: bool = False) -> InflightChunk:
         """Give the device the work of the session's next chunk, without waiting for it. Other sessions' chunks may be
         launched before this one is finished, the session's own not. On an error its state is undefined: end it.
 
-        `early`: frames come in parts, one for every latent frame.
+        `partial_chunks`: frames come in parts, one for every latent frame.
         Raises RequestError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
         start_time, number, phases = time.monotonic(), session.next_chunk, session.phases or Phases(self._timer)
@@ -75,7 +75,7 @@ class ModelRunner:
         plan = self.window.step(number, session.first_cached)
         latents = self._denoise(session, plan, phases)
         denoised = self._timer.record()
-        parts = latents.split(1, dim=1) if early else (latents,)
+        parts = latents.split(1, dim=1) if partial_chunks else (latents,)
         frames = self._complete(session, latents, plan, self._decode(session, parts, number == 0, phases))
         return InflightChunk(
             frames=iter([*frames]) if self.asynchronous else frames,
@@ -162,15 +162,15 @@ class ModelRunner:
     def _compile(self) -> None:
         """Whatever a session can ask for, twice: such backends compile when they meet a size, and then capture it.
 
-        Prompts of any length, switches with any number of chunks to recache, openings and chunks, whole ones and in
-        early frames.
+        Prompts of any length, switches with any number of chunks to recache, first chunks and later
+        ones, whole and in parts.
         """
         for text in 2 * ("a warm-up", "a long one, " * self.config.dit.text_len):
             session = _make_dummy_session(text)
             for number in range(self.window.capacity + 2):
                 if number:
                     session.add_prompt(text, NOW)
-                list(self.collect_output(self.execute_model_async(session, early=number % 2 == 1)))
+                list(self.collect_output(self.execute_model_async(session, partial_chunks=number % 2 == 1)))
 
     def first_frame(self, chunk: int) -> int:
         """The number of a chunk's first video frame: the video's first latent frame gives 1 frame, the others 4."""

@@ -134,7 +134,7 @@ class SessionManager:
                 stream.notify_queue_position(queue_position, self.scheduler.waiting, self._model_config.video_size)
 
     def on_chunk_sent(self, stream: ClientStream, chunk: FrameChunk) -> None:
-        """A chunk (or an early part of it) was sent: count it, and see whether the session goes on."""
+        """A chunk (or a part of it) was sent: count it, and see whether the session goes on."""
         now = time.monotonic()
         self.metrics.add("frames", len(chunk.frames))
         if stream.needs_first_frame:

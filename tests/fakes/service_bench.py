@@ -77,7 +77,7 @@ class CountingModelRunner:
     def first_frame(self, chunk: int) -> int:
         return 12 * chunk - 3 if chunk else 0
 
-    def execute_model_async(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+    def execute_model_async(self, session: Session, partial_chunks: bool = False) -> Sequence[FrameChunk]:
         self.turns.append(session.id)
         self.slots[session.id] = session.slot
         if not self.asynchronous:
@@ -90,7 +90,7 @@ class CountingModelRunner:
         session.next_chunk += 1
         session.context_latents.append(torch.zeros(1))
         frames = np.zeros((12 if chunk else 9, 2, 2, 3), np.uint8)
-        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if early else [frames]
+        parts = np.split(frames, [1 if chunk == 0 else 4, 5 if chunk == 0 else 8]) if partial_chunks else [frames]
         first, made = self.first_frame(chunk), []
         for part in parts:
             made.append(FrameChunk(frames=part, first_frame=first, prompt_index=session.prompt.index))

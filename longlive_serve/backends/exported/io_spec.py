@@ -122,7 +122,7 @@ def cache_names(layers: int) -> list[str]:
 
 
 def _vae_io(config: ModelConfig, name: str, frames: int) -> GraphIO:
-    """One latent frame per call: it fills a GPU, and early frames need it."""
+    """One latent frame per call: it fills a GPU, and partial chunks need it."""
     with torch.device("meta"):
         size = (config.latent_height, config.latent_width)
         shapes = [cache.shape[1:] for cache in VAEDecoder(config.vae).initial_cache(1, *size, "meta", torch.float32)]

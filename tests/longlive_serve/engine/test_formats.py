@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames that travel as JPEG or H.264, and frames that leave early: what comes out is the video."""
+"""Frames that travel as JPEG or H.264, and frames that are sent in parts: what comes out is the video."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def test_data_that_is_no_picture_is_refused() -> None:
         Decoder("jpeg").decode(broken)
 
 
-def test_early_frames_are_those_of_the_whole_chunk_to_the_bit() -> None:
+def test_partial_chunks_are_the_whole_chunk_to_the_bit() -> None:
     config = ServeConfig(preset="tiny", device="cpu")
     runner = ModelRunner(build_backends(config), config.model_config)
 
-    def video(early: bool) -> list[FrameChunk]:
+    def video(partial_chunks: bool) -> list[FrameChunk]:
         session = Session(id="s", prompt=Prompt(index=0, text="a fox"), noise=SeededNoise(1), slot=0)
         made: list[FrameChunk] = []
         for _ in range(3):
-            made += runner.collect_output(runner.execute_model_async(session, early))
+            made += runner.collect_output(runner.execute_model_async(session, partial_chunks))
         return made
 
-    whole, parts = video(early=False), video(early=True)
+    whole, parts = video(partial_chunks=False), video(partial_chunks=True)
     assert [len(part.frames) for part in parts] == [1, 4, 4, 4, 4, 4, 4, 4, 4]
     assert [part.first_frame for part in parts] == [0, 1, 5, 9, 13, 17, 21, 25, 29]
     assert [part.completes for part in parts] == [False, False, True] * 3

@@ -47,9 +47,9 @@ class Device(CountingModelRunner):
         self._launched: list[tuple[Sequence[FrameChunk], str]] = []
         self._lost: list[Sequence[FrameChunk]] = []
 
-    def execute_model_async(self, session: Session, early: bool = False) -> Sequence[FrameChunk]:
+    def execute_model_async(self, session: Session, partial_chunks: bool = False) -> Sequence[FrameChunk]:
         self.calls.append(("launch", session.id))
-        chunk = super().execute_model_async(session, early)
+        chunk = super().execute_model_async(session, partial_chunks)
         self._launched.append((chunk, session.id))
         if self.lost:
             self._lost.append(chunk)
@@ -219,7 +219,7 @@ def test_chunks_in_flight_have_the_frames_that_they_have_alone(
             launched = []
             for session in sessions:
                 switch(session, chunk)
-                launched.append(runner.execute_model_async(session, early=chunk % 2 == 1))
+                launched.append(runner.execute_model_async(session, partial_chunks=chunk % 2 == 1))
             together.append([np.concatenate([part.frames for part in runner.collect_output(one)]) for one in launched])
     for slot, chunks in enumerate(alone):
         for chunk, expected in enumerate(chunks):

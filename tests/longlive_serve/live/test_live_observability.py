@@ -32,7 +32,7 @@ def test_frames_may_travel_encoded(server: TritonServer, frame_format: str) -> N
     assert np.abs(decoded - raw).mean() < 0.7 * np.abs(other - raw).mean()
 
 
-def test_early_frames_are_the_same_video(server: TritonServer) -> None:
+def test_partial_chunks_are_the_same_video(server: TritonServer) -> None:
     whole = frames_of(play(server, seed=23, chunks=3))
     options: dict[str, Any] = {"url": server.grpc_url, "seed": 23, "chunks": 3, "pace": "asap"}
     with VideoStream("a red fox runs", **options, stream_partial_chunks=True) as video:

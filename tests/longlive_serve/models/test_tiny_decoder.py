@@ -240,7 +240,7 @@ def test_the_first_chunk_has_nine_frames_and_the_others_twelve() -> None:
 def test_frames_sent_early_are_those_of_the_whole_chunk() -> None:
     whole, early = new_session(0), new_session(0)
     for _ in range(2):
-        parts = runner().collect_output(runner().execute_model_async(early, early=True))
+        parts = runner().collect_output(runner().execute_model_async(early, partial_chunks=True))
         frames = np.concatenate([part.frames for part in parts])
         assert np.array_equal(frames, runner().advance(whole).frames)
 

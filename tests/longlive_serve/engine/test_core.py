@@ -23,7 +23,7 @@ def test_a_request_gets_its_chunks_and_one_end() -> None:
         wait_until(lambda: at.figures["chunks"] == 3)
 
 
-def test_the_thread_that_computes_is_on_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_that_computes_is_on_the_model_runners_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of its own begins on the first GPU, whichever the others are on."""
     used: list[tuple[str, str]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: used.append((threading.current_thread().name, name)))

@@ -153,7 +153,7 @@ def test_it_does_not_work_ahead_for_long(clock: Clock, monkeypatch: pytest.Monke
         assert len(playing.chunks) == 2
 
 
-def test_early_frames_leave_in_parts_and_count_as_one_chunk() -> None:
+def test_partial_chunks_are_sent_in_parts_and_count_as_one_chunk() -> None:
     with bench() as at:
         video = at.start("a", chunks=2, end=True, options=Options(pace="asap", stream_partial_chunks=True))
         wait_until(closed(video))

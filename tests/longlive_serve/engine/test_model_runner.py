@@ -71,7 +71,7 @@ def test_frames_do_not_wait_for_the_commit(asynchronous: bool, monkeypatch: pyte
         monkeypatch.setattr(model, name, noted)
     session = new_session()
     for chunk in range(3):
-        launched = its_own.execute_model_async(session, early=True)
+        launched = its_own.execute_model_async(session, partial_chunks=True)
         assert len(session.sink) == 1, "what a snapshot is made of is there"
         for part in its_own.collect_output(launched):
             calls.append(f"{len(part.frames)} frames")
