@@ -73,7 +73,7 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Written:
+class ExportResult:
     """A graph that has been written."""
 
     name: str
@@ -107,10 +107,10 @@ def source_of_case(path: Path) -> Source:
     )
 
 
-def export(source: Source, models: list[str], dtype: str, folder: Path, check: bool) -> Iterator[Written]:
+def export(source: Source, models: list[str], dtype: str, folder: Path, check: bool) -> Iterator[ExportResult]:
     """Write the graphs of `models` to `folder`, its manifest after each of them; others in it stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = dict(_manifest_there(source, folder))
+    graphs = dict(_existing_graphs(source, folder))
     for name in models:
         model, weights = source.load(name, getattr(torch, dtype)), source.fingerprint(name)
         for graph in exportable_graphs(model, source.sizes, source.variant):
@@ -129,10 +129,12 @@ def export(source: Source, models: list[str], dtype: str, folder: Path, check: b
                 versions={package: version(package) for package in PACKAGES},
             ).write(folder)
             seconds = time.monotonic() - began
-            yield Written(name=graph.io.name, file=file, operators=operators, seconds=seconds, comparison=comparison)
+            yield ExportResult(
+                name=graph.io.name, file=file, operators=operators, seconds=seconds, comparison=comparison
+            )
 
 
-def _manifest_there(source: Source, folder: Path) -> dict[str, GraphFile]:
+def _existing_graphs(source: Source, folder: Path) -> dict[str, GraphFile]:
     if not (folder / MANIFEST).exists():
         return {}
     manifest = Manifest.read(folder)
@@ -277,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def cells(done: Written, folder: Path) -> tuple[str, ...]:
+def cells(done: ExportResult, folder: Path) -> tuple[str, ...]:
     megabytes = sum(file.stat().st_size for file in folder.glob(f"{done.file.file}*")) / 1e6
     found = done.comparison
     compared = (f"{found.error:.1e}", f"{found.tolerance:.1e}") if found else ("not run", "")

@@ -34,7 +34,7 @@ TIMING_CACHE = "timing.cache"  # of TensorRT, in the folder of engines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Built:
+class EngineBuild:
     """What became of one graph."""
 
     name: str
@@ -46,7 +46,7 @@ class Built:
 
 def build(
     source: Path, out: Path, graphs: list[str], library: str, options: Options, progress: Progress
-) -> Iterator[Built]:
+) -> Iterator[EngineBuild]:
     """Build the engines of `graphs` (all of the folder `source`, if empty) into `out`, its manifest after each of them.
 
     Raises ValueError for folders that do not fit, and for a graph that TensorRT does not take.
@@ -58,7 +58,7 @@ def build(
     given = _read_graphs(source, graphs)
     sizes = ModelConfig.from_sizes(given.sizes)
     here = {"library": library, **get_target(torch.device("cuda"), library), **dataclasses.asdict(options)}
-    made = _engines_there(out, given, sizes)
+    made = _existing_engines(out, given, sizes)
     made.versions[library] = here["tensorrt"]
     timing_cache = out / TIMING_CACHE if library == TENSORRT else None
     for name, io in graph_io(sizes, given.variant).items():
@@ -66,16 +66,16 @@ def build(
             continue
         began, graph, profiles = time.monotonic(), given.graphs[name], profiles_of(io, sizes.window, options.max_batch)
         of_profiles = [{dim: list(three) for dim, three in profile.items()} for profile in profiles]
-        made_of = here | {"graph": _hash_of(source / graph.file), "profiles": of_profiles}
-        reused = _is_there(out, made.graphs.get(name), made_of)
+        build_info = here | {"graph": _hash_of(source / graph.file), "profiles": of_profiles}
+        reused = _is_built(out, made.graphs.get(name), build_info)
         if not reused:
             task = progress.add_task(name, total=None)
             engine = build_engine(source / graph.file, io, profiles, options, timing_cache, progress)
             progress.remove_task(task)
-            made.graphs[name] = _write(engine, out / f"{name}.engine", graph, made_of)
+            made.graphs[name] = _write(engine, out / f"{name}.engine", graph, build_info)
             made.write(out)
         seconds = time.monotonic() - began
-        yield Built(name=name, file=made.graphs[name], profiles=len(profiles), seconds=seconds, reused=reused)
+        yield EngineBuild(name=name, file=made.graphs[name], profiles=len(profiles), seconds=seconds, reused=reused)
 
 
 def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
@@ -87,7 +87,7 @@ def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
     return manifest
 
 
-def _engines_there(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
+def _existing_engines(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
     """What `out` holds already; without a manifest, nothing."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists():
@@ -98,15 +98,15 @@ def _engines_there(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
     return made
 
 
-def _is_there(out: Path, file: GraphFile | None, made_of: dict[str, Any]) -> bool:
+def _is_built(out: Path, file: GraphFile | None, build_info: dict[str, Any]) -> bool:
     if file is None or not (out / file.file).exists():
         return False
-    return file.built == made_of | {"sha256": sha256(out / file.file)}
+    return file.built == build_info | {"sha256": sha256(out / file.file)}
 
 
-def _write(engine: memoryview, path: Path, graph: GraphFile, made_of: dict[str, Any]) -> GraphFile:
+def _write(engine: memoryview, path: Path, graph: GraphFile, build_info: dict[str, Any]) -> GraphFile:
     path.write_bytes(engine)
-    return dataclasses.replace(graph, file=path.name, built=made_of | {"sha256": sha256(path)})
+    return dataclasses.replace(graph, file=path.name, built=build_info | {"sha256": sha256(path)})
 
 
 def _hash_of(path: Path) -> str:
@@ -129,10 +129,10 @@ def main() -> int:
             optimization_level=arguments.optimization_level,
         )
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            for built in build(arguments.graphs, arguments.out, arguments.only, arguments.library, options, progress):
-                megabytes = (arguments.out / built.file.file).stat().st_size / 1e6
-                reused = "was there" if built.reused else ""
-                table.add_row(built.name, f"{megabytes:.1f}", str(built.profiles), f"{built.seconds:.1f}", reused)
+            for result in build(arguments.graphs, arguments.out, arguments.only, arguments.library, options, progress):
+                megabytes = (arguments.out / result.file.file).stat().st_size / 1e6
+                reused = "was there" if result.reused else ""
+                table.add_row(result.name, f"{megabytes:.1f}", str(result.profiles), f"{result.seconds:.1f}", reused)
     except ValueError as error:
         print(f"to_tensorrt: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ os.environ.pop("COLUMNS", None)  # to which commands wrap what they say; process
 from filelock import FileLock
 from hypothesis import settings
 
-from export.to_onnx import Written, export, source_of_config
+from export.to_onnx import ExportResult, export, source_of_config
 from longlive_client.video_stream import VideoStream
 from longlive_serve.config.presets import DIT, MODELS
 from longlive_serve.config.serve_config import ServeConfig
@@ -92,12 +92,12 @@ class ExportedGraphs:
     def __call__(self, preset: str, variant: str) -> Path:
         return self._get(preset, variant)[0]
 
-    def written(self, preset: str, variant: str) -> list[Written]:
+    def written(self, preset: str, variant: str) -> list[ExportResult]:
         """What the export said of each graph."""
         return self._get(preset, variant)[1]
 
-    def _get(self, preset: str, variant: str) -> tuple[Path, list[Written]]:
-        def write(folder: Path) -> list[Written]:
+    def _get(self, preset: str, variant: str) -> tuple[Path, list[ExportResult]]:
+        def write(folder: Path) -> list[ExportResult]:
             # Only the DiT differs from variant to variant.
             models = list(MODELS) if variant == "base" else [DIT]
             source = source_of_config(ServeConfig(preset=preset, variant=variant))

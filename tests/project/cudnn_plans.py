@@ -173,7 +173,7 @@ def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
     for queries, keys in ((3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)):  # steps and recaches
         q, out = torch.empty(2, rows * queries, heads, size, dtype=fp8, device="meta").transpose(1, 2)
         k, v = torch.empty(2, heads, rows * 12, size, dtype=fp8, device="meta")[:, :, : rows * keys]
-        part = cudnn_attention.Part
+        part = cudnn_attention.AttentionTensor
         tensors: dict[int, Tensor] = {part.Q: q, part.K: k, part.V: v, part.OUT: out}
         yield f"attention, {queries} to {keys} frames", cudnn_attention.attention_graph, tensors
     widths = (384, 384, 0), (192, 384, 1), (384, 384, 1), (192, 192, 2), (96, 96, 3)
@@ -184,7 +184,7 @@ def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
             torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last_3d)
             for shape in ((1, inputs, frames + 2, *place), (1, outputs, frames, *place), (outputs, inputs, 3, 3, 3))
         )
-        number, out, of = torch.empty(1, outputs, 1, 1, 1, device="meta"), out.bfloat16(), cudnn_convolution.Part
+        number, out, of = torch.empty(1, outputs, 1, 1, 1, device="meta"), out.bfloat16(), cudnn_convolution.ConvTensor
         given = {of.X: x.to(fp8), of.WEIGHT: weight.to(fp8), of.SCALE: number, of.BIAS: number, of.OUT: out}
         name = f"convolution, {inputs} to {outputs} channels, {frames} frames, {place[0]}x{place[1]}"
         yield name, cudnn_convolution.convolution_graph, given

@@ -20,7 +20,7 @@ SOFTMAX_SCALE = 256.0
 """The softmax's weights, at most 1, are multiplied by it, so that they use the range of E4M3."""
 
 
-class Part(enum.IntEnum):
+class AttentionTensor(enum.IntEnum):
     """The tensors of the graph."""
 
     Q = 1
@@ -41,38 +41,38 @@ def attention_graph(cudnn: Any, tensors: Tensors, **kwargs: Any) -> Any:
     """Attention without a mask: Q and OUT [H, L, d], K and V [H, T, d]; the rest is one number each."""
     float32, graph = cudnn.data_type.FLOAT, fp8_graph(cudnn, **kwargs)
 
-    def heads(part: Part) -> Any:
-        tensor = tensors[part]
+    def heads(tensor_id: AttentionTensor) -> Any:
+        tensor = tensors[tensor_id]
         return graph.tensor(
-            uid=part.value,
+            uid=tensor_id.value,
             dim=_shape(tensor),
             stride=_strides(tensor),
             data_type=data_type(cudnn, tensor),
-            name=part.name,
+            name=tensor_id.name,
         )
 
-    def number(part: Part) -> Any:
-        return graph.tensor(uid=part.value, dim=[1] * 4, stride=[1] * 4, data_type=float32, name=part.name)
+    def number(tensor_id: AttentionTensor) -> Any:
+        return graph.tensor(uid=tensor_id.value, dim=[1] * 4, stride=[1] * 4, data_type=float32, name=tensor_id.name)
 
     result, _, *amax = graph.sdpa_fp8(
-        q=heads(Part.Q),
-        k=heads(Part.K),
-        v=heads(Part.V),
-        descale_q=number(Part.DESCALE_Q),
-        descale_k=number(Part.DESCALE_K),
-        descale_v=number(Part.DESCALE_V),
-        scale_s=number(Part.SCALE_S),
-        descale_s=number(Part.DESCALE_S),
-        scale_o=number(Part.SCALE_O),
-        attn_scale=tensors[Part.Q].shape[2] ** -0.5,
+        q=heads(AttentionTensor.Q),
+        k=heads(AttentionTensor.K),
+        v=heads(AttentionTensor.V),
+        descale_q=number(AttentionTensor.DESCALE_Q),
+        descale_k=number(AttentionTensor.DESCALE_K),
+        descale_v=number(AttentionTensor.DESCALE_V),
+        scale_s=number(AttentionTensor.SCALE_S),
+        descale_s=number(AttentionTensor.DESCALE_S),
+        scale_o=number(AttentionTensor.SCALE_O),
+        attn_scale=tensors[AttentionTensor.Q].shape[2] ** -0.5,
         generate_stats=False,
         name="attention",
     )
-    out = tensors[Part.OUT]
-    result.set_uid(Part.OUT.value).set_output(True).set_dim(_shape(out)).set_stride(_strides(out))
+    out = tensors[AttentionTensor.OUT]
+    result.set_uid(AttentionTensor.OUT.value).set_output(True).set_dim(_shape(out)).set_stride(_strides(out))
     result.set_data_type(data_type(cudnn, out))
-    for part, found in zip((Part.AMAX_S, Part.AMAX_O), amax, strict=True):
-        found.set_uid(part.value).set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(float32)
+    for tensor_id, found in zip((AttentionTensor.AMAX_S, AttentionTensor.AMAX_O), amax, strict=True):
+        found.set_uid(tensor_id.value).set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(float32)
     return graph
 
 
@@ -86,18 +86,23 @@ class CudnnAttention:
         one = torch.ones((), device=device)
         self._scalars = {
             # Of the values and of the result: the same, whatever it is.
-            **dict.fromkeys((Part.DESCALE_V, Part.SCALE_O), one),
-            Part.SCALE_S: SOFTMAX_SCALE * one,
-            Part.DESCALE_S: one / SOFTMAX_SCALE,
-            **{part: torch.zeros_like(one) for part in (Part.AMAX_S, Part.AMAX_O)},
+            **dict.fromkeys((AttentionTensor.DESCALE_V, AttentionTensor.SCALE_O), one),
+            AttentionTensor.SCALE_S: SOFTMAX_SCALE * one,
+            AttentionTensor.DESCALE_S: one / SOFTMAX_SCALE,
+            **{tensor_id: torch.zeros_like(one) for tensor_id in (AttentionTensor.AMAX_S, AttentionTensor.AMAX_O)},
         }
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
         heads, length, size = q.shape
         out = torch.empty(length, heads * size, dtype=q.dtype, device=q.device)
-        tensors = {Part.Q: q, Part.K: k, Part.V: v, Part.OUT: out.unflatten(1, (heads, size)).transpose(0, 1)}
-        scalars = {Part.DESCALE_Q: scales[0], Part.DESCALE_K: scales[1], **self._scalars}
-        self._cudnn(attention_graph, tensors | scalars, Part.OUT, "attention in FP8")
+        tensors = {
+            AttentionTensor.Q: q,
+            AttentionTensor.K: k,
+            AttentionTensor.V: v,
+            AttentionTensor.OUT: out.unflatten(1, (heads, size)).transpose(0, 1),
+        }
+        scalars = {AttentionTensor.DESCALE_Q: scales[0], AttentionTensor.DESCALE_K: scales[1], **self._scalars}
+        self._cudnn(attention_graph, tensors | scalars, AttentionTensor.OUT, "attention in FP8")
         return out
 
 

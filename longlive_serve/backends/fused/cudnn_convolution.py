@@ -17,7 +17,7 @@ from longlive_serve.backends.fused.cudnn_library import Cudnn
 from longlive_serve.models.vae.fused_decoder import LAST, FP8Weights
 
 
-class Part(enum.IntEnum):
+class ConvTensor(enum.IntEnum):
     """The tensors of the graph."""
 
     X = 1
@@ -35,26 +35,31 @@ def convolution_graph(cudnn: Any, tensors: Tensors, **kwargs: Any) -> Any:
     """
     graph = fp8_graph(cudnn, **kwargs)
     inputs = {
-        part: graph.tensor(
-            uid=part.value,
-            dim=list(tensors[part].shape),
-            stride=list(tensors[part].stride()),
-            data_type=data_type(cudnn, tensors[part]),
-            name=part.name,
+        tensor_id: graph.tensor(
+            uid=tensor_id.value,
+            dim=list(tensors[tensor_id].shape),
+            stride=list(tensors[tensor_id].stride()),
+            data_type=data_type(cudnn, tensors[tensor_id]),
+            name=tensor_id.name,
         )
-        for part in Part
-        if part in tensors and part != Part.OUT
+        for tensor_id in ConvTensor
+        if tensor_id in tensors and tensor_id != ConvTensor.OUT
     }
     ones = [1, 1, 1]
     y = graph.conv_fprop(
-        image=inputs[Part.X], weight=inputs[Part.WEIGHT], padding=[0, 1, 1], stride=ones, dilation=ones, name="products"
+        image=inputs[ConvTensor.X],
+        weight=inputs[ConvTensor.WEIGHT],
+        padding=[0, 1, 1],
+        stride=ones,
+        dilation=ones,
+        name="products",
     )
-    y = graph.mul(a=y, b=inputs[Part.SCALE], name="scaled")
-    y = graph.add(a=y, b=inputs[Part.BIAS], name="with bias")
-    if Part.ADDED in inputs:
-        y = graph.add(a=y, b=inputs[Part.ADDED], name="sum")
-    out = tensors[Part.OUT]
-    y.set_uid(Part.OUT.value).set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
+    y = graph.mul(a=y, b=inputs[ConvTensor.SCALE], name="scaled")
+    y = graph.add(a=y, b=inputs[ConvTensor.BIAS], name="with bias")
+    if ConvTensor.ADDED in inputs:
+        y = graph.add(a=y, b=inputs[ConvTensor.ADDED], name="sum")
+    out = tensors[ConvTensor.OUT]
+    y.set_uid(ConvTensor.OUT.value).set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
     y.set_data_type(data_type(cudnn, out))
     return graph
 
@@ -72,10 +77,15 @@ class CudnnConvolution:
         _, _, frames, height, width = x.shape
         size = (1, len(weights.weight), frames - 2, height, width)
         out = torch.empty(size, dtype=dtype, device=x.device, memory_format=LAST)
-        tensors = {Part.X: x, Part.WEIGHT: weights.weight, Part.SCALE: weights.scale, Part.BIAS: weights.bias}
+        tensors = {
+            ConvTensor.X: x,
+            ConvTensor.WEIGHT: weights.weight,
+            ConvTensor.SCALE: weights.scale,
+            ConvTensor.BIAS: weights.bias,
+        }
         if added is not None:
-            tensors[Part.ADDED] = added
+            tensors[ConvTensor.ADDED] = added
         outputs, inputs = weights.weight.shape[:2]
         group = f"convolution from {inputs} to {outputs} channels"
-        self._cudnn(convolution_graph, tensors | {Part.OUT: out}, Part.OUT, group)
+        self._cudnn(convolution_graph, tensors | {ConvTensor.OUT: out}, ConvTensor.OUT, group)
         return out
