@@ -10,7 +10,7 @@ import math
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from longlive_serve.config.presets import ModelConfig
@@ -19,6 +19,7 @@ from longlive_serve.doctor.check_result import ERROR, OK, WARNING, CheckResult, 
 from longlive_serve.doctor.memory_model import session_memory
 
 CGROUP_ROOT, CGROUP_FILE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+UNLIMITED = 2**60  # cgroup version 1 has a number for it
 PROC, SHARED_MEMORY = Path("/proc"), Path("/dev/shm")
 TRITON_REGION = 2**20  # of a model's shared memory: its initial size, and the step by which it grows
 TRITON_FILES = 128  # that Triton opens without any client, rounded up; each connection is one more
@@ -63,24 +64,27 @@ def total_memory() -> int:
 
 def cgroup_memory() -> float:
     """The smallest memory limit of this process's cgroups; infinity where there is none."""
-    return min((float(limit) for (limit,) in _cgroup_limits("memory.max")), default=math.inf)
+    limits = [limit for (limit,) in _cgroup_limits(("memory.max",), ("memory.limit_in_bytes",))]
+    return min((limit for limit in limits if limit < UNLIMITED), default=math.inf)
 
 
 def cgroup_cores() -> float:
     """The smallest CPU quota of this process's cgroups, in cores; infinity where there is none."""
-    return min((float(quota) / float(period) for quota, period in _cgroup_limits("cpu.max")), default=math.inf)
+    limits = _cgroup_limits(("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return min((quota / period for quota, period in limits if quota > 0), default=math.inf)
 
 
-def _cgroup_limits(name: str) -> Iterator[list[str]]:
-    """The fields of this file of the process's cgroup (version 2) and its parents, where they set a limit."""
+def _cgroup_limits(version_2: Sequence[str], version_1: Sequence[str]) -> Iterator[list[float]]:
+    """The numbers in these files of the process's cgroups and their parents; "max" is infinity."""
     lines = CGROUP_FILE.read_text(encoding="utf-8").splitlines() if CGROUP_FILE.is_file() else []
-    for path in (line.removeprefix("0::/") for line in lines if line.startswith("0::")):
-        folder = CGROUP_ROOT / path
-        for file in (parent / name for parent in (folder, *folder.parents)):
-            if file.is_relative_to(CGROUP_ROOT) and file.is_file():
-                fields = file.read_text(encoding="utf-8").split()
-                if fields and fields[0] != "max":
-                    yield fields
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        root, names = (CGROUP_ROOT / controllers, version_1) if controllers else (CGROUP_ROOT, version_2)
+        folder = root / path.lstrip("/")
+        for parent in (folder, *folder.parents):
+            files = [parent / name for name in names]
+            if parent.is_relative_to(root) and all(file.is_file() for file in files):
+                fields = " ".join(file.read_text(encoding="utf-8") for file in files).split()
+                yield [math.inf if field == "max" else float(field) for field in fields]
 
 
 def check_shared_memory(config: ServeConfig | None) -> CheckResult:

@@ -131,6 +131,23 @@ def test_limits_of_cgroups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert machine.check_main_memory().message.startswith("1.00 GiB by the cgroup's limit")
 
 
+def test_limits_of_cgroups_of_version_1_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    monkeypatch.setattr(machine, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP_FILE", own)
+    own.write_text("9:name=systemd:/\n4:memory:/pod/me\n1:cpu,cpuacct:/pod\n0::/\n")
+    cpu, memory = tmp_path / "cpu,cpuacct/pod", tmp_path / "memory/pod/me"
+    cpu.mkdir(parents=True)
+    memory.mkdir(parents=True)
+    (cpu / "cpu.cfs_period_us").write_text("100000\n")
+    (cpu / "cpu.cfs_quota_us").write_text("-1\n")
+    (memory / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert (machine.cgroup_cores(), machine.cgroup_memory()) == (float("inf"), float("inf"))
+    (cpu / "cpu.cfs_quota_us").write_text("250000\n")
+    (memory.parent / "memory.limit_in_bytes").write_text(f"{2**31}\n")  # of a parent
+    assert (machine.cgroup_cores(), machine.cgroup_memory()) == (2.5, 2**31)
+
+
 def test_one_core_is_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cgroup_cores", lambda: 8.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
