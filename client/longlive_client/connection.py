@@ -113,12 +113,7 @@ class Connection:
             self._call.cancel()
             await self._reader
             await self._channel.close()
-            del (
-                self._call,
-                self._channel,
-                self._reader,
-                self._heartbeats,
-            )  # else gRPC keeps the connection
+            del (self._call, self._channel, self._reader, self._heartbeats)  # else gRPC keeps the connection
 
     async def get_refusal(self) -> VideoStreamError | None:
         """Wait for the first answer to the START, and return it if it is an error."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from longlive_serve.engine.session import MAX_PENDING, Session
 from longlive_serve.observability.tracing import Phase, Trace
-from longlive_serve.protocol.errors import RequestError
+from longlive_serve.protocol.errors import RequestError, invalid
 from longlive_serve.protocol.messages import FrameChunk, Request
 
 RATE_WINDOW_S = 1.0
@@ -127,7 +127,7 @@ class ClientStream:
         ):
             if value is not None and len(pending) >= MAX_PENDING:
                 text = f"{message.format(len(pending))}, expected fewer than {MAX_PENDING}"
-                raise RequestError(RequestError.INVALID_REQUEST, text)
+                raise invalid(text)
 
     def record_request(self) -> None:
         """A request arrived: the client has read what it was sent."""

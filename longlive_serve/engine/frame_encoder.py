@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from longlive_serve.engine.client_stream import Encode
-from longlive_serve.protocol.errors import RequestError
+from longlive_serve.protocol.errors import invalid
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import H264, JPEG, RAW
 
@@ -36,10 +36,9 @@ def make_encode(frame_format: str | None, size: tuple[int, int], fps: int) -> En
         open_context = {JPEG: _open_jpeg, H264: _open_h264}[frame_format]
         return Encoder(open_context(size, fps)).encode
     except ImportError:
-        raise RequestError(
-            RequestError.INVALID_REQUEST,
+        raise invalid(
             f"OPTIONS.format: got {frame_format!r}, expected {RAW!r}: this server has no PyAV "
-            "(pip install 'longlive-serve[encode]' there)",
+            "(pip install 'longlive-serve[encode]' there)"
         ) from None
 
 
@@ -85,9 +84,7 @@ def _h264_encoder(size: tuple[int, int]) -> str:
             return name
         except (av.FFmpegError, ValueError):
             continue
-    raise RequestError(
-        RequestError.INVALID_REQUEST, "OPTIONS.format: got 'h264', expected another: no encoder for it here"
-    )
+    raise invalid("OPTIONS.format: got 'h264', expected another: no encoder for it here")
 
 
 def _open(codec: str, size: tuple[int, int], fps: int, pixels: str, options: dict[str, str]) -> Any:

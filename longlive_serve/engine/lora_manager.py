@@ -23,7 +23,7 @@ from longlive_serve.config.serve_config import Adapter, ServeConfig
 from longlive_serve.engine.client_stream import ResponseSender, notice_chunk
 from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.models.dit.causal_dit import CausalDiT
-from longlive_serve.protocol.errors import RequestError
+from longlive_serve.protocol.errors import RequestError, invalid
 from longlive_serve.protocol.session_options import Options
 from longlive_serve.weights.loader import ModelLoader
 
@@ -52,7 +52,7 @@ class LoRAManager:
             )
         if not isinstance(dit, Exchangeable):
             text = f"OPTIONS.adapters: got backend {self._runner.backends.name}, expected torch or fused for the DiT"
-            raise RequestError(RequestError.INVALID_REQUEST, text)
+            raise invalid(text)
         if self._pending_sender is not None:
             raise RequestError(RequestError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
         adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in requested.items()]
@@ -89,9 +89,7 @@ class LoRAManager:
         found = files.get(name.encode(errors="replace"))
         if found is None:
             available = sorted(file.decode(errors="replace") for file in files)
-            raise RequestError(
-                RequestError.INVALID_REQUEST, f"OPTIONS.adapters: got {name!r}, expected some of {available}"
-            )
+            raise invalid(f"OPTIONS.adapters: got {name!r}, expected some of {available}")
         return found
 
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
@@ -102,7 +100,7 @@ class LoRAManager:
             loader = dataclasses.replace(loader, adapters=[*loader.adapters, *adapters])
             self._loaded = loader.load_model(DIT, device, dtype)
         except ValueError as error:
-            self._loaded = RequestError(RequestError.INVALID_REQUEST, str(error))
+            self._loaded = invalid(str(error))
         except Exception as error:  # the boundary of the thread
             log.exception("adapters failed")
             self._loaded = RequestError(RequestError.INTERNAL, f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from longlive_serve.config.presets import FPS, ModelConfig
+from longlive_serve.config.presets import FPS
 from longlive_serve.config.serve_config import ServeConfig
 from longlive_serve.engine.client_stream import (
     ChunkRequest,
@@ -35,12 +35,8 @@ from longlive_serve.protocol.session_options import ASAP, HEALTH, RECACHE
 
 log = logging.getLogger(__name__)
 
-NO_FAILURE = (
-    RequestError.CANCELLED,
-    RequestError.SHUTTING_DOWN,
-    RequestError.UNAVAILABLE,
-)  # ends that are nobody's fault
-
+# Ends that do not count as failures.
+NO_FAILURE = (RequestError.CANCELLED, RequestError.SHUTTING_DOWN, RequestError.UNAVAILABLE)
 DRAIN_CHUNKS, DRAIN_S = 2, 5.0  # every viewer is sent so much more before the server goes, if it takes no longer
 COST_MARGIN = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
 
@@ -59,11 +55,11 @@ class SessionManager:
         self.metrics = Metrics()
         self.metrics.set("slots", config.slots)
         backends = runner.backends
-        cache = KVCache.bytes_of(runner.config, config.slots, backends.dit.cache_dtype)
-        self.metrics.set("kv_cache_bytes", cache)
+        self.metrics.set("kv_cache_bytes", KVCache.bytes_of(runner.config, config.slots, backends.dit.cache_dtype))
         what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "backend": backends.name}
         self.metrics.set("info", 1, **what, device=backends.device, dtype=backends.dtype)
         self._runner = runner
+        self._model_config = runner.config
         self._config = config
         self._streams: dict[str, ClientStream] = {}
         self._drain_deadline: float | None = None
@@ -114,9 +110,7 @@ class SessionManager:
                 log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.log_extra)
                 self.end(stream)
             elif stream.unacked >= self._config.max_unacked and silent:
-                text = (
-                    f"{stream.unacked} chunks were sent and no request came since: expected one, if only an empty one"
-                )
+                text = f"{stream.unacked} chunks were sent and no request came since: expected one, even if empty"
                 self.end(stream, RequestError(RequestError.CANCELLED, f"the client does not read: {text}"))
 
     def notify_waiting(self) -> None:
@@ -221,10 +215,10 @@ class SessionManager:
         session.dit = self._runner.backends.dit
         session.client, session.token = request.client, options.session_token or ""
         chunk_requests = deque([ChunkRequest(sender, request.chunks or None)])
-        own, most = options.max_wait_s, self._config.max_wait_s
-        stream = ClientStream(
-            session, chunk_requests, request.end, time.monotonic(), most if own is None else min(own, most)
-        )
+        max_wait_s = self._config.max_wait_s
+        if options.max_wait_s is not None:
+            max_wait_s = min(options.max_wait_s, max_wait_s)
+        stream = ClientStream(session, chunk_requests, request.end, time.monotonic(), max_wait_s)
         stream.snapshot_every = options.snapshot_every or 0
         stream.stream_partial_chunks = bool(options.stream_partial_chunks)
         stream.encode = make_encode(options.format, self._model_config.video_size, options.fps or FPS)
@@ -232,9 +226,8 @@ class SessionManager:
         self._streams[session.id] = stream
         fps = None if options.pace == ASAP else options.fps or FPS
         resumed = request.snapshot is not None
-        self.scheduler.add(
-            session.id, time.monotonic_ns(), fps=fps, max_chunks_ahead=self._config.max_chunks_ahead, resumed=resumed
-        )
+        now, ahead = time.monotonic_ns(), self._config.max_chunks_ahead
+        self.scheduler.add(session.id, now, fps=fps, max_chunks_ahead=ahead, resumed=resumed)
         pace = "asap" if fps is None else f"{fps} fps"
         log.info("started at chunk %d, chunks %s, %s", session.next_chunk, request.chunks, pace, extra=stream.log_extra)
 
@@ -288,10 +281,6 @@ class SessionManager:
         """A response without frames that says where the session stands."""
         stand = {"first_frame": self._runner.first_frame(session.next_chunk), "prompt_index": session.prompt.index}
         return notice_chunk(self._model_config.video_size, text, **(stand | fields))
-
-    @property
-    def _model_config(self) -> ModelConfig:
-        return self._runner.config
 
 
 def shutting_down() -> RequestError:

@@ -79,12 +79,7 @@ class Options:
 
     def _check(self) -> None:
         """Raises RequestError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
-        for key, choices in (
-            ("command", COMMANDS),
-            ("on_switch", ON_SWITCH),
-            ("pace", PACES),
-            ("format", FORMATS),
-        ):
+        for key, choices in (("command", COMMANDS), ("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
             if getattr(self, key) not in (None, *choices):
                 raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
         for key, min_value, max_value in (

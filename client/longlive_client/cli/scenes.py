@@ -86,11 +86,7 @@ def default_seconds(switch_at: Sequence[float]) -> float:
 
 
 def load_scenes(
-    path: Path | str,
-    *,
-    switch_at: Sequence[float] | None = None,
-    seconds: float | None = None,
-    seed: int = 0,
+    path: Path | str, *, switch_at: Sequence[float] | None = None, seconds: float | None = None, seed: int = 0
 ) -> list[Scene]:
     """The scenes of a file. The arguments hold for lines that do not say otherwise; a name is `<file>-<line>`.
 
