@@ -35,7 +35,7 @@ from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import RAW, Options
 
 ERROR_TIMEOUT_S = 2.0
-CLOSE_TIMEOUT_S = 5.0  # how long a send_end end may take before the stream is cancelled
+CLOSE_TIMEOUT_S = 5.0  # how long an END may take before the stream is cancelled
 AHEAD = 8  # chunks requested and not consumed, unless told otherwise
 CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
 

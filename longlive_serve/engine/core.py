@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine core: takes requests from any thread, generates in one, and answers from another.
 
-Called by `model.py`. The worker owns the model runner and the sessions; what it sends and counts leaves through an
+Called by `model.py`. The worker owns the model runner and the sessions; what it sends and counts leaves through a
 `ResponseWriter`. It knows neither Triton (answers leave through a `ResponseSender`) nor what a chunk is made of.
 """
 
@@ -143,14 +143,19 @@ class EngineCore:
         return POLL_S if next_time is None else max(0.0, min(POLL_S, (next_time - now) / SECOND))
 
     def _process_requests(self) -> None:
-        """Handle all requests in the queue; wait for one when there is nothing to generate."""
+        """Handle the requests in the queue; wait for one when there is nothing to generate.
+
+        Those that arrive meanwhile wait for the next time: no number of requests keeps chunks from being generated.
+        """
         timeout = self._get_timeout()
-        with contextlib.suppress(queue.Empty):
-            item = self._requests.get(timeout != 0.0, timeout)
-            while True:
-                if item is not None:
-                    self._process_request(*item)
-                item = self._requests.get_nowait()
+        try:
+            items = [self._requests.get(timeout != 0.0, timeout)]
+        except queue.Empty:
+            return
+        items += [self._requests.get_nowait() for _ in range(self._requests.qsize())]  # nobody else takes any
+        for item in items:
+            if item is not None:
+                self._process_request(*item)
 
     def _process_request(self, request: Request | RequestError, sender: QueuedResponseSender) -> None:
         try:

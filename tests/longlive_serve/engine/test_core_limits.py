@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 
+from longlive_serve.engine.response_writer import QueuedResponseSender
 from longlive_serve.protocol.errors import RequestError
+from longlive_serve.protocol.messages import Request
 from longlive_serve.protocol.session_options import Options
 from tests.fakes.service_bench import Clock, bench, closed, has_chunks, wait_until
 
@@ -49,6 +52,22 @@ def test_a_session_may_not_pile_up_prompts() -> None:
         beat, end = at.ask("a"), at.ask("a", end=True)
         wait_until(closed(beat, end))
         assert not beat.errors + end.errors, "neither adds to what waits"
+
+
+def test_requests_without_end_leave_time_for_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bench() as at:
+        handle, over = at.service._sessions.handle, threading.Event()
+
+        def handle_again(request: Request, sender: QueuedResponseSender, draining: bool) -> None:
+            if request.session_id != "flood":
+                handle(request, sender, draining)
+            elif not over.is_set():
+                at.service.submit(request, sender)
+
+        monkeypatch.setattr(at.service._sessions, "handle", handle_again)
+        at.ask("flood")
+        wait_until(has_chunks(at.start("a"), 3))
+        over.set()
 
 
 def test_the_command_health_is_answered_by_the_worker_and_leaves_no_session() -> None:
