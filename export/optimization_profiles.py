@@ -8,7 +8,7 @@ from longlive_serve.config.presets import WindowConfig
 from longlive_serve.models.dit.kv_cache import Window
 
 Sizes = dict[str, tuple[int, int, int]]
-"""Named dim -> least, usual and largest."""
+"""Named dim -> min, opt and max, as TensorRT calls them."""
 
 
 def profiles_of(io: GraphIO, window: WindowConfig, max_batch: int = 1) -> list[Sizes]:
@@ -25,5 +25,5 @@ def dit_calls(window: WindowConfig) -> list[tuple[int, int]]:
 
 
 def shape(tensor_shape: tuple[int | str, ...], sizes: Sizes, which: int) -> tuple[int, ...]:
-    """A tensor's shape at the least (0), usual (1) or largest (2) sizes."""
+    """A tensor's shape at the min (0), opt (1) or max (2) sizes."""
     return tuple(sizes[dim][which] if isinstance(dim, str) else dim for dim in tensor_shape)

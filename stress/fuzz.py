@@ -164,7 +164,7 @@ class Mutator:
         request.session_id = self.random.choice((*self.live_ids, "", "x" * 5000, "\u00e9\u202e", "0"))
 
     def _mutate_message(self, request: FuzzRequest) -> None:
-        request.corrupt = self.random.choice((_truncate, _append_input, _enlarge_shape, _negate_shape))
+        request.corrupt = self.random.choice((_truncate, _append_raw_contents, _enlarge_shape, _negate_shape))
 
     def _random_name(self, request: FuzzRequest) -> str:
         return self.random.choice([*request.tensors, "CHUNKS", "SEED"])
@@ -179,7 +179,7 @@ def _truncate(message: Any) -> None:
         message.raw_input_contents[-1] = message.raw_input_contents[-1][:-1]
 
 
-def _append_input(message: Any) -> None:
+def _append_raw_contents(message: Any) -> None:
     message.raw_input_contents.append(b"\xff" * 9)
 
 
@@ -194,7 +194,7 @@ def _negate_shape(message: Any) -> None:
 
 
 def send(url: str, requests: Sequence[FuzzRequest]) -> None:
-    """All letters over one stream, then wait for all answers."""
+    """Send all requests over one stream, then wait for all responses."""
     messages = []
     for number, request in enumerate(requests):
         message = wire.infer_request(request.session_id, str(number), request.tensors, **request.flags)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.checks import tools
-from deploy.checks.images import DOCKERFILES, ROOT, missing_sources
+from deploy.checks.dockerfiles import DOCKERFILES, ROOT, missing_copy_sources
 from deploy.checks.manifests import (
     KUBERNETES,
     VERSIONS,
@@ -103,7 +103,7 @@ def _indented(text: str) -> str:
 def images() -> Iterator[Check]:
     hadolint = tools.find("hadolint")
     for path in DOCKERFILES:
-        yield make_check(path.name, missing_sources(path), "what it copies is there, and not ignored")
+        yield make_check(path.name, missing_copy_sources(path), "what it copies is there, and not ignored")
         if hadolint is None:
             yield skip_check(f"{path.name}, hadolint", "hadolint is not here (extra `deploy-check`)")
         else:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from deploy.checks.images import ROOT, Stage, load_stages
+from deploy.checks.dockerfiles import ROOT, Stage, load_stages
 from longlive_client.video_stream import VideoStream
 
 DOCKERFILE = ROOT / "deploy/Dockerfile.cpu"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deploy.checks.images import ROOT
+from deploy.checks.dockerfiles import ROOT
 from deploy.drain import DEFAULT_URL
 from longlive_serve.triton_server.arguments import server_parser
 from tests.project.tensorrt_types import VERSIONS

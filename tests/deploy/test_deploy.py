@@ -17,7 +17,7 @@ import yaml
 
 from deploy import drain
 from deploy.checks import tools
-from deploy.checks.images import DOCKERFILES, ROOT, load_stages, missing_sources
+from deploy.checks.dockerfiles import DOCKERFILES, ROOT, load_stages, missing_copy_sources
 from deploy.checks.manifests import KUBERNETES, documents
 from deploy.checks.references import PROBES
 from longlive_serve.triton_server.arguments import server_parser
@@ -39,14 +39,14 @@ OWN_IMAGE = "longlive-serve"
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_what_the_dockerfiles_copy_is_there(path: Path) -> None:
-    assert missing_sources(path) == []
+    assert missing_copy_sources(path) == []
 
 
 def test_a_copy_of_a_file_that_is_missing_or_ignored_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text("FROM python AS a\nCOPY nothing .\nFROM python\nCOPY --from=a /x export ./\n")
     (tmp_path / "Dockerfile.dockerignore").write_text("*\n!export\n")
     missing = ["COPY nothing: no such file", "COPY nothing: the .dockerignore hides it"]
-    assert missing_sources(tmp_path / "Dockerfile") == missing
+    assert missing_copy_sources(tmp_path / "Dockerfile") == missing
 
 
 @pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (extra `dev`)")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deploy.checks import tools
-from deploy.checks.images import ROOT
+from deploy.checks.dockerfiles import ROOT
 from deploy.checks.manifests import VERSIONS, Document, can_validate, overlays, render, schema_errors
 from deploy.checks.references import PROBES, reference_errors
 from longlive_serve.config.presets import PRESETS

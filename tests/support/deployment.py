@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from deploy.checks.images import ROOT
+from deploy.checks.dockerfiles import ROOT
 from deploy.checks.manifests import KUBERNETES, Document, documents
 from deploy.checks.queries import RULES, dashboard_queries
 

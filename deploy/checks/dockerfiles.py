@@ -76,7 +76,7 @@ def load_stages(path: Path) -> list[Stage]:
     return [Stage(instructions=instructions) for instructions in stages]
 
 
-def missing_sources(path: Path) -> list[str]:
+def missing_copy_sources(path: Path) -> list[str]:
     """What a Dockerfile copies that a build would not see: hadolint does not know the checkout."""
     lines = path.with_name(f"{path.name}.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line[1:] for line in lines if line.startswith("!")]
