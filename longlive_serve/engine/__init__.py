@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions: takes requests, schedules chunks, generates them, answers."""
+"""The engine: takes requests, schedules and generates chunks, sends responses."""

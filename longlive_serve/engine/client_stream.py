@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session together with the client behind it: what was asked for, and where the answers go.
+"""A session together with its client: the open requests for chunks, and the senders of the responses.
 
-Used by the engine core's worker alone.
+Used only in the engine core's worker thread.
 """
 
 from __future__ import annotations
@@ -43,61 +43,61 @@ class ResponseSender(Protocol):
 
 
 class EncodingResponseSender(ResponseSender, Protocol):
-    """A sender that encodes in its own thread."""
+    """A sender that applies `encode` in its own thread."""
 
     def send(self, chunk: FrameChunk | None, final: bool, encode: Encode | None = None) -> None: ...
 
 
 @dataclasses.dataclass
 class ChunkRequest:
-    """Chunks that a client asked for with one request, and where they go."""
+    """One request for chunks, and the sender of its responses."""
 
     sender: EncodingResponseSender
     chunks: int | None
-    """Still to send; None: until stopped."""
+    """Chunks still to send; None: until stopped."""
 
 
 @dataclasses.dataclass
 class ClientStream:
-    """A session and the client behind it."""
+    """A session and its client."""
 
     session: Session
     chunk_requests: deque[ChunkRequest]
     end_requested: bool
-    """True once the client has said END: the session ends with its last request for chunks."""
+    """The client has sent END: the session ends after its last request for chunks."""
     arrival_time: float
-    """When its START came (monotonic seconds, as all times here)."""
+    """When its START arrived (monotonic seconds, like all times here)."""
     max_wait_s: float
-    """How long it may wait for a slot."""
+    """Maximum wait for a slot."""
     snapshot_every: int = 0
-    """Chunks from one snapshot to the next; 0: none are sent."""
+    """Chunks between snapshots; 0: none are sent."""
     stream_partial_chunks: bool = False
-    """A chunk's frames go out as soon as each latent frame is decoded."""
+    """Send frames as soon as each latent frame is decoded."""
     encode: Encode | None = None
-    """Frames to the session's format; None: raw."""
+    """Encodes frames in the session's format; None: raw."""
     trace: Trace | None = None
     needs_first_frame: bool = True
     switch_times: dict[int, float] = dataclasses.field(default_factory=dict)
-    """When the prompts came that are meant for the next chunk, by index."""
+    """Arrival times of prompts for the next chunk, by prompt index."""
     last_activity: float = 0.0
-    """When the client last sent a request, or was last sent a chunk."""
+    """When the last request arrived or the last chunk was sent."""
     queue_position: int = 0
-    """The place in the queue that the client was last told; 0: none."""
+    """The queue position in the last notice to the client; 0: none."""
     unacked: int = 0
-    """Chunks sent since the client's last request: for all that is known, it has not read them."""
+    """Chunks sent since the client's last request; it may not have read them."""
     request_times: deque[float] = dataclasses.field(default_factory=deque)
-    """When its requests of the last second came."""
+    """Arrival times of its requests in the last RATE_WINDOW_S."""
 
     def __post_init__(self) -> None:
         self.last_activity = self.arrival_time
 
     @property
     def log_extra(self) -> dict[str, str]:
-        """What a log record about this session carries."""
+        """The `extra` of log records about this session."""
         return {"session": self.session.id}
 
     def trace_chunk(self, chunk: FrameChunk, phases: Sequence[Phase]) -> None:
-        """Write a chunk into the session's trace, if it has one."""
+        """Add a chunk to the session's trace, if it has one."""
         if self.trace is not None:
             metadata = {"first_frame": chunk.first_frame, "prompt_index": chunk.prompt_index}
             end = phases[-1].start_time + phases[-1].seconds if phases else time.monotonic()
@@ -109,10 +109,10 @@ class ClientStream:
                 self.trace.add(phase, "phases")
 
     def check(self, request: Request, max_per_s: int) -> None:
-        """Raises RequestError when `request`, a later one of this session, must not be taken."""
+        """Raises RequestError if a later request of this session has a wrong token or exceeds a limit."""
         expected, token = self.session.token, request.options.session_token or ""
         if expected and not hmac.compare_digest(expected.encode(), token.encode()):
-            text = f"OPTIONS.session_token: got {'another' if token else 'none'}, expected the one that START carried"
+            text = f"OPTIONS.session_token: got {'another' if token else 'none'}, expected the one sent with START"
             raise RequestError(RequestError.FORBIDDEN, f"session {self.session.id}: {text}")
         now = time.monotonic()
         while self.request_times and now - self.request_times[0] > RATE_WINDOW_S:
@@ -122,32 +122,31 @@ class ClientStream:
             raise RequestError(RequestError.RATE_LIMITED, f"session {self.session.id}: {text}")
         self.request_times.append(now)
         for value, pending, message in (
-            (request.prompt, self.session.pending, "PROMPT: got one while {} others wait for their time"),
-            (request.chunks, self.chunk_requests, "CHUNKS: got some while {} requests for chunks are open"),
+            (request.prompt, self.session.pending, "PROMPT: got another with {} prompts pending"),
+            (request.chunks, self.chunk_requests, "CHUNKS: got more with {} requests for chunks open"),
         ):
             if value is not None and len(pending) >= MAX_PENDING:
                 text = f"{message.format(len(pending))}, expected fewer than {MAX_PENDING}"
                 raise invalid(text)
 
     def record_request(self) -> None:
-        """A request arrived: the client has read what it was sent."""
+        """A request arrived, so the client has read what was sent to it."""
         self.last_activity, self.unacked = time.monotonic(), 0
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether the chunk just generated goes out with a snapshot."""
+        """Whether a snapshot is sent with the chunk just generated."""
         return bool(self.snapshot_every) and self.session.next_chunk % self.snapshot_every == 0
 
     @property
     def is_cancelled(self) -> bool:
-        """True when the client has left an answer unheard."""
+        """True when the client has cancelled an open request for chunks."""
         return any(chunk_request.sender.is_cancelled() for chunk_request in self.chunk_requests)
 
     def send_chunk(self, chunk: FrameChunk, snapshot: Callable[[], bytes] | None = None) -> None:
-        """Send a chunk (or a part of it) as an answer to the oldest request for chunks, and close that with its
-        last one.
+        """Send a chunk (or a part of it) in response to the oldest request for chunks; its last chunk closes it.
 
-        `snapshot` makes the one that goes with it, in the thread that sends.
+        `snapshot`: serializes the snapshot to send with it; called in the sender's thread.
         """
         chunk_request = self.chunk_requests[0]
         if chunk.completes and chunk_request.chunks is not None:
@@ -160,7 +159,7 @@ class ClientStream:
             self.chunk_requests.popleft()
 
     def notify_queue_position(self, queue_position: int, waiting: int, size: tuple[int, int]) -> None:
-        """Tell the client its place in the queue, if that is news."""
+        """Send the client its position in the queue, if it has changed."""
         if queue_position != self.queue_position and self.chunk_requests:
             self.queue_position = queue_position
             notice = (

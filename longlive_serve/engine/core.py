@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine core: takes requests from any thread, generates in one, and answers from another.
+"""The engine core: takes requests from any thread, generates chunks in one worker thread, and answers from another.
 
-Called by `model.py`. The worker owns the model runner and the sessions; what it sends and counts leaves through a
-`ResponseWriter`. It knows neither Triton (answers leave through a `ResponseSender`) nor what a chunk is made of.
+Called by `model.py`. The worker thread owns the model runner and the sessions. Responses and metrics leave through a
+`ResponseWriter`. The core knows neither Triton (it answers through a `ResponseSender`) nor how a chunk is computed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from longlive_serve.protocol.session_options import SET_LORA
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05  # how often a worker with nothing to generate looks for dead clients
+POLL_S = 0.05  # interval at which an idle worker checks for disconnected clients
 
 
 class ScheduledChunk(NamedTuple):
-    """A chunk in flight, its session, and the tensors of its snapshot, if one is sent with it."""
+    """A chunk in flight, its stream, and the tensors of the snapshot to send with it (empty: none)."""
 
     stream: ClientStream
     chunk: InflightChunk
@@ -44,8 +44,7 @@ class ScheduledChunk(NamedTuple):
 
 
 class EngineCore:
-    """Runs sessions on one model runner: as many as there are slots and time for, the others wait in a bounded
-    queue."""
+    """Runs as many sessions on one model runner as fit in slots and time; further ones wait in a bounded queue."""
 
     def __init__(
         self,
@@ -54,8 +53,8 @@ class EngineCore:
         on_metrics: Callable[[Sequence[MetricUpdate]], None] = lambda updates: None,
         chunk_s: float = 0.0,
     ) -> None:
-        """`on_metrics`: is told the figures that have changed. `chunk_s`: seconds that a chunk takes, as measured
-        beforehand; 0: the first chunk will tell."""
+        """`on_metrics`: called with the metrics that have changed. `chunk_s`: seconds per chunk, measured before; 0:
+        the first chunk is measured."""
         self._runner = runner
         self._on_metrics = on_metrics
         self._sessions = SessionManager(runner, config, chunk_s)
@@ -70,16 +69,16 @@ class EngineCore:
         self._worker.start()
 
     def submit(self, request: Request | RequestError, sender: ResponseSender) -> None:
-        """Take a request (or the error that stands in its place) from any thread; the answer goes to `sender`."""
+        """Queue a request (or the error raised on reading it) from any thread; the answer goes to `sender`."""
         self._requests.put((request, QueuedResponseSender(sender, self._writer)))
 
     def drain(self) -> None:
-        """End every session soon, with an error that says so, and every new one. May be called by any thread."""
+        """Refuse new sessions, and end live ones soon with SHUTTING_DOWN. May be called from any thread."""
         self._draining.set()
         self._wake()
 
     def stop(self) -> None:
-        """Drain and end the threads. Returns when they have ended; nothing may be submitted after that."""
+        """Drain, then end and join both threads. Nothing may be submitted afterwards."""
         self._stopping.set()
         self.drain()
         self._worker.join()
@@ -94,7 +93,7 @@ class EngineCore:
         while not self._stopping.is_set():
             try:
                 self._step()
-            except Exception as error:  # a bug outside any session's boundary: no client may wait for ever
+            except Exception as error:  # a bug outside `_catch_errors`: no client may wait forever
                 log.exception("the worker failed; every session ends")
                 text = f"the server failed: {type(error).__name__}: {error}"
                 self._in_flight = None
@@ -109,7 +108,7 @@ class EngineCore:
         self._housekeeping()
         if self._in_flight is not None:
             self._runner.wait_until_denoised(self._in_flight.chunk)
-            self._process_requests()  # those that arrived meanwhile
+            self._process_requests()  # that arrived during denoising
             self._sessions.admit()
         turn, _ = self._sessions.scheduler.next(time.monotonic_ns())
         scheduled = None if turn is None else self._launch(self._sessions[turn])
@@ -119,21 +118,21 @@ class EngineCore:
             self._collect_output()
 
     def _housekeeping(self) -> None:
-        """Requests, ended and waiting sessions, while the device denoises: asking Triton who disconnected is slow."""
+        """Process requests, end and admit sessions, while the device denoises: Triton's cancellation check is slow."""
         sessions = self._sessions
         self._process_requests()
         if self._draining.is_set():
-            self._collect_output()  # a last snapshot goes on after what its client has been sent
+            self._collect_output()  # send this chunk first: the last snapshot includes it
             sessions.drain(at_once=self._stopping.is_set())
             self._adapters.cancel(shutting_down())
         self._adapters.apply()
         sessions.end_inactive()
         sessions.admit()
         sessions.notify_waiting()
-        self._publish()  # before the chunk: who has it can look at the figures
+        self._publish()  # before the chunk is sent: its client then reads current metrics
 
     def _get_timeout(self) -> float | None:
-        """Seconds for which only a request can give the worker something to do; None: any time."""
+        """Seconds to wait for a request: 0 if there is other work, None for no limit."""
         now = time.monotonic_ns()
         session_id, next_time = self._sessions.scheduler.next(now)
         if session_id is not None or self._in_flight is not None or self._stopping.is_set():
@@ -143,16 +142,16 @@ class EngineCore:
         return POLL_S if next_time is None else max(0.0, min(POLL_S, (next_time - now) / SECOND))
 
     def _process_requests(self) -> None:
-        """Handle the requests in the queue; wait for one when there is nothing to generate.
+        """Process the queued requests; wait for one if there is nothing to generate.
 
-        Those that arrive meanwhile wait for the next time: no number of requests keeps chunks from being generated.
+        Requests that arrive meanwhile stay queued for the next call, so that no request rate can stop generation.
         """
         timeout = self._get_timeout()
         try:
             items = [self._requests.get(timeout != 0.0, timeout)]
         except queue.Empty:
             return
-        items += [self._requests.get_nowait() for _ in range(self._requests.qsize())]  # nobody else takes any
+        items += [self._requests.get_nowait() for _ in range(self._requests.qsize())]  # only this thread takes items
         for item in items:
             if item is not None:
                 self._process_request(*item)
@@ -183,7 +182,7 @@ class EngineCore:
         if self._in_flight is None:
             return
         (stream, chunk, tensors), self._in_flight = self._in_flight, None
-        if stream not in self._sessions:  # it has ended meanwhile
+        if stream not in self._sessions:  # it has ended since the launch
             return
         with self._catch_errors(stream):
             frames, snapshot = 0, None
@@ -195,20 +194,20 @@ class EngineCore:
                         snapshot = dump_later(stream.session, self._runner.config, tensors)
                 stream.send_chunk(part, snapshot)
                 self._sessions.on_chunk_sent(stream, part)
-                if stream not in self._sessions:  # that was its last chunk: nobody needs the KV-cache update
+                if stream not in self._sessions:  # its last chunk needs no KV-cache update
                     break
         self._publish()
 
     def _update_scheduler(self, stream: ClientStream, chunk: FrameChunk, frames: int) -> None:
-        """Tell the scheduler that a chunk of `frames` frames is complete."""
+        """Report a complete chunk of `frames` frames to the scheduler; log a missed deadline."""
         session, now = stream.session, time.monotonic_ns()
         delay = self._sessions.scheduler.done(session.id, now, frames, round(chunk.seconds * SECOND))
         if delay:
-            log.warning("chunk %d came %.3f s late", session.next_chunk - 1, delay / SECOND, extra=stream.log_extra)
+            log.warning("chunk %d was %.3f s late", session.next_chunk - 1, delay / SECOND, extra=stream.log_extra)
 
     @contextlib.contextmanager
     def _catch_errors(self, stream: ClientStream) -> Iterator[None]:
-        """Whatever fails within ends this session alone: the server outlives any session."""
+        """An exception in the block ends this session alone, not the server."""
         try:
             yield
         except RequestError as error:
@@ -220,5 +219,5 @@ class EngineCore:
 
     def _publish(self) -> None:
         updates = self._sessions.collect_metrics()
-        if updates:  # the bytes are counted where they are sent
+        if updates:  # the writer counts the bytes
             self._writer.put(lambda: self._on_metrics([*updates, ("bytes", (), self._writer.bytes)]))

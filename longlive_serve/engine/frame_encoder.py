@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> JPEG or H.264, for sessions that do not want them raw. Runs in the response writer's thread.
+"""Encodes frames as JPEG or H.264. Runs in the response writer's thread.
 
-PyAV (extra `encode`) is imported when the first such session comes.
+PyAV (extra `encode`) is imported when the first session with such a format starts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from longlive_serve.protocol.session_options import H264, JPEG, RAW
 
 JPEG_QSCALE = 3  # 1 (best) to 31
 H264_CRF = "18"
-H264_ENCODERS = {  # the first that opens on this machine
+H264_ENCODERS = {  # the first one that opens on this machine is used
     "h264_nvenc": {"preset": "p4", "tune": "ull", "zerolatency": "1", "cq": H264_CRF},
     "libx264": {"preset": "veryfast", "tune": "zerolatency", "crf": H264_CRF},
 }
 
 
 def make_encode(frame_format: str | None, size: tuple[int, int], fps: int) -> Encode | None:
-    """What turns a session's chunks into its format; None for raw ones. `size`: height and width of a frame.
+    """The encoder of a session's chunks; None for raw frames. `size`: height and width of a frame.
 
     Raises RequestError INVALID_REQUEST when this server cannot encode.
     """
@@ -43,7 +43,7 @@ def make_encode(frame_format: str | None, size: tuple[int, int], fps: int) -> En
 
 
 class Encoder:
-    """The frames of one session, in order: an H.264 stream remembers those before."""
+    """Encodes the frames of one session in order: H.264 frames refer to earlier ones."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -61,7 +61,7 @@ class Encoder:
         frame = frame.reformat(format=self._context.pix_fmt)
         frame.pts, self._frame = self._frame, self._frame + 1
         encoded = [bytes(packet) for packet in self._context.encode(frame)]
-        assert len(encoded) == 1, "a frame gives one packet at once"
+        assert len(encoded) == 1, "each frame must give one packet at once"
         return encoded
 
 
@@ -84,7 +84,7 @@ def _h264_encoder(size: tuple[int, int]) -> str:
             return name
         except (av.FFmpegError, ValueError):
             continue
-    raise invalid("OPTIONS.format: got 'h264', expected another: no encoder for it here")
+    raise invalid("OPTIONS.format: got 'h264', expected 'raw' or 'jpeg': this server has no H.264 encoder")
 
 
 def _open(codec: str, size: tuple[int, int], fps: int, pixels: str, options: dict[str, str]) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chunk that the device has been given and that nobody has seen yet.
+"""A chunk that was launched on the device and whose output is not collected yet.
 
-Made and finished by the model runner; the engine core holds one while it launches the next.
+Created and collected by the model runner; the engine core holds one while it launches the next.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from longlive_serve.observability.tracing import Phase
 
 
 class Phases:
-    """What takes how long in one chunk, the KV-cache update of the one before first; the device is not waited for
-    until somebody asks."""
+    """Timings of one chunk's phases, beginning with the KV-cache update of the previous chunk. Only `until` waits for
+    the device."""
 
     def __init__(self, timer: DeviceTimer) -> None:
         self._timer = timer
@@ -25,13 +25,13 @@ class Phases:
 
     @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """What is done within counts as `name`."""
+        """Time the work in the block as phase `name`."""
         begin = self._timer.record()
         yield
         self._events.append((name, begin, self._timer.record()))
 
     def until(self, now: float) -> list[Phase]:
-        """All of them, the last of which has just ended, at `now` (monotonic seconds)."""
+        """All phases. The last one ended at `now` (monotonic seconds)."""
         seconds, (_, _, last) = self._timer.seconds, self._events[-1]
         return [
             Phase(name=name, start_time=now - seconds(begin, last), seconds=seconds(begin, end))
@@ -41,16 +41,16 @@ class Phases:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InflightChunk:
-    """A session's chunk on its way."""
+    """A launched chunk of a session."""
 
     frames: Iterator[AsyncD2HCopy]
-    """In parts."""
+    """One copy for each part."""
     parts: int
     first_frame: int
     prompt_index: int
     notice: str
     start_time: float
-    """When the host began with it (monotonic seconds)."""
+    """When its launch began (monotonic seconds)."""
     denoised: Event
-    """Then only the decoding and the KV-cache update are left."""
+    """Recorded after denoising; decoding and the KV-cache update follow."""
     phases: Phases

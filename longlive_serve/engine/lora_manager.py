@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes the LoRA adapters of sessions to come while others are live.
+"""Changes the LoRA adapters of new sessions while others are live.
 
-Used by the engine core's worker. A thread of its own merges the weights; the worker takes the result between two
-chunks. A session keeps the DiT that it began with, which is freed with its last session.
+Used by the engine core's worker. A separate thread merges the weights; the worker installs the result between two
+chunks. A session keeps the DiT that it started with, which is freed with its last session.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ log = logging.getLogger(__name__)
 
 
 class LoRAManager:
-    """The adapters of sessions to come: those of the settings, and on top those that were asked for last."""
+    """The adapters of new sessions: those in the settings, plus those of the last `set_lora` command."""
 
     def __init__(self, runner: ModelRunner, config: ServeConfig, wake: Callable[[], None]) -> None:
-        """`wake` is called from another thread when there is something for `apply`."""
+        """`wake` is called from the loader thread when `apply` has work."""
         self._runner, self._config, self._wake = runner, config, wake
         self._pending_sender: ResponseSender | None = None
-        """Waits for what is being loaded."""
+        """Answers the change in progress; None: there is none."""
         self._loaded: CausalDiT | RequestError | None = None
         self._description = ""
 
     def change(self, options: Options, sender: ResponseSender) -> None:
-        """Begin to load; the answer goes to `sender` when it is done. Raises RequestError for what cannot be done."""
+        """Start to load adapters; `sender` is answered when they are in use. Raises RequestError to refuse."""
         config, requested, dit = self._config, options.adapters or {}, self._runner.backends.dit
         if not config.adapters_dir:
             raise RequestError(RequestError.FORBIDDEN, "OPTIONS.adapters: the server's settings have no adapters_dir")
@@ -54,15 +54,15 @@ class LoRAManager:
             text = f"OPTIONS.adapters: got backend {self._runner.backends.name}, expected torch or fused for the DiT"
             raise invalid(text)
         if self._pending_sender is not None:
-            raise RequestError(RequestError.UNAVAILABLE, "OPTIONS.adapters: others are being loaded; try again in 5 s")
+            raise RequestError(RequestError.UNAVAILABLE, "OPTIONS.adapters: a change is in progress; try again in 5 s")
         adapters = [Adapter(path=self._file(name), scale=float(scale)) for name, scale in requested.items()]
         scales = [f"{name}={scale:g}" for name, scale in requested.items()]
-        self._description = ", ".join(scales) or "none but those of the settings"
+        self._description = ", ".join(scales) or "only those in the settings"
         self._pending_sender = sender
         threading.Thread(target=self._load, args=(adapters, dit.dtype), name="longlive-adapters", daemon=True).start()
 
     def apply(self) -> None:
-        """Use what has been loaded, if anything, and answer."""
+        """Install the loaded adapters, if there are any, and answer."""
         sender, loaded = self._pending_sender, self._loaded
         if loaded is None or sender is None:
             return
@@ -73,18 +73,18 @@ class LoRAManager:
         backends = self._runner.backends
         assert isinstance(backends.dit, Exchangeable)
         self._runner.backends = dataclasses.replace(backends, dit=backends.dit.with_model(loaded))
-        log.info("adapters of sessions to come: %s", self._description)
+        log.info("adapters of new sessions: %s", self._description)
         sender.send(notice_chunk(self._config.model_config.video_size, f"adapters: {self._description}"), final=True)
 
     def cancel(self, error: RequestError) -> None:
-        """Answer the request that waits with `error`; what is still being loaded is not used."""
+        """Answer the open request with `error`; the adapters being loaded are not used."""
         if self._pending_sender is not None:
             self._pending_sender.fail(error)
             self._pending_sender = None
 
     def _file(self, name: str) -> Path:
         folder = Path(self._config.adapters_dir)
-        # By bytes: a Python that speaks ASCII, as Triton's, cannot have the name itself in a path.
+        # Compare bytes: Triton's embedded Python uses ASCII and cannot encode other names in a path.
         files = {os.fsencode(path.name): path for path in folder.glob("*") if path.is_file()}
         found = files.get(name.encode(errors="replace"))
         if found is None:
@@ -93,7 +93,7 @@ class LoRAManager:
         return found
 
     def _load(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
-        """In the thread."""
+        """Runs in the loader thread."""
         config, device = self._config, self._runner.backends.device
         try:
             loader = ModelLoader.from_config(config)

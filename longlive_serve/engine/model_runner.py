@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates a session's next chunk: prompt switch and recache, four denoising steps, decode, KV-cache update.
 
-Called by the engine core's worker and by replay. It knows docs/semantics.md, sections 5 and 6, not who runs
-the models and not who watches the video.
+Called by the engine core's worker and by replay. It implements docs/semantics.md, sections 5 and 6, and does not know
+which backends run the models or which clients watch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import CLEAR, RECACHE
 
-WARM_UP_SWITCH = 4  # chunks
+WARM_UP_SWITCH = 4  # chunks between prompt switches in the warm-up
 
 
 class ModelRunner:
-    """Advances sessions of one LongLive, one chunk at a time. Belongs to one thread."""
+    """Advances the sessions of one model, one chunk at a time. Not thread-safe."""
 
     def __init__(self, backends: Backends, config: ModelConfig, variant: str = "base") -> None:
         self.backends = backends
@@ -43,13 +43,13 @@ class ModelRunner:
         self.schedule = FlowMatchScheduler(backends.device)
         self.dtype: torch.dtype = getattr(torch, backends.dtype)
         self.asynchronous = backends.device.startswith("cuda")
-        """Whether the device works while the host goes on: else a chunk's frames are there when they are asked for."""
+        """Whether the device runs in parallel to the host; otherwise `collect_output` itself decodes."""
         self.phases: list[Phase] = []
-        """Of the last chunk that was finished."""
+        """Timings of the last collected chunk."""
         self._finished = 0.0
-        """When that was."""
+        """When the last chunk was collected (monotonic seconds)."""
         self._update_seconds = 0.0
-        """Seconds of KV-cache updates since then, where the host waits for them."""
+        """Seconds of KV-cache updates since then, if not `asynchronous`."""
         self._timer = DeviceTimer(backends.device)
         self.max_chunks = MAX_FRAMES // config.window.chunk if variant == "base" else None
 
@@ -60,16 +60,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute_model_async(self, session: Session, partial_chunks: bool = False) -> InflightChunk:
-        """Give the device the work of the session's next chunk, without waiting for it. Other sessions' chunks may be
-        launched before this one is finished, the session's own not. On an error its state is undefined: end it.
+        """Launch the session's next chunk without waiting for the device. Before it is collected, chunks of other
+        sessions may be launched, but not of this one. After an error the session's state is undefined: end it.
 
-        `partial_chunks`: frames come in parts, one for every latent frame.
+        `partial_chunks`: the frames come in parts, one for each latent frame.
         Raises RequestError FRAME_LIMIT when the base variant has no position left for another chunk.
         """
         start_time, number, phases = time.monotonic(), session.next_chunk, session.phases or Phases(self._timer)
         self._check_limit(number)
         with phases.of("switch"):
-            if session.context_latents and session.prompt_kv is None:  # it comes from a snapshot
+            if session.context_latents and session.prompt_kv is None:  # loaded from a snapshot
                 self.restore(session)
             notice = self._apply_prompts(session)
         plan = self.window.step(number, session.first_cached)
@@ -89,16 +89,16 @@ class ModelRunner:
         )
 
     def wait_until_denoised(self, chunk: InflightChunk) -> None:
-        """Until all of a launched chunk is done but its decoding and its KV-cache update."""
+        """Wait until only decoding and the KV-cache update of a launched chunk are left."""
         self._timer.wait(chunk.denoised)
 
     @torch.inference_mode()
     def collect_output(self, chunk: InflightChunk) -> Iterator[FrameChunk]:
-        """The chunk's frames as they come, in its parts. What took how long is left in `self.phases`.
+        """Yields the parts of the chunk as they are complete, and leaves its timings in `self.phases`.
 
-        The KV-cache update follows the last part: where the host waits for it, only when the caller asks for more. A
-        chunk's `seconds` begin when the one before it was finished, if it was launched before that; KV-cache updates
-        since then count.
+        If not `asynchronous`, the KV-cache update runs when the caller continues after the last part. A chunk's
+        `seconds` begin at its launch, or when the previous chunk was collected if that is later, and include the
+        KV-cache updates in between.
         """
         first_frame, notice = chunk.first_frame, chunk.notice
         for number, frames in enumerate(chunk.frames, 1):
@@ -115,7 +115,7 @@ class ModelRunner:
     def _complete(
         self, session: Session, latents: Tensor, plan: KVCachePlan, frames: Iterator[AsyncD2HCopy]
     ) -> Iterator[AsyncD2HCopy]:
-        """The frames, and then the KV-cache update, for which nobody needs to wait: it is for the next chunk."""
+        """Yields the frames, then runs the KV-cache update, which only the next chunk needs."""
         yield from frames
         assert session.prompt_kv is not None
         start_time, session.phases = time.monotonic(), Phases(self._timer)
@@ -129,19 +129,18 @@ class ModelRunner:
     ) -> Iterator[AsyncD2HCopy]:
         decoder = self.backends.vae_decoder
         cache = decoder.initial_cache() if session.decoder_cache is None else session.decoder_cache
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             with phases.of("decode"):
-                frames, cache = decoder.decode(part, cache, is_first and place == 0)
+                frames, cache = decoder.decode(part, cache, is_first and index == 0)
                 session.decoder_cache = cache
                 copy = AsyncD2HCopy(frames)
             yield copy
 
     @phase(WARM_UP)
     def warm_up(self, slots: int | None = None) -> float:
-        """Generate a short video that nobody sees, before the first session. Returns the seconds of a chunk.
+        """Generate a short video before the first session. Returns the mean seconds per chunk.
 
-        It switches prompts as often as an eager viewer, so that what is promised by that time can be kept. `slots`: as
-        `prepare` has it.
+        It switches prompts often, so that admission by this time allows for switches. `slots`: see `prepare`.
         """
         if isinstance(self.backends.dit, Preparable):
             self._compile()
@@ -155,15 +154,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prepare(self, slots: int | None = None) -> None:
-        """So that the first session in any of the first `slots` (default: all) waits for nothing that is made once."""
+        """Do the one-time work (CUDA graphs) of the first `slots` slots (default: all) before their first session."""
         if isinstance(self.backends.dit, Preparable):
             self.backends.dit.prepare(slots)
 
     def _compile(self) -> None:
-        """Whatever a session can ask for, twice: such backends compile when they meet a size, and then capture it.
+        """Run every shape of a session twice: the backend compiles on the first run and captures on the second.
 
-        Prompts of any length, switches with any number of chunks to recache, first chunks and later
-        ones, whole and in parts.
+        Covers short and long prompts, recaches of any number of chunks, first and later chunks, whole and in parts.
         """
         for text in 2 * ("a warm-up", "a long one, " * self.config.dit.text_len):
             session = _make_dummy_session(text)
@@ -173,7 +171,7 @@ class ModelRunner:
                 list(self.collect_output(self.execute_model_async(session, partial_chunks=number % 2 == 1)))
 
     def first_frame(self, chunk: int) -> int:
-        """The number of a chunk's first video frame: the video's first latent frame gives 1 frame, the others 4."""
+        """Number of a chunk's first video frame: the first latent frame gives 1 video frame, later ones 4 each."""
         latent_frames = chunk * self.config.window.chunk
         return 1 + FRAMES_PER_LATENT * (latent_frames - 1) if latent_frames else 0
 
@@ -187,7 +185,7 @@ class ModelRunner:
             )
 
     def _apply_prompts(self, session: Session) -> str:
-        """Put the next due prompt in force, at most one per chunk; returns what its writer should know."""
+        """Put the next due prompt in force, at most one per chunk; returns a notice for the client."""
         first_latent_frame = session.next_chunk * self.config.window.chunk
         is_due = bool(session.pending) and session.pending[0].at_latent_frame <= first_latent_frame
         if not is_due and session.prompt_kv is not None:
@@ -207,7 +205,7 @@ class ModelRunner:
         return session.dit or self.backends.dit
 
     def _switch_cache(self, session: Session) -> None:
-        """Do to the cache what the session's `on_switch` says."""
+        """Apply the session's `on_switch` to the KV cache."""
         if session.on_switch == RECACHE:
             self._recache(session, session.global_sink)
         elif session.on_switch == CLEAR:
@@ -223,7 +221,7 @@ class ModelRunner:
         self._update_sink(session, latents, plan)
 
     def _update_sink(self, session: Session, latents: Tensor, plan: KVCachePlan) -> None:
-        """Remember what the sink's blocks are given."""
+        """Store the latents and prompt of chunks written to the sink's blocks, for snapshots."""
         parts = latents.split(self.config.window.chunk, 1)
         for block, (chunk, part) in enumerate(zip(plan.chunks, parts, strict=True), plan.first_block):
             if block < self.window.sink:
@@ -231,16 +229,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def restore(self, session: Session) -> None:
-        """Rebuild what a snapshot does not hold: keys and values by recache, the decoder by the last latents.
+        """Rebuild what a snapshot does not hold: keys and values by recache, the decoder cache from the last latents.
 
-        Close to what was there before, not equal: keys and values had seen chunks that have left the window since.
+        The result is close, not equal: the original keys and values attended to chunks that have left the window.
         """
         num_cached = session.next_chunk - session.first_cached
         if num_cached > self.window.capacity:
-            for block, one in enumerate(session.sink):
-                plan = dataclasses.replace(self.window.step(block), chunks=(one.chunk,))
-                prompt_kv = self._embed(session, one.prompt)[1]
-                self._dit(session).update_kv_cache(one.latents, prompt_kv, session.slot, plan)
+            for block, sink in enumerate(session.sink):
+                plan = dataclasses.replace(self.window.step(block), chunks=(sink.chunk,))
+                prompt_kv = self._embed(session, sink.prompt)[1]
+                self._dit(session).update_kv_cache(sink.latents, prompt_kv, session.slot, plan)
         _, session.prompt_kv = self._embed(session, session.prompt)
         if num_cached:
             self._recache(session, keep_sink=True)
@@ -250,7 +248,7 @@ class ModelRunner:
             _, session.decoder_cache = self.backends.vae_decoder.decode(latents, session.decoder_cache, number == 0)
 
     def _denoise(self, session: Session, plan: KVCachePlan, phases: Phases) -> Tensor:
-        """Four steps: the chunk's clean latents [1, frames, channels, h, w]. All but its KV-cache update is noted."""
+        """Four steps. Returns clean latents [1, frames, channels, h, w]; updates the session, except its KV cache."""
         assert session.prompt_kv is not None
         dit, schedule = self._dit(session), self.schedule
         with phases.of("denoise"):
@@ -269,7 +267,7 @@ class ModelRunner:
         return clean
 
     def _draw(self, session: Session) -> Sequence[Tensor]:
-        """The chunk's noise in the order of use, brought to the device at once and without waiting for it."""
+        """The chunk's noise in order of use, on the device: one non-blocking copy."""
         draws = session.noise.draw(self._noise_shape, self.schedule.steps)
         return to_device(draws, self.backends.device).to(self.dtype).unbind()
 
@@ -280,7 +278,7 @@ class ModelRunner:
 
 
 def prompt_notice(index: int, encoded: EncodedPrompt) -> str:
-    """What the writer of prompt `index` should know: that it was truncated, which words mean nothing to the model."""
+    """The notice for prompt `index`: whether it was truncated, and which words the model does not know."""
     parts = []
     if encoded.tokens_given > encoded.tokens:
         parts.append(
@@ -294,5 +292,4 @@ def prompt_notice(index: int, encoded: EncodedPrompt) -> str:
 
 
 def _make_dummy_session(prompt: str) -> Session:
-    """A session that warms up."""
     return Session(id="warm-up", prompt=Prompt(index=0, text=prompt), noise=SeededNoise(0), slot=0)

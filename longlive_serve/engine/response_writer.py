@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thread that speaks to Triton: every send and every statistic leave through it, in order.
+"""The only thread that calls Triton: it sends all responses and updates all metrics, in order.
 
-Used by the engine core's worker, so that the next chunk is generated while the last one is encoded and sent. One
-thread, because Triton's Python backend crashes when several send or count.
+Used by the engine core's worker, which generates the next chunk while the last one is encoded and sent. One thread,
+because Triton's Python backend crashes when several threads send responses or update metrics.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from longlive_serve.protocol.messages import FrameChunk
 
 log = logging.getLogger(__name__)
 
-MAX_JOBS = 64  # waiting to be done
+MAX_JOBS = 64  # in the queue
 
 
 class ResponseWriter:
-    """Runs what it is given, one after the other."""
+    """Runs jobs one after the other in its own thread."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        """Of frames, sent so far."""
+        """Bytes of frames sent so far."""
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_JOBS)
         self._thread = threading.Thread(target=self._run, name="longlive-responses", daemon=True)
         self._thread.start()
 
     def put(self, job: Callable[[], None]) -> None:
-        """Blocks while the queue is full: generation that is faster than sending is slowed down."""
+        """Queue a job. Blocks while the queue is full, which slows generation down to the rate of sending."""
         self._jobs.put(job)
 
     def stop(self) -> None:
@@ -45,11 +45,11 @@ class ResponseWriter:
             try:
                 job()
             except Exception:  # a job's boundary
-                log.exception("something could not be sent")
+                log.exception("a response or a metric could not be sent")
 
 
 class QueuedResponseSender:
-    """A sender whose answers go out through a response writer."""
+    """A sender that sends through a response writer."""
 
     def __init__(self, sender: ResponseSender, writer: ResponseWriter) -> None:
         self._sender, self._writer = sender, writer
@@ -74,12 +74,12 @@ class QueuedResponseSender:
                 self._writer.bytes += chunk.frames.nbytes + sum(map(len, chunk.encoded))
             self._sender.send(chunk, final)
         except Exception as error:
-            log.exception("an answer could not be sent")
-            text = f"the answer could not be sent: {type(error).__name__}: {error}"
+            log.exception("a response could not be sent")
+            text = f"the response could not be sent: {type(error).__name__}: {error}"
             self._fail(RequestError(RequestError.INTERNAL, text))
 
     def _fail(self, error: RequestError) -> None:
-        """The client is told once, if it can be; the worker then sees the sender as one whose client has left."""
+        """Send the error once, if possible; `is_cancelled` is then True, so that the worker ends the session."""
         if not self._failed:
             self._failed = True
             self._sender.fail(error)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides who holds a slot and whose chunk is next: EDF with a schedulability test. No torch and no clock of its own.
+"""Assigns slots and selects the next chunk: EDF with a schedulability test. No torch and no clock of its own.
 
-Called by the engine core's worker, which tells it the time. Times are integer nanoseconds.
+Called by the engine core's worker, which passes the current time. Times are integer nanoseconds.
 
-A session at pace `realtime` has a playback clock. It starts so that the second chunk is *due* when a whole chunk would
-have played since the first (which has 9 frames: a viewer buffers 3), and every later chunk when the one before it has.
-Chunks are generated at most `max_chunks_ahead` chunks before that. The order is EDF (earliest deadline first). A first
-chunk or a prompt switch goes before it when a schedulability test shows that no other chunk misses its deadline for
-that. Sessions at pace `asap` have no clock and get the time that is left.
+A session at pace `realtime` has a playback clock. Its second chunk is *due* one chunk period (12 frames) after the
+first is complete; the first has only 9 frames, so a viewer buffers 3. Each later chunk is due one period after the one
+before it. A chunk starts at most `max_chunks_ahead` periods before it is due. The order is EDF (earliest deadline
+first). A first chunk or a prompt switch goes first if a schedulability test shows that no other chunk misses its
+deadline. Sessions at pace `asap` have no clock and get the remaining time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import dataclasses
 from collections.abc import Iterable
 
 SECOND = 1_000_000_000
-ALPHA_UP, ALPHA_DOWN = 0.1, 0.01  # of a new measurement in the cost of a chunk: what was slow once is slow again
-MIN_MEASUREMENTS = 50  # chunks after which a measured cost is not doubted any more
+ALPHA_UP, ALPHA_DOWN = 0.1, 0.01  # EMA weights of slower and of faster chunks: the cost is estimated high
+MIN_MEASUREMENTS = 50  # chunks over which the cost margin decays to 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,13 +28,13 @@ class ScheduledSession:
     fps: int | None
     """Frames per second of its playback clock; None: pace `asap`."""
     chunk_frames: int
-    """Of every chunk but the first."""
+    """Video frames of every chunk except the first."""
     max_chunks_ahead: int
     """Chunks that may be ready before they are due."""
     since: int
-    """When it came, or last got something to do."""
+    """When it was queued, got its slot, or last became ready."""
     resumed: bool = False
-    """Somebody was watching it when it broke off."""
+    """It continues an interrupted session, so it goes before new ones in the queue."""
     slot: int = -1
     ready: bool = True
     """There are chunks to generate."""
@@ -43,59 +43,58 @@ class ScheduledSession:
     frame: int = 0
     """First frame of the next chunk."""
     started: int | None = None
-    """When frame 0 is shown on the playback clock; None until the first chunk is there."""
+    """Time of frame 0 on the playback clock; None until the first chunk is complete."""
     expected_at: int | None = None
-    """When the chunk that is being generated should be there; None: none is."""
+    """When the chunk in flight should be complete; None: none is in flight."""
 
     @property
     def period(self) -> int:
-        """Time that a chunk plays."""
+        """Playback time of a chunk."""
         assert self.fps is not None
         return self.chunk_frames * SECOND // self.fps
 
     @property
     def deadline(self) -> int:
-        """When the first chunk that is not there has to be. For the very first, a viewer is granted as long as a chunk
-        plays."""
+        """When the first incomplete chunk is due; for the very first, one period after `since`."""
         assert self.fps is not None
         return self.since + self.period if self.started is None else self.started + self.frame * SECOND // self.fps
 
     @property
     def is_new(self) -> bool:
-        """Its clock has no start yet, and no chunk is generated that will start it."""
+        """Its clock has not started, and no chunk in flight will start it."""
         return self.started is None and self.expected_at is None
 
     @property
     def next_deadline(self) -> int:
-        """When the chunk has to be there that is generated next, after one that is being generated."""
+        """Deadline of the next chunk to start, which follows the chunk in flight if there is one."""
         if self.expected_at is None:
             return self.deadline
         return (self.expected_at if self.started is None else self.deadline) + self.period
 
     @property
     def earliest_start(self) -> int:
-        """From when on the next chunk may be generated; the first chunk of a new prompt one chunk earlier."""
+        """When the next chunk may start; the first chunk of a new prompt may start one period earlier."""
         if self.is_new:
             return self.since
         return self.next_deadline - (self.max_chunks_ahead + self.prioritized) * self.period
 
 
 class Scheduler:
-    """Admits sessions to slots in the order of arrival and says whose chunk is next."""
+    """Admits sessions to slots in order of arrival and selects the session of the next chunk."""
 
     def __init__(
         self, slots: int, *, chunk_frames: int, cost: int = 0, max_utilization: float = 0.8, cost_margin: float = 0.0
     ) -> None:
-        """`chunk_frames`: video frames of every chunk but the first. `cost`: time of a chunk, as measured so far.
-        `max_utilization`: share of all time that clocks may count on. `cost_margin`: what a cost that was measured
-        without load may be too low by, as a share of it."""
+        """`chunk_frames`: video frames of every chunk except the first. `cost`: measured time per chunk; 0: unknown.
+        `max_utilization`: share of the time that playback clocks may use. `cost_margin`: share of `cost` that is added
+        to it for admission until chunks were measured under load."""
         self._slots, self._chunk_frames = slots, chunk_frames
         self._free = list(range(slots))[::-1]
         self._waiting: list[ScheduledSession] = []
-        self._running: dict[str, ScheduledSession] = {}  # those with a slot, in the order of their last turns
+        self._running: dict[str, ScheduledSession] = {}  # sessions with a slot, by the time of their last chunk
         self._max_utilization, self._cost_margin = max_utilization, cost_margin
         self.cost = cost
-        """Time of a chunk that is seldom exceeded."""
+        """Estimated time per chunk, rather too high than too low."""
         self.deadline_misses = 0
         self._num_done = 0  # chunks
 
@@ -108,22 +107,22 @@ class Scheduler:
         return len(self._running)
 
     def capacity(self, fps: int) -> int:
-        """How many sessions with such a clock are held at once, all chunks in time."""
+        """How many sessions at `fps` can run at once with every chunk on time."""
         load = self._load(fps)
         return self._slots if not load else min(self._slots, int(self._max_utilization / load))
 
     def has_capacity(self, fps: int) -> bool:
-        """Whether a session with such a clock that comes now is admitted at once."""
+        """Whether a new session at `fps` would be admitted at once."""
         return bool(self._free) and not self._waiting and self._has_capacity(fps)
 
     def min_slack(self, now: int) -> int:
-        """Time until the first chunk is due, of all that play; 0: none does."""
+        """Shortest time to a deadline among the sessions that play; 0: none plays."""
         return min(
             (session.deadline - now for session in self._running.values() if session.started is not None), default=0
         )
 
     def add(self, session_id: str, now: int, *, fps: int | None, max_chunks_ahead: int, resumed: bool = False) -> None:
-        """Queue a session; one that is `resumed` before those that nobody has seen anything of yet."""
+        """Queue a session. A `resumed` one goes before new ones: its viewer is already watching."""
         session = ScheduledSession(
             session_id=session_id,
             fps=fps,
@@ -136,17 +135,17 @@ class Scheduler:
         self._waiting.insert(queue_position, session)
 
     def queue_position(self, session_id: str) -> int:
-        """Its place in the queue, from 1; 0 when it has a slot."""
+        """Position in the queue, from 1; 0: it has a slot."""
         return next((i for i, session in enumerate(self._waiting, 1) if session.session_id == session_id), 0)
 
     def admit(self, now: int) -> list[tuple[str, int]]:
-        """Give free slots in the order of arrival, where the clock can be kept; returns session ids and slots."""
+        """Assign free slots in order of arrival, if playback clocks can be met; returns session ids and slots."""
         admitted = []
         for session in list(self._waiting):
             if not self._free:
                 break
             if session.fps is not None and not self._has_capacity(session.fps):
-                continue  # those at pace asap behind it take nobody's time
+                continue  # sessions at pace asap behind it need no capacity
             self._waiting.remove(session)
             session.slot, session.since = self._free.pop(), now
             self._running[session.session_id] = session
@@ -154,7 +153,7 @@ class Scheduler:
         return admitted
 
     def ready(self, session_id: str, now: int) -> None:
-        """The session has chunks to generate again. Time that it let pass is not held against the server."""
+        """The session has chunks to generate again. Its idle time does not count as lateness."""
         session = self._session(session_id)
         if session.ready:
             return
@@ -163,17 +162,17 @@ class Scheduler:
             session.started += max(0, now + session.period - session.deadline)
 
     def set_idle(self, session_id: str) -> None:
-        """The session has nothing to generate for now."""
+        """The session has no chunks to generate until `ready`."""
         self._session(session_id).ready = False
 
     def prioritize(self, session_id: str) -> None:
-        """The session's next chunk is the first of a new prompt: somebody waits for it."""
+        """The session's next chunk is the first of a new prompt: generate it early."""
         self._session(session_id).prioritized = True
 
     def next(self, now: int) -> tuple[str | None, int | None]:
-        """Whose chunk to generate now; if nobody's, the time from when on to ask again (None: after any change).
+        """The session whose chunk to generate now, or None and the time to ask again (None: after any change).
 
-        Nobody's whose chunk is being generated: it is the turn of the others.
+        Sessions with a chunk in flight are not selected.
         """
         ready = [session for session in self._running.values() if session.ready]
         by_deadline = sorted(
@@ -195,13 +194,13 @@ class Scheduler:
         return None, min((session.earliest_start for session in idle), default=None)
 
     def begin(self, session_id: str, now: int) -> None:
-        """The session's next chunk is generated from now on, or after those that have been begun before."""
+        """The session's next chunk is launched; it runs after the chunks in flight."""
         session = self._running[session_id]
         session.expected_at = self._get_free_time(now) + self.cost
         session.prioritized = False
 
     def done(self, session_id: str, now: int, frames: int, duration: int) -> int:
-        """The session's chunk of `frames` is complete after `duration`. Returns by how much it missed its deadline."""
+        """The session's chunk of `frames` frames took `duration`. Returns by how much it missed its deadline."""
         alpha = ALPHA_UP if duration > self.cost else ALPHA_DOWN
         self.cost = round(self.cost + alpha * (duration - self.cost)) if self.cost else duration
         self._num_done += 1
@@ -213,13 +212,13 @@ class Scheduler:
             if session.started is None:
                 session.started = now + (self._chunk_frames - frames - session.frame) * SECOND // session.fps
             delay = max(0, now - session.deadline)
-            session.started += delay  # playback stood still for so long
+            session.started += delay  # playback paused for this long
             self.deadline_misses += delay > 0
         session.frame += frames
         return delay
 
     def extend_prefetch(self, chunks: int) -> None:
-        """From now on so many chunks more may be ready before they are due."""
+        """Let every running session have this many more chunks ready before they are due."""
         for session in self._running.values():
             session.max_chunks_ahead += chunks
 
@@ -229,7 +228,7 @@ class Scheduler:
         return any(session.fps is not None and session.earliest_start <= now for session in sessions)
 
     def remove(self, session_id: str) -> None:
-        """Forget a session, wherever it stands, and free its slot."""
+        """Remove a session from the queue or from its slot."""
         session = self._running.pop(session_id, None)
         if session is not None:
             self._free.append(session.slot)
@@ -240,7 +239,7 @@ class Scheduler:
         return session or next(session for session in self._waiting if session.session_id == session_id)
 
     def _load(self, fps: int) -> float:
-        """Share of all time that a session with such a clock takes."""
+        """Share of the time that a session at `fps` takes."""
         cost_margin = self._cost_margin * max(0.0, 1 - self._num_done / MIN_MEASUREMENTS)
         return (1 + cost_margin) * self.cost * fps / (self._chunk_frames * SECOND)
 
@@ -249,7 +248,7 @@ class Scheduler:
         return not rates or self._load(fps) + sum(map(self._load, rates)) <= self._max_utilization
 
     def _get_free_time(self, now: int) -> int:
-        """When all chunks that were begun should be complete."""
+        """When all chunks in flight should be complete."""
         return max(
             [now, *(session.expected_at for session in self._running.values() if session.expected_at is not None)]
         )

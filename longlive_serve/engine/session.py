@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One video being generated, with all its state; and where its noise comes from.
+"""The state of one video during generation, and its source of noise.
 
-Made by the session manager (or by replay), advanced by the model runner. It knows nothing of requests and clients.
+Created by the session manager (or by replay), advanced by the model runner. It does not know requests and clients.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from longlive_serve.backends.base import DiTBackend, PromptKV
 from longlive_serve.engine.inflight import Phases
 from longlive_serve.protocol.session_options import RECACHE
 
-MAX_PENDING = 64  # prompts to come of one session, and its open requests for chunks
-NOW = -1  # `Prompt.at_latent_frame` of a prompt that is meant for the next chunk
+MAX_PENDING = 64  # of one session: pending prompts, and open requests for chunks
+NOW = -1  # `Prompt.at_latent_frame` of a prompt for the next chunk
 
 
 class Noise(Protocol):
-    """Standard normal noise in the order in which a session uses it: per chunk the initial noise, then one draw
-    after each denoising step but the last."""
+    """Standard normal noise of a session: for each chunk the initial noise, then one sample after each denoising step
+    except the last."""
 
     def draw(self, shape: tuple[int, ...], num_samples: int) -> Tensor:
-        """A chunk's, [draws, *shape]."""
+        """The noise of the next chunk, [num_samples, *shape]."""
         ...
 
     def prepare(self, shape: tuple[int, ...], num_samples: int, pinned: bool) -> None:
-        """Told while the device works what the next chunk will draw; `pinned`: in memory that a GPU copies from."""
+        """Generate the next chunk's noise ahead, while the device is busy; `pinned`: in page-locked memory."""
         ...
 
 
 class SeededNoise:
-    """Noise from the session's own generator: the same seed gives the same video, whatever runs beside it.
+    """Noise from the session's own generator: a seed gives the same video, independent of other sessions.
 
-    Drawn in float32 on the CPU, so that it is also the same on every device.
+    Generated in float32 on the CPU, so that it is the same on every device.
     """
 
     def __init__(self, seed: int) -> None:
@@ -48,7 +48,7 @@ class SeededNoise:
 
     @property
     def state(self) -> Tensor:
-        """Enough to draw the same from here on: the generator's state, uint8 [bytes]. To be asked between chunks."""
+        """The generator's state before the next chunk, uint8 [bytes]. Read it between chunks only."""
         return self._generator.get_state() if self._prepared is None else self._state_before
 
     @state.setter
@@ -69,71 +69,71 @@ class SeededNoise:
 
     def _draw(self, shape: tuple[int, ...], num_samples: int, pinned: bool) -> Tensor:
         noise = torch.empty((num_samples, *shape), pin_memory=pinned)
-        for one in noise:
-            torch.randn(shape, generator=self._generator, out=one)
+        for sample in noise:
+            torch.randn(shape, generator=self._generator, out=sample)
         return noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt of a session. `index` counts them in the order in which they were accepted."""
+    """A prompt of a session. `index` counts from 0 in the order of acceptance."""
 
     index: int
     text: str
     at_latent_frame: int = NOW
-    """It waits for the first chunk that starts at or after this latent frame."""
+    """It takes effect with the first chunk that starts at or after this latent frame."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SinkChunk:
-    """A chunk of the sink: enough to write its keys and values again."""
+    """A chunk in the sink: what is needed to recompute its keys and values."""
 
     chunk: int
     latents: Tensor
     """Clean, [1, frames, channels, h, w]."""
     prompt: Prompt
-    """Under which they were written last."""
+    """The prompt of the last KV-cache update."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Session:
-    """The state of one video. The model runner alone changes it after the start, but for `add_prompt`."""
+    """The state of one video. After the start only the model runner changes it, except for `add_prompt`."""
 
     id: str
     prompt: Prompt
-    """In force (from the first chunk on)."""
+    """The prompt in force."""
     noise: Noise
     client: str = ""
-    """Who began it, if that is known."""
+    """The client that started it; empty: unknown."""
     token: str = ""
-    """What later requests have to repeat; empty: nothing."""
+    """The session token, which later requests must repeat; empty: none."""
     slot: int = -1
-    """Its share of the KV cache; -1 while it waits for one."""
+    """Its slot in the KV cache; -1 while it waits for one."""
     global_sink: bool = True
-    """A recache keeps the sink of the first prompt: the reference's default."""
+    """A recache keeps the sink of the first prompt (the reference's default)."""
     on_switch: str = RECACHE
-    """What a prompt switch does to the cache: one of `options.ON_SWITCH`."""
+    """What a prompt switch does to the KV cache: one of `session_options.ON_SWITCH`."""
     first_cached: int = 0
-    """The first chunk that the cache knows of: more than 0 after a switch that cleared it."""
+    """The first chunk since a prompt switch last cleared the KV cache; 0: none did."""
     next_chunk: int = 0
-    """Its number."""
+    """Number of the next chunk, from 0."""
     pending: list[Prompt] = dataclasses.field(default_factory=list)
-    """Prompts to come, ordered by their time; at most one takes effect per chunk boundary."""
+    """Prompts not in force yet, ordered by latent frame; at most one takes effect per chunk boundary."""
     prompts: int = 1
     """Prompts accepted so far."""
     prompt_kv: PromptKV | None = None
     sink: list[SinkChunk] = dataclasses.field(default_factory=list)
-    """What lies in the sink's places."""
+    """The chunks in the sink's blocks."""
     context_latents: deque[Tensor] = dataclasses.field(default_factory=deque)
-    """Clean latents of the last chunks, as many as the window holds: what a recache needs."""
+    """Clean latents of the last chunks, up to a full window: the input of a recache."""
     decoder_cache: list[Tensor] | None = None
     phases: Phases | None = None
-    """Of its next chunk: so far the KV-cache update of the last one, which nobody has waited for."""
+    """Timings of the next chunk; they begin with the KV-cache update of the previous one."""
     dit: DiTBackend | None = None
-    """The one that it began with, where that may be exchanged for later sessions; None: the model runner's."""
+    """The DiT that it started with, because `set_lora` replaces it for new sessions; None: the model runner's."""
 
     def add_prompt(self, text: str, at_latent_frame: int = NOW) -> Prompt:
-        """Accept a prompt to come. A prompt for NOW replaces one for NOW that has not taken effect yet."""
+        """Add a pending prompt. A prompt for NOW replaces a pending one for NOW."""
         prompt = Prompt(index=self.prompts, text=text, at_latent_frame=at_latent_frame)
         self.prompts += 1
         if at_latent_frame == NOW:

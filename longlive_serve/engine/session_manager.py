@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sessions of an engine core: starts, requests, the queue for slots, ends.
+"""Starts, updates, queues and ends the sessions of an engine core.
 
-Used by the engine core's worker alone; it generates nothing.
+Used only in the engine core's worker thread. It generates nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 # Ends that do not count as failures.
 NO_FAILURE = (RequestError.CANCELLED, RequestError.SHUTTING_DOWN, RequestError.UNAVAILABLE)
-DRAIN_CHUNKS, DRAIN_S = 2, 5.0  # every viewer is sent so much more before the server goes, if it takes no longer
-COST_MARGIN = 0.5  # beside clients, Triton and other sessions a chunk takes longer than in the warm-up
+DRAIN_CHUNKS, DRAIN_S = 2, 5.0  # extra chunks per viewer before a shutdown, and the time limit for them
+COST_MARGIN = 0.5  # a chunk takes longer than in the warm-up: clients, Triton and other sessions compete
 
 
 class SessionManager:
-    """Streams by session id, and their places in the scheduler."""
+    """Client streams by session id, and their scheduler."""
 
     def __init__(self, runner: ModelRunner, config: ServeConfig, chunk_s: float) -> None:
         self.scheduler = Scheduler(
@@ -56,14 +56,14 @@ class SessionManager:
         self.metrics.set("slots", config.slots)
         backends = runner.backends
         self.metrics.set("kv_cache_bytes", KVCache.bytes_of(runner.config, config.slots, backends.dit.cache_dtype))
-        what = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "backend": backends.name}
-        self.metrics.set("info", 1, **what, device=backends.device, dtype=backends.dtype)
+        info = {"preset": config.preset, "variant": config.variant, "decoder": config.decoder, "backend": backends.name}
+        self.metrics.set("info", 1, **info, device=backends.device, dtype=backends.dtype)
         self._runner = runner
         self._model_config = runner.config
         self._config = config
         self._streams: dict[str, ClientStream] = {}
         self._drain_deadline: float | None = None
-        """When the sessions are ended at last, once the server drains."""
+        """When a drain ends the last sessions (monotonic seconds); None: it has not begun."""
 
     def __getitem__(self, session_id: str) -> ClientStream:
         return self._streams[session_id]
@@ -75,7 +75,7 @@ class SessionManager:
         return len(self._streams)
 
     def handle(self, request: Request, sender: EncodingResponseSender, draining: bool) -> None:
-        """Take a request. Raises RequestError when it cannot be taken; its session, if any, goes on."""
+        """Process a request. Raises RequestError to refuse it; its session, if any, continues."""
         if draining and request.start:
             raise shutting_down()
         if request.options.command == HEALTH:
@@ -97,10 +97,10 @@ class SessionManager:
         for session_id, slot in self.scheduler.admit(time.monotonic_ns()):
             session = self._streams[session_id].session
             session.slot = slot
-            self.metrics.add("resumed_sessions", int(session.next_chunk > 0))  # a snapshot has at least one
+            self.metrics.add("resumed_sessions", int(session.next_chunk > 0))  # a snapshot has at least one chunk
 
     def end_inactive(self) -> None:
-        """End sessions whose client went away or reads nothing, and those that hold on to a slot without using it."""
+        """End sessions whose client has disconnected or does not read, and sessions that are idle for too long."""
         now = time.monotonic()
         for stream in list(self._streams.values()):
             silent = now - stream.last_activity > self._config.idle_timeout_s
@@ -110,25 +110,25 @@ class SessionManager:
                 log.info("idle for %g s", self._config.idle_timeout_s, extra=stream.log_extra)
                 self.end(stream)
             elif stream.unacked >= self._config.max_unacked and silent:
-                text = f"{stream.unacked} chunks were sent and no request came since: expected one, even if empty"
+                text = f"{stream.unacked} chunks were sent since its last request, expected another (it may be empty)"
                 self.end(stream, RequestError(RequestError.CANCELLED, f"the client does not read: {text}"))
 
     def notify_waiting(self) -> None:
-        """Refuse those who wait no longer, and those for whom the queue is too long; tell the others their place."""
-        now, most = time.monotonic(), self._config.max_waiting
-        for stream in list(self._streams.values()):  # first: who does not wait takes nobody's place
+        """Refuse sessions that have waited too long or exceed the queue; notify the others of their position."""
+        now, max_waiting = time.monotonic(), self._config.max_waiting
+        for stream in list(self._streams.values()):  # first: refused sessions leave the queue
             if now - stream.arrival_time >= stream.max_wait_s and self.scheduler.queue_position(stream.session.id):
                 waited = stream.max_wait_s
                 self._refuse(stream, f"no slot became free in {waited:g} s" if waited else "no slot is free")
         for stream in list(self._streams.values()):
             queue_position = self.scheduler.queue_position(stream.session.id)
-            if queue_position > most:
-                self._refuse(stream, f"{most} sessions are waiting for a slot already")
+            if queue_position > max_waiting:
+                self._refuse(stream, f"{max_waiting} sessions are waiting for a slot already")
             else:
                 stream.notify_queue_position(queue_position, self.scheduler.waiting, self._model_config.video_size)
 
     def on_chunk_sent(self, stream: ClientStream, chunk: FrameChunk) -> None:
-        """A chunk (or a part of it) was sent: count it, and see whether the session goes on."""
+        """Count a sent chunk (or a part of it); end or pause the session if no more may be sent."""
         now = time.monotonic()
         self.metrics.add("frames", len(chunk.frames))
         if stream.needs_first_frame:
@@ -149,7 +149,7 @@ class SessionManager:
             self.scheduler.set_idle(stream.session.id)
 
     def end(self, stream: ClientStream, error: RequestError | None = None) -> None:
-        """Free the session's slot and close what is still open of it, with the error if there is one."""
+        """Free the session's slot and close its open requests, with `error` if there is one."""
         del self._streams[stream.session.id]
         self.scheduler.remove(stream.session.id)
         for chunk_request in stream.chunk_requests:
@@ -168,10 +168,10 @@ class SessionManager:
             self.end(stream, error)
 
     def drain(self, at_once: bool) -> None:
-        """End every session because the server goes; those that take snapshots get a last one to go on with.
+        """End every session for a shutdown. Sessions with snapshots get a last one to continue from.
 
-        Unless it is to be done `at_once`, the first call ends those that wait, and what is generated from then on is
-        generated ahead, so that viewers have something to watch while they move; a later call ends the rest.
+        The first call ends the waiting sessions and extends the prefetch, so that viewers have frames to play while
+        they reconnect. A later call ends the rest; with `at_once`, the first call does.
         """
         now = time.monotonic()
         if self._drain_deadline is None:
@@ -190,7 +190,7 @@ class SessionManager:
             self.end(stream, shutting_down())
 
     def collect_metrics(self) -> Sequence[MetricUpdate]:
-        """The figures that have changed since the last call."""
+        """The metrics that have changed since the last call."""
         metrics, scheduler = self.metrics, self.scheduler
         metrics.set("live_sessions", scheduler.live)
         metrics.set("waiting_sessions", scheduler.waiting)
@@ -232,11 +232,11 @@ class SessionManager:
         log.info("started at chunk %d, chunks %s, %s", session.next_chunk, request.chunks, pace, extra=stream.log_extra)
 
     def _check_client(self, client: str) -> None:
-        most = self._config.max_sessions_per_client
+        limit = self._config.max_sessions_per_client
         own = sum(stream.session.client == client for stream in self._streams.values())
-        if client and most and own >= most:
+        if client and limit and own >= limit:
             self.metrics.add("refused_sessions")
-            text = f"client {client!r} has {own} sessions, expected at most {most}; end one first"
+            text = f"client {client!r} has {own} sessions, expected at most {limit}; end one first"
             raise RequestError(RequestError.RATE_LIMITED, text)
 
     def _from_snapshot(self, request: Request) -> Session:
@@ -246,7 +246,7 @@ class SessionManager:
         return load_session(request.snapshot, request.session_id, token, self._model_config, device, dtype)
 
     def _refuse(self, stream: ClientStream, reason: str) -> None:
-        """End a session that waits. One that would not wait its turn is no demand: its viewer asks here and there."""
+        """End a waiting session. With a shorter `max_wait_s` it counts as redirected: its client asks other servers."""
         if stream.max_wait_s < self._config.max_wait_s:
             self.metrics.add("redirected_sessions")
             hint = "START with a new session id, for another server, or without OPTIONS.max_wait_s, to wait here"
@@ -278,9 +278,9 @@ class SessionManager:
                 self.end(stream)
 
     def _notice(self, session: Session, text: str = "", **fields: object) -> FrameChunk:
-        """A response without frames that says where the session stands."""
-        stand = {"first_frame": self._runner.first_frame(session.next_chunk), "prompt_index": session.prompt.index}
-        return notice_chunk(self._model_config.video_size, text, **(stand | fields))
+        """A response without frames, with the next frame number and the prompt in force."""
+        state = {"first_frame": self._runner.first_frame(session.next_chunk), "prompt_index": session.prompt.index}
+        return notice_chunk(self._model_config.video_size, text, **(state | fields))
 
 
 def shutting_down() -> RequestError:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session in a few megabytes: what another server with the same weights needs to go on with it.
+"""A session serialized in a few megabytes, for another server with the same weights to continue.
 
-Written and read by the service; clients keep it without looking into it. The format is a SHA-256 sum and then a
-safetensors file, never pickle: a snapshot comes from outside and is not trusted. What is not in it is rebuilt by
-`ModelRunner.restore`.
+Written and read by the engine; opaque to clients. The format is a SHA-256 checksum followed by a safetensors file, not
+pickle, because a snapshot comes from a client and is not trusted. `ModelRunner.restore` rebuilds what it does not hold.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ from longlive_serve.protocol.session_options import ON_SWITCH
 
 VERSION = 3
 SUM_BYTES = hashlib.sha256().digest_size
-_PLAIN = ("global_sink", "on_switch", "first_cached", "next_chunk", "prompts")  # of Session, as they are
+_PLAIN = ("global_sink", "on_switch", "first_cached", "next_chunk", "prompts")  # fields of Session
 
 
 def copy_to_host(session: Session) -> dict[str, AsyncD2HCopy]:
-    """What there is of tensors in `session` after the chunk that was launched last, on its way to the host. Its noise
-    must be a SeededNoise."""
+    """Start copies of the snapshot's tensors, as of the last launched chunk. The noise must be a SeededNoise."""
     assert isinstance(session.noise, SeededNoise)
-    assert session.context_latents, "there is nothing to go on from before the first chunk"
+    assert session.context_latents, "there is no snapshot before the first chunk"
     tensors = {"recent": torch.cat(list(session.context_latents)), "noise": session.noise.state}
     if session.sink:
         tensors["sink"] = torch.cat([one.latents for one in session.sink])
@@ -46,12 +44,12 @@ def copy_to_host(session: Session) -> dict[str, AsyncD2HCopy]:
 
 
 def dump(session: Session, model_config: ModelConfig) -> bytes:
-    """`session`, between two chunks, as bytes."""
+    """The snapshot of `session` as bytes. Call it between two chunks."""
     return dump_later(session, model_config, copy_to_host(session))()
 
 
 def dump_later(session: Session, model_config: ModelConfig, tensors: Mapping[str, AsyncD2HCopy]) -> Callable[[], bytes]:
-    """What writes the bytes: in any thread, whatever happens to the session meanwhile."""
+    """Returns a function that serializes the current state. It may run in any thread and at any later time."""
     metadata = {
         "version": VERSION,
         "model": model_config.name,
@@ -72,23 +70,23 @@ def _write(metadata: str, tensors: Mapping[str, AsyncD2HCopy]) -> bytes:
 def load_session(
     data: bytes, session_id: str, token: str, model_config: ModelConfig, device: str, dtype: torch.dtype
 ) -> Session:
-    """The session that `dump` wrote, under a new id. Raises RequestError: FORBIDDEN unless `token` is that of the
-    session, INVALID_REQUEST for anything that `dump` did not write."""
+    """The session in a snapshot, under a new id. Raises RequestError: FORBIDDEN if `token` is not the session's,
+    INVALID_REQUEST if `dump` did not write `data`."""
     body = data[SUM_BYTES:]
     if hashlib.sha256(body).digest() != data[:SUM_BYTES]:
-        raise _invalid("its checksum is wrong: it is cut off or damaged, or not a snapshot")
+        raise _invalid("its checksum is wrong: it is truncated or damaged, or not a snapshot")
     try:
         tensors, metadata = load(body), _read_metadata(body)
     except (SafetensorError, ValueError, KeyError) as error:
         raise _invalid(f"it cannot be read ({error})") from None
     if metadata.get("version") != VERSION or metadata.get("model") != model_config.name:
         raise _invalid(
-            f"it is of version {metadata.get('version')} and of the model {metadata.get('model')!r}, "
+            f"got version {metadata.get('version')} and model {metadata.get('model')!r}, "
             f"expected version {VERSION} and {model_config.name!r}"
         )
     if not hmac.compare_digest(str(metadata.get("token")).encode(), _hashed(token).encode()):
         raise RequestError(
-            RequestError.FORBIDDEN, "OPTIONS.session_token: got another than that of the SNAPSHOT's session"
+            RequestError.FORBIDDEN, "OPTIONS.session_token: got another, expected the token of the SNAPSHOT's session"
         )
     try:
         return _session(session_id, metadata, tensors, model_config, device, dtype)
@@ -101,7 +99,7 @@ def _read_metadata(body: bytes) -> dict[str, Any]:
     header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
     metadata = json.loads(header["__metadata__"]["session"])
     if not isinstance(metadata, dict):
-        raise ValueError("its facts are no JSON object")
+        raise ValueError("the metadata is not a JSON object")
     return metadata
 
 
@@ -152,16 +150,16 @@ def _session(
 
 
 def _check(session: Session, window: WindowConfig) -> None:
-    """Raises ValueError if the parts do not fit together: a restored cache must have no place left unwritten."""
+    """Raises ValueError if the parts are inconsistent: `restore` must write every block of the KV cache."""
     capacity, num_cached = window.window // window.chunk, session.next_chunk - session.first_cached
     if len(session.context_latents) != min(capacity, session.next_chunk) or num_cached < 0:
         raise ValueError(f"got {len(session.context_latents)} recent chunks before chunk {session.next_chunk}")
     if num_cached > capacity and len(session.sink) != window.sink // window.chunk:
         raise ValueError(f"got {len(session.sink)} chunks of the sink")
     if any(one.chunk >= session.next_chunk for one in session.sink):
-        raise ValueError("got a sink from the future")
+        raise ValueError(f"got a sink chunk that is not before chunk {session.next_chunk}")
     if session.on_switch not in ON_SWITCH or len(session.pending) > MAX_PENDING:
-        raise ValueError(f"got on_switch {session.on_switch!r} and {len(session.pending)} prompts to come")
+        raise ValueError(f"got on_switch {session.on_switch!r} and {len(session.pending)} pending prompts")
 
 
 def _prompt(fields: dict[str, Any]) -> Prompt:

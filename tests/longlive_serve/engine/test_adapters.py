@@ -54,7 +54,7 @@ def test_one_exchange_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     at, sender, before = At(tmp_path, monkeypatch), RecordingResponseSender(), None
     before = at.runner.backends.dit
     at.adapters.change(ASKED, sender)
-    with pytest.raises(RequestError, match="others are being loaded"):
+    with pytest.raises(RequestError, match="a change is in progress"):
         at.adapters.change(ASKED, RecordingResponseSender())
     at.adapters.apply()
     assert at.runner.backends.dit is before

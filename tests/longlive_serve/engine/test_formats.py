@@ -54,7 +54,7 @@ def test_without_pyav_the_refusal_says_what_to_install(monkeypatch: pytest.Monke
 
 def test_data_that_is_no_picture_is_refused() -> None:
     broken = FrameChunk(frames=np.empty((0, 1, 1, 3)), first_frame=0, prompt_index=0, encoded=(b"x",))
-    with pytest.raises(ValueError, match=r"cannot be decoded|got 0 pictures"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|got 0 images"):
         Decoder("jpeg").decode(broken)
 
 

@@ -121,7 +121,7 @@ def test_what_is_no_snapshot_is_refused(body: bytes) -> None:
     [
         (b'\\"next_chunk\\": 6', b'\\"next_chunk\\": 2', "does not describe a session"),
         (b'\\"next_chunk\\": 6', b'\\"next_chunk\\": x', "cannot be read"),
-        (b'\\"version\\": 3', b'\\"version\\": 9', "of version 9"),
+        (b'\\"version\\": 3', b'\\"version\\": 9', "got version 9"),
         (b'\\"model\\": \\"demo\\"', b'\\"model\\": \\"tiny\\"', "expected version 3 and 'demo'"),
         (b'\\"on_switch\\": \\"recache\\"', b'\\"on_switch\\": \\"explode\\"', "does not describe a session"),
         (b'\\"first_cached\\": 0', b'\\"first_cached\\": 9', "does not describe a session"),
@@ -151,7 +151,7 @@ def test_a_snapshot_that_would_leave_a_block_unwritten_is_refused() -> None:
 def test_a_snapshot_may_not_carry_what_a_request_may_not() -> None:
     session = played(1)
     session.pending = [Prompt(index=n, text=RED, at_latent_frame=300) for n in range(65)]
-    with pytest.raises(RequestError, match="65 prompts to come"):
+    with pytest.raises(RequestError, match="65 pending prompts"):
         load_again(dump(session, DEMO))
     session.pending = [Prompt(index=1, text="fox " * 20_000, at_latent_frame=300)]
     with pytest.raises(RequestError, match="got a prompt of 80000 characters"):

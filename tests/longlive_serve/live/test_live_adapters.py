@@ -56,7 +56,7 @@ def test_sessions_begun_before_keep_their_frames_and_later_ones_have_the_adapter
     assert not np.array_equal(frames_of(play(server, seed=5, chunks=6)), styled)
     assert set_adapters(server.grpc_url, {"style.pt": 0.8}, TOKEN) == "adapters: style.pt=0.8"
     assert np.array_equal(frames_of(play(server, seed=5, chunks=6)), styled)
-    assert set_adapters(server.grpc_url, {}, TOKEN) == "adapters: none but those of the settings"
+    assert set_adapters(server.grpc_url, {}, TOKEN) == "adapters: only those in the settings"
     assert np.array_equal(frames_of(play(server, seed=5, chunks=6)), plain)
 
 
