@@ -96,7 +96,7 @@ def check_backends(available: Mapping[str, str | Unavailable], device: str) -> l
 
 
 def select_backends(config: ServeConfig) -> dict[str, str]:
-    """The backend of each model; empty where it cannot be told: without PyTorch, or with a wrong folder of graphs."""
+    """The backend of each model; empty if unknown: without PyTorch, or with a wrong folder of graphs."""
     try:
         return choose_backends(config)
     except (ImportError, ValueError):

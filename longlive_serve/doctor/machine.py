@@ -19,7 +19,7 @@ from longlive_serve.doctor.check_result import ERROR, OK, WARNING, CheckResult, 
 from longlive_serve.doctor.memory_model import session_memory
 
 CGROUP_ROOT, CGROUP_FILE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-UNLIMITED = 2**60  # cgroup version 1 has a number for it
+UNLIMITED = 2**60  # cgroup version 1 reports a larger number where there is no limit
 PROC, SHARED_MEMORY = Path("/proc"), Path("/dev/shm")
 TRITON_REGION = 2**20  # of a model's shared memory: its initial size, and the step by which it grows
 TRITON_FILES = 128  # that Triton opens without any client, rounded up; each connection is one more

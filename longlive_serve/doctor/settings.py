@@ -67,7 +67,7 @@ def _check_weights(config: ServeConfig, backends: Mapping[str, str]) -> Iterator
 
 
 def _check_checkpoints(config: ServeConfig, backends: Mapping[str, str], folder: Path) -> Iterator[CheckResult]:
-    """Of the models that run from checkpoints; and the tokenizer, which every backend needs."""
+    """Check the checkpoints of the models that run from them, and the tokenizer, which every backend needs."""
     from longlive_serve.weights.layouts import QUANTIZED, WeightsFolder
     from longlive_serve.weights.loader import get_adapters
 

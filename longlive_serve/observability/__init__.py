@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server says about itself: metrics, traces, log lines."""
+"""Metrics, traces and logs of the server."""

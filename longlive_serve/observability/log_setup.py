@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's log: lines to read, or JSON objects to collect, each with the session that it is about."""
+"""The server's log: text lines or JSON objects, each with the session that it belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class JsonLines(logging.Formatter):
 
 
 class Lines(logging.Formatter):
-    """One line per record, the session in it."""
+    """One text line per record, with its session."""
 
     def format(self, record: logging.LogRecord) -> str:
         session = getattr(record, "session", None)
@@ -37,8 +37,8 @@ class Lines(logging.Formatter):
 
 
 def set_up(style: str) -> None:
-    """Log to stderr from now on; `style`: text or json."""
-    if isinstance(sys.stderr, io.TextIOWrapper):  # that of Triton's Python speaks ASCII
+    """Log to stderr; `style`: text or json."""
+    if isinstance(sys.stderr, io.TextIOWrapper):  # Triton's embedded Python uses ASCII
         sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else Lines("%(asctime)s %(name)s: %(message)s"))
@@ -47,7 +47,7 @@ def set_up(style: str) -> None:
 
 @contextlib.contextmanager
 def at_level(name: str, level: int) -> Iterator[None]:
-    """Nothing below `level` from the logger `name`; afterwards it is as it was."""
+    """Set the logger `name` to `level` in the block, and restore its level afterwards."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that the server tells the world: what each is called, what it says, and what it stands at.
+"""The server's metrics: names, descriptions and current values.
 
-Kept by the engine core's worker; `model.py` makes a metric of each.
+Updated by the engine core's worker; `model.py` exports them through Triton.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import urllib.request
 from collections.abc import Sequence
 
 GAUGE, COUNTER = "gauge", "counter"
-BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)  # upper ends, of all histograms
+BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)  # upper bounds, of all histograms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A figure, in as many variants as its labels have values."""
+    """A metric, with a value for each combination of its labels."""
 
     kind: str
     description: str
 
 
 def _histogram(name: str, description: str) -> dict[str, Family]:
-    """Prometheus' three counters of a histogram, one by one: Triton's Python backend has no histograms."""
+    """A Prometheus histogram as three counters: Triton's Python backend has no histograms."""
     parts = {"bucket": "at most `le` seconds", "sum": "total seconds", "count": "number"}
     return {
         f"{name}_{part}": Family(kind=COUNTER, description=f"{description}: {text}") for part, text in parts.items()
@@ -64,7 +64,7 @@ MetricUpdate = tuple[str, Labels, float]
 
 
 class Metrics:
-    """What every figure stands at, and which have changed since they were last told."""
+    """The value of every metric, and which ones have changed since the last `collect_updates`."""
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, Labels], float] = {}
@@ -98,7 +98,7 @@ class Metrics:
 
 
 def sessions_at(metrics_url: str) -> int | None:
-    """Sessions that are live or wait at a server, by the metrics that it exports there; None: it does not say."""
+    """Live and waiting sessions of a server, read from its metrics; None: they cannot be read."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(metrics_url, timeout=5) as response:

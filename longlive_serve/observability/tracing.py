@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one session did when, as a file for a trace viewer (Chrome's trace format; https://ui.perfetto.dev opens it).
+"""A timeline of one session as a trace file (Chrome's trace format; https://ui.perfetto.dev opens it).
 
 Written by the engine core's worker for every session when `trace_dir` is set.
 """
@@ -17,7 +17,7 @@ MAX_EVENTS = 200_000  # about a day of one session; later ones are dropped
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of work. Times are monotonic seconds."""
+    """An interval of work. Times are monotonic seconds."""
 
     name: str
     start_time: float
@@ -32,13 +32,13 @@ class Trace:
         self._events: list[dict[str, Any]] = []
 
     def add(self, phase: Phase, row: str, **args: Any) -> None:
-        """`row`: which line of the picture it stands in."""
+        """`row`: the row of the timeline that shows it."""
         event = {"name": phase.name, "ph": "X", "ts": phase.start_time * 1e6, "dur": phase.seconds * 1e6, "args": args}
         if len(self._events) < MAX_EVENTS:
             self._events.append(event | {"pid": self._session_id, "tid": row})
 
     def write(self, folder: Path) -> Path:
-        """The file is named after the session; what does not belong in a file name is left out."""
+        """Write `<session id>.json`, without characters that are unsafe in file names. Returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '', self._session_id)[:64] or 'session'}.json"
         path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}), encoding="utf-8")

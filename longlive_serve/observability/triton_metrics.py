@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's figures as Triton's own metrics: `longlive_*` in its /metrics. Called by `model.py`, from one thread."""
+"""Exports the server's metrics through Triton, as `longlive_*` in /metrics. Called by `model.py`, in one thread."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from longlive_serve.observability.metrics import COUNTER, FAMILIES, Labels, Metr
 
 
 class TritonMetrics:
-    """One metric for every figure and its labels."""
+    """A Triton metric for each metric and combination of labels."""
 
     def __init__(self, metric_family: Any) -> None:
         """`metric_family`: the class of Triton's Python backend."""
-        self._families = {  # kept: a family that is collected takes its metrics with it
+        self._families = {  # keep a reference: collecting a family destroys its metrics
             name: metric_family(
                 name=f"longlive_{name}",
                 description=family.description,

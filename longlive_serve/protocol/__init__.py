@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire: what requests and responses hold. NumPy alone, so that the client can import it."""
+"""The wire format: requests, responses, options and errors. Needs only NumPy, so that the client can import it."""

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that cross the wire, raised by everyone who serves and raised again by the client; and that of a server that
-does not start."""
+"""Errors: `RequestError`, which the server sends and the client raises again, and `ServerStartError`."""
 
 from __future__ import annotations
 
@@ -9,11 +8,11 @@ from typing import ClassVar
 
 
 class ServerStartError(RuntimeError):
-    """The server cannot be found, started or reached; the message says what to do about it."""
+    """The server cannot be found, started or reached; the message says what to do."""
 
 
 class RequestError(Exception):
-    """An error that crosses the wire as `[kind] message`; the client raises it again under the same kind."""
+    """An error that is sent as `[kind] message`; the client raises it again with the same kind."""
 
     INVALID_REQUEST: ClassVar[str] = "invalid_request"
     FORBIDDEN: ClassVar[str] = "forbidden"
@@ -34,25 +33,25 @@ class RequestError(Exception):
 
     @classmethod
     def parse(cls, text: str) -> RequestError:
-        """The error that `text` (an error message off the wire) carries; INTERNAL when it is not one of ours."""
+        """The error in `text`, a received error message; INTERNAL if its kind is unknown."""
         kinds = {value for name, value in vars(RequestError).items() if name.isupper()}
-        found = re.search(rf"\[({'|'.join(sorted(kinds))})\] (.*)", text, re.DOTALL)  # Triton may put words before it
+        found = re.search(rf"\[({'|'.join(sorted(kinds))})\] (.*)", text, re.DOTALL)  # Triton may add a prefix
         if found:
             return cls(found[1], found[2])
-        if "must specify the START flag" in text:  # Triton's own words: it knows no such sequence
+        if "must specify the START flag" in text:  # Triton's message for an unknown sequence
             return cls(cls.UNKNOWN_SESSION, text)
-        if "stopped accepting new inference requests" in text:  # it was told to end
+        if "stopped accepting new inference requests" in text:  # Triton's message after SIGTERM
             return cls(cls.SHUTTING_DOWN, text)
         return cls(cls.INTERNAL, text)
 
 
 def invalid(message: str) -> RequestError:
-    """The error for a request that is wrong; `message` says what was got and what was expected."""
+    """INVALID_REQUEST; `message` names the field, what was got and what was expected."""
     return RequestError(RequestError.INVALID_REQUEST, message)
 
 
 def _without_surrogates(text: str) -> str:
-    """File names may have some for their bytes, and JSON any; no message can carry them."""
+    """Surrogates come from file names and JSON; they cannot be encoded as UTF-8."""
     try:
         return text.encode(errors="surrogateescape").decode(errors="replace")
     except UnicodeEncodeError:

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire: tensor names, requests and frame chunks, as the client and the Triton model both see them.
+"""The wire format: tensor names, requests and frame chunks, shared by the client and the Triton model.
 
-Imported by the client, by `model.py` and by the service. NumPy only: it knows neither torch nor Triton.
+Imported by the client, by `model.py` and by the engine. Needs only NumPy, neither torch nor Triton.
 
 A session is one Triton sequence of the model `longlive`; its id is the sequence's correlation id (a string).
 
-* START carries PROMPT, or SNAPSHOT to go on with a session that broke off, on this server or another. It may carry
-  SEED, CHUNKS (0 or absent: until stopped) and OPTIONS.
+* START carries PROMPT, or SNAPSHOT to continue an interrupted session, on this server or another. It may carry SEED,
+  CHUNKS (0 or absent: until stopped) and OPTIONS.
 * Later requests may carry PROMPT (the new prompt), CHUNKS (that many more chunks, streamed as answers to this
   request), both, or nothing (a heartbeat).
 * END together with CHUNKS ends the session after those chunks; END alone stops it at the next chunk boundary.
-* A request that asks for chunks (START does) is answered by one response per chunk. Ask for some at a time: Triton
-  keeps what it has sent until all of a request is answered.
+* A request for chunks (START is one) is answered by one response per chunk. Request a few at a time: Triton keeps all
+  responses of a request in memory until the last one.
 * Every other request is answered by one acknowledgement: the same tensors with no frames in FRAMES. The last response
   to any request is FINAL.
-* START and END together with OPTIONS.command ask something of the server, and no session comes of it; the answer is
-  its NOTICE. `health`: `ready`, or why a new session would have to wait. `set_lora` changes the LoRA adapters of
-  sessions to come: what they are now.
-* With `stream_partial_chunks`, a chunk comes in parts, one for each latent frame; CHUNK_SECONDS is 0 but in the last.
-* With a `format`, FRAMES is empty and ENCODED holds the frames: JPEG pictures, or an H.264 stream (Annex B) that begins
-  anew with each START.
-* A START that waits for a slot is answered by responses without frames whose NOTICE tells its place in the queue; with
-  OPTIONS.max_wait_s = 0 it does not wait: it is refused at once, so that the client can ask another server.
+* START and END together with OPTIONS.command is a command, which belongs to no session; the answer is its NOTICE.
+  `health`: `ready`, or why a new session would have to wait. `set_lora` (changes the LoRA adapters of new sessions):
+  the adapters.
+* With `stream_partial_chunks`, a chunk comes in parts, one per latent frame; CHUNK_SECONDS is 0 except in the last.
+* With `format` `jpeg` or `h264`, FRAMES is empty and ENCODED holds the frames: JPEG images, or an H.264 stream (Annex
+  B) that begins anew with each START.
+* A START that waits for a slot is answered by responses without frames whose NOTICE holds its queue position. With
+  OPTIONS.max_wait_s = 0 it is refused at once if there is no slot, so that the client can ask another server.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from longlive_serve.protocol.errors import invalid
 from longlive_serve.protocol.session_options import HEALTH, SET_LORA, Options
 
 MODEL_NAME = "longlive"
-CLIENT_HEADER = "x-client-id"  # of gRPC: who the client is, as a proxy that knows it says
-SESSION_HEADER = "x-session-id"  # of gRPC: for proxies that keep a session on one server
-READY = "ready"  # the NOTICE that answers the command `health` when a new session would start at once
+CLIENT_HEADER = "x-client-id"  # gRPC header: who the client is; set by a proxy
+SESSION_HEADER = "x-session-id"  # gRPC header, for proxies that keep a session on one server
+READY = "ready"  # the NOTICE of the command `health` if a new session would start at once
 COMMAND_OPTIONS = {HEALTH: (), SET_LORA: ("adapters", "admin_token")}  # the options that each command takes
 MAX_SNAPSHOT_BYTES = 64 * 1024 * 1024
-MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; keeps a hostile prompt out of the tokenizer
+MAX_PROMPT_BYTES = 64 * 1024  # far above text_len tokens; protects the tokenizer from hostile prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One tensor of the wire. `dtype` is KServe's name; -1 in `shape` is a size that varies."""
+    """One tensor. `dtype` is KServe's name; -1 in `shape` is a variable size."""
 
     name: str
     dtype: str
@@ -57,16 +57,16 @@ PROMPT = TensorSpec(name="PROMPT", dtype="BYTES", shape=(1,))  # UTF-8
 SEED = TensorSpec(name="SEED", dtype="INT64", shape=(1,))
 CHUNKS = TensorSpec(name="CHUNKS", dtype="INT32", shape=(1,))
 OPTIONS = TensorSpec(name="OPTIONS", dtype="BYTES", shape=(1,))  # a JSON object; keys: `Options`
-SNAPSHOT = TensorSpec(name="SNAPSHOT", dtype="UINT8", shape=(-1,))  # a session to go on with; empty: none
+SNAPSHOT = TensorSpec(name="SNAPSHOT", dtype="UINT8", shape=(-1,))  # a session to continue; empty: none
 INPUTS = (PROMPT, SEED, CHUNKS, OPTIONS, SNAPSHOT)  # all optional on the wire; START needs PROMPT or SNAPSHOT
 
 FRAMES = TensorSpec(name="FRAMES", dtype="UINT8", shape=(-1, -1, -1, 3))  # [frames, height, width, RGB]
 FIRST_FRAME = TensorSpec(name="FIRST_FRAME", dtype="INT64", shape=(1,))  # video frame number of FRAMES[0]
-PROMPT_INDEX = TensorSpec(name="PROMPT_INDEX", dtype="INT32", shape=(1,))  # in force (ack: the one accepted)
-CHUNK_SECONDS = TensorSpec(name="CHUNK_SECONDS", dtype="FP32", shape=(1,))  # time the chunk took; 0: more of it comes
-ENCODED = TensorSpec(name="ENCODED", dtype="UINT8", shape=(-1,))  # the frames of a session that is not `raw`, in a row
-ENCODED_SIZES = TensorSpec(name="ENCODED_SIZES", dtype="INT32", shape=(-1,))  # bytes of each frame in it
-NOTICE = TensorSpec(name="NOTICE", dtype="BYTES", shape=(1,))  # UTF-8, empty when there is nothing to say
+PROMPT_INDEX = TensorSpec(name="PROMPT_INDEX", dtype="INT32", shape=(1,))  # in force (ack: the accepted one)
+CHUNK_SECONDS = TensorSpec(name="CHUNK_SECONDS", dtype="FP32", shape=(1,))  # time the chunk took; 0: more parts follow
+ENCODED = TensorSpec(name="ENCODED", dtype="UINT8", shape=(-1,))  # frames in JPEG or H.264, concatenated
+ENCODED_SIZES = TensorSpec(name="ENCODED_SIZES", dtype="INT32", shape=(-1,))  # bytes of each frame in ENCODED
+NOTICE = TensorSpec(name="NOTICE", dtype="BYTES", shape=(1,))  # UTF-8; empty: none
 OUTPUTS = (FRAMES, FIRST_FRAME, PROMPT_INDEX, CHUNK_SECONDS, NOTICE, SNAPSHOT, ENCODED, ENCODED_SIZES)
 
 _NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8, "FP32": np.float32}
@@ -74,7 +74,7 @@ _NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8, "FP32"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request of a session, checked. `None` means that the tensor was absent."""
+    """One request of a session. `None` means that the tensor is absent."""
 
     session_id: str
     start: bool = False
@@ -85,7 +85,7 @@ class Request:
     options: Options = dataclasses.field(default_factory=Options)
     snapshot: bytes | None = None
     client: str = ""
-    """Who asks, if something between the client and the server says so (CLIENT_HEADER)."""
+    """Who the client is (CLIENT_HEADER); empty: unknown."""
 
     @classmethod
     def from_tensors(
@@ -126,7 +126,7 @@ class Request:
         if self.snapshot is not None:
             self._check_snapshot()
         if self.start and self.end and not self.chunks:
-            raise invalid("START with END: got no CHUNKS, expected 1 or more (nothing could stop it)")
+            raise invalid("START with END: got no CHUNKS, expected 1 or more (no later request could stop it)")
         if self.start and self.options.at_latent_frame is not None:
             raise invalid("OPTIONS.at_latent_frame: got it in START, expected it with the PROMPT of a later request")
         if self.prompt is None and self.options.at_latent_frame is not None:
@@ -182,7 +182,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameChunk:
-    """The frames of one chunk (12 of them, 9 in the first chunk) or of a part of it; none in an acknowledgement."""
+    """The frames of one chunk (12; 9 in the first chunk) or of a part of it; none in an acknowledgement."""
 
     frames: np.ndarray[Any, Any]  # uint8 [frames, height, width, 3]
     first_frame: int
@@ -191,7 +191,7 @@ class FrameChunk:
     notice: str = ""
     snapshot: bytes = b""
     encoded: tuple[bytes, ...] = ()
-    """The frames in the session's format, one by one; `frames` is then empty."""
+    """The frames as JPEG or H.264, one entry each; `frames` is then empty."""
 
     @property
     def completes(self) -> bool:

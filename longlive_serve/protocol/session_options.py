@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OPTIONS of a request: what a session may choose. Part of the wire (`protocol`); no NumPy, no tensors."""
+"""The OPTIONS of a request: what a session can choose. Part of the wire format; no NumPy, no tensors."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ class Options:
     """The keys of the OPTIONS object."""
 
     command: str | None = None
-    """What the server is asked to do, by a request that has START and END and belongs to no session. `health` says
-    whether a new session would start at once, `set_lora` changes the LoRA adapters of sessions to come."""
+    """START and END together: a command, which belongs to no session. `health` reports whether a new session would
+    start at once, `set_lora` changes the LoRA adapters of new sessions."""
     global_sink: bool | None = None
     """START only: a recache keeps the sink of the first prompt (the reference's default) or renews it."""
     on_switch: str | None = None
     """START only: what a prompt switch does to the KV cache. `recache` (the default) rebuilds it under the new prompt,
-    `keep` goes on with the old one, `clear` drops it: the three ways that the paper compares."""
+    `keep` continues with the old one, `clear` drops it: the three methods that the paper compares."""
     pace: str | None = None
-    """START only: `realtime` (the default) keeps to a playback clock, a little ahead of it; `asap` generates as fast as
-    live sessions leave time for."""
+    """START only: `realtime` (the default) keeps to a playback clock, a little ahead of it; `asap` uses the time that
+    live sessions leave."""
     fps: int | None = None
     """START only: frames per second of the playback clock (default: 16)."""
     snapshot_every: int | None = None
-    """START only: every so many chunks the response carries the session's SNAPSHOT (default: never)."""
+    """START only: number of chunks between SNAPSHOTs of the session (default: none are sent)."""
     format: str | None = None
     """START only: how frames are sent: `raw` (the default), `jpeg` or `h264`."""
     stream_partial_chunks: bool | None = None
     """START only: send a chunk's frames as soon as each latent frame is decoded (default: the chunk at once)."""
     max_wait_s: float | None = None
-    """START only: how long to wait for a slot, at most; the server's own `max_wait_s` holds as well (the smaller).
-    0: be refused at once where there is none."""
+    """START only: maximum wait for a slot; the smaller of this and the server's `max_wait_s` counts. 0: be refused at
+    once if there is no slot."""
     session_token: str | None = None
-    """A secret of the client\'s. What START carried, every later request of the session must repeat, and so must a
-    START with its snapshot."""
+    """A secret of the client. Later requests of the session must repeat the token of START, and so must a START with
+    its snapshot."""
     at_latent_frame: int | None = None
-    """With PROMPT in a later request: the prompt waits for the first chunk that starts at or after this frame."""
+    """With PROMPT after START: it takes effect with the first chunk that starts at or after this latent frame."""
     adapters: dict[str, float] | None = None
     """With the command `set_lora`: adapter files by name, with their scales."""
     admin_token: str | None = None
@@ -78,7 +78,7 @@ class Options:
         return options
 
     def _check(self) -> None:
-        """Raises RequestError INVALID_REQUEST for a value that is of the right kind and yet none to choose."""
+        """Raises RequestError INVALID_REQUEST for a value of the right type that is out of range."""
         for key, choices in (("command", COMMANDS), ("on_switch", ON_SWITCH), ("pace", PACES), ("format", FORMATS)):
             if getattr(self, key) not in (None, *choices):
                 raise invalid(f"OPTIONS.{key}: got {getattr(self, key)!r}, expected one of {list(choices)}")
@@ -100,7 +100,7 @@ class Options:
             )
         for name, scale in (self.adapters or {}).items():
             if type(scale) not in (int, float) or not -MAX_SCALE <= scale <= MAX_SCALE:
-                raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, at most {MAX_SCALE:g}")
+                raise invalid(f"OPTIONS.adapters.{name}: got {scale!r}, expected a scale, magnitude <= {MAX_SCALE:g}")
 
     def to_dict(self) -> dict[str, object]:
         """The options that are set, by key."""

@@ -212,7 +212,7 @@ class TritonServer:
             options += [address.option(name), f"--{name}-port={port}"]
         if self._tls.cert is not None:
             options += self._tls.options()
-            # Restricted to a header that nobody knows
+            # restricted to a random header
             options.append(f"--http-restricted-api={RESTRICTED_APIS}:{secrets.token_hex(16)}={secrets.token_hex(16)}")
         if not Path("/dev/nvidiactl").exists():
             options.append("--allow-gpu-metrics=false")
@@ -256,7 +256,7 @@ class TritonServer:
 
 def _write_config(config: ServeConfig, paths: SafePaths, scratch: Path) -> Path:
     """The settings for the model's process, with paths that its Python can handle."""
-    if config.trace_dir:  # before it is linked: nobody can create a folder at a dangling link
+    if config.trace_dir:  # before it is linked: mkdir fails at a dangling link
         Path(config.trace_dir).mkdir(parents=True, exist_ok=True)
     file = scratch / "serve.toml"
     file.write_text(config.with_paths(paths.safe).to_toml(), encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from longlive_serve.triton_server.log_reader import TritonLog
 
-# Waits until this process writes a line or ends, in whatever way. Then it kills the group ($1), and removes the scratch
+# Waits until this process writes a line or ends, even by SIGKILL. Then it kills the group ($1), and removes the scratch
 # folder ($2) and the shared memory with the prefix $3. The group is needed: Triton's stub survives a killed Triton.
 _CLEANUP = 'read -r _; kill -s KILL -- "-$1"; rm -rf -- "$2"; rm -f -- "$3"*'
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Symbolic links with plain names, for paths that Triton and its Python cannot handle.
 
-Triton inserts paths into a shell command, and the Python in its stub uses ASCII, whatever the locale.
+Triton inserts paths into a shell command, and the Python in its stub uses ASCII in every locale.
 Files at other paths are linked into the server's scratch folder.
 
 Used by `launcher.py`, `find_triton.py` and the doctor.

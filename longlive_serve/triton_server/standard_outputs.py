@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard output and error that never block or raise: also when they are closed or full, or when nobody reads them.
+"""Standard output and error that never block or raise, even if they are closed, full or not read.
 
 Used by the server's command line and by the log of Triton.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton model: tensors in, tensors out. Everything else is in `longlive_serve`."""
+"""The Triton model: converts between Triton's tensors and `longlive_serve`, which does everything else."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TritonPythonModel:
         self.metrics.publish([("start_seconds", (("phase", name),), value) for name, value in seconds.items()])
         self.engine = EngineCore(runner, config, self.metrics.publish, chunk_s)
         gc.collect()
-        gc.freeze()  # a collection of what stays would stop all sessions for 0.1 s
+        gc.freeze()  # a full collection of these objects would stop all sessions for 0.1 s
         on_sigterm(self.engine.drain)  # Triton calls finalize only after every client has left
 
     def execute(self, requests: list[pb.InferenceRequest]) -> None:
@@ -79,5 +79,5 @@ def _read(request: pb.InferenceRequest) -> Request | RequestError:
         return Request.from_tensors(str(request.correlation_id() or ""), start, end, tensors, client)
     except RequestError as error:
         return error
-    except Exception as error:  # a request's boundary: those beside it go on
+    except Exception as error:  # the boundary of a request: others must continue
         return RequestError(RequestError.INTERNAL, f"the request cannot be read: {error!r}")
