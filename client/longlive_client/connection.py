@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One session over one gRPC stream, in asyncio, until either ends.
 
-Used by `resume.py`, which makes another one when it breaks. It knows time limits and gRPC; `request_tracker.py` matches
-requests and responses.
+Used by `resume.py`, which opens another connection when this one breaks. It handles gRPC and timeouts;
+`request_tracker.py` matches responses to requests.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from longlive_serve.protocol.messages import SESSION_HEADER, Request
 from longlive_serve.protocol.session_options import RAW, Options
 
 ERROR_TIMEOUT_S = 2.0
-CLOSE_TIMEOUT_S = 5.0  # how long an END may take before the stream is cancelled
-AHEAD = 8  # chunks requested and not consumed, unless told otherwise
-CONFIRM_EVERY = 8  # chunks consumed since the last request: one goes out, so that the server knows they are read
+CLOSE_TIMEOUT_S = 5.0  # for an END; then the stream is cancelled
+AHEAD = 8  # default limit of chunks that are requested and not consumed
+CONFIRM_EVERY = 8  # chunks consumed without a request, after which a heartbeat tells the server that they are read
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
-    # A connection of its own, so that a load balancer may put each session on another server.
+    # A connection for each session, so that a load balancer can distribute sessions over servers.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
@@ -68,13 +68,13 @@ class Connection:
         self._config = config
         self._state = state
         self._tracker = RequestTracker(state, start.options.format or RAW, check=config.check)
-        self._last_response = 0.0  # when it was received
-        self._last_probe = 0.0  # when a heartbeat was last sent because there was no response
+        self._last_response = 0.0  # monotonic seconds; 0: none
+        self._last_probe = 0.0  # when a heartbeat last probed a silent server
         self._num_consumed = 0  # chunks consumed since the last request
         self._is_open = False
 
     async def open(self) -> None:
-        """Connect and send the START. Raises InvalidRequestError when it must not be sent."""
+        """Connect and send the START. Raises InvalidRequestError if it is invalid."""
         chunks = int(min(self._state.remaining, self._config.ahead))
         self._start_request, message = self._tracker.add(dataclasses.replace(self._start, chunks=chunks))
         self._changed = asyncio.Event()
@@ -94,26 +94,26 @@ class Connection:
             raise
 
     async def close(self, *, send_end: bool = True) -> None:
-        """End the session (`send_end`: with an END, and its answer) and the stream. What was not consumed is lost."""
+        """End the stream, and with `send_end` the session by an END. Chunks that were not consumed are dropped."""
         if not self._is_open or self._tracker.is_closed:
             return
         self._tracker.is_closed = True
         self._heartbeats.cancel()
         try:
-            # A session that failed is ended too, or Triton would keep a place for it; but not somebody else's.
+            # A failed session needs an END too: Triton keeps its sequence. But not a session of another client.
             if send_end and not (self._call.done() or isinstance(self._tracker.failure, SessionExistsError)):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     _, message = self._tracker.add(self._request(end=True))
                     await self._write(message)
                     await self._wait_until(lambda: self._tracker.is_idle)
         except (VideoStreamError, TimeoutError):
-            pass  # it is cancelled below, which ends a session too
+            pass  # the cancellation below ends the session too
         finally:
             self._tracker.fail(_cancelled("the stream was closed"))
             self._call.cancel()
             await self._reader
             await self._channel.close()
-            del (self._call, self._channel, self._reader, self._heartbeats)  # else gRPC keeps the connection
+            del (self._call, self._channel, self._reader, self._heartbeats)  # references keep the connection open
 
     async def get_refusal(self) -> VideoStreamError | None:
         """Wait for the first answer to the START, and return it if it is an error."""
@@ -121,7 +121,7 @@ class Connection:
         return self._start_request.error
 
     async def next_chunk(self) -> StreamedChunk | None:
-        """The next chunk; None when all that were requested have come. Raises what ended the session too early."""
+        """The next chunk; None after the last requested one. Raises the error that ended the session too early."""
         tracker, queue = self._tracker, self._state.queue
         if tracker.failure is None:
             with contextlib.suppress(VideoStreamError):  # raised below, after the chunks that were received
@@ -140,19 +140,17 @@ class Connection:
         return item
 
     async def switch_prompt(self, text: str, at_latent_frame: int | None) -> StreamedChunk:
-        """Send a prompt and wait for the server's word, which holds the index that it was given."""
+        """Send a prompt. Returns the server's acknowledgement, which holds the prompt's index."""
         request = await self._send(self._request(prompt=text, at_latent_frame=at_latent_frame))
         await self._wait_until(lambda: request.closed or request.acknowledgement is not None)
         if request.error is not None:
             raise request.error
         if request.acknowledgement is None:
-            raise VideoStreamError.of(
-                RequestError(RequestError.INTERNAL, "the prompt was answered by no acknowledgement")
-            )
+            raise VideoStreamError.of(RequestError(RequestError.INTERNAL, "the prompt was not acknowledged"))
         return request.acknowledgement
 
     async def request_remaining(self) -> None:
-        """Request the chunks that remain, as far as `ahead` allows."""
+        """Request remaining chunks, up to the limit `ahead`."""
         num_received = sum(isinstance(item, StreamedChunk) and item.completes for item in self._state.queue)
         chunks = min(self._state.remaining, self._config.ahead - num_received) - self._tracker.num_requested
         if chunks > 0:
@@ -171,17 +169,17 @@ class Connection:
         return open_request
 
     async def _write(self, message: Any) -> None:
-        """Whoever is cancelled while it waits leaves the writing to itself: to cancel that would end the call."""
+        """Write a message. Cancelling this coroutine does not cancel the write, which would end the call."""
         write = asyncio.ensure_future(self._write_message(self._call, message))
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
-        write.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be that nobody waits for it
+        write.add_done_callback(lambda done: done.cancelled() or done.exception())  # mark the error as retrieved
         await asyncio.shield(write)
 
     async def _write_message(self, call: Any, message: Any) -> None:
         async with self._write_lock:
             write = asyncio.ensure_future(call.write(message))
-            try:  # gRPC leaves a write waiting when the call is cancelled before it is connected; the reader ends
+            try:  # gRPC never ends a write if the call is cancelled before it is connected; the reader ends
                 await asyncio.wait((write, self._reader), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 write.cancel()
@@ -189,12 +187,12 @@ class Connection:
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
                 write.result()
                 return
-        await self._reader  # it learns why
+        await self._reader  # sets `failure`
         assert self._tracker.failure is not None
         raise self._tracker.failure
 
     async def _read(self) -> None:
-        """Take in the responses as they come: an acknowledgement must never wait behind unread chunks."""
+        """Receive responses as they arrive: an acknowledgement must not wait behind unread chunks."""
         error: VideoStreamError
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
@@ -213,10 +211,10 @@ class Connection:
         self._changed.set()
 
     async def _find_error(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """Why the stream ended before anything came.
+        """The reason why the stream ended before any response.
 
-        A proxy that turns it away answers and resets it at once, and gRPC may see the reset alone: then a call that is
-        no stream is told why.
+        A proxy that rejects the stream answers and resets it at once, and gRPC may report only the reset. A unary call
+        then returns the reason.
         """
         if error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL):
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -231,11 +229,11 @@ class Connection:
     async def _run_heartbeats(self) -> None:
         while self._tracker.failure is None:
             await asyncio.sleep(self._config.heartbeat_s)
-            if not self._state.queue:  # else it would say that what lies here was read
+            if not self._state.queue:  # else the server would take unread chunks as read
                 await self._send_heartbeat()
 
     async def _send_heartbeat(self) -> None:
-        with contextlib.suppress(VideoStreamError):  # whoever waits for the stream is told by the reader
+        with contextlib.suppress(VideoStreamError):  # the reader reports it
             await self._send(self._request())
 
     async def _wait_until(self, ready: Callable[[], bool]) -> None:
@@ -254,12 +252,12 @@ class Connection:
                     await self._changed.wait()
 
     async def _get_wait_time(self, since: float, timeout: float) -> float:
-        """Seconds to wait for a response when the last one came at `since`; then ask again."""
+        """Seconds to wait before the next check. `since`: time of the last response. May send a heartbeat."""
         elapsed = time.monotonic() - since
         if elapsed >= timeout:
             raise StallError(
-                f"{self._config.url}: no response for {timeout:g} s while one was due; "
-                "the server hangs or the network is cut"
+                f"{self._config.url}: no response for {timeout:g} s while one is expected; "
+                "the server hangs or the network is down"
             )
         if elapsed >= timeout / 2 and self._last_probe <= since:
             self._last_probe = time.monotonic()
@@ -267,7 +265,7 @@ class Connection:
         return timeout - elapsed if self._last_probe > since else timeout / 2 - elapsed
 
     def cancel(self) -> None:
-        """End the session at once: whoever waits here gets a SessionCancelledError. Call it in the event loop."""
+        """End the session at once; pending calls raise SessionCancelledError. Call it in the event loop."""
         self._tracker.fail(_cancelled("cancelled by this client"))
         if self._is_open and not self._tracker.is_closed:
             self._call.cancel()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong with a video stream: one class for each kind of RequestError, and two that only a client sees."""
+"""Errors of a video stream: one class for each kind of RequestError, and two that the client itself raises."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ class VideoStreamError(RequestError):
 
     @classmethod
     def of(cls, error: RequestError) -> VideoStreamError:
-        """`error` as the class that belongs to its kind."""
+        """`error` as the class for its kind."""
         return _CLASSES.get(error.kind, ServerFailedError)(error.kind, error.message)
 
 
 class InvalidRequestError(VideoStreamError):
-    """The request is wrong (an empty prompt, for example). The session goes on as if it had not been sent."""
+    """The request is invalid (for example, an empty prompt). The session continues as if it had not been sent."""
 
 
 class ForbiddenError(VideoStreamError):
-    """The session belongs to somebody else: the token is not the one that it began with. Or a proxy lets nobody in who
-    shows no access token that it knows."""
+    """The session token is not the one sent with START, or a proxy does not accept the access token."""
 
 
 class RateLimitedError(VideoStreamError):
-    """More requests in a second than the server takes from one session. The session goes on as if not sent."""
+    """Too many requests of one session in a second. The session continues as if this one had not been sent."""
 
 
 class UnknownSessionError(VideoStreamError):
-    """The server knows no such session: it has ended, or it asked for nothing for too long and lost its slot."""
+    """The session is not live on this server: it has ended, or was idle for too long and lost its slot."""
 
 
 class SessionExistsError(VideoStreamError):
-    """A session of this id is already running."""
+    """A session with this id is already live."""
 
 
 class FrameLimitError(VideoStreamError):
@@ -49,7 +48,7 @@ class ServerShutdownError(VideoStreamError):
 
 
 class UnavailableError(VideoStreamError):
-    """The server is full: try again after the time that the message names."""
+    """The server has no free slot: retry after the time in the message."""
 
 
 class ServerFailedError(VideoStreamError):
@@ -57,7 +56,7 @@ class ServerFailedError(VideoStreamError):
 
 
 class StallError(VideoStreamError):
-    """The server owes an answer and has said nothing for `stall_timeout` seconds."""
+    """No response for `stall_timeout` seconds while one is expected."""
 
     def __init__(self, message: str) -> None:
         super().__init__("stalled", message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JPEG or H.264 -> frames, for sessions whose frames do not come raw. Used by `request_tracker.py`."""
+"""Decodes JPEG or H.264 frames. Used by `request_tracker.py`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CODECS = {JPEG: "mjpeg", H264: "h264"}
 
 
 class Decoder:
-    """The frames of one session over one connection, in order."""
+    """Decodes the frames of one session over one connection, in order."""
 
     def __init__(self, frame_format: str) -> None:
         self._context = av.CodecContext.create(CODECS[frame_format], "r")
-        self._context.thread_count = 1  # threads would hold frames back
+        self._context.thread_count = 1  # more threads would delay frames
         self._context.flags |= av.codec.context.Flags.low_delay
 
     def decode(self, chunk: FrameChunkT) -> FrameChunkT:
-        """`chunk` with its frames as pictures. Raises ValueError for data that is none."""
+        """`chunk` with decoded frames, uint8 [frames, height, width, RGB]. Raises ValueError for invalid data."""
         try:
             images = [
                 frame.to_ndarray(format="rgb24")
@@ -35,5 +35,5 @@ class Decoder:
         except av.FFmpegError as error:
             raise ValueError(f"the frames cannot be decoded: {error}") from None
         if len(images) != len(chunk.encoded):
-            raise ValueError(f"got {len(images)} pictures of {len(chunk.encoded)} encoded frames")
+            raise ValueError(f"got {len(images)} images from {len(chunk.encoded)} encoded frames")
         return dataclasses.replace(chunk, frames=np.stack(images), encoded=())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gRPC channels to a server, plain or with TLS, and what lets a client in. Used by the stream and by the probe."""
+"""gRPC channels to a server, plain or with TLS, and access tokens. Used by the stream and by the commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longlive_client.proxies import channel_options
 
 DEFAULT_URL = "127.0.0.1:8001"
 ACCESS_TOKEN_ENV = "LONGLIVE_ACCESS_TOKEN"
-# Where an option of a command is not given, the environment may have it.
+# Environment variables that hold the defaults of command-line options.
 ENV_NAMES = {
     "tls-ca": "LONGLIVE_TLS_CA",
     "tls-cert": "LONGLIVE_CLIENT_CERT",
@@ -28,10 +28,10 @@ Options = Sequence[tuple[str, int]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tls:
-    """TLS to the server: PEM files. With `cert` and `key` the client shows who it is (mutual TLS)."""
+    """TLS to the server: PEM files. With `cert` and `key` the client authenticates itself (mutual TLS)."""
 
     ca: Path | str | None = None
-    """Certificates that the server's must be signed by; None: those of the system."""
+    """Authorities that may sign the server's certificate; None: those of the system."""
     cert: Path | str | None = None
     key: Path | str | None = None
 
@@ -58,25 +58,25 @@ def channel(url: str, tls: Tls | None) -> Any:
 
 
 def auth_metadata(access_token: str | None) -> tuple[tuple[str, str], ...]:
-    """The header of a call by which a proxy lets the client in; none without a token."""
+    """The call metadata with the access token for a proxy; empty without a token."""
     return () if access_token is None else (("authorization", f"Bearer {access_token}"),)
 
 
 def access_error(url: str, code: grpc.StatusCode) -> str:
-    """What to say when a proxy has not let a call through; empty: that is not what has happened."""
+    """The error message if `code` means that a proxy rejected the call, else empty."""
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        return f"{url}: got no access token that is known there, expected one (access_token, or ${ACCESS_TOKEN_ENV})"
+        return f"{url}: got no valid access token, expected one (access_token, or ${ACCESS_TOKEN_ENV})"
     if code == grpc.StatusCode.PERMISSION_DENIED:
-        return f"{url}: this call is not let through there"
+        return f"{url}: the proxy does not permit this call"
     return ""
 
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (
-        ("tls-ca", "PEM", "speak TLS; this authority, or 'system': one of the system's, must have signed the server's"),
+        ("tls-ca", "PEM", "use TLS; authority of the server's certificate, or 'system' for those of the system"),
         ("tls-cert", "PEM", "this client's own certificate (mutual TLS)"),
         ("tls-key", "PEM", "its private key"),
-        ("access-token", "TOKEN", "what a proxy lets this client in by"),
+        ("access-token", "TOKEN", "access token for a proxy"),
     ):
         env_name = ENV_NAMES[name]
         default = os.environ.get(env_name)
@@ -84,9 +84,9 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def get_tls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Tls | None:
-    """What `add_access_arguments` took in of it; ends the program when it does not fit together."""
+    """The TLS options of `add_access_arguments`; None: no TLS. Exits if they are inconsistent."""
     if args.tls_ca is None and (args.tls_cert or args.tls_key):
-        parser.error("--tls-cert and --tls-key go with --tls-ca")
+        parser.error("--tls-cert and --tls-key need --tls-ca")
     if args.tls_ca is None:
         return None
     return Tls(ca=None if args.tls_ca == "system" else args.tls_ca, cert=args.tls_cert, key=args.tls_key)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP proxies that the environment names: none is asked for this machine itself, and a failure says which was.
+"""HTTP proxies from the environment: they are not used for local servers, and error messages name them.
 
-Used by whatever connects: channels of gRPC, and the benchmark that reads a server's metrics.
+Used for gRPC channels, and by the benchmark, which reads a server's metrics.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import urllib.request
 from typing import Any
 
-# In the order in which gRPC looks at them; the first that is set counts.
+# In gRPC's order; the first one that is set is used.
 ENV_NAMES = ("grpc_proxy", "https_proxy", "http_proxy")
 EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
 
 
 def host_of(url: str) -> str:
-    """`host` of `host:port`, of `[host]:port` and of gRPC's longer forms, such as `dns:///host:port`."""
+    """`host` of `host:port`, `[host]:port` and gRPC's longer forms, such as `dns:///host:port`."""
     text = url.rpartition("/")[2].removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:")
     if text.startswith("["):
         return text[1:].partition("]")[0]
@@ -26,7 +26,7 @@ def host_of(url: str) -> str:
 
 
 def is_own(url: str) -> bool:
-    """Whether the url leads to this machine itself."""
+    """Whether the URL is an address of this machine."""
     host = host_of(url)
     try:
         address = ipaddress.ip_address(host)
@@ -42,22 +42,22 @@ def channel_options(url: str) -> list[tuple[str, int]]:
 
 
 def proxy_hint(url: str) -> str:
-    """What to add to the error of a connection that a proxy may have stood in the way of; empty: there is none."""
+    """A suffix for the error of a connection that uses a proxy; empty: it uses none."""
     env_name = next((name for name in ENV_NAMES if os.environ.get(name)), None)
     if env_name is None or is_own(url):
         return ""
     exceptions = next(filter(None, map(os.environ.get, EXCEPTIONS)), "")
     if urllib.request.proxy_bypass_environment(host_of(url), {"no": exceptions}):  # type: ignore[attr-defined]
         return ""
-    return f"; it goes by the proxy that ${env_name} names: unset that, or add {host_of(url)} to $no_proxy"
+    return f"; it uses the proxy in ${env_name}: unset that, or add {host_of(url)} to $no_proxy"
 
 
 def open_http(url: str, timeout_s: float) -> Any:
-    """The answer to a GET. Raises OSError that names the proxy, if one was asked."""
+    """The response to a GET. Raises OSError, which names the proxy if one is used."""
     own = is_own(url.partition("//")[2].partition("/")[0])
     handlers = [urllib.request.ProxyHandler({})] if own else []
     try:
         return urllib.request.build_opener(*handlers).open(url, timeout=timeout_s)
     except OSError as error:
-        by = "" if own or not os.environ.get("http_proxy") else "; it goes by the proxy that $http_proxy names"
+        by = "" if own or not os.environ.get("http_proxy") else "; it uses the proxy in $http_proxy"
         raise OSError(f"{url}: {error}{by}") from None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The open requests of one connection, and the responses to them, matched by request id.
+"""The open requests of one connection. Matches responses to them by request id.
 
-Used by `connection.py`. Knows neither gRPC channels nor time limits: messages leave by `add` and come in by `receive`.
+Used by `connection.py`. No I/O: `add` returns the message to send, `receive` takes a response.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from longlive_serve.protocol.session_options import RAW
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class OpenRequest:
-    """A request that was sent, and what was received for it."""
+    """A request that was sent, and its responses so far."""
 
     start: bool
     remaining: int
     """Chunks still to come."""
     is_streaming: bool
-    """Answered by chunks; else by one acknowledgement."""
+    """It is answered by chunks; otherwise by one acknowledgement."""
     has_response: bool = False
     acknowledgement: StreamedChunk | None = None
     error: VideoStreamError | None = None
@@ -48,16 +48,16 @@ class RequestTracker:
 
     def __init__(self, state: ResumeState, frame_format: str, *, check: bool) -> None:
         self.failure: VideoStreamError | None = None
-        """Why the session is over, once it is."""
+        """Why the session ended; None while it is live."""
         self.num_chunks = 0
         """Chunks received so far."""
         self.is_closed = False
-        """Chunks that arrive now are dropped."""
+        """Drop chunks that arrive from now on."""
         self._state = state
         self._check = check
         self._decoder = None
         if frame_format != RAW:
-            from longlive_client.frame_decoder import Decoder  # PyAV, for those who want it
+            from longlive_client.frame_decoder import Decoder  # needs PyAV
 
             self._decoder = Decoder(frame_format)
         self._open: dict[str, OpenRequest] = {}
@@ -77,7 +77,7 @@ class RequestTracker:
         return sum(request.remaining for request in self._open.values())
 
     def add(self, request: Request) -> tuple[OpenRequest, Any]:
-        """`request` as an open request and the message that carries it. Raises InvalidRequestError."""
+        """Register `request`. Returns it as an open request, and its message. Raises InvalidRequestError."""
         try:
             tensors = request.to_tensors()
             if self._check:
@@ -94,7 +94,7 @@ class RequestTracker:
         return open_request, message
 
     def receive(self, response: Any) -> None:
-        """Take in one ModelStreamInferResponse."""
+        """Process one ModelStreamInferResponse."""
         request_id = response.infer_response.id
         request = self._open.get(request_id)
         if request is None:
@@ -116,7 +116,7 @@ class RequestTracker:
             request.close()
 
     def fail(self, error: VideoStreamError) -> None:
-        """The session is over: nothing more is received. The first call counts."""
+        """End the session with `error` and close all requests. Later calls do not change `failure`."""
         if self.failure is None:
             self.failure = error
         for request in self._open.values():

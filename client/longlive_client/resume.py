@@ -61,36 +61,34 @@ class ResumableStream:
         """
         prompt: what the video shows; None with `snapshot`, which has its own.
         chunks: how many to generate; None: until stopped.
-        ahead: at most this many chunks are asked for before they are consumed: a slow consumer slows the generation
-            down. (And Triton keeps what it has sent until all of a request is answered, so requests are small.)
-        pace: `realtime` (the server's default): chunks come a little before they are to be shown at `fps` (16) frames
-            per second; `asap`: as fast as live sessions leave time for, for work that nobody watches.
+        ahead: maximum number of chunks that are requested and not consumed: a slow consumer slows generation down.
+            (Also, Triton keeps all responses of a request in memory until the last one, so requests are small.)
+        pace: `realtime` (the server's default): chunks arrive shortly before playback at `fps` (16) frames per second;
+            `asap`: in the time that live sessions leave, for videos that are not watched live.
         frame_format: encoding of the frames: `raw` (the server's default), `jpeg` or `h264` (fewer bytes, small losses;
-            needs PyAV on both sides). What comes out of here are pictures in any case.
+            needs PyAV on both sides). `StreamedChunk.frames` holds decoded frames in any case.
         stream_partial_chunks: `chunks()` yields a chunk in parts, each as soon as its latent frame is decoded: the
             first frame and the first one under a new prompt come earlier.
-        max_attempts: so many servers are asked for a free slot before the session waits in the queue of the last one,
-        each
-            under a new session id, because that is what a load balancer goes by; 1: wait at the first. A session
-            that goes on elsewhere asks as many.
-        resume_for: when the connection breaks, stalls, or its server shuts down or fails, try for this many seconds
-            to go on elsewhere, with the next frame; 0: raise at once. There may be a slight jump at the seam.
-        snapshot_every: every so many chunks `StreamedChunk.snapshot` holds the whole session, as bytes (default: 1
-            where the session can be resumed, else never).
-        snapshot: such bytes, and `session_token` that of their session: it goes on behind that chunk, on any server
-            with the same weights. `chunks` counts from there.
-        stall_timeout: seconds of silence, while an answer is due, that raise StallError; None: wait for ever. After
-            half of it a heartbeat goes out: a server that lives answers it, also while the session waits for a slot.
-        heartbeat_s: an empty request goes out this often, because Triton forgets a sequence that sends none.
-        check: refuse a wrong request here, at once; False leaves it to the server.
-        session_token: every request of the session repeats it: nobody else can steer it (default: a random one).
-        access_token: by which a proxy lets this client in, if there is one that asks.
+        max_attempts: number of servers to ask for a free slot, at the start and on each resume. The session waits in
+            the queue of the last one; 1: of the first. Each attempt has a new session id, which load balancers hash.
+        resume_for: if the connection breaks or stalls, or its server shuts down or fails, try for this many seconds to
+            resume the session with the next frame; 0: raise at once. The video may jump slightly there.
+        snapshot_every: number of chunks between snapshots; `StreamedChunk.snapshot` then holds the session as bytes
+            (default: 1 if the session can be resumed, else never).
+        snapshot: such bytes; pass the `session_token` of their session too. The session continues after that chunk, on
+            any server with the same weights. `chunks` counts from there.
+        stall_timeout: raise StallError after this many seconds without an expected response; None: never. A heartbeat
+            is sent after half of it: a live server answers it, even while the session waits for a slot.
+        heartbeat_s: seconds between empty requests, because Triton drops a sequence that sends none.
+        check: raise for an invalid request before it is sent; False: the server checks it.
+        session_token: a secret that every request of the session carries (default: a random one).
+        access_token: access token for a proxy.
         """
         _check_count("chunks", chunks)
         _check_count("ahead", ahead)
         _check_count("max_attempts", max_attempts)
         self.session_id = wire.new_session_id() if session_id is None else session_id
-        """The one in use: every connection has another."""
+        """The current one: every connection has a new one."""
         self.session_token = wire.new_session_id() if session_token is None else session_token
         self._config = TransportConfig(
             url=url,
@@ -118,13 +116,13 @@ class ResumableStream:
         self._retry_policy = RetryPolicy(max_attempts=max_attempts, resume_for=resume_for)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
-        self._tasks: set[asyncio.Task[None]] = set()  # that watch a START, or end a refused session
+        self._tasks: set[asyncio.Task[None]] = set()  # watch a START, or close a refused session
         self._closed = False  # closed or cancelled
         self._resume_lock = asyncio.Lock()
 
     @property
     def resumed(self) -> int:
-        """How often the session continued over another connection."""
+        """How often the session was resumed over another connection."""
         return self._state.num_resumed
 
     def cancel(self) -> None:
@@ -136,7 +134,7 @@ class ResumableStream:
 
     async def _open(self) -> None:
         if self._loop is not None:
-            raise RuntimeError("a stream is opened once: make a new one")
+            raise RuntimeError("a stream can be opened only once: create a new one")
         self._connection = self._make_connection()
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -155,13 +153,13 @@ class ResumableStream:
             await asyncio.wait(self._tasks)
 
     async def _next_chunk(self) -> StreamedChunk | None:
-        """The next chunk; None when all that were requested have come, or after `cancel`."""
+        """The next chunk; None after the last requested one, or after `cancel`."""
         while not self._closed:
             connection = self._get_connection()
             try:
                 return await connection.next_chunk()
             except RESUMABLE as error:
-                if self._closed or not self._state.remaining:  # only the end of the last request is missing
+                if self._closed or not self._state.remaining:  # only the final response is missing
                     return None
                 await self._resume(connection, error)
         return None
@@ -197,23 +195,23 @@ class ResumableStream:
         return self._connection
 
     async def _resume(self, broken: Connection, error: VideoStreamError) -> None:
-        """Continue over another connection. Raises `error` when there is nothing to continue, or it takes too long."""
+        """Continue over another connection. Raises `error` if that is not possible, or not within `resume_for`."""
         async with self._resume_lock:
             if self._connection is not broken:  # another task has done it
                 return
             if self._closed or not self._retry_policy.should_retry(error, self._state):
                 raise error
-            if self._retry_policy.is_refusal(error, self._state):  # no delay: few servers, each asked about once
+            if self._retry_policy.is_refusal(error, self._state):  # no delay: each server is asked about once
                 self._create_task(broken.close())  # Triton would keep the sequence of a session that is only cancelled
             else:
                 await self._wait(self._retry_policy.next_delay(), error)
                 await broken.close(send_end=False)
             if self._closed or not self._state.remaining:
                 return
-            # A new id: it leads to another server, and this one may not have noticed yet that the connection broke.
+            # A new id leads to another server; this one may not have noticed yet that the connection broke.
             self.session_id = wire.new_session_id()
             self._connection = self._make_connection()
-            with contextlib.suppress(*RESUMABLE):  # whoever uses the connection next gets the error, and resumes again
+            with contextlib.suppress(*RESUMABLE):  # the next call on the connection raises the error, and resumes again
                 await self._start(self._connection)
                 for prompt in list(self._state.prompts):
                     await self._send_prompt(self._connection, prompt)
@@ -227,7 +225,7 @@ class ResumableStream:
         self._create_task(self._watch_start(connection))
 
     async def _watch_start(self, connection: Connection) -> None:
-        """If the server has no slot, ask the next one now: it may be long until the next chunk is consumed."""
+        """If the server refuses the START, ask the next one now, not only when the next chunk is consumed."""
         with contextlib.suppress(*RESUMABLE):
             error = await connection.get_refusal()
             if error is not None and self._retry_policy.is_refusal(error, self._state):
@@ -239,7 +237,7 @@ class ResumableStream:
         task.add_done_callback(self._tasks.discard)
 
     async def _wait(self, seconds: float, error: VideoStreamError) -> None:
-        """Wait because of `error`, until `cancel` or `close` at most."""
+        """Log `error`, then wait for `seconds`, or until `cancel` or `close`."""
         level = logging.DEBUG if seconds else logging.WARNING
         log.log(level, "session %s: %s; continuing at frame %d", self.session_id, error, self._state.next_frame)
         with contextlib.suppress(TimeoutError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session has received, and what it takes to continue it over another connection. No I/O.
+"""What a session has received, and how to continue it over another connection. No I/O.
 
-Owned by `resume.py`; each connection reads its START from here and adds the chunks that it receives.
+Owned by `resume.py`; each connection gets its START from here and adds the chunks that it receives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longlive_serve.protocol.messages import Request
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class SentPrompt:
-    """A prompt switch that the session has to keep."""
+    """A prompt switch that a resumed session must repeat."""
 
     text: str
     at_latent_frame: int | None
@@ -26,21 +26,21 @@ class SentPrompt:
 
 
 class ResumeState:
-    """The state of one session on this side."""
+    """The client's state of one session."""
 
     def __init__(self, start: Request, chunks: float) -> None:
         """`chunks`: how many are requested; math.inf: until stopped."""
         self.remaining = chunks
         """Chunks requested that have not arrived."""
         self.queue: deque[StreamedChunk | VideoStreamError] = deque()
-        """Not consumed yet, in order; an error stands where the chunks that it refused would have come."""
+        """Items not consumed yet, in order; an error stands in the place of the chunks that it refused."""
         self.prompts: list[SentPrompt] = []
-        """Those that no snapshot contains: to be sent again."""
+        """Prompts that no snapshot contains: to be sent again."""
         self.has_response = False
-        """A server has answered, if only that it has no slot."""
+        """A server has answered, even if only to refuse for lack of a slot."""
         self.next_frame = 0
         self.num_resumed = 0
-        """How often new frames arrived after the session was interrupted."""
+        """How often new frames arrived after an interruption."""
         self.failed_at: float | None = None
         """When the session lost its connection (monotonic); None while frames arrive."""
         self._start = start
@@ -51,7 +51,7 @@ class ResumeState:
         return dataclasses.replace(self._start, session_id=session_id, options=options)
 
     def add(self, chunk: StreamedChunk) -> None:
-        """Append what is new in `chunk` to `queue`, and note its snapshot."""
+        """Append the new frames in `chunk` to `queue`, and keep its snapshot."""
         self.has_response = True
         if chunk.snapshot:
             self._set_snapshot(chunk)
@@ -69,7 +69,7 @@ class ResumeState:
         self.failed_at = None
 
     def _set_snapshot(self, chunk: StreamedChunk) -> None:
-        """From now on the session continues from there. What a snapshot contains is not sent beside it."""
+        """Continue from this snapshot: drop from START, and from `prompts`, what it contains."""
         options = dataclasses.replace(self._start.options, global_sink=None, on_switch=None)
         start = dataclasses.replace(self._start, prompt=None, seed=None, options=options)
         self._start = dataclasses.replace(start, snapshot=chunk.snapshot)

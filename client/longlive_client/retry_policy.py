@@ -26,16 +26,16 @@ RESUMABLE = (
     StallError,
     ServerShutdownError,
     ServerFailedError,
-    SessionCancelledError,  # by the server, because the client read nothing; or by `close` of a broken connection
+    SessionCancelledError,  # by the server, because the client did not read; or by `close` of a broken connection
     UnavailableError,
     UnknownSessionError,
 )
-MAX_ATTEMPTS = 16  # per round, unless told otherwise; docs/capacity.md says why so many
+MAX_ATTEMPTS = 16  # default per round; the reason is in docs/capacity.md
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0  # before the second round, and at most; doubled each time
 
 
 class RetryPolicy:
-    """A round of attempts to get a slot when the session starts, and rounds of them whenever it is interrupted."""
+    """One round of attempts to get a slot at the start, and repeated rounds after an interruption."""
 
     def __init__(self, *, max_attempts: int, resume_for: float) -> None:
         self._max_attempts, self._resume_for = max_attempts, resume_for
@@ -43,17 +43,17 @@ class RetryPolicy:
         self._num_rounds = 0  # since the session was interrupted
 
     def next_max_wait(self) -> float | None:
-        """Begin an attempt: `max_wait_s` of its START. Only the last one of a round waits for a slot."""
+        """Begin an attempt. Returns `max_wait_s` of its START: only the last attempt of a round waits for a slot."""
         self._num_attempts += 1
         return 0 if self._num_attempts < self._max_attempts else None
 
     def is_refusal(self, error: VideoStreamError, state: ResumeState) -> bool:
-        """Whether a server took no session, being full or about to shut down, and this round has attempts left."""
+        """Whether the server refused the session (full or shutting down) and this round has attempts left."""
         shutting_down = isinstance(error, ServerShutdownError) and not state.has_response
         return (shutting_down or isinstance(error, UnavailableError)) and self._num_attempts < self._max_attempts
 
     def should_retry(self, error: VideoStreamError, state: ResumeState) -> bool:
-        """Whether to try again after a connection ended with `error`. Notes in `state` that it did."""
+        """Whether to try again after a connection ended with `error`. Records the failure in `state`."""
         refused = self.is_refusal(error, state)
         now = time.monotonic()
         if not refused and state.failed_at is None:
@@ -70,7 +70,7 @@ class RetryPolicy:
         return state.remaining > 0
 
     def next_delay(self) -> float:
-        """Begin a round. Returns the seconds to wait before it; 0: the first since the session was interrupted."""
+        """Begin a round. Returns the seconds to wait before it: 0 for the first after an interruption."""
         backoff = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2**self._num_rounds) if self._num_rounds else 0
         self._num_attempts = 0
         self._num_rounds += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A video that is generated while you watch it, and that you can steer: VideoStream, AsyncVideoStream.
+"""Streams a video while it is generated, with prompt switches: VideoStream, AsyncVideoStream.
 
 with VideoStream("a red fox runs", url="127.0.0.1:8001", seed=1, chunks=20) as video:
     for chunk in video.chunks():
@@ -31,9 +31,9 @@ Frame = np.ndarray[Any, Any]  # uint8 [height, width, RGB], read-only
 
 
 class VideoStream(ResumableStream):
-    """A video stream for ordinary code. Its methods may be called from several threads.
+    """A synchronous video stream. Its methods may be called from several threads.
 
-    A connection that breaks is followed by another: the frames go on where they were (`resume_for`).
+    After a broken connection the stream resumes with the next frame over another one (`resume_for`).
     Every method raises a VideoStreamError (see `longlive_client.errors`) when the server refuses or the stream breaks.
     """
 
@@ -45,9 +45,9 @@ class VideoStream(ResumableStream):
         self.close()
 
     def chunks(self) -> Iterator[StreamedChunk]:
-        """The chunks in order, until all that were asked for have come. May be called again after `request_chunks`.
+        """Yields the requested chunks in order. May be called again after `request_chunks`.
 
-        A chunk with no frames carries only a notice.
+        A chunk without frames carries only a notice.
         """
         while (chunk := _run(self._next_chunk())) is not None:
             yield chunk
@@ -58,24 +58,24 @@ class VideoStream(ResumableStream):
             yield from chunk.frames
 
     def switch_prompt(self, text: str, *, at_latent_frame: int | None = None) -> int:
-        """Go on with another prompt, from the next chunk or the first one at or after `at_latent_frame`.
+        """Switch to another prompt, at the next chunk or the first one at or after `at_latent_frame`.
 
-        Waits for the server's word and returns the index that the prompt was given: the `prompt_index` of its
-        chunks. If the prompt is refused, this raises and the stream goes on.
+        Waits for the server's acknowledgement and returns the prompt's index: the `prompt_index` of its chunks. If the
+        prompt is refused, this raises and the stream continues.
         """
         return _run(self._switch_prompt(text, at_latent_frame))
 
     def request_chunks(self, count: int) -> None:
-        """Ask for `count` more chunks; they continue the iteration. A refusal is raised there."""
+        """Request `count` more chunks, which continue the iteration. A refusal is raised in the iteration."""
         _run(self._request_chunks(count))
 
     def close(self) -> None:
-        """End the session if it is alive. Chunks that were not consumed are dropped."""
+        """End the session if it is live. Chunks that were not consumed are dropped."""
         _run(self._close())
 
 
 class AsyncVideoStream(ResumableStream):
-    """VideoStream for asyncio: `async with`, `async for`, `await`; see there for what the methods do."""
+    """VideoStream for asyncio: `async with`, `async for`, `await`. The methods are those of VideoStream."""
 
     async def __aenter__(self) -> Self:
         await self._open()
@@ -119,6 +119,6 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     future = asyncio.run_coroutine_threadsafe(work, loop)
     try:
         return future.result()
-    except BaseException:  # Ctrl-C, for example: nobody waits for the work any more
+    except BaseException:  # for example Ctrl-C: the result is not needed
         future.cancel()
         raise

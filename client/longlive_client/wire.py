@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's gRPC messages made from, and read as, the tensors of `longlive_serve.protocol.messages`. No I/O.
+"""Converts between Triton's gRPC messages and the tensors of `longlive_serve.protocol.messages`. No I/O.
 
 The messages are built here and not by tritonclient's stream classes, because those drop the request id of an
 error response, and the asyncio one cannot ask for empty final responses.
@@ -23,14 +23,13 @@ from longlive_serve.protocol.messages import FrameChunk
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamedChunk(FrameChunk):
-    """A chunk (with `stream_partial_chunks`, a part of one) as the client got it. One without frames carries only a
-    notice."""
+    """A received chunk (with `stream_partial_chunks`, a part of one). Without frames it carries only a notice."""
 
     arrived: float  # time.monotonic() when it was received
 
 
 def new_session_id() -> str:
-    """A random id of 128 bits, as hexadecimal text: nobody else can name this session."""
+    """A random id of 128 bits in hexadecimal, which others cannot guess."""
     return secrets.token_hex(16)
 
 
@@ -42,7 +41,7 @@ def infer_request(
     start: bool = False,
     end: bool = False,
 ) -> Any:
-    """The ModelInferRequest that carries `tensors`, sent as they are: nothing is checked here."""
+    """The ModelInferRequest that carries `tensors`. They are not checked."""
     message = service_pb2.ModelInferRequest(model_name=messages.MODEL_NAME, id=request_id)
     for name, array in tensors.items():
         datatype = np_to_triton_dtype(array.dtype)
@@ -58,13 +57,13 @@ def infer_request(
 
 
 def is_final(response: Any) -> bool:
-    """Whether `response` (a ModelStreamInferResponse) is the last one to its request."""
+    """Whether `response` (a ModelStreamInferResponse) is the last one of its request."""
     parameters = response.infer_response.parameters
     return "triton_final_response" in parameters and bool(parameters["triton_final_response"].bool_param)
 
 
 def read_chunk(response: Any) -> StreamedChunk | None:
-    """The chunk in `response`; None when it carries no tensors. Its frames are read-only: they are not copied."""
+    """The chunk in `response`; None if it carries no tensors. The frames are a read-only view."""
     if not response.infer_response.outputs:
         return None
     result = InferResult(response.infer_response)

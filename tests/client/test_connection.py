@@ -243,7 +243,7 @@ def test_misuse_is_told_apart_from_failure(stream: Open) -> None:
     with ScriptedTriton(well_behaved) as server:
         video = stream("a fox", url=server.url, chunks=1)
         with video:
-            with pytest.raises(RuntimeError, match="opened once"):
+            with pytest.raises(RuntimeError, match="opened only once"):
                 video.__enter__()
             assert indices(video) == [0]
 

@@ -102,17 +102,17 @@ def test_another_host_is_asked_for_at_the_proxy_and_a_failure_names_the_variable
     for name in ALL:
         if name != variable:
             monkeypatch.delenv(name)
-    hint = rf"it goes by the proxy that \${variable} names: unset that, or add models.example to \$no_proxy"
+    hint = rf"it uses the proxy in \${variable}: unset that, or add models.example to \$no_proxy"
     with pytest.raises(ConnectionLostError, match=hint) as raised:
         list(stream("a fox", url="models.example:8001", chunks=1).__enter__().chunks())
     assert "secret" not in str(raised.value)
     assert health.main(["--url", "models.example:8001"]) == 1
-    assert f"it goes by the proxy that ${variable} names" in capsys.readouterr().err
+    assert f"it uses the proxy in ${variable}" in capsys.readouterr().err
     assert {line.split()[1] for line in proxy.asked} == {"models.example:8001"}
 
 
 def test_metrics_of_another_host_are_asked_for_at_the_proxy(proxy: Proxy) -> None:
-    with pytest.raises(OSError, match=r"403: Forbidden; it goes by the proxy that \$http_proxy names"):
+    with pytest.raises(OSError, match=r"403: Forbidden; it uses the proxy in \$http_proxy"):
         open_http("http://models.example:8002/metrics", timeout_s=60)
     assert proxy.asked == ["GET http://models.example:8002/metrics HTTP/1.1"]
 

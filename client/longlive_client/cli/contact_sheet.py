@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture that shows a video at a glance: one row per prompt, frames in order from left to right."""
+"""A contact sheet of a video: one row per prompt, frames in order from left to right."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import av
 import numpy as np
 
 COLUMNS = 8
-CELL = 160  # pixels that a frame's longer side has in the sheet, about
+CELL = 160  # pixels of a frame's longer side in the sheet, approximately
 GAP = 4
 
 
 class ContactSheet:
-    """Collects small copies of frames; `write` chooses up to COLUMNS of each row, evenly."""
+    """Collects small copies of frames; `write` selects up to COLUMNS of each row at even distances."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], list[np.ndarray[Any, Any]]] = {}
@@ -28,7 +28,7 @@ class ContactSheet:
         self._rows.setdefault((video, prompt_index), []).append(small)
 
     def write(self, path: Path | str) -> None:
-        """Write the sheet as PNG. Raises ValueError when there is nothing to show."""
+        """Write the sheet as PNG. Raises ValueError if there are no frames."""
         if not self._rows:
             raise ValueError("contact sheet: got no frames, expected at least one")
         rows = [_chosen(self._rows[key]) for key in sorted(self._rows)]

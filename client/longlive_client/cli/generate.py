@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes videos: `python -m longlive_client.cli.generate --prompt "..."` or `--prompts scenes.jsonl`.
 
-A video of one prompt becomes `videos/long/<name>.mp4`, each scene of a file `videos/interactive/<name>.mp4`.
+Writes a video of one prompt to `videos/long/<name>.mp4`, and each scene of a file to `videos/interactive/<name>.mp4`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace, scenes: list[Scene], url: str, results: dict[Path, Timing]) -> None:
-    """Make the videos one after another. `results` gets an entry for each that is complete."""
+    """Generate the videos one after another. `results` gets an entry for each complete one."""
     folder = args.out / ("interactive" if args.prompts else "long")
     sheet = ContactSheet()
     with _progress() as progress:
@@ -67,7 +67,7 @@ def _generate(args: argparse.Namespace, scenes: list[Scene], url: str, results: 
                 results[file.path] = _record(scene, number, file, _stream(scene, url, args), progress, sheet)
             except BaseException:
                 if file.frames:
-                    _print(progress, f"{file.partial_path}: kept the {file.frames} frames that came")
+                    _print(progress, f"{file.partial_path}: kept the {file.frames} frames received")
                 raise
     if args.contact_sheet is not None:
         sheet.write(args.contact_sheet)
@@ -96,8 +96,8 @@ def _stream(scene: Scene, url: str, args: argparse.Namespace) -> VideoStream:
         scene.prompts[0],
         url=url,
         seed=scene.seed,
-        # A scene with switches asks for one chunk first: all switches are known to the server before the second
-        # begins, so that the same scene gives the same video however fast the server is.
+        # A scene with switches requests one chunk first, so that the server knows all switches before the second
+        # chunk: the video then does not depend on the server's speed.
         chunks=1 if scene.switch_at else scene.chunks,
         global_sink=args.global_sink,
         on_switch=args.on_switch,
@@ -132,7 +132,7 @@ def _server_url(args: argparse.Namespace) -> Iterator[str]:
     if not args.serve:
         yield args.url or DEFAULT_URL
         return
-    from longlive_serve.triton_server.launcher import TritonServer  # only needed here; the client runs without it
+    from longlive_serve.triton_server.launcher import TritonServer  # imported here, because the client runs without it
 
     server = TritonServer(config=args.config)
     print(f"starting a server with {server.config} ...", file=sys.stderr)
@@ -177,14 +177,14 @@ def _table(results: dict[Path, Timing]) -> Table:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m longlive_client.cli.generate", description=__doc__)
     prompt_group = parser.add_mutually_exclusive_group(required=True)
-    prompt_group.add_argument("--prompt", help="make one video of this prompt")
-    prompt_group.add_argument("--prompts", type=Path, metavar="JSONL", help="make a video of each line of this file")
+    prompt_group.add_argument("--prompt", help="generate one video of this prompt")
+    prompt_group.add_argument("--prompts", type=Path, metavar="JSONL", help="generate a video of each line in a file")
     parser.add_argument("--name", help="name of the video (with --prompt; default: words of the prompt and the seed)")
     parser.add_argument(
         "--switch-at",
         type=_seconds_list,
         metavar="S,S",
-        help="seconds at which prompts without times of their own take over (default: every 10)",
+        help="times of the prompt switches in seconds, for lines that have none (default: every 10)",
     )
     parser.add_argument("--seconds", type=float, help="length (default: 30; in a file, last switch + 10)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -202,29 +202,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pace",
         choices=PACES,
         default=ASAP,
-        help="asap: as fast as live sessions leave time for; realtime: with a playback clock (default: asap)",
+        help="asap: in the time that live sessions leave; realtime: with a playback clock (default: asap)",
     )
     parser.add_argument("--format", choices=FORMATS, help="encoding of the frames on the wire (default: raw)")
-    parser.add_argument("--stream-partial-chunks", action="store_true", help="get a chunk's frames as they are decoded")
+    parser.add_argument("--stream-partial-chunks", action="store_true", help="receive frames as they are decoded")
     server_group = parser.add_mutually_exclusive_group()
     server_group.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
     server_group.add_argument("--serve", action="store_true", help="start a server for this run")
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings of that server (with --serve)")
-    parser.add_argument("--out", type=Path, default=Path("videos"), help="folder of the videos (default: videos)")
-    parser.add_argument("--crf", type=int, default=18, help="quality, 0 (lossless) to 51 (default: 18)")
+    parser.add_argument("--out", type=Path, default=Path("videos"), help="output folder (default: videos)")
+    parser.add_argument("--crf", type=int, default=18, help="x264 quality, 0 (lossless) to 51 (default: 18)")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="also write frames of each prompt in rows")
     parser.add_argument(
-        "--stall-timeout", type=float, default=30.0, metavar="S", help="give up after this silence (default: 30)"
+        "--stall-timeout", type=float, default=30.0, metavar="S", help="fail after S seconds of silence (default: 30)"
     )
     add_access_arguments(parser)
     args = parser.parse_args(argv)
     args.tls = get_tls(parser, args)
     if args.name is not None and args.prompts is not None:
-        parser.error('--name goes with --prompt; in a file, each line may have a "name"')
+        parser.error('--name needs --prompt; in a file, each line may have a "name"')
     if args.switch_at is not None and args.prompt is not None:
-        parser.error("--switch-at goes with --prompts")
+        parser.error("--switch-at needs --prompts")
     if args.config is not None and not args.serve:
-        parser.error("--config goes with --serve")
+        parser.error("--config needs --serve")
     return args
 
 

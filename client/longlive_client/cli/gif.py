@@ -13,9 +13,9 @@ import av.filter
 
 
 def write_gif(video: Path, gif: Path, *, fps: int = 8, width: int = 192) -> int:
-    """Write `video` as a GIF that repeats for ever, `width` pixels wide, in its own best 256 colours.
+    """Write `video` as an endlessly looping GIF, `width` pixels wide, with an optimal palette of 256 colors.
 
-    Returns the number of frames. Raises OSError or ValueError (both name the file) for what is no video.
+    Returns the number of frames. Raises OSError or ValueError (both name the file) if it is not a video.
     """
     with av.open(str(video)) as source:
         if not source.streams.video:

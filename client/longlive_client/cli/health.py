@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a server's model for an answer, for health checks: `python -m longlive_client.cli.health --url 127.0.0.1:8001`.
+"""Health check of a server's model: `python -m longlive_client.cli.health --url 127.0.0.1:8001`.
 
-Triton's own health endpoints stay green over a model process that is dead or hangs; this goes to the worker that
-generates the frames and back. Exit code 0: it answered in time; 1: it did not, or with `--ready` a new session
-would be refused or have to wait.
+Triton's own health endpoints still report ready when the model's process is dead or hangs; this asks the worker that
+generates the frames. Exit code 0: it answered in time; 1: it did not, or with `--ready` a new session would be refused
+or have to wait.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from longlive_serve.protocol.session_options import HEALTH, Options
 
 
 def probe(url: str, timeout_s: float, tls: Tls | None = None, access_token: str | None = None) -> str:
-    """What the model says: `ready`, or why a new session would have to wait. Raises as `send_command` does."""
+    """The model's answer: `ready`, or why a new session would have to wait. Raises like `send_command`."""
     return send_command(url, Options(command=HEALTH), timeout_s, tls, access_token)
 
 
@@ -63,7 +63,7 @@ def send_command(
 
 
 def _parse_error(text: str) -> Exception:
-    """The model's own refusal, or Triton's word that there is no model to ask."""
+    """A RequestError if the model refused, or a ConnectionError if Triton has no model."""
     error = RequestError.parse(text)
     return ConnectionError(text) if error.kind == RequestError.INTERNAL else error
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longlive_client.cli.health", description=__doc__)
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: %(default)g")
-    parser.add_argument("--ready", action="store_true", help="ask also whether a new session would start at once")
+    parser.add_argument("--ready", action="store_true", help="also check whether a new session would start at once")
     add_access_arguments(parser)
     args = parser.parse_args(argv)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes frames to an mp4 file as they come. Knows nothing of streams and prompts."""
+"""Writes frames to an mp4 file as they arrive. It does not know streams or prompts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from longlive_serve.config.presets import FPS
 class VideoFile:
     """An H.264 file in a `with` block.
 
-    While it is being written it is called `<name>.partial.mp4`. It takes its own name, replacing what is there, when
-    the block ends without an exception. When the block is left by one (Ctrl-C is one), what was written stays under
-    the partial name and can be played; if no frame was written, nothing stays.
+    The block writes `<name>.partial.mp4`, and renames it at the end, replacing an existing file. After an exception
+    (Ctrl-C too) the partial file stays and can be played; without any frame no file stays.
     """
 
     def __init__(self, path: Path | str, *, fps: int = FPS, crf: int = 18) -> None:

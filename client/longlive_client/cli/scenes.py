@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes: what a video shows and when it changes, read from JSONL. No I/O but the reading of that file.
+"""Scenes: the prompts of a video and their times, read from a JSONL file.
 
-One video per line, in the reference's format or with times (seconds), and with more said if wanted:
+One video per line, in the reference's format, or with times (seconds) and other keys:
 
     {"prompts": ["A fox runs.", "The fox sleeps."]}
     {"prompts": [{"prompt": "A fox runs."}, {"prompt": "The fox sleeps.", "at": 7.5}], "name": "fox", "seconds": 20}
@@ -31,7 +31,7 @@ _NAME = re.compile(r"\w[\w .,-]*")  # one path component, and not a hidden one
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One video: prompts in order, `switch_at[i]` seconds being when `prompts[i + 1]` takes over."""
+    """One video: prompts in order; `prompts[i + 1]` begins at `switch_at[i]` seconds."""
 
     name: str
     prompts: tuple[str, ...]
@@ -76,19 +76,19 @@ class Scene:
 
     @property
     def chunks(self) -> int:
-        """The fewest chunks that last `seconds`."""
+        """The smallest number of chunks that last `seconds`."""
         return max(1, math.ceil((FPS * self.seconds + _FIRST_CHUNK_OFFSET) / FRAMES_PER_CHUNK))
 
 
 def default_seconds(switch_at: Sequence[float]) -> float:
-    """As long as there are switches, and one more interval."""
+    """One interval after the last switch."""
     return (switch_at[-1] if switch_at else 0.0) + SWITCH_EVERY_S
 
 
 def load_scenes(
     path: Path | str, *, switch_at: Sequence[float] | None = None, seconds: float | None = None, seed: int = 0
 ) -> list[Scene]:
-    """The scenes of a file. The arguments hold for lines that do not say otherwise; a name is `<file>-<line>`.
+    """The scenes of a file. The arguments are defaults for its lines; the default name is `<file>-<line>`.
 
     Raises ValueError with the file, the line, what was got and what was expected.
     """
@@ -114,7 +114,7 @@ def load_scenes(
 
 
 class RepeatedKeyError(ValueError):
-    """JSON would take the last of equal keys, without a word."""
+    """Python's JSON parser silently takes the last of equal keys."""
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _scene(
     elif all(isinstance(entry, dict) for entry in entries):
         prompts, times = _timed(entries)
     else:
-        raise ValueError("prompts: got strings and objects mixed, expected all of them to be the one or the other")
+        raise ValueError("prompts: got strings and objects mixed, expected all of one kind")
     length = _number(values["seconds"], "seconds") if "seconds" in values else seconds
     return Scene(
         name=_typed(values.get("name", name), str, "name"),
@@ -176,7 +176,7 @@ def _timed(entries: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
             raise ValueError(f"{field}: got no 'prompt', expected one")
         prompts.append(_typed(entry["prompt"], str, f"{field}.prompt"))
         if "at" not in entry and index > 0:
-            raise ValueError(f"{field}: got no 'at', expected the second at which it takes over")
+            raise ValueError(f"{field}: got no 'at', expected the time in seconds at which it begins")
         times.append(_number(entry.get("at", 0), f"{field}.at"))
     if times[0] != 0:
         raise ValueError(f"prompts[0].at: got {times[0]:g}, expected 0 or none: a video begins with its first prompt")

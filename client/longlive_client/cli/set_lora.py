@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes the LoRA adapters of a server while it runs: `python -m longlive_client.cli.set_lora style.safetensors=0.8`.
+"""Changes the LoRA adapters of a running server: `python -m longlive_client.cli.set_lora style.safetensors=0.8`.
 
-Sessions that begin later have them; those that are live go on as they are. The adapters named replace those named
-before; none at all takes them away. The files lie in the server's `adapters_dir`.
+New sessions use them; live sessions continue unchanged. The adapters replace those of the previous call; a call without
+any removes them. The files are in the server's `adapters_dir`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def set_adapters(
     tls: Tls | None = None,
     access_token: str | None = None,
 ) -> str:
-    """Give sessions to come these adapters (file names, with scales); returns when they are in force, with their names.
+    """Set the adapters (file names, with scales) of new sessions. Returns the server's notice when they are in use.
 
-    Raises RequestError when the server refuses, and ConnectionError when no answer comes within `timeout_s`.
+    Raises RequestError if the server refuses, and ConnectionError without an answer within `timeout_s`.
     """
     options = Options(command=SET_LORA, adapters=dict(adapters), admin_token=admin_token)
     return send_command(url, options, timeout_s, tls, access_token)
@@ -38,10 +38,10 @@ def set_adapters(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longlive_client.cli.set_lora", description=__doc__)
-    text = "a file in the server's adapters_dir, with its scale if that is not 1"
+    text = "a file in the server's adapters_dir, with its scale (default: 1)"
     parser.add_argument("adapters", nargs="*", metavar="FILE[=SCALE]", help=text)
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
-    text = f"the server's admin_token (default: what the environment has as {ADMIN_TOKEN_ENV})"
+    text = f"the server's admin_token (default: ${ADMIN_TOKEN_ENV})"
     parser.add_argument("--admin-token", default=os.environ.get(ADMIN_TOKEN_ENV, ""), help=text)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: %(default)g")
     add_access_arguments(parser)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a video arrived, from the times at which its chunks did. Seconds throughout."""
+"""Frame rate and latencies of a video, from the arrival times of its chunks. All times are in seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longlive_serve.config.presets import FPS
 
 @dataclasses.dataclass(kw_only=True)
 class Timing:
-    """Made when the video is asked for; `add` takes its chunks in order."""
+    """Create it when the video is requested; `add` takes its chunks in order."""
 
     started: float = dataclasses.field(default_factory=time.monotonic)
     frames: int = 0
@@ -21,8 +21,8 @@ class Timing:
     """From the start to the last chunk so far."""
     prompt_index: int = 0
     switch_latencies_s: list[float] = dataclasses.field(default_factory=list)
-    """Per switch: from the chunk boundary at which it was due (the last chunk of the old prompt) to the first chunk of
-    the new one. It holds for switches that were sent ahead."""
+    """For each switch: time from the last chunk of the old prompt to the first chunk of the new one. Valid for switches
+    that were sent before they were due."""
 
     def add(self, chunk: StreamedChunk) -> None:
         if not len(chunk.frames):
@@ -42,5 +42,5 @@ class Timing:
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds of video per second: 1 or more can be watched while it is generated."""
+        """Seconds of video per second; 1 or more is real time."""
         return self.fps / FPS
