@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +18,7 @@ from longlive_serve.engine.model_runner import ModelRunner
 from longlive_serve.engine.session import Session
 from longlive_serve.protocol.messages import FrameChunk
 from longlive_serve.protocol.session_options import CLEAR, RECACHE
+from tests.fakes.service_bench import wait_until
 from training.latents import HELD_OUT
 from training.quality.__main__ import tables
 from training.quality.measures import (
@@ -31,6 +35,28 @@ from training.world import Attributes, Segment, draw, paths
 pytestmark = pytest.mark.numeric
 
 ROOT = Path(__file__).parents[2]
+WAITING = """
+import time
+from tests.training.test_quality import worker_pid
+from training.quality.__main__ import SHIPPED
+from training.quality.workers import Workers
+with Workers(SHIPPED) as workers:
+    print(*workers.map("", worker_pid, [0]), flush=True)
+    time.sleep(600)
+"""
+
+
+def worker_pid(runner: ModelRunner, case: int) -> int:
+    return os.getpid()
+
+
+def test_workers_end_with_a_killed_parent() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = next(int(line) for line in parent.stdout if line.strip().isdecimal())
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 class Exact:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -87,11 +88,20 @@ class Workers:
 
 
 def _begin(folder: Path, prepare: Callable[[ModelRunner], None] | None) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     runner = build_model_runner(folder)
     if prepare is not None:
         prepare(runner)
     _runners.append(runner)
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task without end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(task: Callable[[ModelRunner, Any], Result], case: Any) -> Result:
