@@ -99,7 +99,7 @@ SMOKES = (
     Smoke(command="training.train_rollouts --out {trained} --steps 1"),
     Smoke(command="tests.benchmarks.machine_code --table {root}/results/machine_code.json"),
     Smoke(command="benchmarks.stale"),
-    Smoke(command="tests.support.rooms --json {out}/house.json"),
+    Smoke(command="tests.support.rooms --words {lines} --json {out}/house.json"),
     Smoke(command="tests.support.settings_page"),
     Smoke(command="benchmarks.tables"),
 )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -125,6 +127,30 @@ def circles() -> list[str]:
     return sorted(room for room in after if room in reached(room))
 
 
+def uncommon_words_share(words: Path) -> float:
+    """Share of the parts of names in the server and the client that the file `words` does not have, weighted by use.
+
+    Parts are split at underscores and capitals and have three letters or more. Names are those of functions, classes,
+    arguments, assigned variables and attributes.
+    """
+    common = set(words.read_text(encoding="utf-8").split())
+    counts: Counter[str] = Counter()
+    for path in (path for path in sources() if path.relative_to(ROOT).parts[0] in ("longlive_serve", "client")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = _name_of(node)
+            counts.update(part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name) if len(part) > 2)
+    return round(sum(count for word, count in counts.items() if word not in common) / counts.total(), 4)
+
+
+def _name_of(node: ast.AST) -> str:
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
+        case ast.arg(arg=name) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
+            return name
+    return ""
+
+
 def figures() -> dict[str, float]:
     upward = [(one, other) for one, other in arrows() if FLOORS[other] >= FLOORS[one]]
     own = [path for path in sources() if path.relative_to(ROOT).parts[0] != "tests"]
@@ -142,12 +168,16 @@ def figures() -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.rooms", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures into this file; others in it stay")
+    text = "also count the words in names that are not in this list of words that the field uses"
+    parser.add_argument("--words", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
     measurement, found = Measurement.begin("tests.support.rooms", argv), figures()
     for folder, names in sorted(entries().items()):
         print(f"{len(names):3} {folder}: {', '.join(sorted(names))}")
     for one, floor in sorted(FLOORS.items(), key=lambda room: room[1]):
         print(f"{floor:3} {one} -> {', '.join(sorted(other for source, other in arrows() if source == one))}")
+    if arguments.words is not None:
+        found["uncommon_words_share"] = uncommon_words_share(arguments.words)
     print(found)
     if arguments.json is not None:
         code = [*{room.split(".")[0] for room in FLOORS}]
