@@ -1,8 +1,8 @@
-# The verbs of the project. `make demo` and `make test` do all the set-up they need.
+# Project commands. `make demo` and `make test` set up everything they need.
 VENV := .venv
 BIN := $(VENV)/bin
 version = $(shell $(1) -c 'import sys; print(sys.version_info[:2])' 2> /dev/null)
-ifdef PYTHON  # asked for: an environment of another version makes way
+ifdef PYTHON  # set explicitly: replace an environment of another version
 ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
 CLEAR := --clear
 $(VENV)/.complete: FORCE
@@ -13,34 +13,34 @@ PYTHON = $(or $(shell for python in python3 python3.12 python3.11; do \
 endif
 
 DEMO := torch,client,triton
-BUILD := hatchling editables  # what builds the project; hatchling asks for the other one when it runs
+BUILD := hatchling editables  # build requirements; hatchling asks for `editables` only when it runs
 WORKERS ?= auto
 .PHONY: help setup dev demo test test-portability check bench bench-engines autoscaling perf chaos fleet soak fuzz pictures quality onnx quantize evaluate serve doctor deploy-check smoke stale wheels lock clean FORCE
 
 help:
 	@echo "make demo   set up, start a server, stream an interactive session, write videos/interactive/*.mp4"
-	@echo "make test   set up, run all tests, those against a live server among them"
-	@echo "make test-portability  the tests as other processors run them, into results/portability.json (hours)"
+	@echo "make test   set up, run all tests, including those against a live server"
+	@echo "make test-portability  run the tests as on other processors, write results/portability.json (hours)"
 	@echo "make check  set up, run the linter and the type checker"
-	@echo "make bench  set up, measure what viewers notice, write results/serving.json and docs/serving.png"
+	@echo "make bench  set up, measure a server with simulated viewers, write results/serving.json and docs/serving.png"
 	@echo "make bench-engines  set up, measure the backends on this machine's GPU, write results/gpu.json and docs/gpu.png"
 	@echo "make autoscaling  set up, simulate a fleet of GPUs, write results/autoscaling.json and docs/autoscaling.png"
-	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its figures with those of the benchmark"
-	@echo "make chaos, make fleet   kill servers; keep strangers out and let a server go; into results/serving.json"
-	@echo "make soak, make fuzz   run for half an hour, send wrong requests; into the same file"
-	@echo "make pictures  the demo, and the pictures in docs/ from it"
-	@echo "make quality  set up, measure what the demo model shows, write results/quality.json"
-	@echo "make onnx   export the demo model as ONNX graphs to graphs/demo, each compared with PyTorch"
-	@echo "make quantize, make evaluate   INT8 and FP8 weights in weights/, what they cost in quality"
+	@echo "make perf   set up, fetch NVIDIA's perf_analyzer, compare its results with the benchmark's"
+	@echo "make chaos, make fleet   kill servers; test access control and draining; write results/serving.json"
+	@echo "make soak, make fuzz   run for half an hour; send invalid requests; write results/serving.json"
+	@echo "make pictures  run the demo, update the pictures in docs/"
+	@echo "make quality  set up, measure the demo model's quality, write results/quality.json"
+	@echo "make onnx   export the demo model as ONNX graphs to graphs/demo, compare each with PyTorch"
+	@echo "make quantize, make evaluate   write INT8 and FP8 weights to weights/, measure their quality"
 	@echo "make serve  set up, run the server in the foreground (Ctrl-C ends it)"
-	@echo "make doctor set up, say whether this machine can serve, how many sessions fit, and what is missing"
-	@echo "make deploy-check  set up, check images, manifests, alerts and dashboards; try the image's layout out"
+	@echo "make doctor set up, check whether this machine can serve, how many sessions fit, what is missing"
+	@echo "make deploy-check  set up, check images, manifests, alerts and dashboards; run the image's layout"
 	@echo "make smoke  set up, run every command at its smallest size, write the seconds to results/commands.json"
-	@echo "make stale  set up, say which figures in results/ are older than their code"
-	@echo "make wheels  fill wheelhouse/ with the wheels that make demo installs, for machines without a connection"
-	@echo "make lock   write the pinned versions and hashes in requirements/ anew"
+	@echo "make stale  set up, list the results in results/ that are older than their code"
+	@echo "make wheels  download the wheels that make demo installs to wheelhouse/, for offline machines"
+	@echo "make lock   update the pinned versions and hashes in requirements/"
 	@echo "make clean  remove the virtual environment"
-	@echo "make setup  only the set-up: a virtual environment in $(VENV); make dev: with all that tests need"
+	@echo "make setup, make dev   create the virtual environment $(VENV); dev: with the test requirements"
 
 setup: $(VENV)/.complete
 dev: $(VENV)/.complete-dev
@@ -131,7 +131,7 @@ lock: setup
 	$(call lock,3.12,$(DEMO))
 	$(call lock,3.13,client)
 
-# Extras for a version of Python, and what builds the project, with the hashes of the public packages.
+# $(call lock,PYTHON,EXTRAS) pins the extras and the build requirements, with the hashes of the public packages.
 comma := ,
 lock = printf '%s\n' $(BUILD) | UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --no-config --no-annotate \
 	--generate-hashes --python-version $(1) --python-platform x86_64-manylinux_2_35 \

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measures speed, and the one writer of results/*.json."""
+"""Benchmarks, and the only writer of results/*.json."""

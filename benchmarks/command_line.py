@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands that measure share: exit codes, arguments, and the header of results/serving.json."""
+"""Shared by all measuring commands: exit codes, arguments, and the writer of results/serving.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ P = ParamSpec("P")
 
 
 def exit_code(*errors: type[Exception]) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """Decorates `main`: it returns 130 after Ctrl-C and 1 after an error that is expected or one of `errors`."""
+    """Decorates `main`: it returns 130 after Ctrl-C, 1 after OSError, RuntimeError, ValueError or `errors`."""
     expected: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *errors)
 
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
@@ -39,7 +39,7 @@ def exit_code(*errors: type[Exception]) -> Callable[[Callable[P, int]], Callable
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """The `type` of an argument."""
+    """An argparse `type`: an integer of at least `minimum`."""
 
     def parse(text: str) -> int:
         if int(text) < minimum:
@@ -50,9 +50,9 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser, counts: Iterable[tuple[str, int, str]]) -> None:
-    """What several servers serve, how many there are of what (name, default, explanation), and the results' file."""
+    """Add --preset, --weights, --json, and an integer option for each of `counts` (name, default, help)."""
     parser.add_argument("--preset", default="demo", help="default: %(default)s")
-    parser.add_argument("--weights", default=str(DEMO), help="a folder, or random (default: those of the demo)")
+    parser.add_argument("--weights", default=str(DEMO), help="a folder, or random (default: the demo weights)")
     for name, count, text in counts:
         parser.add_argument(f"--{name}", type=int, default=count, help=f"{text} (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -67,7 +67,7 @@ def write_serving_results(
     code: str,
     top_level: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a section of results/serving.json, if there is a `path`. `code`: the command's own file."""
+    """Write a section of results/serving.json, if `path` is given. `code`: the command's own file."""
     if path is not None:
         measurement.write(
             path,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one writer of results/*.json: results with the command, commit, date, hardware, versions and code behind them.
+"""Writes results/*.json: results with their command, commit, date, hardware, versions and code.
 
-Every command that measures begins a `Measurement`; what it measured, this module does not know.
+Every measuring command begins a `Measurement`. This module does not know what is measured.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ UNKNOWN = "unknown"
 DIRTY = "-dirty"
 KEYS = ("command", "commit", "date", "hardware", "versions", "code")
 SERVER = ("longlive_serve", ":!longlive_serve/doctor", "model_repository")
-"""The code of a server, as git names paths."""
+"""The server's code, as git pathspecs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A command that measures. It begins before the work does: a commit that is made meanwhile is not what ran."""
+    """One run of a measuring command. Begin it before the work: a commit made meanwhile is not the code that ran."""
 
     command: str
     commit: str
@@ -44,8 +44,8 @@ class Measurement:
         return cls(command=shlex.join(words), commit=commit(), date=date)
 
     def header(self, *, code: Sequence[str], hardware: str = "", versions: Mapping[str, str]) -> dict[str, Any]:
-        """The KEYS of a record. `code`: files and folders whose change makes the results stale, as git names paths.
-        `hardware`: this machine's CPU by default."""
+        """The KEYS of a record. `code`: git pathspecs; a change in them makes the results stale. `hardware`: this
+        machine's CPU by default."""
         return dataclasses.asdict(self) | {
             "hardware": hardware or cpu(),
             "versions": dict(versions),
@@ -65,11 +65,11 @@ class Measurement:
     ) -> None:
         """Write the header and `results` to a JSON file; dataclasses become objects.
 
-        With a `section` they go there, `top_level` beside it, and all else in the file stays. The file is replaced
-        whole, so a reader never sees half of it.
+        With `section`, write them to that key and `top_level` beside it; other keys of the file stay. The file is
+        replaced atomically.
         """
         header = self.header(code=code, hardware=hardware, versions=versions)
-        record = header | dict(results) | header  # the header first, also where `results` are those of an older file
+        record = header | dict(results) | header  # `results` may hold an older header
         if section:
             record = {**read_results(path), **(top_level or {}), section: record}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Measurement:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What a file of results holds; nothing if there is none."""
+    """The content of a results file; empty if it does not exist."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
@@ -93,30 +93,30 @@ def format_table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) 
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit of the checkout `root`, ending in DIRTY when its code is another; UNKNOWN outside of a checkout."""
+    """The commit of the checkout `root`, with the suffix DIRTY if its code was changed; UNKNOWN outside a checkout."""
     try:
-        if git(root, "rev-parse", "--show-prefix"):  # installed somewhere inside a checkout of something else
+        if git(root, "rev-parse", "--show-prefix"):  # installed inside another project's checkout
             return UNKNOWN
         head = git(root, "rev-parse", "HEAD")
-        code = (".", ":!results", ":!docs", ":!*.md")  # what commands write and what nobody runs
+        code = (".", ":!results", ":!docs", ":!*.md")  # not code
         return head + (DIRTY if git(root, "status", "--porcelain", "--untracked-files=no", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What git prints in `root`."""
+    """Run git in `root` and return its output."""
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def cpu() -> str:
-    """The processor of this machine, as far as this process may use it."""
+    """The CPU cores that this process may use."""
     return f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, and of those packages that are installed."""
+    """Versions of Python and of the installed ones of `packages`."""
     found = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says which figures in results/ are older than the code that they were measured with: `python -m benchmarks.stale`.
+"""Lists the results in results/ whose code has changed since they were measured: `python -m benchmarks.stale`.
 
-A figure is not wrong because a line has changed; whoever reads the list decides what to measure again.
+A listed result is not necessarily wrong; decide from the changed files what to measure again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ RESULTS = ROOT / "results"
 
 
 def headers(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What stands beside the figures of a file, by section; the whole file is the section with no name."""
+    """The records of a results file, by section; a file without sections is one record with the name ""."""
     if "command" in record:
         return {"": record}
     return {name: part for name, part in record.items() if isinstance(part, dict) and "command" in part}
 
 
 def changed(commit: str, code: Sequence[str], root: Path = ROOT) -> list[str] | None:
-    """Files of `code` that are not as they were at `commit`; None if that cannot be told: git has no such commit."""
+    """Files of `code` that changed since `commit`; None if git does not know the commit."""
     if commit == UNKNOWN:
         return None
     try:
@@ -42,14 +42,14 @@ def changed(commit: str, code: Sequence[str], root: Path = ROOT) -> list[str] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stale", description=__doc__)
-    parser.add_argument("--all", action="store_true", help="name every file that has changed, not only how many")
+    parser.add_argument("--all", action="store_true", help="list the changed files, not only their number")
     args = parser.parse_args(argv)
-    table = Table("figures", "measured at", "on", "of their code has changed")
+    table = Table("results", "commit", "date", "changed code")
     for path in sorted(RESULTS.glob("*.json")):
         for section, header in headers(json.loads(path.read_text(encoding="utf-8"))).items():
             files = changed(header["commit"], header["code"])
             if files is None:
-                status = "cannot be told: git does not know the commit"
+                status = "unknown: git does not know the commit"
             else:
                 status = "\n".join(files) if args.all and files else f"{len(files)} files" if files else "nothing"
             commit = header["commit"][:10] + (DIRTY if header["commit"].endswith(DIRTY) else "")

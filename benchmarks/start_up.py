@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a server takes to start, with empty caches and again: `python -m benchmarks.start_up --json JSON`."""
+"""Measures a server's start-up time with cold and warm caches: `python -m benchmarks.start_up --json JSON`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what results/serving.json holds as the tables of docs/performance.md: `python -m benchmarks.tables`."""
+"""Prints results/serving.json as the tables of docs/performance.md: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = ROOT / "results/serving.json"
 
 
 def viewers_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What simulated viewers noticed."""
+    """One row per run of `benchmarks.serving`."""
     header = ("viewers", "watch at once", "frames/s", "stalls", "late chunks")
     latencies = {"first frame": "first_frame_s", "new prompt": "switch_s"}
     rows = []
@@ -27,7 +27,7 @@ def viewers_table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stress_table(record: dict[str, Any]) -> str:
-    """What the service survived."""
+    """One row per stress test."""
     chaos, soak, fuzz, fleet = (record[f"trials.{name}"] for name in ("chaos", "soak", "fuzz", "fleet"))
     kills = ", ".join(f"{count} x {name}" for name, count in sorted(chaos["kills"].items()))
     seam = f"{chaos['seam_difference_of_255']:.2f} of 255 from the uninterrupted video"
@@ -57,10 +57,10 @@ def _fleet(results: dict[str, Any]) -> str:
         f"{results['lost_frames']} lost, {results['repeated_frames']} repeated",
     )
     return (
-        f"{results['viewers']} viewers at {results['fps']} fps and {results['late_viewers']} who came meanwhile, "
+        f"{results['viewers']} viewers at {results['fps']} fps and {results['late_viewers']} who joined later, "
         f"{results['resumed_after_kill']} and {results['resumed_after_drain']} resumed: **{lost}**, "
         f"{results['viewers_who_saw_a_stall']} saw a stall; {results['found_over_another_connection']} of "
-        f"{results['viewers']} found over another connection; {sum(rejected)} of {len(rejected)} strangers turned away"
+        f"{results['viewers']} found over another connection; {sum(rejected)} of {len(rejected)} intruders refused"
     )
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long and hostile runs: killed servers, wrong requests, strangers, half an hour of viewers."""
+"""Stress tests: killed servers, invalid requests, unauthorized access, half an hour of load."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills servers, models, the proxy and clients at random while viewers watch: `python -m stress.chaos --kills 20`.
 
-Servers behind HAProxy, sticky by session id. Every viewer that is not killed must get every frame once and in order;
-where a session continued elsewhere, it is compared with an uninterrupted run. Exit code 1 if one lost any.
+The servers are behind HAProxy, sticky by session id. Every viewer that is not killed must get every frame once and in
+order. Sessions resumed on another server are compared with uninterrupted runs. Exit code 1 if frames were lost.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from stress.haproxy_cluster import Cluster
 from stress.viewers import MUST_BE_ZERO, ViewerLog, Viewers, open_stream, remaining_resources, remaining_sessions
 
 FAULTS = ("server", "model", "proxy", "client")
-CHUNKS_AFTERWARDS = 3  # that every viewer still gets when the last kill is over
+CHUNKS_AFTERWARDS = 3  # that every viewer must receive after the last kill
 
 
 class VictimProcesses:
-    """Viewers in processes of their own, to be killed."""
+    """Viewers to kill, each in its own process."""
 
     def __init__(self, url: str, count: int, fps: int) -> None:
         options = f"--viewers 1 --seconds 86400 --switch-every 10 --fps {fps}".split()
@@ -78,7 +78,7 @@ async def inject_faults(cluster: Cluster, victims: VictimProcesses, args: argpar
 
 
 async def watch_under_faults(cluster: Cluster, args: argparse.Namespace) -> tuple[Viewers, Counter[str]]:
-    stall_s = 2 * 12 / args.fps + 2  # more than a chunk plays
+    stall_s = 2 * 12 / args.fps + 2  # longer than a chunk's playback time
     viewers = Viewers(cluster.url, fps=args.fps, stall_timeout=stall_s)
     viewers.start(args.viewers)
     victims = VictimProcesses(cluster.url, args.victims, args.fps)
@@ -93,8 +93,8 @@ async def watch_under_faults(cluster: Cluster, args: argparse.Namespace) -> tupl
 
 
 async def compare_with_uninterrupted(url: str, logs: Sequence[ViewerLog], max_videos: int) -> dict[str, float]:
-    """The first resumed chunk of videos against the same ones without interruption; the change of the picture where a
-    session resumed against the median change."""
+    """Compare the first resumed chunk of each video with an uninterrupted run, and the change of the picture at the
+    resume with the video's median change between frames."""
     differences, jumps = [], []
     logs = [log for log in logs if log.resumed_at]
     with Progress() as progress:
@@ -161,13 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stress.chaos", description=__doc__)
     counts = (
-        ("servers", 3, "behind the proxy"),
-        ("viewers", 12, "that are not killed"),
-        ("victims", 3, "viewers that are"),
-        ("kills", 20, "of servers, models, the proxy and victims"),
-        ("fps", 3, "at which all watch: slow, so that few cores are enough"),
-        ("compare", 6, "first seams that are compared with an uninterrupted run"),
-        ("seed", 0, "of what is killed when"),
+        ("servers", 3, "number behind the proxy"),
+        ("viewers", 12, "viewers that are not killed"),
+        ("victims", 3, "viewers that are killed"),
+        ("kills", 20, "kills of servers, models, the proxy and victims"),
+        ("fps", 3, "playback rate, low to need few cores"),
+        ("compare", 6, "resumed videos to compare with an uninterrupted run"),
+        ("seed", 0, "random seed of the kills"),
     )
     add_cluster_arguments(parser, counts)
     parser.add_argument(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends thousands of wrong requests to a server with live sessions: `python -m stress.fuzz --requests 10000`.
+"""Sends thousands of invalid requests to a server with live sessions: `python -m stress.fuzz --requests 10000`.
 
-Every request must be answered, every refusal must say what was wrong, and the frames of the live sessions must be the
-ones that they give alone, to the bit. Exit code 1 otherwise.
+Every request must get a response, every refusal must name its cause, and the frames of the live sessions must be
+bitwise identical to those of an undisturbed run. Exit code 1 otherwise.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import INPUTS, MAX_PROMPT_BYTES
 from longlive_serve.triton_server.launcher import TritonServer
 
-NUM_LIVE_SESSIONS = 2  # sessions that must not notice anything
+NUM_LIVE_SESSIONS = 2  # that must not be disturbed
 MAX_STREAMS = 8  # at a time
 REQUESTS_PER_STREAM = 50  # requests on one gRPC stream
 TIMEOUT_S = 120.0
 SETTINGS = 'preset = "tiny"\nslots = 4\nmax_waiting = 8\nmax_wait_s = 5\nidle_timeout_s = 2\nmax_unacked = 16\n'
-# What a refusal has to name: a tensor, a flag, the session, the queue, or an input in Triton's words.
+# A refusal must name a tensor, a flag, the session, the queue, or an input as Triton does.
 NAMED_CAUSE = re.compile(
     "|".join(
         (*(spec.name for spec in INPUTS), "START", "session", "waiting for a slot", "free in", "input", "request", "ID")
@@ -72,19 +72,19 @@ DTYPES = (np.int8, np.int32, np.int64, np.uint8, np.float32, np.float64, np.bool
 
 @dataclasses.dataclass
 class FuzzRequest:
-    """One request: what to send, and then what came back."""
+    """A request and its responses."""
 
     session_id: str
     tensors: dict[str, np.ndarray[Any, Any]]
     flags: dict[str, bool]
     corrupt: Callable[[Any], None] = lambda message: None
-    """Done to the message itself."""
+    """Changes the protobuf message."""
     num_responses: int = 0
     error: str = ""
 
 
 class Mutator:
-    """Makes requests that are wrong in one to three ways, the same ones for the same seed."""
+    """Creates requests with one to three errors, deterministic by seed."""
 
     def __init__(self, seed: int, snapshot: bytes, live_ids: Sequence[str]) -> None:
         self.random = random.Random(seed)
@@ -104,7 +104,7 @@ class Mutator:
                 self._mutate_message,
             )
             rng.choice(mutations)(request)
-        if request.session_id in self.live_ids:  # Triton itself ends a sequence by an END, whoever says it
+        if request.session_id in self.live_ids:  # Triton ends a sequence on any END, from any client
             request.flags.pop("end", None)
         return request
 
@@ -209,13 +209,13 @@ def send(url: str, requests: Sequence[FuzzRequest]) -> None:
 
 
 def check_responses(requests: Sequence[FuzzRequest]) -> Iterator[str]:
-    """What was not as it should be."""
+    """Yield the violations: missing responses and refusals without a cause."""
     for request in requests:
         description = f"{request.flags} { ({name: (str(a.dtype), a.shape) for name, a in request.tensors.items()}) }"
         if not request.num_responses:
-            yield f"no answer: {description}"
+            yield f"no response: {description}"
         elif request.error and (not NAMED_CAUSE.search(request.error) or _is_internal_error(request.error)):
-            yield f"a refusal that names nothing: {request.error!r}: {description}"
+            yield f"refusal without a cause: {request.error!r}: {description}"
 
 
 def _is_internal_error(text: str) -> bool:
@@ -223,11 +223,11 @@ def _is_internal_error(text: str) -> bool:
 
 
 def video(url: str, seed: int, chunks: int, ids: list[str]) -> np.ndarray[Any, Any]:
-    """A whole video. Where the wrong requests have filled the queue, ask for a place again, for a minute at most."""
+    """Stream a whole video. While the invalid requests fill the queue, retry for up to a minute."""
     last_try = time.monotonic() + 60
     while True:
         try:
-            with VideoStream(  # one try: it keeps its id, which others attack
+            with VideoStream(  # one attempt, to keep the id that the requests attack
                 "a red fox runs", url=url, seed=seed, chunks=chunks, pace="asap", max_attempts=1, resume_for=0
             ) as stream:
                 ids.append(stream.session_id)
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stress.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--chunks", type=int, default=20, help="length of the live sessions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds, other requests (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the requests (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
     measurement = Measurement.begin("stress.fuzz", argv)

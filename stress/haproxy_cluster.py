@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Some servers behind HAProxy, and a supervisor that starts again whatever died, as an orchestrator would.
+"""Servers behind HAProxy, with a supervisor that restarts dead processes like an orchestrator.
 
-Used by the stress tests. HAProxy's settings are those of deploy/; with `Keys` everybody shows who they are.
+Used by the stress tests. HAProxy's settings are those of deploy/; with `Keys`, all connections use mutual TLS.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.triton_server.launcher import TritonServer
 from stress.test_pki import Keys
 
-PROBE_S = 5.0  # a model that gives no answer for this long is dead
+PROBE_S = 5.0  # a model that does not respond within this time is dead
 POLL_S = 0.5
 
-PROXY = Path(__file__).parents[1] / "deploy/proxy/haproxy.cfg"  # as in production; the servers stand in a second file
+PROXY = Path(__file__).parents[1] / "deploy/proxy/haproxy.cfg"  # a second file lists the servers
 STICKY = "  stick on hdr(x-session-id) table sticky"
 
 
 class Cluster:
-    """For `with`: ready on entry, gone on exit. `url` is where clients connect."""
+    """A context manager: ready on entry, stopped on exit. Clients connect to `url`."""
 
     def __init__(self, servers: int, config: Path, keys: Keys | None = None) -> None:
         haproxy = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
@@ -50,7 +50,7 @@ class Cluster:
             self._addresses |= keys.of_proxy(self.url) | {"LONGLIVE_PROXY": f"127.0.0.1:{clear}"}
         self.servers: list[TritonServer] = []
         self.restarts = 0
-        self._going: set[int] = set()  # servers that are to end by themselves
+        self._going: set[int] = set()  # servers that are shutting down
         self._proxy: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._supervisors: list[threading.Thread] = []
@@ -78,11 +78,11 @@ class Cluster:
         self._stop()
 
     def kill_server(self, number: int) -> None:
-        """Triton's own process; its stub and shared memory are left to those who clean up."""
+        """Kill Triton's process; its stub and shared memory remain for the clean-up code."""
         _kill(self.servers[number].pid)
 
     def kill_model(self, number: int) -> None:
-        """The process that the model runs in; Triton notices nothing."""
+        """Kill the model's process, which Triton does not notice."""
         pid = self.servers[number].pid
         for stub in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split():
             _kill(int(stub))
@@ -92,13 +92,13 @@ class Cluster:
         _kill(self._proxy.pid)
 
     def end_server(self, number: int) -> None:
-        """SIGTERM; returns when the server has gone. It is started again as well."""
+        """Send SIGTERM and wait for the exit; the supervisor restarts the server."""
         self._going.add(number)
         self.servers[number].stop()
         self._going.remove(number)
 
     def healthy(self) -> bool:
-        """Whether every server's model answers, and through the proxy too."""
+        """Whether all models respond, directly and through the proxy."""
         return all(self._answers(url) for url in (*(server.grpc_url for server in self.servers), self.url))
 
     def wait_until_healthy(self, timeout_s: float = 120.0) -> None:
@@ -137,7 +137,7 @@ class Cluster:
         tls, token = (None, None) if self._keys is None else (self._keys.client, self._keys.token)
         try:
             probe(url, PROBE_S, tls, token)
-        except RequestError:  # it refuses, so it lives
+        except RequestError:  # a refusal is a response
             return True
         except ConnectionError:
             return False

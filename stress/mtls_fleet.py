@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers behind HAProxy with all that keeps strangers out, as docs/deploy.md has them: `python -m stress.mtls_fleet`.
+"""Tests servers behind HAProxy with the access control of docs/deploy.md: `python -m stress.mtls_fleet`.
 
-Mutual TLS to the proxy and from it to the servers, and a token. While viewers watch, strangers knock, the sessions are
-steered over other connections, one server is killed, and another one goes as Kubernetes makes it go (`deploy.drain`,
-then SIGTERM) while new viewers come. Exit code 1 if anybody got in, lost a frame or was not found.
+Mutual TLS to the proxy and to the servers, and a token. While viewers watch, unauthorized clients connect, sessions get
+prompts over other connections, one server is killed, and another one is stopped as in Kubernetes (`deploy.drain`, then
+SIGTERM) while new viewers arrive. Exit code 1 if access was granted, a frame lost or a session not found.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from stress.haproxy_cluster import Cluster
 from stress.test_pki import Keys
 from stress.viewers import MUST_BE_ZERO, Viewers, remaining_resources, remaining_sessions
 
-DRAIN_S = 3.0  # what preStop waits for sessions to end by themselves: ten minutes in Kubernetes
-CHUNKS_MORE = 2  # that everybody gets after each event
+DRAIN_S = 3.0  # preStop's wait for sessions to end; ten minutes in Kubernetes
+CHUNKS_MORE = 2  # that every viewer must receive after each event
 
 
 def try_without_access(url: str, server_url: str, keys: Keys) -> dict[str, bool]:
-    """Calls to the proxy and to a server that lack something, and whether each was refused."""
+    """Call the proxy and a server without full credentials. Returns whether each call was refused."""
     no_certificate = Tls(ca=keys.folder / "ca.crt")
     calls: dict[str, Callable[[], object]] = {
         "proxy, no token": lambda: probe(url, 3, keys.client),
@@ -63,7 +63,7 @@ def _is_refused(call: Callable[[], object]) -> bool:
 
 
 def switch_prompt(url: str, video: AsyncVideoStream, keys: Keys) -> bool:
-    """Send the session of `video` a prompt over a connection of its own; whether it was found."""
+    """Send a prompt to the session of `video` over a new connection. Returns whether the session was found."""
     request = Request(
         session_id=video.session_id, prompt=PROMPTS[0], options=Options(session_token=video.session_token)
     )
@@ -79,7 +79,7 @@ def switch_prompt(url: str, video: AsyncVideoStream, keys: Keys) -> bool:
 
 
 def drain(cluster: Cluster, number: int) -> dict[str, float]:
-    """Let a server go as a pod goes: preStop, then SIGTERM."""
+    """Stop a server like a pod: preStop, then SIGTERM."""
     url = f"http://{cluster.servers[number].metrics_url}/metrics"
     command = [sys.executable, "-m", "deploy.drain", "--url", url, "--for", str(DRAIN_S), "--settle", "0"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -118,7 +118,7 @@ async def watch(cluster: Cluster, keys: Keys, args: argparse.Namespace) -> dict[
 
 
 def longest_stall(chunks: Sequence[StreamedChunk], fps: int) -> float:
-    """Seconds for which the picture stood still at most, if the video is shown from its first frame on."""
+    """The longest standstill in seconds, for a video that is played from its first frame on."""
     shown_until, longest = chunks[0].arrived, 0.0
     for chunk in chunks:
         longest = max(longest, chunk.arrived - shown_until)
@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def failures(results: dict[str, Any]) -> list[str]:
-    """What should not be."""
-    errors = [f"got in: {name}" for name, refused in results["turned_away"].items() if not refused]
+    """The violated requirements."""
+    errors = [f"not refused: {name}" for name, refused in results["turned_away"].items() if not refused]
     errors += [f"{name}: {results[name]}" for name in MUST_BE_ZERO if results[name]]
     if results["found_over_another_connection"] < results["viewers"]:
         errors.append(f"found over another connection: {results['found_over_another_connection']} sessions")
@@ -168,10 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stress.mtls_fleet", description=__doc__)
     counts = (
-        ("servers", 3, "behind the proxy"),
-        ("viewers", 12, "at once, from the beginning on"),
-        ("late", 3, "viewers who come while a server drains"),
-        ("fps", 3, "at which all watch: slow, so that few cores are enough"),
+        ("servers", 3, "number behind the proxy"),
+        ("viewers", 12, "viewers from the start"),
+        ("late", 3, "viewers that start while a server drains"),
+        ("fps", 3, "playback rate, low to need few cores"),
     )
     add_cluster_arguments(parser, counts)
     return parser.parse_args(argv)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As many viewers as the server announces room for, for a long time: `python -m stress.soak --minutes 30`.
+"""Runs a server at its announced capacity for a long time: `python -m stress.soak --minutes 30`.
 
-They switch prompts and come and go. Memory must stay flat, no chunk may be late, and the server's figures must agree
-with what the viewers counted. Exit code 1 otherwise.
+Viewers switch prompts, leave and are replaced. Memory must not grow, no chunk may be late, and the server's metrics
+must agree with the viewers' counts. Exit code 1 otherwise.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from longlive_serve.config.presets import FPS
 from longlive_serve.triton_server.launcher import TritonServer
 
 SAMPLE_S = 2.0
-WARM_UP = 0.2  # share of the time that memory may take to settle
-MAX_MB_PER_H = 40.0  # slope of the memory from then on
-MAX_UNSEEN = 4  # chunks per session that the server may have made and the viewer, who had left, not counted
+WARM_UP = 0.2  # share of the run before memory has settled
+MAX_MB_PER_H = 40.0  # memory growth after that
+MAX_UNSEEN = 4  # chunks per session generated after the viewer left
 
 
 class Memory(threading.Thread):
-    """Samples what the processes of a server hold, in MB."""
+    """Samples the resident memory of a server's processes, in MB."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(name="memory", daemon=True)
@@ -53,7 +53,7 @@ class Memory(threading.Thread):
         self.join()
 
     def slope(self) -> float:
-        """MB per hour, of a straight line through the samples after the first SETTLING of the time."""
+        """MB per hour: a linear fit to the samples after WARM_UP."""
         times, sizes = np.array(self.samples).T
         warm = times >= times[0] + WARM_UP * (times[-1] - times[0])
         return float(np.polyfit(times[warm], sizes[warm], 1)[0]) * 3600
@@ -67,7 +67,7 @@ class Memory(threading.Thread):
 
 
 async def watch_sessions(config: ViewerConfig, index: int, end: float, stats: list[ViewerStats]) -> None:
-    """One seat: a viewer after another, until `end`."""
+    """Run one viewer after another until `end`."""
     while time.monotonic() < end:
         stats.append(await Viewer(config, index + 100 * len(stats)).watch())
 
@@ -88,7 +88,7 @@ async def run_viewers(config: ViewerConfig, viewers: int, seconds: float) -> lis
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with TritonServer(config=args.config) as server:
         before = server_metrics(server.metrics_url)
-        viewers = args.viewers or max(1, int(before["capacity_sessions"]))  # one is always let in
+        viewers = args.viewers or max(1, int(before["capacity_sessions"]))  # the first session is always admitted
         config = ViewerConfig(
             url=server.grpc_url,
             prompts=PROMPTS,
@@ -134,11 +134,11 @@ def failures(results: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stress.soak", description=__doc__)
     for name, kind, default, text in (
-        ("minutes", float, 30.0, "how long"),
-        ("viewers", int, 0, "at once; 0: as many as the server announces room for"),
-        ("session-seconds", float, 120.0, "how long each stays"),
-        ("switch-every", float, 5.0, "seconds between prompts"),
-        ("fps", int, FPS, "at which they watch"),
+        ("minutes", float, 30.0, "duration"),
+        ("viewers", int, 0, "concurrent viewers; 0: the server's announced capacity"),
+        ("session-seconds", float, 120.0, "watch time of each viewer"),
+        ("switch-every", float, 5.0, "seconds between prompt switches"),
+        ("fps", int, FPS, "playback rate"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (default: the demo model)")

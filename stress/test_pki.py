@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What everybody shows in a fleet that is reached from outside: certificates, and a token. Used by the stress tests."""
+"""Certificates and a token for a cluster with access control. Used by the stress tests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TOKEN = "a-token-that-somebody-was-given"
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """Certificates of proxies and servers (deploy/certificates.sh), and a token that the proxy knows. In a new folder.
+    """Certificates of proxies and servers (deploy/certificates.sh), and a token that the proxy knows, in a new folder.
 
-    The proxy shows clients the servers' certificate, and clients show it the proxy's: here it is all one authority.
+    With a single authority, the proxy also uses the servers' certificate, and clients use the proxy's.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Keys:
 
     @property
     def client(self) -> Tls:
-        """Of who may talk to the proxy, and to the servers."""
+        """Credentials accepted by the proxy and by the servers."""
         own = self.folder / "proxy"
         return Tls(ca=self.folder / "ca.crt", cert=own / "tls.crt", key=own / "tls.key")
 
@@ -42,7 +42,7 @@ class Keys:
         return {"tls_cert": own / "tls.crt", "tls_key": own / "tls.key", "tls_client_ca": own / "ca.crt"}
 
     def of_proxy(self, url: str) -> dict[str, str]:
-        """Its environment; clients come to `url`."""
+        """The proxy's environment; clients connect to `url`."""
         return {
             "LONGLIVE_PROXY_TLS": url,
             "LONGLIVE_TLS_CERT": str(self.folder / "pod/tls.crt"),

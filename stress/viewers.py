@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Viewers of a cluster who count every frame, and what servers must not leave behind. Used by the stress tests."""
+"""Viewers that count frames, and checks for leaked sessions and resources. Used by the stress tests."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class ViewerLog:
     index: int
     chunks: list[StreamedChunk] = dataclasses.field(default_factory=list)
     resumed_at: list[int] = dataclasses.field(default_factory=list)
-    """Indices of the chunks with which the session continued on another server."""
+    """Indices of the first chunks after each resume on another server."""
     lost: int = 0
-    """Frames that never came."""
+    """Frames that did not arrive."""
     repeated: int = 0
-    """Frames that came twice or out of order."""
+    """Frames that arrived twice or out of order."""
 
     def add(self, chunk: StreamedChunk, resumed: int) -> None:
         last = self.chunks[-1] if self.chunks else None
@@ -48,7 +48,7 @@ def open_stream(url: str, index: int, **settings: Any) -> AsyncVideoStream:
 
 
 class Viewers:
-    """Tasks that watch until `stop`."""
+    """Concurrent viewers that watch until `stop`."""
 
     def __init__(self, url: str, **settings: Any) -> None:
         self.logs: list[ViewerLog] = []
@@ -66,7 +66,7 @@ class Viewers:
             self._tasks.append(asyncio.create_task(self._watch(stream, log)))
 
     async def wait_for_chunks(self, count: int) -> None:
-        """Until everybody has received so many more. Raises what a session ended with."""
+        """Wait until every viewer has received `count` more chunks. Raises the error of a failed session."""
         targets = [len(log.chunks) + count for log in self.logs]
         while any(len(log.chunks) < target for log, target in zip(self.logs, targets, strict=True)):
             for task in self._tasks:
@@ -99,7 +99,7 @@ class Viewers:
 
 
 def remaining_sessions(cluster: Cluster) -> dict[str, float]:
-    """What the servers still hold when everybody has left."""
+    """Sessions that the servers still hold after all viewers have left; waits up to 30 s."""
     end = time.monotonic() + 30
     while True:
         metrics = [server_metrics(server.metrics_url) for server in cluster.servers]
@@ -110,7 +110,7 @@ def remaining_sessions(cluster: Cluster) -> dict[str, float]:
 
 
 def remaining_resources() -> dict[str, int]:
-    """Shared memory and processes of this process's servers, once those that were killed have had time to go."""
+    """Leaked shared memory and processes of this process's servers; waits up to 60 s for killed ones."""
     end = time.monotonic() + 60
     while (count := count_resources()) and time.monotonic() < end:
         time.sleep(0.2)
@@ -118,7 +118,7 @@ def remaining_resources() -> dict[str, int]:
 
 
 def count_resources() -> Counter[str]:
-    prefix = f"longlive_{os.getpid()}_"  # Triton and its stub are told so what to call their shared memory
+    prefix = f"longlive_{os.getpid()}_"  # prefix of the names of the servers' shared memory
     count = Counter({"shared_memory": len(list(Path("/dev/shm").glob(f"{prefix}*")))})
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends without a server: frames per second, first frame, prompt switch, live sessions."""
+"""Benchmarks of the backends without a server: frame rate, first frame, prompt switch, live sessions."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a row computes what the torch backend computes: a short video at the size that is measured, twice.
+"""Compares a row's results with the torch backend's: a short video in the measured size, generated twice.
 
-Called by the run, before it measures a row. Random models magnify a difference from chunk to chunk, as real ones do:
-what is told is how far backends are apart, and refused is only what has little to do with each other.
+Called by the run before it measures a row. Differences grow from chunk to chunk, with random weights as with trained
+ones, so the differences are only reported. A row fails if its first chunk is unrelated to the expected one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longlive_serve.engine.session import NOW, Prompt, SeededNoise, Session
 
 CHUNKS = 6  # the window is full before the switch, two chunks before the end
 MAX_DIFFERENCE = 0.5
-"""Of the first chunk's latents: the norm of the difference by the norm. Results that are not related come to 1.4."""
+"""Relative error (L2) of the first chunk's latents. Unrelated results have about 1.4."""
 
 
 class Video(NamedTuple):
@@ -31,11 +31,11 @@ class Video(NamedTuple):
 
 
 class WrongResultError(RuntimeError):
-    """A row does not compute what it should."""
+    """A row's latents differ too much from the torch backend's."""
 
 
 def make_video(runner: ModelRunner, chunks: int = CHUNKS) -> Video:
-    """With one prompt switch, two chunks before its end; always the same."""
+    """Generate a deterministic video with one prompt switch, two chunks before the end."""
     prompt = Prompt(index=0, text=PROMPTS[0])
     session = Session(id="check", prompt=prompt, noise=SeededNoise(0), slot=0)
     latents, frames = [], []
@@ -48,12 +48,12 @@ def make_video(runner: ModelRunner, chunks: int = CHUNKS) -> Video:
 
 
 def check(runner: ModelRunner, expected: Video) -> dict[str, Any]:
-    """How far a row is from the torch backend, chunk by chunk. Raises WrongResultError."""
+    """Compare a row with the torch backend, chunk by chunk. Raises WrongResultError."""
     video, repeated = (make_video(runner, len(expected.latents)) for _ in range(2))
     differences = [relative_error(one, other) for one, other in zip(video.latents, expected.latents, strict=True)]
     if not differences[0] < MAX_DIFFERENCE:
         raise WrongResultError(
-            f"the first chunk's latents are {differences[0]:.3g} off the torch backend's, of their norm"
+            f"the first chunk's latents: got a relative error of {differences[0]:.3g}, expected below {MAX_DIFFERENCE}"
         )
     return {
         "latents_off": differences,

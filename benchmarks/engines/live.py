@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many viewers one device keeps up with: real sessions at pace `realtime` through the real service, in-process.
+"""Finds how many live sessions one device sustains: pace `realtime`, through the server's engine core, in-process.
 
-Nothing is sent anywhere: Triton, gRPC and the model are in none of these figures.
+Frames are discarded: the figures include neither Triton nor gRPC nor a client.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import REALTIME, Options
 
-UNBOUNDED = 1e6  # as max_utilization: far more load than there can be
+UNBOUNDED = 1e6  # as max_utilization: no admission limit
 CHUNK_FRAMES = WindowConfig().chunk_frames
 CHUNK_PLAYS_S = CHUNK_FRAMES / FPS
 
 
 class UnboundedScheduler(Scheduler):
-    """Admits whoever comes, as the question is how many can be kept, and remembers how late every chunk was."""
+    """Admits every session and records how late each chunk is."""
 
     def __init__(self, slots: int, cost: int) -> None:
         super().__init__(slots, chunk_frames=CHUNK_FRAMES, cost=cost, max_utilization=UNBOUNDED)
         self.lateness: list[float] = []
-        """Seconds after a chunk was due at which it came; less than 0: so long before. Of all chunks but the first,
-        with which playback begins."""
+        """Seconds from a chunk's deadline to its completion; negative: early. First chunks have no deadline."""
 
     def done(self, session_id: str, now: int, frames: int, duration: int) -> int:
         session = self._session(session_id)
@@ -45,16 +44,16 @@ class UnboundedScheduler(Scheduler):
 
 
 class LiveEngineCore(EngineCore):
-    """The service with such a scheduler."""
+    """An engine core with an `UnboundedScheduler`."""
 
     def __init__(self, runner: ModelRunner, config: ServeConfig, chunk_s: float) -> None:
         super().__init__(runner, config, chunk_s=chunk_s)
         self.scheduler = UnboundedScheduler(config.slots, round(chunk_s * SECOND))
-        self._sessions.scheduler = self.scheduler  # nobody has come yet
+        self._sessions.scheduler = self.scheduler  # there are no sessions yet
 
 
 class DiscardingResponseSender:
-    """A viewer who looks at nothing."""
+    """Counts the frames and discards them."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -78,15 +77,16 @@ def measure_live(
     max_sessions: int,
     on_step: Callable[[str], None],
 ) -> dict[str, Any]:
-    """One session, two, three, ... until chunks come late, twice, or `max_sessions` are there.
+    """Run 1, 2, 3, ... sessions until chunks are late in two runs of the same number, or up to `max_sessions`.
 
-    The first run with so many sessions is the first use of a slot, when a backend may have kernels and graphs to make.
-    `chunk_s`: as the warm-up found. `announced` is what a server with default settings would admit by it.
+    A late run is repeated once: the first one uses a slot for the first time, and a backend may still compile kernels
+    or capture graphs. `chunk_s`: seconds per chunk from the warm-up. `announced`: the sessions that a server with
+    `config.max_utilization` would admit.
     """
     config = dataclasses.replace(config, max_unacked=10**9)
     runs: list[dict[str, Any]] = []
     for sessions in range(1, max_sessions + 1):
-        runner.prepare(sessions)  # a CUDA graph for each size and slot: only of slots that are used
+        runner.prepare(sessions)  # captures CUDA graphs per size and slot: only for used slots
         for _ in range(2):
             on_step(f"{sessions} live sessions")
             runs.append(run_live(runner, config, chunk_s, seconds, sessions))
@@ -102,7 +102,7 @@ def measure_live(
 
 
 def run_live(runner: ModelRunner, config: ServeConfig, chunk_s: float, seconds: float, sessions: int) -> dict[str, Any]:
-    """`sessions` viewers, who come evenly over the time that a chunk plays. Raises RequestError when one fails."""
+    """Start `sessions` sessions, evenly spread over one chunk's playback time. Raises RequestError if one fails."""
     engine, senders = LiveEngineCore(runner, config, chunk_s), [DiscardingResponseSender() for _ in range(sessions)]
     try:
         for number, sender in enumerate(senders):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row measured, one session at a time: chunks and their phases, first frames, prompt switches, memory.
+"""Measures one row with one session at a time: chunks and their phases, first frames, prompt switches, memory.
 
-Called by the command line, through the real model runner. How many sessions at once is for `live.py` to find out.
+Called by the run, with the server's model runner. `live.py` measures concurrent sessions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longlive_serve.engine.session import Prompt, SeededNoise, Session
 from longlive_serve.models.dit.kv_cache import KVCache
 
 DENOISE, KV_CACHE_UPDATE, DECODE, SWITCH, HOST = "denoise", "kv_cache_update", "decode", "switch", "host"
-SLOTS = 2  # for sessions that have the device to themselves
+SLOTS = 2  # the long video's session, and one beside it
 PHASES = (DENOISE, KV_CACHE_UPDATE, DECODE, HOST)  # of a chunk without a switch
 
 
@@ -31,9 +31,9 @@ class Plan:
     """How much is measured."""
 
     chunks: int
-    """Whole chunks; half as many first frames and prompt switches."""
+    """Measured chunks; half as many first frames and prompt switches."""
     warmup: int
-    """Chunks of the session before those."""
+    """Unmeasured chunks of the session before them."""
     live_seconds: float
     max_sessions: int
 
@@ -47,22 +47,22 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """About as many calls of `on_step` as a row takes."""
+        """Approximate number of `on_step` calls per row."""
         return self.warmup + self.chunks + 2 * self.events + 2 + self.max_sessions
 
 
 class SingleSession:
-    """Measures sessions that have the device to themselves, on a warm model runner of two slots or more."""
+    """Measures one session at a time, on a warmed-up model runner with two slots or more."""
 
     def __init__(self, runner: ModelRunner, plan: Plan, on_step: Callable[[str], None]) -> None:
-        """`on_step`: told what was measured, each time something was."""
+        """`on_step`: called with the name of each finished step."""
         self.runner, self.plan, self.on_step = runner, plan, on_step
         self.counter = itertools.count()
         self.session = self.new_session(slot=0)
-        """A long video. What is measured beside it has slot 1."""
+        """A long video; other measured sessions use slot 1."""
 
     def measure(self) -> dict[str, Any]:
-        """Seconds and bytes, by what they are of."""
+        """All results of the row, in seconds and bytes."""
         chunks = self.chunks()
         num_frames = self.runner.config.window.chunk * FRAMES_PER_LATENT
         results: dict[str, Any] = {
@@ -78,25 +78,25 @@ class SingleSession:
         return results
 
     def chunks(self) -> list[dict[str, float]]:
-        """The phases of chunks in the middle of a video; together they are the time of the whole chunk."""
+        """Seconds per phase, for chunks in the middle of a video; the phases sum up to the chunk's time."""
         chunks = []
-        for _ in range(max(self.plan.warmup, self.runner.window.capacity + 1)):  # until the window is full, and rolls
+        for _ in range(max(self.plan.warmup, self.runner.window.capacity + 1)):  # until the window rolls
             self.advance(self.session, "warm-up")
         for _ in range(self.plan.chunks):
-            seconds = self.runner.advance(self.session).seconds  # with the KV-cache update of the chunk before
+            seconds = self.runner.advance(self.session).seconds  # includes the previous chunk's KV-cache update
             self.on_step("chunks")
             phases = {phase: self.phase_seconds(phase) for phase in PHASES}
             chunks.append(phases | {HOST: seconds - sum(phases.values())})
         return chunks
 
     def first_frames(self) -> dict[str, float]:
-        """From nothing to the frames of a session's first chunk."""
+        """From the start of a session to the frames of its first chunk."""
         for _ in range(WARM_UP):
             self.runner.advance(self.new_session())
         return spread([self.advance(self.new_session(), "first frames") for _ in range(self.plan.events)])
 
     def switches(self) -> dict[str, Any]:
-        """From a new prompt, at the boundary of a chunk, to that prompt's first frames; and what they wait for."""
+        """From a new prompt, at a chunk boundary, to its first frames; and its encoding and recache times."""
         seconds, phases = [], []
         for index in range(WARM_UP + self.plan.events):
             self.session.add_prompt(PROMPTS[(index + 1) % len(PROMPTS)])
@@ -108,7 +108,7 @@ class SingleSession:
 
     @torch.inference_mode()
     def encode_seconds(self) -> dict[str, float]:
-        """What a switch does before its recache: the text encoder, and the DiT's keys and values of the prompt."""
+        """The work of a switch before the recache: text encoder, and the prompt's cross-attention keys and values."""
         backends = self.runner.backends
         self.on_step("text encoder")
 
@@ -119,7 +119,7 @@ class SingleSession:
         return seconds_of(embed, backends.device, self.plan.events)
 
     def session_bytes(self) -> dict[str, int]:
-        """What one more session takes: its share of the KV cache, and what it holds once its window is full."""
+        """Bytes per additional session: its KV-cache slot, and the tensors it holds once its window is full."""
         backends, before = self.runner.backends, 0
         if on_cuda := backends.device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -138,9 +138,9 @@ class SingleSession:
         return Session(id=f"bench-{index}", prompt=prompt, noise=SeededNoise(index), slot=slot)
 
     def advance(self, session: Session, step: str) -> float:
-        """Seconds until the frames of the next chunk are there, on a device that has nothing else to do."""
+        """Seconds until the next chunk's frames are complete, on an otherwise idle device."""
         if self.runner.backends.device.startswith("cuda"):
-            torch.cuda.synchronize()  # the KV-cache update of the chunk before
+            torch.cuda.synchronize()  # the previous chunk's KV-cache update
         start = time.perf_counter()
         for _ in self.runner.collect_output(self.runner.execute_model_async(session)):
             seconds = time.perf_counter() - start
@@ -148,7 +148,7 @@ class SingleSession:
         return seconds
 
     def phase_seconds(self, name: str) -> float:
-        """Of the last chunk."""
+        """Seconds of a phase in the last chunk."""
         return sum(phase.seconds for phase in self.runner.phases if phase.name == name)
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models made where they are to run: no checkpoints, and no copy in float32 on the CPU before.
+"""Models with random weights, created directly on their device: no checkpoint and no float32 copy on the CPU.
 
-In the place of `ModelLoader`'s, for measurements: speed does not depend on what the weights are, as long as
-they are no zeros and nothing overflows.
+Speed does not depend on the values of the weights, as long as they are not zero and nothing overflows.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ NEAR = 0.02  # standard deviation of biases around 0 and of the weights of norms
 
 
 class RandomModelLoader(ModelLoader):
-    """Gives random models, whatever the settings say of weights."""
+    """Loads random models; ignores the `weights` setting."""
 
     def load_model(self, name: str, device: str, dtype: torch.dtype) -> Any:
         return random_model(name, self.config, device, dtype)
 
 
 def random_model(name: str, config: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The model `name`, as `ModelLoader.load_model` gives it, but with weights drawn on the device in `dtype`.
+    """Like `ModelLoader.load_model`, but with random weights, drawn on the device in `dtype`.
 
     The same seed gives the same weights on the same device.
     """
@@ -49,14 +48,14 @@ def random_model(name: str, config: ModelConfig, device: str, dtype: torch.dtype
         for key, parameter in list(module.named_parameters(recurse=False)):
             values = torch.empty(parameter.shape, device=device, dtype=dtype)
             setattr(module, key, nn.Parameter(_fill(values, key, generator), requires_grad=False))
-        for key, buffer in list(module.named_buffers(recurse=False)):  # constants, which their models make themselves
+        for key, buffer in list(module.named_buffers(recurse=False)):  # constants, set by the models
             assert not buffer.is_meta, f"{name}: the buffer {key} has no values"
             setattr(module, key, buffer.to(device, dtype))
     return model.eval()
 
 
 def _fill(values: Tensor, key: str, generator: torch.Generator) -> Tensor:
-    """Normal numbers: of norms near 1, of biases near 0, of all else such that sums keep the size of their terms."""
+    """Normal values: norm weights near 1, biases near 0, other weights scaled by 1/sqrt(fan-in)."""
     if key == "gamma" or (key == "weight" and values.dim() == 1):
         return values.normal_(1.0, NEAR, generator=generator)
     deviation = NEAR if values.dim() == 1 else 1 / math.sqrt(values[0].numel())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for measurements, and their way into the text encoder without a tokenizer's files.
+"""Prompts for benchmarks, and a text encoder that needs no tokenizer files.
 
-A token stands for each word, so that a prompt has about as many as it would have. Nothing is cleaned, for which the
-server needs ftfy: that these prompts need none is known. The encoder itself runs as it is served, on all positions.
+Each word becomes one token, so a prompt has a realistic length. The prompts need no cleaning, hence no ftfy. The
+encoder runs on all positions, as in the server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longlive_serve.backends.torch_backend import TorchTextEncoder
 from longlive_serve.config.presets import ModelConfig
 from longlive_serve.models.text_encoder import END_ID
 
-FIRST_WORD_ID = 3  # after padding, </s> and the unknown
+FIRST_WORD_ID = 3  # after <pad>, </s> and <unk>
 PROMPTS = (
     "A cinematic medium shot of an old fisherman in a yellow raincoat who mends a torn net on the deck of a small "
     "wooden boat at dawn. Fog drifts over the harbour behind him, gulls circle above the masts, and warm light from a "
@@ -31,7 +31,7 @@ PROMPTS = (
 
 
 class WordEncoder:
-    """The torch backend's model behind a tokenizer that knows all words there are and no checkpoints."""
+    """The torch backend's text encoder with hashed words as token ids."""
 
     def __init__(self, backend: TorchTextEncoder, config: ModelConfig) -> None:
         self.model = backend.model

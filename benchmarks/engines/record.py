@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of a run in a JSON file: its own section, and at the top level those that others look up."""
+"""Writes a run's results to a JSON file: in their own section, and the main ones at the top level."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CODE = ("longlive_serve", ":!longlive_serve/doctor", "benchmarks/engines")
 
 
 def top_level_results(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """What a run comes down to. None: no row tells, or none of that precision.
+    """The main results of a run. None: no row of that kind or precision was measured.
 
-    Frames per second and sessions are those of our fastest backend with each decoder, the VAE included. The first
-    frame and a prompt switch are those of the one with the Wan VAE. The speed-up is that of the fastest which rounds as
-    the baseline does, and apart from it that of the fastest in FP8; both with the Wan VAE.
+    Frames per second and sessions: the fastest backend with each decoder, VAE time included. First frame and prompt
+    switch: the fastest backend with the Wan VAE. Speed-up: the fastest backend with the Wan VAE and the baseline's
+    precision, and separately the fastest one with FP8.
     """
     full, tiny = fastest(rows, WAN), fastest(rows, TINY)
     eager = next((row for row in rows if row["baseline"]), None)
@@ -48,7 +48,7 @@ def top_level_results(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]
 
 
 def fastest(rows: Sequence[dict[str, Any]], decoder: str) -> dict[str, Any] | None:
-    """Our fastest row with this decoder, the decoder's time included."""
+    """The fastest row with this decoder, without the baseline; decoder time included."""
     own_rows = [row for row in rows if not row["baseline"] and row["decoder"] == decoder]
     return max(own_rows, key=lambda row: row["fps"], default=None)
 
@@ -77,6 +77,6 @@ def hardware(device: str) -> str:
 
 
 def torch_versions() -> dict[str, str]:
-    """Of all that the speed of a backend depends on."""
+    """Versions of all libraries that affect a backend's speed."""
     libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return versions(*PACKAGES) | {name: str(version) for name, version in libraries.items() if version is not None}

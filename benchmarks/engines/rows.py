@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: a row of the tables is the server's settings under a name, and the backends built from them."""
+"""The benchmark's rows: named server settings, and the backends built from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASELINE = "eager baseline"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A name and the settings (keys of ServeConfig) that make it."""
+    """A name and its settings (keys of ServeConfig)."""
 
     name: str
     settings: Mapping[str, object]
@@ -51,11 +51,11 @@ ROWS = (
         settings={"backend": FUSED, "fp8": True, "fp8_attention": True, "decoder": TINY},
     ),
 )
-"""In the order of measuring; `attention` stands for that in FP8, `tiny` for the decoder: without it the Wan VAE's."""
+"""In measuring order. `attention`: FP8 attention; `tiny`: the tiny decoder instead of the Wan VAE."""
 
 
 def exported(graphs: Path | None, tensorrt_engines: Path | None) -> list[Row]:
-    """Rows of what was exported: its DiT and its VAE decoder, beside the same text encoder as the others have."""
+    """Rows for exported DiT and VAE decoder graphs; the text encoder is the torch backend's, as in all rows."""
     folders = ((ONNXRUNTIME, "graphs", graphs), (TENSORRT, "tensorrt_engines", tensorrt_engines))
     return [
         Row(name=backend, settings={"backend": backend, "text_encoder_backend": TORCH, key: str(folder)})
@@ -65,7 +65,7 @@ def exported(graphs: Path | None, tensorrt_engines: Path | None) -> list[Row]:
 
 
 def build(row: Row, config: ServeConfig) -> Backends:
-    """The backends of a row with random weights. Raises ValueError and ImportError for what this machine cannot run."""
+    """Build a row's backends with random weights. Raises ValueError or ImportError if this machine cannot run them."""
     if config.backend == FUSED and not config.device.startswith("cuda"):
         raise ValueError(f"backend {FUSED} on {config.device}: its kernels need a GPU")
     if row.is_baseline:
@@ -74,7 +74,6 @@ def build(row: Row, config: ServeConfig) -> Backends:
 
 
 def _build_baseline(config: ServeConfig) -> Backends:
-    """The torch backend's models, run as the reference runs them."""
     loader = RandomModelLoader.from_config(config)
     backends = with_words(build_backends(dataclasses.replace(config, slots=1), loader), config)
     dit, decoder = backends.dit, backends.vae_decoder
@@ -90,6 +89,6 @@ def _build_baseline(config: ServeConfig) -> Backends:
 
 
 def with_words(backends: Backends, config: ServeConfig) -> Backends:
-    """With a text encoder that takes words as tokens: there is no tokenizer."""
+    """Replace the text encoder by a `WordEncoder`, which needs no tokenizer."""
     assert isinstance(backends.text_encoder, TorchTextEncoder)
     return dataclasses.replace(backends, text_encoder=WordEncoder(backends.text_encoder, config.model_config))

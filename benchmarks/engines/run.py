@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures one row after the other, each in the memory that the one before it gave back.
+"""Measures one row after the other and frees its memory before the next.
 
-Called by the command line, which shows and writes what `Run.record` holds, also when a run is broken off.
+Called by the command line, which shows and writes `Run.record`, also after an interrupted run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from longlive_serve.engine.model_runner import ModelRunner
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, str], None]
-"""Told the row (or what else) that is being measured, and what of it."""
+"""Called with the current row (or `the device`) and step."""
 
 
 class Run:
-    """One run of the benchmark. All its figures are of the same device, on the same day."""
+    """One run of the benchmark on one device."""
 
     def __init__(
         self,
@@ -44,14 +44,13 @@ class Run:
         flex: bool = True,
         check: bool = False,
     ) -> None:
-        """`flex`: FlexAttention has its place in the table of attention kernels. `check`: each row's videos are
-        compared with the torch backend's."""
+        """`flex`: include FlexAttention in the attention table. `check`: compare each row's results with torch's."""
         self.preset, self.device, self.rows, self.plan, self.on_progress = preset, device, rows, plan, on_progress
         self.flex, self.check = flex, check
         self._expected: dict[str, Video] = {}
         """By decoder."""
         self.on_cuda = device.startswith("cuda")
-        self.dtype = "bfloat16" if self.on_cuda else "float32"  # what `auto` comes to in a server
+        self.dtype = "bfloat16" if self.on_cuda else "float32"  # what `auto` resolves to in a server
         self.record: dict[str, Any] = {
             "preset": preset,
             "device": device,
@@ -81,12 +80,12 @@ class Run:
         save()
 
     def _measure_or_skip(self, row: Row) -> None:
-        """A row that cannot be measured leaves its reason; the others are measured all the same."""
+        """Record the reason if a row cannot be measured; the run goes on."""
         try:
             self.record["rows"].append(self._measure(row))
         except (ValueError, ImportError) as error:
             self.record["skipped"][row.name] = str(error)
-        except Exception as error:  # a row's boundary
+        except Exception as error:  # one failing row does not end the run
             log.exception("%s failed", row.name)
             self.record["failed"][row.name] = f"{type(error).__name__}: {error}"
 
@@ -135,7 +134,7 @@ class Run:
 
     def _video_of_torch(self, decoder: str) -> Video:
         if decoder not in self._expected:
-            self.on_progress("torch", "the video that others are compared with")
+            self.on_progress("torch", "reference video")
             config = self._config({"backend": TORCH, "decoder": decoder})
             backends = build(Row(name="expected", settings={}), config)
             self._expected[decoder] = make_video(ModelRunner(backends, config.model_config, config.variant))

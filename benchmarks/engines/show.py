@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's record as tables and as a picture."""
+"""Formats a run's record as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.results import format_table, markdown_table
 
 TERA, MIB = 1e12, 2**20
 SESSION_COLUMNS = {
-    "sessions, the VAE in every figure": "{name}",
+    "sessions, VAE included": "{name}",
     "first frame, s": "{first_frame_s[median]:.3f}",
     "new prompt p50 / p95, s": "{switch_s[median]:.3f} / {switch_s[p95]:.3f}",
     "encode, s": "{encode_s[median]:.4f}",
@@ -26,7 +26,7 @@ SESSION_COLUMNS = {
 
 
 def tables(record: dict[str, Any]) -> Iterator[str]:
-    """What there is to show of a record, finished or not."""
+    """The tables of a record, complete or not."""
     if record["rows"]:
         yield chunk_table(record["rows"])
         yield format_table(SESSION_COLUMNS, (row | _session_cells(row) for row in record["rows"]))
@@ -45,8 +45,8 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
 def check_line(row: dict[str, Any]) -> str:
     check = row["check"]
     first, last = (f"{100 * check['latents_off'][chunk]:.2g} %" for chunk in (0, -1))
-    repeated = "the same bits twice" if check["same_twice"] else "other bits the second time"
-    frames = f"frames {check['frames_off']:.2g}"
+    repeated = "bitwise reproducible" if check["same_twice"] else "not bitwise reproducible"
+    frames = f"frames {check['frames_off']:.2g} of 255"
     return f"{row['name']}: latents {first} off torch's ({last} in the last chunk), {frames}; {repeated}"
 
 
@@ -87,7 +87,6 @@ def attention_table(attention: dict[str, Any]) -> str:
 
 
 def roofline_line(roofline: dict[str, Any]) -> str:
-    """What the device reaches with nothing in its way."""
     speeds = [
         f"{dtype} {speed / TERA:.3g} TFLOP/s" if speed else f"{dtype} none ({roofline['reasons'][dtype]})"
         for dtype, speed in roofline["flops"].items()
@@ -97,7 +96,7 @@ def roofline_line(roofline: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Milliseconds of a chunk by phase, and the time that it plays, as PNG."""
+    """Plot the milliseconds per chunk by phase, and a chunk's playback time, as PNG."""
     from matplotlib.figure import Figure  # of the extra `bench`
 
     rows = record["rows"][::-1]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server over gRPC, as viewers notice it."""
+"""Benchmarks of a server over gRPC, with simulated viewers."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulates viewers and measures what they notice: `python -m benchmarks.serving --serve --viewers 1,2,4`.
+"""Benchmarks a server with simulated viewers: `python -m benchmarks.serving --serve --viewers 1,2,4`.
 
-Prints a table; `--json` and `--plot` write it down. The VAE, the server, gRPC and the client are in every figure.
+Prints a table; `--json` and `--plot` write files. All results include the VAE, the server, gRPC and the client.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PERCENTILES = (50, 95, 99)
 
 
 def summarize(stats: Sequence[ViewerStats], fps: int) -> dict[str, Any]:
-    """The figures of one run. Seconds; percentiles over all viewers that got a picture."""
+    """The results of one run. Times in seconds; percentiles over all viewers that received frames."""
     active = [one for one in stats if one.chunks]
     frames = sum(one.frames for one in active)
     ended = max((one.start + one.duration for one in active), default=0.0)
-    duration = ended - min((one.start for one in active), default=0.0)  # who waits in the queue watches later
+    duration = ended - min((one.start for one in active), default=0.0)  # queued viewers start later
     playing = sum(one.duration for one in active) * fps
     return {
         "viewers": len(stats),
@@ -71,7 +71,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def server_metrics(url: str) -> dict[str, float]:
-    """The server's own figures: every metric `longlive_*` without its prefix. Empty when `url` is."""
+    """The server's `longlive_*` metrics by name, without the prefix. Empty if `url` is empty."""
     if not url:
         return {}
     with open_http(f"http://{url}/metrics", timeout_s=10) as response:
@@ -120,9 +120,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     above.set_ylabel("seconds")
     above.set_ylim(bottom=0)
     above.legend(fontsize="small", ncols=3)
-    below.bar(viewers, [row["stalls"] for row in rows], color="tab:red", label="stalls seen")
-    below.plot(viewers, [row["watched"] for row in rows], "ko-", label="got a picture")
-    below.set_xlabel("viewers that come")
+    below.bar(viewers, [row["stalls"] for row in rows], color="tab:red", label="stalls")
+    below.plot(viewers, [row["watched"] for row in rows], "ko-", label="received frames")
+    below.set_xlabel("viewers")
     below.set_xticks(viewers)
     below.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     if not args.serve:
         yield args.url or DEFAULT_URL, args.metrics_url or ""
         return
-    from longlive_serve.triton_server.launcher import TritonServer  # only needed here; the client runs without it
+    from longlive_serve.triton_server.launcher import TritonServer  # needed only with --serve
 
     print("starting a server ...", file=sys.stderr)
     with TritonServer(config=args.config) as server:
@@ -164,27 +164,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--viewers", type=_counts, default=[1, 2, 4], metavar="N,N", help="a run each (default: 1,2,4)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each watches (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="watch time of each viewer (default: %(default)g)")
     parser.add_argument(
-        "--switch-every", type=float, default=5.0, metavar="S", help="seconds between prompts; 0: none (default: 5)"
+        "--switch-every", type=float, default=5.0, metavar="S", help="seconds between switches; 0: none (default: 5)"
     )
-    parser.add_argument("--apart", type=float, default=0.0, metavar="S", help="between arrivals (default: all at once)")
-    parser.add_argument("--fps", type=int, default=FPS, help="at which they watch (default: %(default)s)")
-    text = "realtime: as a viewer is served; asap: how much the server can make (default: %(default)s)"
+    parser.add_argument("--apart", type=float, default=0.0, metavar="S", help="seconds between arrivals (default: 0)")
+    parser.add_argument("--fps", type=int, default=FPS, help="playback rate (default: %(default)s)")
+    text = "realtime: paced for playback; asap: as fast as the server can (default: %(default)s)"
     parser.add_argument("--pace", choices=PACES, default=REALTIME, help=text)
-    parser.add_argument("--prompt", action="append", help="may be given several times (default: the demo's world)")
+    parser.add_argument("--prompt", action="append", help="may be repeated (default: captions of the demo world)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server's gRPC address (default: {DEFAULT_URL})")
     where.add_argument("--serve", action="store_true", help="start a server for this run")
     parser.add_argument("--metrics-url", metavar="HOST:PORT", help="the server's metrics (not needed with --serve)")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="settings of the server (with --serve)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of them (extra `bench`)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="the server's settings (with --serve)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the results (extra `bench`)")
     add_access_arguments(parser)
     args = parser.parse_args(argv)
     args.tls = get_tls(parser, args)
     if args.config is not None and not args.serve:
-        parser.error("--config goes with --serve")
+        parser.error("--config requires --serve")
     return args
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's perf_analyzer and our own benchmark on the same server:
+"""Compares NVIDIA's perf_analyzer with `benchmarks.serving` on one server:
 `python -m benchmarks.serving.perf_analyzer --concurrency 1,2,3,4`.
 
-Both drive sessions that generate as fast as they can and switch prompts; chunks per second must agree. perf_analyzer
-is fetched when it is not there (Debian, Ubuntu). Exit code 1 when the two differ by more than a tenth.
+Both run sessions at pace asap with prompt switches and measure chunks per second. A missing perf_analyzer is downloaded
+(Debian, Ubuntu). Exit code 1 if the two differ by more than 10 %.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from longlive_serve.protocol.session_options import ASAP, Options
 from longlive_serve.triton_server.launcher import TritonServer
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "perf_analyzer")
-REQUESTS, CHUNKS = 20, 2  # of a sequence; chunks per request: perf_analyzer counts whole requests
+REQUESTS, CHUNKS = 20, 2  # per sequence; chunks per request, which perf_analyzer counts as a whole
 SWITCH_EVERY = 4  # requests
 AGREE = 0.1
 
 
 def perf_analyzer() -> Path:
-    """The command, fetched if it is not there."""
+    """The path of perf_analyzer; downloads it if it is not installed."""
     found = shutil.which("perf_analyzer")
     if found is not None:
         return Path(found)
@@ -51,7 +51,7 @@ def perf_analyzer() -> Path:
 
 
 def input_data() -> dict[str, Any]:
-    """A sequence for each prompt: it begins with that and goes on to the next ones."""
+    """One sequence per prompt, which starts with it and switches to the next ones."""
     start = Options(pace=ASAP).to_json()
     sequences = []
     for first in range(len(PROMPTS)):
@@ -66,16 +66,14 @@ def input_data() -> dict[str, Any]:
 
 
 def analyze(url: str, concurrency: int, seconds: float, table: Path) -> dict[str, float]:
-    """Run perf_analyzer; its own report goes to the terminal, its table to a CSV file."""
+    """Run perf_analyzer; print its report and write its table to the CSV file `table`."""
     with tempfile.TemporaryDirectory(prefix="longlive-perf-") as folder:
         data = Path(folder, "input.json")
         data.write_text(json.dumps(input_data()), encoding="utf-8")
         command = [str(perf_analyzer()), "-m", MODEL_NAME, "-u", url, "-i", "grpc", "--async", "--streaming"]
         command += ["--input-data", str(data), "--concurrency-range", str(concurrency), "-f", str(table)]
         command += ["--measurement-interval", str(round(1000 * seconds)), "--stability-percentage", "100", "-r", "3"]
-        direct = {
-            name: value for name, value in os.environ.items() if name not in ENV_NAMES
-        }  # the server is this one's
+        direct = {name: value for name, value in os.environ.items() if name not in ENV_NAMES}  # the server is local
         done = subprocess.run(command, env=direct, capture_output=True, text=True, check=False)
     print(done.stdout)
     found = re.search(r"Response Throughput: ([\d.]+)", done.stdout)
@@ -113,9 +111,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 @exit_code(subprocess.CalledProcessError)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.perf_analyzer", description=__doc__)
-    parser.add_argument("--concurrency", default="1,2,3,4", help="sessions at once (default: %(default)s)")
+    parser.add_argument("--concurrency", default="1,2,3,4", help="concurrent sessions (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement (default: %(default)g)")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="of the server (default: the demo model)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="the server's settings (default: the demo model)")
     parser.add_argument("--csv", type=Path, default=Path("results/perf_analyzer.csv"), help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fetches NVIDIA's perf_analyzer into the folder $1, with a C library new enough for it, and installs nothing.
-# For Debian and Ubuntu; leaves $1/perf_analyzer, a command.
+# Downloads NVIDIA's perf_analyzer and a recent enough C library into the folder $1; the command is $1/perf_analyzer.
+# Debian and Ubuntu only. Installs nothing system-wide.
 set -eu
 version=2.60.0
 mkdir -p "$1/lists/partial" "$1/cache/archives/partial" "$1/root"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One simulated viewer: watches a session at its frame rate, switches prompts, and notes what a person would notice."""
+"""A simulated viewer: watches a session at its frame rate, switches prompts, and records latencies and stalls."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from longlive_serve.protocol.session_options import REALTIME
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewerConfig:
-    """What all viewers of a run do."""
+    """Settings of all viewers of a run."""
 
     url: str
     prompts: Sequence[str]
-    """Each viewer begins with another one and goes on to the next at every switch."""
+    """Viewer i starts with prompt i and takes the next one at every switch."""
     seconds: float
-    """How long each watches, from its first frame on."""
+    """Watch time of each viewer, from its first frame."""
     switch_interval: float
     """Seconds between switches; 0: none."""
     fps: int = FPS
@@ -35,22 +35,22 @@ class ViewerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ViewerStats:
-    """What one viewer saw. Seconds throughout."""
+    """What one viewer measured. Times in seconds."""
 
     first_frame_latency: float | None = None
-    """From the request to the first frame; None: none came."""
+    """From the request to the first frame; None: no frame arrived."""
     gaps: list[float] = dataclasses.field(default_factory=list)
     """Between the arrivals of chunks."""
     stalls: list[float] = dataclasses.field(default_factory=list)
-    """How long the picture stood still, each time that a chunk was not there when it was to be shown."""
+    """Seconds of standstill, for each chunk that arrived after its display time."""
     switch_latencies: list[float] = dataclasses.field(default_factory=list)
     """From the request for a new prompt to its first frame."""
     chunks: int = 0
     frames: int = 0
     out_of_order: int = 0
-    """Chunks that did not begin with the frame after the last one."""
+    """Chunks whose first frame does not follow the last one."""
     start: float = 0.0
-    """When the first frame came (monotonic)."""
+    """Arrival time of the first frame (monotonic clock)."""
     duration: float = 0.0
     """From the first frame to the last one."""
     queued: bool = False
@@ -59,14 +59,14 @@ class ViewerStats:
 
 
 class Viewer:
-    """Watches one session; `watch` returns when its time is over or the session is."""
+    """Watches one session, for `ViewerConfig.seconds` or until the session ends."""
 
     def __init__(self, config: ViewerConfig, index: int) -> None:
         self._config, self._index = config, index
         self._stats = ViewerStats()
-        self._requested_at: dict[int, float] = {}  # prompt index -> when it was asked for
+        self._requested_at: dict[int, float] = {}  # prompt index -> request time
         self._last: StreamedChunk | None = None
-        self._deadline = 0.0  # when the next chunk is to be shown
+        self._deadline = 0.0  # display time of the next chunk
 
     async def watch(self) -> ViewerStats:
         start = time.monotonic()
@@ -137,7 +137,7 @@ class Viewer:
 
 
 async def run_viewers(config: ViewerConfig, viewers: int, arrival_interval: float = 0.0) -> list[ViewerStats]:
-    """Let some viewers watch at once; each comes `arrival_interval` seconds after the one before."""
+    """Run `viewers` concurrent viewers, which start `arrival_interval` seconds apart."""
 
     async def start_later(index: int) -> ViewerStats:
         await asyncio.sleep(index * arrival_interval)

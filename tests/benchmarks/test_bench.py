@@ -97,7 +97,7 @@ def test_each_row_is_compared_with_torch(whole: dict[str, Any], record: dict[str
     assert set(checks["torch"]["latents_off"]) == {0.0}
     assert checks["torch"]["frames_off"] == checks["torch tiny"]["frames_off"] == 0
     assert 0 < max(checks[BASELINE]["latents_off"]) < 1e-3
-    assert "torch: latents 0 % off torch's (0 % in the last chunk), frames 0; the same bits twice" in whole["printed"]
+    assert "latents 0 % off torch's (0 % in the last chunk), frames 0 of 255; bitwise reproducible" in whole["printed"]
 
 
 @pytest.mark.parametrize("broken", ["other", "nan"])
@@ -112,7 +112,7 @@ def test_a_row_that_computes_something_else_fails(
     monkeypatch.setattr(run, "measure_attention", lambda *_: {})
     assert command.main([*QUICK, "--check", "--rows", "torch", "--max-sessions", "1"]) == 1
     printed = capsys.readouterr().out
-    assert "failed: torch: WrongResultError: the first chunk's latents are" in printed
+    assert "failed: torch: WrongResultError: the first chunk's latents: got a relative error of" in printed
 
 
 def test_the_figures_of_a_row_agree_with_each_other(record: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ def test_a_picture_without_matplotlib_is_refused_at_once(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         command.main([*QUICK, "--plot", "gpu.png"])
-    assert "--plot: there is no matplotlib here" in capsys.readouterr().err
+    assert "--plot: matplotlib is not installed" in capsys.readouterr().err
 
 
 def test_what_was_exported_is_measured_beside_torch(
@@ -195,10 +195,10 @@ def test_what_was_exported_is_measured_beside_torch(
     ("arguments", "complaint"),
     [
         (["--rows", "turbo"], "invalid choice: 'turbo'"),
-        (["--chunks", "200"], "a video has no place for so many chunks"),
+        (["--chunks", "200"], "more chunks than a video can have"),
         (["--max-sessions", "0"], "got 0, expected 1 or more"),
         (["--preset", "demo"], "invalid choice: 'demo'"),
-        (["--graphs", "nowhere"], "--graphs nowhere: there is no manifest.json in it"),
+        (["--graphs", "nowhere"], "--graphs nowhere: no manifest.json found"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +212,7 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(SystemExit):
         command.main(["--device", "cuda"])
-    assert "torch sees no GPU here" in capsys.readouterr().err
+    assert "torch finds no GPU" in capsys.readouterr().err
 
 
 @pytest.fixture

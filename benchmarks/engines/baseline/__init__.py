@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference code's way of working, to compare with."""
+"""An eager baseline that works as the reference code does."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DiT run eagerly, with the work that the reference code does and no more: what our backends are compared with.
+"""The eager baseline: the DiT with exactly the work that the reference code does. Backends are compared with it.
 
-Built by `rows.py` alone, from the weights of a `CausalDiT`; the golden rollouts hold for it too. What it does, by the
-sections of docs/semantics.md: keys and values of the whole window are cloned per layer and call, rolled and
-joined (3), with counters that are read back from the device; all five calls of a chunk are whole (3); a recache takes
-all 12 frames (6.1); RoPE is complex in float64 (2.2); the text MLP runs in every call (2). LoRA counts as merged, and
-attention is PyTorch's own choice: the reference takes FlashAttention where that is installed. It has no relative RoPE
-and knows neither snapshots nor cleared caches.
+Built by `rows.py` from the weights of a `CausalDiT`; it reproduces the golden rollouts. By section of
+docs/semantics.md: each layer and call clones, rolls and concatenates the keys and values of the whole window, with
+counters read back from the device (3); all five calls of a chunk run every layer in full (3); a recache recomputes all
+12 frames (6.1); RoPE is complex in float64 (2.2); the text MLP runs in every call (2). LoRA is assumed merged. PyTorch
+chooses the attention kernel; the reference uses FlashAttention if installed. Not supported: relative RoPE, snapshots,
+cleared caches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from longlive_serve.models.dit.rope import MAX_FRAMES, axis_angles, split_pairs
 
 
 class EagerDiT:
-    """The causal DiT as `backends/base.py` has it. Its prompt is the text's embeddings; all else is per slot."""
+    """A causal DiT as in `backends/base.py`. `PromptKV` holds the text embeddings; other state is per slot."""
 
     def __init__(self, model: CausalDiT, config: ModelConfig, slots: int) -> None:
         weight = model.patch_embedding.weight
@@ -61,7 +61,7 @@ class EagerDiT:
         state.context_latents.append(clean)
 
     def _recache(self, state: Slot, text: Tensor, plan: KVCachePlan) -> None:
-        """All recent chunks in the order of time; where the sink is kept, those that fall on it are for nothing."""
+        """Recompute all context chunks in time order. If the sink is kept, results that fall on it are discarded."""
         latents, keep_sink = torch.cat([*state.context_latents], dim=1), plan.first_block > 0
         if not keep_sink and state.num_chunks > len(state.context_latents):
             for layer in state.layers:
@@ -69,10 +69,9 @@ class EagerDiT:
                 layer.values.zero_()
         span = self._span(latents, state.num_chunks - len(state.context_latents), keep_sink)
         self._forward(latents, self.clean_timestep, text, state, span)
-        state.text = None  # the next call makes the prompt's keys and values again
+        state.text = None  # the next call recomputes the prompt's keys and values
 
     def _begin(self, state: Slot) -> None:
-        """A new video in a slot."""
         for layer in state.layers:
             layer.global_end.zero_()
             layer.local_end.zero_()
@@ -87,7 +86,7 @@ class EagerDiT:
         return Span(start=start, end=start + latents.shape[1] * tokens, keep_sink=keep_sink)
 
     def _forward(self, latents: Tensor, timestep: Tensor, text: Tensor, state: Slot, span: Span) -> Tensor:
-        """[1, F, channels, h, w] -> the flow, of the same shape."""
+        """[1, F, channels, h, w] -> flow of the same shape."""
         model, frames = self.model, latents.shape[1]
         x = model.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
         features = time_features(timestep.expand(1, frames), self.config.dit.freq_dim).to(self.dtype)
@@ -141,7 +140,7 @@ class EagerDiT:
 
 
 class ComplexRotary:
-    """RoPE in complex float64, its factors put together anew in every call, as the reference does it."""
+    """RoPE in complex float64. Like the reference, it assembles the factors in every call."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.grid = config.latent_height // PATCH, config.latent_width // PATCH
@@ -149,7 +148,7 @@ class ComplexRotary:
         self.factors = [torch.polar(torch.ones_like(angle), angle) for angle in angles]
 
     def __call__(self, x: Tensor, span: Span) -> Tensor:
-        """x [1, L, H, d], rotated by its place in the video."""
+        """Rotate x [1, L, H, d] by its position in the video."""
         (rows, columns), tokens = self.grid, x.shape[1]
         first, frames = span.start // (rows * columns), tokens // (rows * columns)
         time, row, column = self.factors
@@ -162,8 +161,8 @@ class ComplexRotary:
         factors = torch.cat(parts, dim=-1).reshape(tokens, 1, -1)
         pairs = torch.view_as_complex(x[0].to(torch.float64).unflatten(-1, (-1, 2)))
         rotated = torch.view_as_real(pairs * factors).flatten(2)
-        rotated = torch.cat([rotated, x[0, tokens:]])  # padding, of which there is none
-        return torch.stack([rotated]).type_as(x)  # the samples of the batch
+        rotated = torch.cat([rotated, x[0, tokens:]])  # the reference appends padding; here it is empty
+        return torch.stack([rotated]).type_as(x)  # as the reference stacks the samples of a batch
 
 
 def _heads(x: Tensor, attn: Attention) -> Tensor:

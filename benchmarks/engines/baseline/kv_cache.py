@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The eager baseline's KV cache, by the arithmetic of the reference (docs/semantics.md, section 3): rows in the order
-of time, which are moved, and counters that lie on the device.
+"""The eager baseline's KV cache, as in the reference (docs/semantics.md, section 3): rows stay in time order and are
+rolled, and the counters are tensors on the device.
 
-Used by `dit.py` alone; what is served has a ring (`longlive_serve/models/dit/kv_cache.py`).
+Used by `dit.py`. The server uses a ring buffer instead (`longlive_serve/models/dit/kv_cache.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longlive_serve.config.presets import ModelConfig
 
 
 class LayerCache:
-    """Keys (rotated) and values of one layer and session, [1, window tokens, H, d], in the order of time."""
+    """Keys (rotated) and values of one layer and session, [1, window tokens, H, d], in time order."""
 
     def __init__(self, config: ModelConfig, like: Tensor) -> None:
         dit = config.dit
@@ -26,7 +26,7 @@ class LayerCache:
         self.global_end = torch.zeros(1, dtype=torch.long, device=like.device)
         self.local_end = torch.zeros(1, dtype=torch.long, device=like.device)
         self.prompt: tuple[Tensor, Tensor] | None = None
-        """Keys and values of cross-attention, from the first call under a prompt on."""
+        """Cross-attention keys and values; None until the prompt's first call."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,31 +39,30 @@ class Slot:
     text: Tensor | None = None
     """The embeddings whose keys and values the layers hold."""
     num_chunks: int = 0
-    """Chunks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
-    """The tokens of one call, by their places in the video."""
+    """The tokens of one call, as positions in the video."""
 
     start: int
     end: int
     keep_sink: bool = False
-    """A recache writes nothing to the sink."""
+    """A recache leaves the sink's rows unchanged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a call does to a layer's cache: first on a clone, after the last layer for good. Numbers are tokens."""
+    """One call's update of a layer's cache, in tokens: applied to a clone first, to the cache after the last layer."""
 
     num_evicted: int
-    """By so many the rows behind the sink move forward; 0: the new ones fit."""
+    """The rows after the sink move forward by this many; 0: the new rows fit."""
     num_rolled: int
     start: int
     local_end: int
     global_end: int
     recompute: bool
-    """The counters stay."""
+    """The counters do not change."""
     new: tuple[Tensor, Tensor]
 
     def apply(self, keys: Tensor, values: Tensor, sink: int) -> None:
@@ -75,10 +74,7 @@ class Update:
 
 
 def plan_update(layer: LayerCache, span: Span, keys: Tensor, values: Tensor, sink: int) -> Update:
-    """Roll when the new tokens do not fit, else write them where they belong.
-
-    Each `item` waits for the device, as often as in the reference.
-    """
+    """Roll the cache if the new tokens do not fit. Each `item` synchronizes with the device, as in the reference."""
     new, capacity = span.end - span.start, layer.keys.shape[1]
     recompute = span.end <= layer.global_end.item() and span.start > 0
     num_evicted = num_rolled = 0

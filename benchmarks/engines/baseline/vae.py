@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Wan VAE decoder with the operators that the reference code calls, for the eager baseline.
+"""The Wan VAE decoder with the operators of the reference code, for the eager baseline.
 
-Our `VAEDecoder` computes the same frames with some of them put otherwise; here padding is a copy of its own, the norm
-is `normalize` with a bias of zero, and upsampling goes by way of float32.
+`VAEDecoder` computes the same frames with fewer operations. Here padding is a separate copy, the norm is `normalize`
+plus a zero bias, and upsampling runs in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PaddedConv3d(CausalConv3d):
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_cpu:
-            return super().convolve(x, weight)  # a small Conv3d would be many times slower there
+            return super().convolve(x, weight)  # a Conv3d is many times slower on the CPU
         return pad_and_convolve(x, weight, self.bias)
 
 
@@ -51,7 +51,7 @@ def pad_and_convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def as_reference(model: VAEDecoder) -> VAEDecoder:
-    """`model` itself, with these operators in the places of its own and the same weights. In contiguous memory."""
+    """Replace the operators of `model` in place by the reference's; the weights are shared and stay contiguous."""
     kinds = {CausalConv3d: PaddedConv3d, RMSNorm: NormalizeRMSNorm, nn.Upsample: WideUpsample}
     for name, module in list(model.named_modules()):
         if type(module) in kinds:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU can do, and what parts of a chunk take of that."""
+"""Peak speed of the device, FLOP counts of a chunk, and the attention kernels."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All the attention kernels at hand, side by side: the queries of a chunk against the keys of a full window.
+"""Compares all available attention kernels: the queries of one chunk against the keys of a full window.
 
-That is more than half of a step's operations. Errors are against PyTorch in float32. Those in FP8 are given FP8, as in
-the fused backend, where what makes queries, keys and values quantizes them.
+This attention is more than half of a step's FLOPs. Errors are relative to PyTorch in float32. FP8 kernels get FP8
+inputs, because in the fused backend the preceding kernels quantize queries, keys and values.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from longlive_serve.config.presets import ModelConfig
 
 DEFAULT = "torch's choice"
 Call = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
-"""What is timed, and what makes [1, H, L, d] in float32 of its result."""
+"""The timed function, and the conversion of its result to float32 [1, H, L, d]."""
 
 
 def measure_attention(config: ModelConfig, device: str, dtype: str, flex: bool) -> dict[str, Any]:
-    """Seconds, operations per second and relative error of every kernel; of those that do not run here the reason."""
+    """Seconds, FLOP/s and relative error of every kernel, or the reason why it does not run on this machine."""
     on_cuda = device.startswith("cuda")
     heads, size = config.dit.num_heads, config.dit.head_dim
     q, k, v = example(config, torch.device(device), getattr(torch, dtype))
@@ -46,7 +46,7 @@ def measure_attention(config: ModelConfig, device: str, dtype: str, flex: bool) 
         try:
             diff = to_float32(call()) - expected
             result["seconds"] = seconds_of(call, device, 50 if on_cuda else 5)
-        except Exception as error:  # torch, Triton and imports have kinds of their own for what does not run here
+        except Exception as error:  # torch, Triton and imports raise different types
             result["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             result["flops"] = 4 * chunk * window * heads * size / result["seconds"]["median"]
@@ -56,7 +56,7 @@ def measure_attention(config: ModelConfig, device: str, dtype: str, flex: bool) 
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In float32, one head at a time: all of them at once would take gigabytes."""
+    """Attention in float32, one head at a time: all heads at once would take gigabytes."""
     heads = zip(*(x.split(1, dim=1) for x in (q, k, v)), strict=True)
     return torch.cat([_math(*(x.float() for x in head)) for head in heads], dim=1)
 
@@ -66,7 +66,7 @@ def _call(attend: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 
 def _candidates(on_cuda: bool, flex: bool) -> dict[str, AttentionFn]:
-    """Those that the fused backend chooses from, and for comparison others that it does not."""
+    """The kernels that the fused backend chooses from, and others for comparison."""
     candidates: dict[str, AttentionFn] = {DEFAULT: F.scaled_dot_product_attention}
     if not on_cuda:
         return candidates

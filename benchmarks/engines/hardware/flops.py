@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many operations a forward is worth: two for each multiply-add of matrix products, attention and convolutions.
+"""FLOPs of a forward: two for each multiply-add of matrix products, attention and convolutions.
 
-Read by the benchmark, to say what share of the device's speed a backend reaches. Norms, RoPE and the like count as
-nothing, and so do the embeddings and the head, which are a thousandth.
+The benchmark divides by them to get the share of the device's speed that a backend reaches. Elementwise operations,
+norms and RoPE are not counted, nor are the embeddings and the head, about a thousandth of the total.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ def dit_pass(config: ModelConfig, frames: int, window: int) -> float:
 
 
 def kv_cache_update(config: ModelConfig, frames: int, window: int) -> float:
-    """Like `dit_pass`, but the last layer stops after its keys and values, as nothing else is wanted of it."""
+    """Like `dit_pass`, but the last layer stops after its keys and values, as the rest of its output is unused."""
     last = _linear(config, frames) + _attention(config, frames, window)
     return dit_pass(config, frames, window) - last + 2 * _projection(config, frames)
 
 
 def dit_chunk(config: ModelConfig, whole_update: bool) -> float:
-    """The denoising steps and the KV-cache update of a chunk, with a full window. `whole_update`: with all of the last
-    layer."""
+    """The denoising steps and the KV-cache update of a chunk, with a full window. `whole_update`: the update runs the
+    last layer in full."""
     size = config.window.chunk, config.window.window
     last = dit_pass(config, *size) if whole_update else kv_cache_update(config, *size)
     return len(DENOISING_STEPS) * dit_pass(config, *size) + last
 
 
 def recache(config: ModelConfig, whole: bool) -> float:
-    """A recache under a full window. `whole`: of all its frames and layers, as the reference does it, though the
-    sink's keys and values are kept and the last layer's output is not used."""
+    """A recache with a full window. `whole`: all frames and layers, as in the reference, although the sink's keys and
+    values are kept and the last layer's output is unused."""
     window, sink = config.window.window, config.window.sink
     return dit_pass(config, window, window) if whole else kv_cache_update(config, window - sink, window)
 
 
 def decoder_chunk(config: ModelConfig, decoder: str) -> float:
-    """The decoder on the latents of one chunk in the middle of a video: counted on tensors without storage."""
+    """The decoder on the latents of one chunk in the middle of a video: counted on meta tensors."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = TinyDecoder(config.tiny_decoder) if decoder == TINY else VAEDecoder(config.vae).to("meta")
         size = config.latent_height, config.latent_width
@@ -53,17 +53,17 @@ def decoder_chunk(config: ModelConfig, decoder: str) -> float:
 
 
 def _projection(config: ModelConfig, frames: int) -> float:
-    """A layer of the DiT's width."""
+    """A dim x dim linear layer."""
     return 2 * frames * config.tokens_per_frame * config.dit.dim**2
 
 
 def _linear(config: ModelConfig, frames: int) -> float:
-    """A block's own: queries, keys, values and output of self-attention, queries and output of cross-attention, FFN."""
+    """A block's linear layers: q, k, v and output of self-attention, q and output of cross-attention, FFN."""
     ffn = 4 * frames * config.tokens_per_frame * config.dit.dim * config.dit.ffn_dim
     return 6 * _projection(config, frames) + ffn
 
 
 def _attention(config: ModelConfig, frames: int, window: int) -> float:
-    """Self- and cross-attention of a block; the latter to all rows of the prompt, as the reference does it."""
+    """Self- and cross-attention of a block; cross-attention includes the prompt's padding, as in the reference."""
     keys = window * config.tokens_per_frame + config.dit.text_len
     return 4 * frames * config.tokens_per_frame * keys * config.dit.dim

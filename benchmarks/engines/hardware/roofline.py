@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the device itself is, measured beside the backends: matrix products and copies that do nothing else."""
+"""The device's own speed, measured in the same run as the backends: plain matrix products and copies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FP8 = "float8_e4m3fn"
 
 
 def measure_roofline(device: str, dtype: str) -> dict[str, Any]:
-    """Operations per second of matrix products, and bytes per second that a copy reads and writes.
+    """FLOP/s of matrix products, and bytes per second that a copy reads and writes.
 
-    `dtype`: that of the models; bfloat16 and FP8 are measured in any case. What does not run here is None, and
-    `reasons` says why.
+    `dtype`: the models'; bfloat16 and FP8 are always measured. A dtype that does not run on this device has the value
+    None and an entry in `reasons`.
     """
     on_cuda = device.startswith("cuda")
     size, runs = (8192, 50) if on_cuda else (512, 5)
@@ -29,7 +29,7 @@ def measure_roofline(device: str, dtype: str) -> dict[str, Any]:
         make = _fp8_product if name == FP8 else _product
         try:
             seconds = seconds_of(make(size, device, name), device, runs)
-        except Exception as error:  # torch has many kinds for what a device cannot do
+        except Exception as error:  # torch raises different types for unsupported dtypes
             results["flops"][name] = None
             results["reasons"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -40,13 +40,13 @@ def measure_roofline(device: str, dtype: str) -> dict[str, Any]:
 
 
 def _product(size: int, device: str, dtype: str) -> Callable[[], object]:
-    """Of random numbers: on zeros a GPU is faster, as it draws less power."""
+    """Random values, because a GPU multiplies zeros faster: it draws less power."""
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     return lambda: a @ b
 
 
 def _fp8_product(size: int, device: str, dtype: str) -> Callable[[], object]:
-    """With a scale for each row of `a` and each column of `b`, as the fused backend multiplies."""
+    """With one scale per row of `a` and per column of `b`, as in the fused backend."""
     (a, scale_a), (b, scale_b) = (to_fp8(torch.randn(size, size, device=device)) for _ in range(2))
     return lambda: torch._scaled_mm(
         a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=device.startswith("cuda")
@@ -66,7 +66,7 @@ def _copy(size: int, device: str, runs: int) -> dict[str, Any]:
 
 
 def achieved(results: dict[str, Any], config: ModelConfig, decoder: str, baseline: bool) -> dict[str, float]:
-    """Operations per second of a row's parts, by the work that its backend does: the baseline does some for nothing."""
+    """FLOP/s of a row's parts, counting all work that its backend does: the baseline's includes unused results."""
     work = {
         "dit": (flops.dit_chunk(config, whole_update=baseline), results["dit_s"]),
         "recache": (flops.recache(config, whole=baseline), results["recache_s"]),
@@ -76,6 +76,6 @@ def achieved(results: dict[str, Any], config: ModelConfig, decoder: str, baselin
 
 
 def shares(achieved_flops: dict[str, float], roofline: dict[str, Any], dtype: str) -> dict[str, float]:
-    """`achieved` as shares of what the device reaches with a matrix product in `dtype`; empty if that did not run."""
+    """`achieved_flops` relative to the device's matrix product in `dtype`; empty if that did not run."""
     fastest = roofline["flops"][dtype]
     return {part: speed / fastest for part, speed in achieved_flops.items()} if fastest else {}
