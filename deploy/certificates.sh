@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Makes the certificates with which proxies and servers know each other, in the folder $1: pod/ and proxy/, each with
-# tls.crt, tls.key and ca.crt as a Secret has them, good for $DAYS (825). The authority that signs them is made first, in
-# ca.crt and ca.key; run again, the script renews the rest with it. Keep ca.key away from the cluster.
+# Creates the certificates for mutual TLS between proxies and servers in the folder $1: pod/ and proxy/, each with
+# tls.crt, tls.key and ca.crt as in a Secret, valid for $DAYS (825). The first run also creates the authority, ca.crt
+# and ca.key; later runs renew the certificates with it. Keep ca.key away from the cluster.
 set -eu
 umask 077
 mkdir -p "$1"
@@ -14,7 +14,7 @@ if ! test -e ca.key; then
 fi
 for who in pod proxy; do
   case $who in
-    pod) names=DNS:longlive,IP:127.0.0.1 use=serverAuth,clientAuth ;;  # its probes are clients too
+    pod) names=DNS:longlive,IP:127.0.0.1 use=serverAuth,clientAuth ;;  # its probes are clients
     proxy) names=DNS:longlive-proxy use=clientAuth ;;
   esac
   mkdir -p "$who"

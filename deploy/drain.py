@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits until a server that gets no new sessions has none left: `python -m deploy.drain --for 600`, before SIGTERM.
+"""Waits until a server that gets no new sessions is empty: `python -m deploy.drain --for 600`, before SIGTERM.
 
-Sessions that are still there when the time is over are for the server itself to end, which it does with a snapshot to
-go on with elsewhere. Exit code 0, however it went: what comes next is the same.
+Sessions left after the timeout are ended by the server, with a snapshot to resume on another one. The exit code is
+always 0: SIGTERM follows in any case.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from longlive_serve.observability.metrics import sessions_at
 
 DEFAULT_URL = "http://127.0.0.1:8002/metrics"
-SETTLE_S = 10.0  # until proxies have heard that this server is going; sessions may still come
+SETTLE_S = 10.0  # until proxies stop sending new sessions here
 POLL_S = 1.0
 
 
 def drain(ask: Callable[[], int | None], seconds: float, settle_s: float) -> int:
-    """Wait for `seconds` at most. Returns how many sessions are left."""
+    """Wait at most `seconds`. Returns the number of sessions left."""
     began = time.monotonic()
     while True:
         left, past = ask(), time.monotonic() - began
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.drain", description=__doc__)
     parser.add_argument("--url", default=DEFAULT_URL, help="the server's metrics (default: %(default)s)")
     parser.add_argument("--for", type=float, default=600.0, dest="seconds", metavar="S", help="default: %(default)g")
-    text = "sessions may still come for so long (default: %(default)g)"
+    text = "minimum wait: new sessions may still arrive (default: %(default)g)"
     parser.add_argument("--settle", type=float, default=SETTLE_S, metavar="S", help=text)
     args = parser.parse_args(argv)
     left = drain(lambda: sessions_at(args.url), args.seconds, args.settle)

@@ -1,14 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Makes what the server needs before it starts, on the machine with the GPU that will serve: the published checkpoints
-# in one format, and TensorRT engines. What is there already stays. Pods may share $CACHE; they wait for each other.
+# Prepares the server's files, on the machine with its GPU: converts the published checkpoints and builds TensorRT
+# engines. Existing files are kept. Pods may share $CACHE; a lock serializes them.
 #
-#   $SOURCE   the checkpoints, in any layout that `python -m export.convert` takes    (/weights)
-#   $CACHE    where all that is made goes: weights/longlive, graphs/, engines/        (/cache)
-#   $ENGINES  becomes a link to the engines for this GPU; empty: no engines are made  (/run/longlive/engines)
+#   $SOURCE   the checkpoints, in any layout that `python -m export.convert` reads    (/weights)
+#   $CACHE    the output folder: weights/longlive, graphs/, engines/                  (/cache)
+#   $ENGINES  a link to the engines for this GPU; empty: build no engines             (/run/longlive/engines)
 #   $CONFIG   the server's serve.toml, whose `weights` is $CACHE/weights/longlive     (the image's own)
 #   $PRESET   its `preset`                                                            (longlive-1.3b)
-#   $MODELS   those that get engines; the text encoder runs once a prompt, in PyTorch   (dit vae_decoder)
+#   $MODELS   models to build engines for; the text encoder runs in PyTorch           (dit vae_decoder)
 set -eu
 : "${SOURCE=/weights}" "${CACHE=/cache}" "${ENGINES=/run/longlive/engines}" "${MODELS=dit vae_decoder}"
 : "${PRESET=longlive-1.3b}" "${CONFIG=/opt/longlive/model_repository/longlive/1/serve.toml}"
@@ -21,7 +21,7 @@ weights=$CACHE/weights/longlive
 python3 -m export.convert --preset "$PRESET" --weights "$SOURCE" --out "$weights"
 test -n "$ENGINES" || exit 0
 
-# Folders are named by what is in them: graphs by weights, settings and models; engines also by the GPU and TensorRT.
+# Folder names depend on the content: graphs on weights, settings and models; engines also on the GPU and TensorRT.
 made_of=$(cat "$weights/config.json"; grep -E '^(preset|variant) ' "$CONFIG"; echo "$MODELS")
 name=$(echo "$made_of" | sha256sum | cut -c 1-16)
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)

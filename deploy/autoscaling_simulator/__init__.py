@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet of servers under load, simulated: what a scaling policy costs and what viewers notice."""
+"""Simulates a fleet of servers under load: the cost of a scaling policy and its effect on viewers."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A day of viewers, bursts and a flash crowd against the autoscaling policy: `python -m deploy.autoscaling_simulator`.
+"""Simulates the autoscaling policy on a day, bursts and a flash crowd: `python -m deploy.autoscaling_simulator`.
 
-Prints what viewers and the bill would notice: how long they wait, who is refused, which videos stall, GPU-hours.
+Prints waiting times, refused viewers, stalled videos and GPU-hours.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from longlive_serve.config.presets import DECODERS, WAN
 CODE = ("deploy/autoscaling_simulator", "deploy/policy.toml")
 EXAMPLES = """\
 examples
-  python -m deploy.autoscaling_simulator --peak-sessions 1000                          # three traces, some seconds
-  python -m deploy.autoscaling_simulator --trace flash_crowd --cold-start 1 1.5 3      # what faster machines would save
+  python -m deploy.autoscaling_simulator --peak-sessions 1000                          # three traces, a few seconds
+  python -m deploy.autoscaling_simulator --trace flash_crowd --cold-start 1 1.5 3      # the effect of faster starts
   python -m deploy.autoscaling_simulator --policy mine.toml --trace burst              # your own thresholds
-  python -m deploy.autoscaling_simulator --fixed 400 --peak-sessions 1000              # a fleet that never changes
-  python -m deploy.autoscaling_simulator --sweep                                # the traces, then: why these thresholds
+  python -m deploy.autoscaling_simulator --fixed 400 --peak-sessions 1000              # a fleet of constant size
+  python -m deploy.autoscaling_simulator --sweep                                # the traces, then other thresholds
 
-A pod is one GPU. How many sessions it holds is the one figure that all the others hang on: results/gpu.json has it
-once the benchmark ran on a GPU (python -m benchmarks.engines), until then it is a projection. What is taken for
-granted besides (lengths of sessions, cold starts, failures), deploy/autoscaling_simulator/sim_config.py says."""
+A pod has one GPU. All results depend on the number of sessions per GPU: it is read from results/gpu.json if the
+benchmark ran on a GPU (python -m benchmarks.engines), otherwise it is a projection. The other assumptions (session
+lengths, cold starts, failures) are in deploy/autoscaling_simulator/sim_config.py."""
 
 
 @exit_code()
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sweep_results:
         print(f"\n{sweep_tables(sweep_results)}")
     if args.json is not None:
-        args.json.unlink(missing_ok=True)  # traces of another run are not this one's
+        args.json.unlink(missing_ok=True)  # drop the traces of an earlier run
         hardware = f"{cpu()}; simulated, no GPU"
         measurement.write(
             args.json,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config(args: argparse.Namespace) -> tuple[SimConfig, str]:
-    """What is given, and where the capacity comes from."""
+    """The simulation's config, and the source of its capacity."""
     if args.capacity:
         sessions, source = args.capacity, "given"
     else:
@@ -85,7 +85,7 @@ def _config(args: argparse.Namespace) -> tuple[SimConfig, str]:
     print(f"{sessions} live sessions on a GPU ({source})", file=sys.stderr)
     least, likely, most = (60 * minutes for minutes in args.cold_start)
     if not 0 <= least <= likely <= most:
-        raise ValueError(f"--cold-start: got {args.cold_start}, expected least, most likely and most, in order")
+        raise ValueError(f"--cold-start: got {args.cold_start}, expected minimum, most likely and maximum, in order")
     return SimConfig(capacity=sessions, cold_start_s=(least, likely, most), mtbf_h=args.mtbf), source
 
 
@@ -96,7 +96,7 @@ def _policy(args: argparse.Namespace, policy: Policy, config: SimConfig) -> Poli
 def _run(
     args: argparse.Namespace, config: SimConfig, policy: Policy
 ) -> tuple[dict[str, SimulationResult], dict[str, list[dict[str, Any]]]]:
-    """Runs by trace, and the sweep's tables."""
+    """The results by trace, and the rows of the sweep by table."""
     names = args.trace or list(TRACES)
     runs: dict[str, SimulationResult] = {}
     with Progress(console=Console(stderr=True)) as progress:
@@ -132,34 +132,34 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=at_least(1),
         default=100_000,
         metavar="N",
-        help="the most that are wanted at once, on average (default: %(default)s)",
+        help="average demand at the peak (default: %(default)s)",
     )
-    parser.add_argument("--capacity", type=at_least(1), metavar="N", help="live sessions of a GPU (default: see below)")
+    parser.add_argument("--capacity", type=at_least(1), metavar="N", help="live sessions per GPU (default: see below)")
     parser.add_argument(
-        "--decoder", choices=DECODERS, default=WAN, help="whose measured capacity to take (default: %(default)s)"
+        "--decoder", choices=DECODERS, default=WAN, help="use its measured capacity (default: %(default)s)"
     )
     parser.add_argument(
         "--cold-start",
         type=float,
         nargs=3,
         default=[seconds / 60 for seconds in SimConfig().cold_start_s],
-        metavar=("LEAST", "LIKELY", "MOST"),
-        help="minutes until an ordered pod is ready (default: 2 4 10)",
+        metavar=("MIN", "MODE", "MAX"),
+        help="minutes until a new pod is ready (default: 2 4 10)",
     )
     parser.add_argument(
         "--mtbf",
         type=float,
         default=SimConfig().mtbf_h,
         metavar="H",
-        help="hours that a pod lives (default: %(default)g)",
+        help="mean hours between failures of a pod (default: %(default)g)",
     )
-    parser.add_argument("--fixed", type=at_least(1), metavar="PODS", help="so many pods throughout, no autoscaling")
+    parser.add_argument("--fixed", type=at_least(1), metavar="PODS", help="a constant number of pods, no autoscaling")
     parser.add_argument("--policy", type=Path, default=DEFAULT_PATH, metavar="TOML", help="default: deploy/policy.toml")
-    parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
-    text = f"then vary the thresholds, on small fleets: two minutes; of {', '.join(sweep.TABLES)} only these"
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    text = f"then vary the thresholds on small fleets (two minutes); only these tables of {', '.join(sweep.TABLES)}"
     parser.add_argument("--sweep", nargs="*", choices=sweep.TABLES, metavar="TABLE", help=text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw sessions, pods and who waits, over time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot sessions, pods and waiting viewers over time")
     args = parser.parse_args(argv)
     if args.mtbf <= 0:
         parser.error(f"--mtbf: got {args.mtbf:g}, expected more than 0")

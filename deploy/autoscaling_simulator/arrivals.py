@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who comes when and stays for how long: three traces, scaled to a peak of live sessions.
+"""Arrival times and lengths of sessions: three traces, scaled to a peak of live sessions.
 
-A Poisson process whose rate changes every second. Knows nothing of pods.
+A Poisson process whose rate changes every second. Does not know pods.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deploy.autoscaling_simulator.sim_config import SimConfig
 
 Array = npt.NDArray[np.float64]
 MINUTE, HOUR = 60, 3600
-STEP = 10  # seconds, where whole traces are computed with
+STEP = 10  # seconds, resolution of computations on whole traces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Trace:
     hours: float
     description: str
     shape: Callable[[Array, np.random.Generator], Array]
-    """Relative rate of arrivals at times, in seconds. What it is at 0 it was for ever before."""
+    """Relative arrival rate at times, in seconds. Before 0 it equals the rate at 0."""
 
     @property
     def seconds(self) -> int:
@@ -35,7 +35,7 @@ class Trace:
 
 
 def _diurnal(times: Array, random: np.random.Generator) -> Array:
-    """A day from midnight: a plateau in the afternoon, a peak in the evening, a sixth of it at night."""
+    """A day from midnight: a plateau in the afternoon, a peak in the evening, and a sixth of the peak at night."""
     hours = times / HOUR
 
     def bump(middle: float, width: float) -> Array:
@@ -46,7 +46,7 @@ def _diurnal(times: Array, random: np.random.Generator) -> Array:
 
 
 def _burst(times: Array, random: np.random.Generator) -> Array:
-    """Bursts on a plain: three in two hours, each there within a minute and gone by half every five minutes."""
+    """A constant rate with three bursts per two hours; each rises within a minute and halves every five minutes."""
     rate = np.full(len(times), 0.4)
     starts = np.cumsum(random.exponential(40 * MINUTE, 100))
     for start, height in zip(starts, random.uniform(0.1, 0.6, 100), strict=True):
@@ -57,7 +57,7 @@ def _burst(times: Array, random: np.random.Generator) -> Array:
 
 
 def _flash_crowd(times: Array, random: np.random.Generator) -> Array:
-    """Twenty times as many within a minute, for an hour."""
+    """The rate rises to 20 times within a minute, for an hour."""
     start, end = 20 * MINUTE, 80 * MINUTE
     return np.interp(times, [0, start, start + MINUTE, end, end + 10 * MINUTE], [1, 1, 20, 20, 1])
 
@@ -75,35 +75,35 @@ TRACES = {
 
 
 class Arrivals:
-    """The sessions of a trace, in the order of their coming."""
+    """The sessions of a trace, in order of arrival."""
 
     def __init__(self, trace: Trace, config: SimConfig, peak: float, seed: int) -> None:
-        """`peak`: the most sessions that would be live at once if all were served at once, on average."""
+        """`peak`: maximum over time of the expected live sessions, if all were served immediately."""
         self._random = np.random.default_rng(np.random.SeedSequence([seed, *trace.name.encode()]))
         self._config, self.seconds = config, trace.seconds
         shape = trace.shape(np.arange(trace.seconds, dtype=float), self._random)
         self._rates = shape * (peak / offered_live(shape, config).max())
-        """Sessions per second, for every second."""
+        """Sessions per second, by second."""
         self.live_at_first = float(self._rates[0]) * config.mean_session_s
-        """Sessions that are live when the trace begins, on average."""
+        """Expected live sessions at the start of the trace."""
         self.offered_s = 0.0
-        """Seconds of video within the trace that were asked for so far."""
+        """Seconds of video within the trace that were requested so far."""
         self._start_s = 0
         self._times: list[float] = []
         self._lengths: list[float] = []
 
     def already_live(self) -> list[float]:
-        """What remains of the sessions that are live at the beginning."""
+        """Remaining lengths of the sessions that are live at the start."""
         config = self._config
         count = self._random.poisson(self.live_at_first)
-        # Who is there at some time is there the likelier the longer the session; all that is past of it is as likely.
+        # Live sessions are sampled with a probability proportional to their length, at a uniformly distributed age.
         mean = math.log(config.session_median_s) + config.session_sigma**2
         remaining = self._random.lognormal(mean, config.session_sigma, count) * self._random.random(count)
         self.offered_s += float(np.minimum(remaining, self.seconds).sum())
         return list(remaining.tolist())
 
     def until(self, end: float) -> tuple[list[float], list[float]]:
-        """When those came who have not been told of yet, and how long each stays."""
+        """Arrival times and lengths of the sessions since the last call."""
         while self._start_s < min(end, self.seconds):
             self._generate_minute()
         cut = bisect.bisect_right(self._times, end)
@@ -124,7 +124,7 @@ class Arrivals:
 
 
 def offered_live(rates: Array, config: SimConfig) -> Array:
-    """Sessions that would be live at once, on average, if all were served at once; every `STEP` seconds."""
+    """Expected live sessions if all were served immediately, every `STEP` seconds."""
     downsampled = rates[::STEP]
     ages = np.arange(len(downsampled)) * STEP + STEP / 2
     survives = np.array([_survival(age, config) for age in ages])
@@ -132,11 +132,11 @@ def offered_live(rates: Array, config: SimConfig) -> Array:
     since_begin = (
         np.fft.irfft(np.fft.rfft(downsampled, size) * np.fft.rfft(survives, size), size)[: len(downsampled)] * STEP
     )
-    # Those from before: as many as there would be for ever, less those who have gone since.
+    # Sessions from before the start: the steady state, minus those that have ended since.
     before = downsampled[0] * (config.mean_session_s - np.cumsum(survives) * STEP)
     return np.asarray(since_begin + np.maximum(before, 0))
 
 
 def _survival(age: float, config: SimConfig) -> float:
-    """Share of the sessions that are longer."""
+    """Share of the sessions that last longer than `age`."""
     return 0.5 * math.erfc(math.log(age / config.session_median_s) / (config.session_sigma * math.sqrt(2)))

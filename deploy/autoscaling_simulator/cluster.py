@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kubernetes around the fleet: the autoscaler's rounds, pods that start, drain and fail. Events of simpy.
+"""Simulates Kubernetes around the fleet with simpy: sync periods of the autoscaler; pods that start, drain and fail.
 
-Between two events the fleet runs by itself, so all times are exact but those of failures, whose rate is taken as
-constant for a sync period.
+Between two simpy events the fleet advances on its own, so all times are exact, except that the failure rate is constant
+within a sync period.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Process = Generator[simpy.Event, None, None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What stands in a round of the autoscaler."""
+    """The fleet's state in one sync period."""
 
     time: float
     arrived: int
@@ -41,26 +41,26 @@ class Sample:
 
 
 class Cluster:
-    """Runs a fleet under a policy."""
+    """Runs a fleet with an autoscaling policy."""
 
     def __init__(self, config: SimConfig, policy: Policy, fleet: Fleet, seed: int) -> None:
         self.samples: list[Sample] = []
         self.failures = 0
         self.drained = 0
-        """Pods that were scaled down while they took sessions."""
+        """Pods that were scaled down while they accepted sessions."""
         self._config, self._policy, self._fleet = config, policy, fleet
         self._env = simpy.Environment()
         self._autoscaler = Autoscaler(policy)
         self._random, self._generator = random.Random(seed), np.random.default_rng(seed)
         self._replicas = 0
         self._pods: list[Pod] = []  # by number
-        self._reused: set[int] = set()  # numbers that are to get a pod when the one that drains has gone
+        self._reused: set[int] = set()  # numbers that get a new pod when their draining one is gone
         window, delay = (round(s / policy.sync_period_s) for s in (policy.refused_window_s, config.metric_delay_s))
-        self._demands: deque[float] = deque(maxlen=delay + 1)  # in the last rounds, the newest last
-        self._refused: deque[int] = deque([0], maxlen=window + 1)  # so far, in the last rounds
+        self._demands: deque[float] = deque(maxlen=delay + 1)  # of the last sync periods, the newest last
+        self._refused: deque[int] = deque([0], maxlen=window + 1)  # cumulative, of the last sync periods
 
     def run(self, seconds: float, live: float, on_round: Callable[[float], None] = lambda now: None) -> None:
-        """`live`: sessions that the first pods are there for, and ready."""
+        """`live`: expected sessions at the start; enough pods for them are ready. `on_round`: called with the time."""
         policy, room = self._policy, self._config.capacity * self._policy.target_busy_share
         target = math.ceil(live / room) + policy.spare_pods
         self._replicas = min(max(target, policy.min_replicas), policy.max_replicas)
@@ -98,7 +98,7 @@ class Cluster:
         self.samples.append(sample)
 
     def _busy_share(self) -> float:
-        """Of all pods' slots, with those who wait, those who were refused a short time ago and the spare pods."""
+        """Demand per slot: live, waiting and recently refused sessions, and the spare pods."""
         config, policy, last = self._config, self._policy, self.samples[-1]
         self._refused.append(last.refused)
         self._demands.append(last.live + last.queued + last.refused - self._refused[0])
@@ -106,14 +106,14 @@ class Cluster:
         return (self._demands[0] + spare) / (config.capacity * self._replicas)
 
     def _late_share(self) -> float:
-        """Chunks come late only where no slot is free."""
+        """Only pods without a free slot have late chunks."""
         config, fleet = self._config, self._fleet
         chunks = self._policy.sync_period_s / CHUNK_PLAYS_S
         late = self._generator.binomial(round(fleet.full * config.capacity * chunks), config.late_share)
         return float(late) / (fleet.live * chunks) if fleet.live else 0.0
 
     def _scale(self, replicas: int) -> None:
-        """As a StatefulSet does it: pods have numbers, the highest goes first, and a number is free when its pod is."""
+        """Like a StatefulSet: the highest number goes first, and a number is reusable once its pod is gone."""
         for number in range(replicas, self._replicas):
             self._reused.discard(number)
             self._remove(self._pods[number])
@@ -176,7 +176,7 @@ class Cluster:
         fleet.start_draining(pod)
         delay = config.stall_timeout_s if self._random.random() < config.silent_failures else 0.0
         disconnected = fleet.terminate(pod, now, FAILURE, delay)
-        self._pods[number] = self._create_pod()  # which Kubernetes does not ask the autoscaler about
+        self._pods[number] = self._create_pod()  # Kubernetes replaces it without the autoscaler
         if delay:
             self._env.process(self._detect(disconnected, delay))
         else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pods and the sessions on them: who gets a slot, who waits, who is refused, who is moved. Exact, session by session.
+"""Pods and their sessions: which sessions get a slot, wait, are refused or move. Exact, session by session.
 
-Driven by the cluster, which tells it up to when to advance. It knows neither simpy nor the autoscaler. Nobody knows
-which pods have a free slot: a viewer's client tries one after another, and waits in the queue of the last.
+The cluster advances it. It knows neither simpy nor the autoscaler. Clients do not know which pods have a free slot: a
+client tries one pod after another and waits in the queue of the last.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Fleet:
         self.stats = SessionStats()
         self.live = 0
         self.queued = 0
-        """Who stand in the queues of pods, those who were watching already among them."""
+        """Sessions in the queues of pods, including disconnected ones."""
         self.num_disconnected = 0
-        """Sessions that broke off and ask nobody for a slot: their clients do not know yet, or back off."""
+        """Disconnected sessions outside of all queues: the client has not noticed yet, or backs off."""
         self.pods = 0
-        """That hold a GPU, in whatever state."""
+        """Pods that hold a GPU, in any state."""
         self.capacity = config.capacity
         self._config, self._service, self._arrivals = config, service, arrivals
         self._random = random.Random(seed)
         self._open: list[Pod] = []  # ready, with a free slot
         self._full: list[Pod] = []  # ready, without one
-        # A heap of sessions' ends (those of sessions that were moved, too) and of what is to be done at some time.
+        # A heap of session ends (stale ones of moved sessions included) and scheduled callbacks.
         self._events: list[tuple[float, int, Pod | Callable[[float], None]]] = []
         self._number = 0  # of the last event
         self._gpu_s = 0.0
@@ -56,27 +56,27 @@ class Fleet:
 
     @property
     def full(self) -> int:
-        """Pods that take sessions but have no free slot."""
+        """Ready pods without a free slot."""
         return len(self._full)
 
     def gpu_seconds(self, now: float) -> float:
-        """That all pods together have held a GPU for."""
+        """GPU time of all pods so far."""
         return self._gpu_s + self.pods * now
 
     def create_pod(self, now: float) -> Pod:
-        """A new pod, which is to start."""
+        """A new pod, in the state STARTING."""
         self.pods += 1
         self._gpu_s -= now
         return Pod()
 
     def release_pod(self, pod: Pod, now: float) -> None:
-        """The pod's GPU is given back."""
+        """Release the pod's GPU."""
         pod.state = GONE
         self.pods -= 1
         self._gpu_s += now
 
     def start(self) -> None:
-        """Seat those who are live when the trace begins. The pods for them are to be ready."""
+        """Assign the sessions that are live at the start of the trace. Their pods must be ready."""
         for remaining in self._arrivals.already_live():
             if not self._open:
                 break
@@ -84,21 +84,20 @@ class Fleet:
             self._assign(self._random.choice(self._open), 0.0, remaining)
 
     def add(self, pod: Pod) -> None:
-        """The pod takes sessions. Those who wait at others do not hear of it."""
+        """Let the pod accept sessions. Sessions in other pods' queues stay there."""
         pod.state = READY
         append_pod(pod, self._open)
 
     def start_draining(self, pod: Pod) -> None:
-        """The pod takes no more sessions, but those in its queue as long as it is there."""
+        """The pod accepts no new sessions, but still serves its queue."""
         assert pod.state == READY
         pod.state = DRAINING
         remove_pod(pod, self._open if len(pod.sessions) < self.capacity else self._full)
 
     def terminate(self, pod: Pod, now: float, cause: str, detection_delay: float = 0.0) -> list[DisconnectedSession]:
-        """The pod is gone, and its sessions are on no pod. Whoever calls this has them resumed when it is noticed.
+        """Remove the pod. Returns its disconnected sessions; the caller resumes them once their clients notice.
 
-        Those in its queue get an error. Sessions that broke off before are among those that look further; a viewer who
-        has seen nothing yet is refused.
+        Queued sessions get an error: disconnected ones are returned as well, new ones are refused.
         """
         count, detected_at = len(pod.sessions), now + detection_delay
         disconnected = [queued.disconnected for queued in pod.queue if queued.disconnected is not None]
@@ -119,7 +118,7 @@ class Fleet:
         return disconnected
 
     def resume(self, disconnected: list[DisconnectedSession], now: float) -> None:
-        """Their clients have noticed and look for a slot."""
+        """The clients have noticed and look for a slot."""
         for one in disconnected:
             if one.rounds:
                 self._retry_later(one, now)
@@ -127,7 +126,7 @@ class Fleet:
                 self._find_slot(one, now)
 
     def advance(self, until: float) -> None:
-        """Let sessions come and go, each at its time."""
+        """Process arrivals and events up to `until`, in time order."""
         events = self._events
         times, lengths = self._arrivals.until(until)
         for arrival_time, length in zip(times, lengths, strict=True):
@@ -162,11 +161,11 @@ class Fleet:
             self._enqueue(pod, QueuedSession(since=now, length=length))
 
     def _choose_pod(self) -> tuple[Pod | None, int]:
-        """The first with a free slot of the pods that a client tries, or else the last of them; how many it tried.
+        """The first pod with a free slot among those that a client tries, else the last one; and the number of tries.
 
-        The pod is the one that the hash of the try's id names, and each try has a new id: any pod, each as likely. The
-        proxy's limit of 125 % of the mean only makes that better, by what it knows: all, if every session comes through
-        one proxy; the more proxies there are, the less each has seen, and the hash alone is what is left.
+        The proxy hashes the session id, which is new for each try, so every pod is equally likely. The proxy's limit of
+        125 % of the mean load only improves on this: a single proxy sees all sessions, but with more proxies each one
+        sees fewer, which leaves the hash.
         """
         open_, full, max_attempts = self._open, self._full, self._service.max_attempts
         ready = len(open_) + len(full)
@@ -188,7 +187,7 @@ class Fleet:
 
     def _complete(self, number: int, pod: Pod, now: float) -> None:
         if pod.sessions.pop(number, None) is None:
-            return  # it went on elsewhere
+            return  # it moved to another pod
         self.stats.completed += 1
         self.live -= 1
         if pod.state == READY and len(pod.sessions) == self.capacity - 1:
@@ -200,7 +199,7 @@ class Fleet:
             self.release_pod(pod, now)
 
     def _enqueue(self, pod: Pod, queued: QueuedSession) -> None:
-        """In the pod's queue, if that is not too long with them."""
+        """Append to the pod's queue; reject the last one if the queue is too long."""
         pod.enqueue(queued)
         self.queued += 1
         if len(pod.queue) > self._service.max_waiting:
@@ -210,7 +209,7 @@ class Fleet:
 
     def _reject(self, pod: Pod, queued: QueuedSession, now: float) -> None:
         if queued not in pod.queue:
-            return  # long since seated
+            return  # already admitted
         pod.queue.remove(queued)
         self.queued -= 1
         if queued.disconnected is None:
@@ -230,7 +229,7 @@ class Fleet:
             self._continue(queued.disconnected, pod, now)
 
     def _find_slot(self, disconnected: DisconnectedSession, now: float) -> None:
-        """A round of tries. How long they take counts in the gap, but does not delay them."""
+        """One round of tries. Their duration counts in the gap, but does not delay the next event."""
         pod, tried = self._choose_pod()
         disconnected.rounds += 1
         disconnected.connect_s += sum(self._random.uniform(*self._config.reconnect_s) for _ in range(tried))
@@ -243,7 +242,7 @@ class Fleet:
             self._enqueue(pod, QueuedSession(since=now, length=disconnected.remaining, disconnected=disconnected))
 
     def _retry_later(self, disconnected: DisconnectedSession, now: float) -> None:
-        """As the client does it after a round: it asks whether it is too late before it pauses, and not after."""
+        """Like the client after a round: it checks `resume_for_s` before the pause, not after it."""
         config = self._config
         if now - disconnected.detected_at >= config.resume_for_s:
             self.num_disconnected -= 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many pods there should be, as Kubernetes' HorizontalPodAutoscaler (autoscaling/v2) computes it.
+"""Computes the number of replicas like Kubernetes' HorizontalPodAutoscaler (autoscaling/v2).
 
-Called by the cluster in every sync period. It knows no pods and no clock, only numbers and times in seconds.
+Called by the cluster in every sync period. Pure arithmetic: no pods and no clock; times in seconds are arguments.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterable, Sequence
 
 from deploy.autoscaling_simulator.policy import PERCENT, Direction, Policy, Rate
 
-ROUNDING = 1e-9  # Kubernetes counts in integers, of a thousandth
+ROUNDING = 1e-9  # Kubernetes uses integer milli-units
 
 
 def desired_by_metric(current: int, metric: float, target: float, tolerance: float) -> int:
-    """What one metric asks for: `current` as long as it is near its target."""
+    """Replicas for one metric; `current` if the metric is within the tolerance of its target."""
     ratio = metric / target
     return current if abs(ratio - 1) <= tolerance else math.ceil(current * ratio - ROUNDING)
 
 
 class Autoscaler:
-    """The two metrics, the windows over what was recommended, and the limits on how fast it may change."""
+    """Combines the two metrics, the stabilization windows and the rate limits."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -31,7 +31,7 @@ class Autoscaler:
         self._history = max(_history_of(policy.scale_up), _history_of(policy.scale_down))
 
     def desired(self, now: float, current: int, busy_share: float, late_share: float) -> int:
-        """Replicas from `now` on."""
+        """The number of replicas from `now` on."""
         policy = self._policy
         if not self._recommendations:
             self._recommendations.append((now, current))
@@ -46,7 +46,7 @@ class Autoscaler:
         return replicas
 
     def _stabilize(self, now: float, current: int, target: int) -> int:
-        """Growth to no more than the least, shrinkage to no less than the most that was recommended in its window."""
+        """Limit growth to the minimum, shrinkage to the maximum recommendation within the direction's window."""
         recommendations, policy = self._recommendations, self._policy
         least = min([target, *_values_since(recommendations, now - policy.scale_up.stabilization_s)])
         most = max([target, *_values_since(recommendations, now - policy.scale_down.stabilization_s)])
@@ -66,7 +66,7 @@ class Autoscaler:
         return target
 
     def _count_at_start(self, rate: Rate, now: float, current: int) -> int:
-        """How many there were when the rate's period began."""
+        """Replicas at the start of the rate's period."""
         return current - sum(_values_since(self._changes, now - rate.period_s))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod, who stands in its queue, and groups of pods. The fleet's bookkeeping; nothing here knows a time or chance."""
+"""A pod, its queue, and groups of pods. Bookkeeping of the fleet, without time or randomness."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ STARTING, READY, DRAINING, GONE = range(4)
 
 @dataclasses.dataclass(kw_only=True, eq=False, slots=True)
 class DisconnectedSession:
-    """A session without a pod, from when it broke off until it goes on."""
+    """A session without a pod, from the disconnect until it resumes."""
 
     cause: str
     since: float
     detected_at: float
     remaining: float
     slack: float
-    """Seconds for which the viewer still has something to look at."""
+    """Seconds of buffered video at the viewer."""
     rounds: int = 0
-    """Of tries to go on, so far."""
+    """Rounds of tries to resume so far."""
     connect_s: float = 0.0
-    """What these tries took."""
+    """Seconds that these tries took."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, slots=True)
 class QueuedSession:
-    """Somebody in a pod's queue: a viewer who has seen nothing yet, or one whose session broke off."""
+    """An entry of a pod's queue: a new session or a disconnected one."""
 
     since: float
     length: float
@@ -39,14 +39,14 @@ class Pod:
     def __init__(self) -> None:
         self.state = STARTING
         self.sessions: dict[int, float] = {}
-        """When each ends."""
+        """End time by event number."""
         self.queue: list[QueuedSession] = []
-        """First come, first served, but sessions that broke off before new ones."""
+        """Disconnected sessions before new ones; FIFO within each group."""
         self.place = 0
-        """Where it stands among the ready pods that are full, or among those that are not."""
+        """Index in the fleet's list of full or of open pods."""
 
     def enqueue(self, queued: QueuedSession) -> None:
-        """As the server's scheduler does it."""
+        """In the order of the server's scheduler."""
         behind = sum(other.disconnected is not None for other in self.queue) if queued.disconnected else len(self.queue)
         self.queue.insert(behind, queued)
 
@@ -57,7 +57,7 @@ def append_pod(pod: Pod, group: list[Pod]) -> None:
 
 
 def remove_pod(pod: Pod, group: list[Pod]) -> None:
-    """Out of the group that it is in, whose last takes its place."""
+    """Remove the pod in O(1): the last pod of the group takes its index."""
     last = group.pop()
     if last is not pod:
         last.place = pod.place

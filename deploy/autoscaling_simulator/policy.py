@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoscaling policy, as deploy/policy.toml has it. Read by the simulator.
+"""The autoscaling policy of deploy/policy.toml. Read by the simulator.
 
-Manifests and pages repeat its numbers; `tests.deploy.test_copied_numbers` compares them.
+Manifests and pages copy its numbers; `tests.deploy.test_copied_numbers` compares them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ PERCENT, PODS = "Percent", "Pods"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The most that a fleet may change by in a period."""
+    """A limit on the change of the fleet's size per period."""
 
     type: str
     value: int
-    """Percent of what there was when the period began, or pods."""
+    """Percent of the size at the start of the period, or pods."""
     period_s: float
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """How the fleet may grow, or shrink."""
+    """Limits on scaling up, or on scaling down."""
 
     stabilization_s: float
     policies: tuple[Rate, ...]
@@ -45,13 +45,13 @@ class Drain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """How pods and clients settle who gets a slot."""
+    """Settings of servers and clients that the simulator needs."""
 
     max_chunks_ahead: int
     max_wait_s: float
     max_waiting: int
     max_attempts: int
-    """The client's; the others stand in every pod's serve.toml."""
+    """A client setting; the others are in every pod's serve.toml."""
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -60,7 +60,7 @@ class Service:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Every key is needed; what each means is said in the file."""
+    """All keys are required; the file explains them."""
 
     target_busy_share: float
     target_late_share: float
@@ -86,7 +86,7 @@ class Policy:
 
     @classmethod
     def from_toml(cls, path: Path = DEFAULT_PATH) -> Policy:
-        """Raises ValueError that names the file and the key."""
+        """Read a policy file. Raises ValueError with the file and the key."""
         values = read_toml(path)
         try:
             parts = {key: values.pop(key, {}) for key in ("scale_up", "scale_down", "drain", "service")}
@@ -101,7 +101,7 @@ class Policy:
             raise ValueError(f"{path}: {error}") from None
 
     def fixed(self, pods: int) -> Policy:
-        """The same without autoscaling."""
+        """The same policy with a constant number of pods."""
         return dataclasses.replace(self, min_replicas=pods, max_replicas=pods)
 
 

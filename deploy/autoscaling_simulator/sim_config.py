@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the simulator takes for granted: GPUs, viewers and faults. The policy that meets it is in policy.toml."""
+"""The simulator's assumptions about GPUs, viewers and faults. The autoscaling policy is in policy.toml."""
 
 from __future__ import annotations
 
@@ -19,54 +19,53 @@ PROJECTED_CAPACITY = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimConfig:
-    """Times in seconds. Where a range is given, times are drawn from it evenly unless it says otherwise."""
+    """Times in seconds. Values are drawn uniformly from ranges, unless stated otherwise."""
 
     capacity: int = PROJECTED_CAPACITY
-    """Live sessions of a pod, which has one GPU."""
+    """Live sessions per pod (one GPU)."""
     cold_start_s: tuple[float, float, float] = (120.0, 240.0, 600.0)
-    """From the order of a pod until it is ready (machine, image, weights, graphs): least, most likely and most, of a
+    """From the creation of a pod until it is ready (machine, image, weights, graphs): minimum, mode and maximum of a
     triangular distribution."""
     mtbf_h: float = 720.0
-    """Hours that a pod lives before it fails, on average; exponential."""
+    """Mean hours between failures of a pod, exponentially distributed."""
     silent_failures: float = 0.2
-    """Share of failures in which no connection breaks, so that clients notice by the silence alone."""
+    """Share of failures that break no connection: clients notice only the missing chunks."""
     stall_timeout_s: float = 30.0
-    """After which they do: the client's default."""
+    """Time until clients notice such a failure: the client's default."""
     resume_for_s: float = 60.0
-    """For so long a client tries to go on elsewhere: its default."""
+    """How long a client tries to resume on another server: its default."""
     back_off_s: tuple[float, float] = (0.1, 5.0)
-    """Half of what it waits for at most before the second round of tries (doubled each time), and the most: the
-    client's."""
+    """Half of the maximum pause before the second round of tries (doubled for every round), and its upper limit: the
+    client's values."""
     reconnect_s: tuple[float, float] = (0.05, 0.25)
-    """A new connection, with the snapshot sent over it; for every try."""
+    """Duration of a try: connect and send the snapshot."""
     recache_of_chunk: float = 0.8
-    """Time of a recache by the time of a chunk; by operations, 113 of 141.5 TFLOP."""
+    """Time of a recache relative to a chunk, estimated by FLOPs: 113 of 141.5 TFLOP."""
     session_median_s: float = 300.0
     session_sigma: float = 0.9
-    """Lengths of sessions are lognormal: 9 in 10 are 1 to 22 minutes long, 7.5 minutes on average."""
+    """Session lengths are lognormal: 90 % are 1 to 22 minutes, the mean is 7.5 minutes."""
     metric_delay_s: float = 30.0
-    """How old metrics are when the autoscaler sees them: scraped, summed up, fetched."""
+    """Age of the metrics that the autoscaler sees: scraped, aggregated, fetched."""
     goodbye_chunks: int = 2
-    """That a pod that is told to go sends every viewer ahead, as servers do while they drain. They take five
-    seconds for it at most; what admission leaves free of that is enough."""
+    """Extra chunks that a draining server sends ahead to every viewer. It takes at most five seconds, in the time that
+    admission control leaves free."""
     late_share: float = 5.6e-4
-    """Chunks that come late on a pod without a free slot. None of 5349 did in the half hour of results/serving.json;
-    this is the most that may be true of 95 in 100 such runs."""
+    """Share of late chunks on a pod without a free slot: the 95 % upper confidence bound for 0 late chunks of 5349
+    (results/serving.json)."""
 
     @property
     def chunk_s(self) -> float:
-        """Time of a chunk, at most: with it, a server still admits `capacity` sessions."""
+        """The longest chunk time with which a server admits `capacity` sessions."""
         return ServeConfig().max_utilization * CHUNK_PLAYS_S / self.capacity
 
     def slack(self, max_chunks_ahead: int, sessions: int, random: Random) -> float:
-        """Seconds for which a viewer still has something to look at when a pod with so many sessions is gone."""
-        # A chunk comes when it may be made and those of other sessions have been; where in that cycle it broke off is
-        # chance.
+        """Seconds of video buffered at a viewer when a pod with this many sessions is lost."""
+        # A chunk follows those of the other sessions; the failure is at a random point of this cycle.
         delay = self.chunk_s * random.uniform(1, sessions)
         return max_chunks_ahead * CHUNK_PLAYS_S - delay + CHUNK_PLAYS_S * random.random()
 
     def first_chunk_s(self, others: int, random: Random) -> float:
-        """What a session that goes on beside others waits for its first chunk, once it has a slot."""
+        """Seconds from a slot to the first chunk, for a resumed session on a pod with `others`."""
         return (others * random.random() + self.recache_of_chunk + 1) * self.chunk_s
 
     @property
@@ -75,7 +74,7 @@ class SimConfig:
 
 
 def capacity(decoder: str, path: Path = MEASURED) -> tuple[int, str]:
-    """Live sessions of a GPU and where the figure comes from: measured if it was, else projected."""
+    """Live sessions per GPU, measured if available, else projected; and the source of the number."""
     kind = "tiny_vae" if decoder == TINY else "full_vae"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

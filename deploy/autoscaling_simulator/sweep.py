@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why the shipped thresholds are what they are: each varied, on small fleets and several seeds."""
+"""Justifies the shipped thresholds: varies each on small fleets, with several seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploy.autoscaling_simulator.sim_config import SimConfig
 TARGETS = (0.6, 0.7, 0.8, 0.9)
 SPARES = (0, 3, 6)
 PEAKS = (100, 3000)
-"""Sessions: a fleet where chance matters, and one where it does not."""
+"""Sessions: a fleet with large and one with small random fluctuations."""
 SEEDS = (0, 1, 2, 3)
 WINDOWS = (0, 60, 120, 300)
 GRACES = (0, 300, 600, 1200)
@@ -34,11 +34,11 @@ class Case:
     policy: Policy
     overrides: dict[str, Any]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What is other than in the world that all is run in."""
+    """Overrides of the SimConfig."""
 
 
 def cases(policy: Policy) -> Iterator[Case]:
-    """All that is varied, one table after another."""
+    """All cases, table by table."""
     for target in TARGETS:
         for spare in SPARES:
             for peak in PEAKS:
@@ -75,7 +75,7 @@ def run(
     seeds: Sequence[int] = SEEDS,
     on_case: Callable[[], None] = lambda: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows by table, of those that are wanted."""
+    """Rows by table, for the tables in `target`."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for case in (case for case in cases(policy) if case.table in target):
         tables.setdefault(case.table, []).append(_row(case, config, seeds))
@@ -84,7 +84,7 @@ def run(
 
 
 def _row(case: Case, config: SimConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    """What is told of a case: sums over its seeds, and the wait of the worst."""
+    """One case: sums over its seeds, and the longest waits."""
     config = dataclasses.replace(config, **case.config)
     policy = with_enough_replicas(case.policy, case.peak, config.capacity)
     runs = [simulate(case.trace, config=config, policy=policy, peak=case.peak, seed=seed).metrics for seed in seeds]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints how many sessions a GPU holds and what an hour of video costs: `python -m deploy.capacity`.
 
-Projected from operations, speeds and memory; what results/gpu.json has measured takes a projection's place.
+Projected from FLOPs, speeds and memory; measurements in results/gpu.json replace projections.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ PRICE = 3.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPUCapacity:
-    """A GPU with a precision of the DiT and a decoder."""
+    """Capacity of a GPU with a DiT precision and a decoder."""
 
     gpu: str
     precision: str
     decoder: str
     chunk_s: float
     max_by_memory: int | None
-    """Sessions by memory; None: unknown."""
+    """Sessions that fit into memory; None: unknown."""
     max_realtime: int
-    """Sessions with which no chunk comes late."""
+    """Sessions without late chunks."""
     max_admitted: int
     """Sessions that a server admits, with the default `max_utilization`."""
     source: str
@@ -54,7 +54,7 @@ def projected(gpu: str, precision: str, decoder: str) -> GPUCapacity:
     max_by_memory, max_realtime = memory.max_sessions(memory_of(gpu)), int(CHUNK_PLAYS_S / seconds)
     max_admitted = max(
         int(ServeConfig().max_utilization * CHUNK_PLAYS_S / seconds), min(1, max_realtime)
-    )  # the first always
+    )  # the first session is always admitted
     return GPUCapacity(
         gpu=gpu,
         precision=precision,
@@ -68,7 +68,7 @@ def projected(gpu: str, precision: str, decoder: str) -> GPUCapacity:
 
 
 def measured(path: Path = MEASURED) -> Iterator[GPUCapacity]:
-    """The fastest of our backends for every precision and decoder. None, where nothing of full size was measured."""
+    """The fastest backend per precision and decoder. Nothing if the full size was not measured."""
     run: dict[str, Any] = read_results(path).get(SECTION, {})
     if run.get("preset") != FULL.name:
         return
@@ -96,7 +96,7 @@ def measured(path: Path = MEASURED) -> Iterator[GPUCapacity]:
 
 
 def rows(path: Path = MEASURED) -> list[GPUCapacity]:
-    """All that is projected, with what was measured in its place, and whatever else was measured."""
+    """All projections, replaced by measurements where available, and all other measurements."""
     results = {
         (gpu, precision, decoder): projected(gpu, precision, decoder)
         for gpu in GPUS
@@ -108,12 +108,12 @@ def rows(path: Path = MEASURED) -> list[GPUCapacity]:
 
 
 def fleet_factor(path: Path = RESULTS) -> float:
-    """GPU-hours of an autoscaled fleet by those of a perfect one, over a simulated day."""
+    """GPU-hours of an autoscaled fleet relative to a perfect one, over a simulated day."""
     return float(read_results(path)["diurnal"]["gpu_hours_by_perfect"])
 
 
 def capacity_table(rows: Sequence[GPUCapacity], price: float, factor: float) -> str:
-    """`price`: of an hour of a GPU. `factor`: as `fleet_factor` has it."""
+    """`price`: per GPU-hour. `factor`: from `fleet_factor`."""
     columns = {
         "GPU": "{gpu}",
         "DiT": "{precision}",
@@ -144,7 +144,7 @@ def _computed(row: GPUCapacity, price: float, factor: float) -> dict[str, Any]:
 
 
 def tables(price: float = PRICE) -> dict[str, str]:
-    """Those of docs/capacity.md, under the names that its marks have."""
+    """The tables of docs/capacity.md by the name in their marks."""
     record = read_results(RESULTS)
     return {
         "capacity": capacity_table(rows(), price, fleet_factor()),
@@ -154,13 +154,13 @@ def tables(price: float = PRICE) -> dict[str, str]:
 
 
 def update_tables(page: str, tables: Mapping[str, str]) -> str:
-    """The page with new tables: each stands between `<!-- table NAME -->` and `<!-- end -->`."""
+    """Replace the tables of a page, each between `<!-- table NAME -->` and `<!-- end -->`."""
     for name, table in tables.items():
         begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
         before, mark, rest = page.partition(begin)
         _, mark_after, after = rest.partition(end)
         if not (mark and mark_after):
-            raise ValueError(f"got no place marked {begin.strip()} to {end}, expected one")
+            raise ValueError(f"page: got no marks {begin.strip()} and {end}, expected both")
         page = f"{before}{begin}\n{table}\n\n{end}{after}"
     return page
 
@@ -168,9 +168,9 @@ def update_tables(page: str, tables: Mapping[str, str]) -> str:
 @exit_code(KeyError)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.capacity", description=__doc__)
-    parser.add_argument("--price", type=float, default=PRICE, help="of a GPU for an hour (default: %(default).2f)")
+    parser.add_argument("--price", type=float, default=PRICE, help="per GPU-hour (default: %(default).2f)")
     parser.add_argument(
-        "--page", type=Path, metavar="MD", help="put the tables into this page instead (docs/capacity.md)"
+        "--page", type=Path, metavar="MD", help="write the tables to this page instead (docs/capacity.md)"
     )
     args = parser.parse_args(argv)
     if args.page is None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a chunk of LongLive 1.3B at 480x832 would take on a GPU, by operations, bytes and launches; nothing here is
-measured with our backends. Read by capacity.py.
+"""Projects the time per chunk of LongLive 1.3B at 480x832 on a GPU from FLOPs, bytes and kernel launches. Nothing here
+is measured with our backends. Used by `deploy.capacity`.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from longlive_serve.doctor.memory import COMMON_GPUS
 
 FULL = PRESETS["longlive-1.3b"]
 BF16, FP8 = PRECISIONS = ("bfloat16", "fp8")
-PASSES = 5  # of the DiT in a chunk: 4 denoising steps and the KV-cache update, whose last layer is not computed
-SMS = 132  # of a Hopper GPU: a kernel's tiles run in waves of so many, and a last wave that is not full takes as long
-ROWS, COLUMNS = 128, 256  # a tile of a product, for one SM; of attention it is ROWS queries of a head
-MEASURED = 8192  # the size of the square product whose speed is known
+PASSES = 5  # DiT forwards per chunk: 4 denoising steps and the KV-cache update, which skips the last layer
+SMS = 132  # of a Hopper GPU: a kernel's tiles run in waves of SMS; a partial last wave takes as long as a full one
+ROWS, COLUMNS = 128, 256  # a GEMM tile, for one SM; an attention tile is ROWS queries of a head
+MEASURED = 8192  # size of the square GEMM with a known speed
 LAUNCH_S = 1.5e-6  # between two kernels of a CUDA graph
-HOST_S = 3e-3  # noise to the device, frames from it
+HOST_S = 3e-3  # copies of noise to the device and frames from it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelSpeeds:
-    """Of the DiT on one Hopper GPU."""
+    """Speeds of the DiT's kernels on one Hopper GPU."""
 
     linear: float
-    """Operations per second of MEASURED's product."""
+    """FLOP/s of the GEMM of size MEASURED."""
     attention: float
-    """With every wave full."""
+    """FLOP/s of attention with full waves."""
     layer_bytes: float
-    """What the norms, RoPE and GELU of a layer read and write."""
+    """Bytes read and written by the norms, RoPE and GELU of a layer."""
     launches: int
-    """Kernels of a chunk."""
+    """Kernel launches per chunk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """The 12 frames of a chunk, in bfloat16."""
+    """Work of a decoder for the 12 frames of a chunk, in bfloat16."""
 
     operations: float
     bytes: float
-    """Beside those of the convolutions' own."""
+    """Without the bytes of the convolutions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPU:
-    """By its data sheet."""
+    """Data-sheet values."""
 
     flops: float
-    """Bfloat16, dense, sums in float32."""
+    """bfloat16, dense, float32 accumulation."""
     bytes_per_s: float
 
 
@@ -58,8 +58,8 @@ HOPPER = {
     FP8: KernelSpeeds(linear=1264e12, attention=1036e12, layer_bytes=421e6, launches=2400),
 }
 CONVOLUTIONS = 430e12  # operations per second on Hopper
-REACHED = 0.75  # of the data sheet's bytes per second
-DECODER = {WAN: Decoder(operations=40.65e12, bytes=45e9), TINY: Decoder(operations=0, bytes=36e9)}  # all of its time
+REACHED = 0.75  # share of the data-sheet bandwidth
+DECODER = {WAN: Decoder(operations=40.65e12, bytes=45e9), TINY: Decoder(operations=0, bytes=36e9)}  # TINY: memory-bound
 GPUS = {
     "H200": GPU(flops=989e12, bytes_per_s=4.8e12),
     "H100 80 GB": GPU(flops=989e12, bytes_per_s=3.35e12),
@@ -73,7 +73,7 @@ def memory_of(gpu: str) -> int:
 
 
 def wave_utilization(tiles: int) -> float:
-    """What share of its waves so many tiles fill."""
+    """Utilization of the waves with this many tiles."""
     return tiles / (math.ceil(tiles / SMS) * SMS)
 
 
@@ -82,7 +82,7 @@ def product_tiles(rows: int, columns: int) -> int:
 
 
 def layer_seconds(speeds: KernelSpeeds) -> float:
-    """The products and the attention of a layer on a Hopper GPU, for a chunk that sees a full window."""
+    """GEMMs and attention of a layer on a Hopper GPU, for a chunk with a full window."""
     dit, tokens = FULL.dit, FULL.window.chunk * FULL.tokens_per_frame
     keys = FULL.window.window * FULL.tokens_per_frame + dit.text_len
     of_full_waves = speeds.linear / wave_utilization(product_tiles(MEASURED, MEASURED))
@@ -96,7 +96,7 @@ def layer_seconds(speeds: KernelSpeeds) -> float:
 
 
 def chunk_seconds(gpu: str, precision: str, decoder: str) -> float:
-    """On Hopper by the speeds above; on others as much slower as their data sheets say."""
+    """On Hopper with the speeds above; other GPUs are scaled by their data sheets."""
     speeds, work, layers = HOPPER[precision], DECODER[decoder], PASSES * FULL.dit.num_layers - 1
     slowdown = GPUS["H200"].flops / GPUS[gpu].flops
     computed = slowdown * (layers * layer_seconds(speeds) + work.operations / CONVOLUTIONS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks all of deploy/ that can be checked without a cluster, Docker or a GPU: `make deploy-check`.
+"""Checks deploy/ without a cluster, Docker or a GPU: `make deploy-check`.
 
-What needs a command or a package that is not to be had is said to be skipped. Exit code 1: something is wrong.
+Checks whose command or package is missing are reported as skipped. Exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROXY = DEPLOY / "proxy"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     result: str
@@ -59,7 +59,7 @@ def skip_check(name: str, why: str) -> Check:
 
 
 def run(command: Sequence[str], cwd: Path = ROOT, **environment: str) -> list[str]:
-    """What a command has to complain of; nothing when it ends with 0."""
+    """Run a command. Returns its output as an error if it fails, else nothing."""
     result = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
     output = (result.stdout + result.stderr).strip()
     return [output or f"{command[0]} ended with {result.returncode}"] if result.returncode else []
@@ -68,7 +68,7 @@ def run(command: Sequence[str], cwd: Path = ROOT, **environment: str) -> list[st
 def manifests() -> Iterator[Check]:
     kustomize = tools.kustomize()
     if kustomize is None:
-        yield skip_check("Kubernetes", "neither kubectl nor kustomize is here")
+        yield skip_check("Kubernetes", "neither kubectl nor kustomize is installed")
         return
     for folder in overlays():
         name = f"Kubernetes: {folder.name}"
@@ -77,7 +77,7 @@ def manifests() -> Iterator[Check]:
         except ValueError as error:
             yield make_check(name, [str(error)], "")
             continue
-        detail = f"{len(found)} documents, rendered by {Path(kustomize[0]).name}; they fit together"
+        detail = f"{len(found)} documents, rendered by {Path(kustomize[0]).name}; references resolve"
         yield make_check(name, reference_errors(found), detail)
         yield from schemas(name, found)
     yield from schemas("Kubernetes: upload.yaml", documents((KUBERNETES / "upload.yaml").read_text(encoding="utf-8")))
@@ -103,17 +103,17 @@ def _indented(text: str) -> str:
 def images() -> Iterator[Check]:
     hadolint = tools.find("hadolint")
     for path in DOCKERFILES:
-        yield make_check(path.name, missing_copy_sources(path), "what it copies is there, and not ignored")
+        yield make_check(path.name, missing_copy_sources(path), "all COPY sources exist and are not ignored")
         if hadolint is None:
-            yield skip_check(f"{path.name}, hadolint", "hadolint is not here (extra `deploy-check`)")
+            yield skip_check(f"{path.name}, hadolint", "hadolint is not installed (extra `deploy-check`)")
         else:
-            yield make_check(f"{path.name}, hadolint", run([hadolint, str(path)]), "no complaint")
+            yield make_check(f"{path.name}, hadolint", run([hadolint, str(path)]), "no warnings")
 
 
 def compose() -> Iterator[Check]:
     command = tools.compose()
     if command is None:
-        yield skip_check("compose", "docker compose is not here")
+        yield skip_check("compose", "docker compose is not installed")
         return
     files = [word for path in COMPOSE for word in ("-f", str(path))]
     yield make_check("compose.yaml", run([*command, *files[:2], "config", "-q"]), "read by docker compose")
@@ -123,7 +123,7 @@ def compose() -> Iterator[Check]:
 def proxy() -> Iterator[Check]:
     haproxy = tools.find("haproxy")
     if haproxy is None:
-        yield skip_check("HAProxy", "haproxy is not here (Debian, Ubuntu: apt-get install haproxy)")
+        yield skip_check("HAProxy", "haproxy is not installed (Debian, Ubuntu: apt-get install haproxy)")
         return
     check = [haproxy, "-c", "-f", str(PROXY / "haproxy.cfg"), "-f"]
     yield make_check("HAProxy: compose", run([*check, str(PROXY / "compose.cfg")]), "haproxy -c")
@@ -136,7 +136,7 @@ def proxy() -> Iterator[Check]:
 def rules() -> Iterator[Check]:
     promtool = tools.find("promtool")
     if promtool is None:
-        yield skip_check("Prometheus", "promtool is not here")
+        yield skip_check("Prometheus", "promtool is not installed")
         return
     cwd = DEPLOY / "prometheus"
     yield make_check(
@@ -171,8 +171,8 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (images, compose, proxy, rul
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.checks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="without the empty environment, which takes minutes")
-    parser.add_argument("--offline", action="store_true", help="fetch no commands that are not here")
+    parser.add_argument("--quick", action="store_true", help="skip the empty environment, which takes minutes")
+    parser.add_argument("--offline", action="store_true", help="do not download missing commands")
     args = parser.parse_args(argv)
     if not args.offline:
         tools.fetch_missing()

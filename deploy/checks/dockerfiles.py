@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dockerfiles as stages of instructions, and whether what they copy is in the checkout.
+"""Parses Dockerfiles into stages of instructions, and checks that their COPY sources are in the checkout.
 
-Called by `deploy.checks` and by tests; `deploy.checks.empty_environment` does what they say, without Docker.
+Called by `deploy.checks` and by tests; `deploy.checks.empty_environment` executes them without Docker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Instruction:
 
     @property
     def words(self) -> list[str]:
-        """Of the form with brackets, else as a shell splits them."""
+        """The words of the exec form, else split like a shell."""
         return json.loads(self.text) if self.text.startswith("[") else shlex.split(self.text)
 
 
@@ -33,7 +33,7 @@ class Copy:
     sources: Sequence[str]
     target: str
     stage: str
-    """Where the sources are; empty: in the checkout."""
+    """The stage with the sources; empty: the checkout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Stage:
         return copies
 
     def arguments(self) -> dict[str, str]:
-        """The ARGs, with their defaults."""
+        """The ARGs with their defaults."""
         pairs = (one.text.partition("=") for one in self.all("ARG"))
         return {name: value for name, _, value in pairs}
 
@@ -66,7 +66,7 @@ class Stage:
 
 
 def load_stages(path: Path) -> list[Stage]:
-    """What follows each FROM."""
+    """The stages of a Dockerfile, one per FROM."""
     stages: list[list[Instruction]] = []
     for one in _instructions(path.read_text(encoding="utf-8")):
         if one.keyword == "FROM":
@@ -77,7 +77,7 @@ def load_stages(path: Path) -> list[Stage]:
 
 
 def missing_copy_sources(path: Path) -> list[str]:
-    """What a Dockerfile copies that a build would not see: hadolint does not know the checkout."""
+    """COPY sources that a build would not find. hadolint does not check this: it does not read the checkout."""
     lines = path.with_name(f"{path.name}.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line[1:] for line in lines if line.startswith("!")]
     errors = []

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does what deploy/Dockerfile.cpu says, without Docker: `python -m deploy.checks.empty_environment`. Minutes, and 2 GB.
+"""Executes deploy/Dockerfile.cpu without Docker: `python -m deploy.checks.empty_environment`. Takes minutes and 2 GB.
 
-Wheel and packages come into an empty environment by the file's own commands, its layout into a folder. Its entry
-command starts the server, as root shut in as Kubernetes does it: the user 10001, no privileges, nothing writable but
-/tmp and /dev/shm. Then the health check asks the model, a client from here plays a video, and SIGTERM ends it.
-Exit code 0: all that worked.
+The file's own commands install the wheel and packages into an empty environment; its layout is copied to a folder. The
+entry command starts the server; run by root, it is sandboxed as in Kubernetes: user 10001, no privileges, only /tmp and
+/dev/shm writable. Then the health check runs, a client plays a video, and SIGTERM stops the server. Exit code 0 if all
+of this works.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ DOCKERFILE = ROOT / "deploy/Dockerfile.cpu"
 HOME = "/opt/longlive"  # in the image
 CHUNKS = 4
 USER = "10001"
-# $1: the folder that stands for the image. /tmp and /dev/shm are the only places to write, as in the pod. $MAY: a
-# capability to keep.
+# $1: the image's folder. Only /tmp and /dev/shm are writable, as in the pod. $MAY: a capability to keep.
 _SANDBOX = f"""
 set -e
 mount --make-rprivate /
@@ -60,11 +59,11 @@ class Image:
         for stage in self._stages:
             self._copy(stage)
             for run in stage.all("RUN"):
-                if "useradd" not in run.text:  # the machine's users are not this one's to make
+                if "useradd" not in run.text:  # do not create users on this machine
                     self._run(self._in_folder(run.text), stage)
 
     def environment(self) -> dict[str, str]:
-        """What a container has, and nothing of this process's own but the number of threads."""
+        """The container's environment; of this process's only the number of threads."""
         variables = {name: self._in_folder(value) for name, value in self.final.environment().items()}
         variables["PATH"] = variables["PATH"].replace("$PATH", "/usr/local/bin:/usr/bin:/bin")
         return variables | {"HOME": "/tmp", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -89,7 +88,7 @@ class Image:
         workdir = stage.last("WORKDIR")
         for copy in stage.copies:
             if copy.stage:
-                continue  # all stages share the folder, so it is there
+                continue  # all stages share the folder
             assert workdir is not None
             target = Path(self._in_folder(workdir.text), copy.target)
             for source in copy.sources:
@@ -107,7 +106,7 @@ class Image:
         Path(self._in_folder("/wheels")).mkdir(exist_ok=True)
         self.home.mkdir(parents=True, exist_ok=True)
         build_args = {name: value for name, value in stage.arguments().items() if value}
-        python = Path(sys.base_prefix, "bin")  # the one that this environment was made of, as the base image has one
+        python = Path(sys.base_prefix, "bin")  # stands for the base image's Python
         environment = os.environ | build_args | {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
         environment |= {"PIP_QUIET": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environment.pop("VIRTUAL_ENV", None)
@@ -125,11 +124,11 @@ def can_sandbox() -> bool:
 
 @contextlib.contextmanager
 def running(image: Image, sandboxed: bool) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """The server by the image's entry command; yields the process, its gRPC address and that of its metrics."""
+    """Run the image's entry command; yields the process, its gRPC address and its metrics address."""
     command = image.entry + [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
     environment = image.environment()
     if sandboxed:
-        # Where this machine's Python lies in root's home, which no image does, another user must be let in.
+        # If Python is installed in root's home, unlike in an image, the other user needs access to it.
         prefix = Path(sys.base_prefix)
         hidden = any(not folder.stat().st_mode & 0o001 for folder in (prefix, *prefix.parents))
         environment["MAY"] = ",+dac_read_search" if hidden else ""
@@ -163,14 +162,14 @@ def play_video(url: str) -> int:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that another user may read, and not in /tmp, which is an empty one to the server."""
+    """A folder that other users can read, outside of /tmp, which is empty in the sandbox."""
     with tempfile.TemporaryDirectory(prefix="longlive-image-", dir="/var/tmp") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 def build_and_serve(folder: Path, dockerfile: Path = DOCKERFILE) -> str:
-    """Build and serve in `folder`; returns what was seen. Raises RuntimeError or CalledProcessError."""
+    """Build and serve in `folder`; returns a summary. Raises RuntimeError or CalledProcessError."""
     image, start = Image(folder, dockerfile), time.monotonic()
     image.build()
     built = time.monotonic() - start
@@ -187,13 +186,13 @@ def build_and_serve(folder: Path, dockerfile: Path = DOCKERFILE) -> str:
         status = process.wait(30)
         if status:
             raise RuntimeError(f"the server ended with {status} after SIGTERM, expected 0")
-    mode = f"as user {USER} on a read-only root" if sandboxed else "as this user, not shut in (that takes root)"
-    return f"built in {built:.0f} s, ready in {started:.1f} s, {frames} frames served, {mode}; ended with 0"
+    mode = f"as user {USER} on a read-only root" if sandboxed else "as this user, without the sandbox (it needs root)"
+    return f"built in {built:.0f} s, ready in {started:.1f} s, {frames} frames served, {mode}; exit code 0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.checks.empty_environment", description=__doc__)
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="build in this folder, and leave it")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="build in this folder and keep it")
     args = parser.parse_args(argv)
     try:
         with contextlib.ExitStack() as stack:

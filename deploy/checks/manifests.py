@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Kubernetes manifests as documents: rendered by Kustomize, and held against the schemas of Kubernetes.
+"""Renders the Kubernetes manifests with Kustomize and validates them against the schemas of Kubernetes.
 
-Called by `deploy.checks` and by tests. Whether the documents fit each other is `reference_errors`' to say.
+Called by `deploy.checks` and by tests. `reference_errors` checks references between documents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Document = dict[str, Any]
 
 HERE = Path(__file__).parents[1]
 KUBERNETES = HERE / "kubernetes"
-SCHEMAS = HERE / "schemas"  # of the kinds that are not Kubernetes' own
+SCHEMAS = HERE / "schemas"  # of custom resources
 VERSIONS = ("1.32", "1.37")
 
 
@@ -28,7 +28,7 @@ def overlays() -> list[Path]:
 
 
 def render(folder: Path, kustomize: Sequence[str]) -> list[Document]:
-    """`kustomize`: the command that renders a folder. Raises ValueError with its own words."""
+    """`kustomize`: the command that renders a folder. Raises ValueError with its stderr."""
     result = subprocess.run([*kustomize, str(folder)], capture_output=True, text=True, check=False)
     if result.returncode:
         raise ValueError(f"{folder}: {result.stderr.strip()}")
@@ -48,7 +48,7 @@ def can_validate() -> bool:
 
 
 def schema_errors(document: Document, version: str) -> list[str]:
-    """What Kubernetes of that `version` would refuse, or would not know; for kinds that are not its own, our schemas.
+    """Errors and unknown fields for Kubernetes `version`; custom resources are checked against SCHEMAS.
 
     Needs the package kubernetes-validate.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PromQL of the dashboard, for promtool; it parses none itself. Called by `deploy.checks` and by tests."""
+"""Extracts the dashboard's PromQL for promtool. Called by `deploy.checks` and by tests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ HERE = Path(__file__).parents[1]
 RULES = (HERE / "prometheus/recording.rules.yml", HERE / "prometheus/alerts.rules.yml")
 DASHBOARD = HERE / "grafana/dashboard.json"
 
-_VARIABLES = {"$__rate_interval": "1m", "$__range": "1h"}  # others are values of labels
+_VARIABLES = {"$__rate_interval": "1m", "$__range": "1h"}  # others are label values
 
 
 def dashboard_queries() -> Iterator[tuple[str, str]]:
-    """Names and expressions of the panels, the annotations and the variables, with the dashboard's variables put in."""
+    """Names and expressions of panels, annotations and variables, with dashboard variables substituted."""
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in manifests that nothing goes by, and pods that are less shut in than they should be.
+"""Finds dangling references in manifests, and pods with missing security settings.
 
-A schema sees the form of a document; this sees whether the documents of an overlay fit each other.
+Schemas validate single documents; this checks the documents of an overlay against each other.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from deploy.checks.manifests import Document, title
 
 SECRETS = ("longlive-tls", "longlive-tokens", "longlive-clients", "longlive-pod-tls", "longlive-proxy-tls")
-NOT_SHIPPED = {("Secret", name) for name in SECRETS}  # made by whoever deploys
+NOT_SHIPPED = {("Secret", name) for name in SECRETS}  # created at deployment
 WORKLOADS = ("StatefulSet", "Deployment", "Job")
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
 
 def reference_errors(documents: Sequence[Document]) -> list[str]:
-    """What is wrong with the documents of one overlay."""
+    """All errors in the documents of one overlay."""
     names = {(document["kind"], document["metadata"]["name"]) for document in documents} | NOT_SHIPPED
     workloads = [document for document in documents if document["kind"] in WORKLOADS]
     containers = [container for document in workloads for container in _containers(document)]
@@ -26,7 +26,7 @@ def reference_errors(documents: Sequence[Document]) -> list[str]:
     errors = []
     for document, kind, name in _references(documents):
         if (kind, name) not in names:
-            errors.append(f"{title(document)}: {kind} {name!r} is not there")
+            errors.append(f"{title(document)}: {kind} {name!r} does not exist")
     for document, labels in _selectors(documents):
         if not _selects(labels, workloads):
             errors.append(f"{title(document)}: selects no pod: {labels}")
@@ -39,14 +39,14 @@ def reference_errors(documents: Sequence[Document]) -> list[str]:
 
 
 def pod_security_errors(pod: Mapping[str, Any]) -> Iterator[str]:
-    """What a pod may that it need not, and mounts of volumes that are not there."""
+    """Unneeded privileges of a pod, missing limits, and mounts without a volume."""
     security = pod.get("securityContext", {})
     if security.get("runAsNonRoot") is not True or not security.get("runAsUser"):
         yield "may run as root"
     if security.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         yield "has no seccomp profile"
     if pod.get("automountServiceAccountToken") is not False:
-        yield "gets a token of the cluster"
+        yield "mounts a service account token"
     volumes = {volume["name"] for volume in pod.get("volumes", [])}
     mounted = set()
     for container in [*pod.get("initContainers", []), *pod["containers"]]:
@@ -60,17 +60,17 @@ def pod_security_errors(pod: Mapping[str, Any]) -> Iterator[str]:
         if security.get("readOnlyRootFilesystem") is not True:
             yield f"{name}: may write to its root"
         if "memory" not in container.get("resources", {}).get("limits", {}) or "requests" not in container["resources"]:
-            yield f"{name}: has no limit of memory or no requests"
+            yield f"{name}: has no memory limit or no requests"
         if ":" not in container["image"] or container["image"].endswith(":latest"):
             yield f"{name}: the image {container['image']} has no version"
         if missing := mounts - volumes:
-            yield f"{name}: mounts {sorted(missing)}, which are no volumes"
+            yield f"{name}: mounts {sorted(missing)}, which are not volumes of the pod"
     if unused := volumes - mounted:
-        yield f"nobody mounts {sorted(unused)}"
+        yield f"unused volumes: {sorted(unused)}"
 
 
 def _references(documents: Sequence[Document]) -> Iterator[tuple[Document, str, str]]:
-    """Every name of another document: who names it, its kind, the name."""
+    """All references: the referring document, the kind and the name."""
     for document in documents:
         spec = document.get("spec", {})
         if document["kind"] in WORKLOADS:
@@ -91,7 +91,7 @@ def _references(documents: Sequence[Document]) -> Iterator[tuple[Document, str, 
 
 
 def _nested_references(part: Any) -> Iterator[tuple[str, str]]:
-    """What has a kind and a name, inside a document, is another one: what is scaled, a Gateway, a policy's target."""
+    """An object with kind and name inside a document is a reference: a scale target, a Gateway, a policy's target."""
     if isinstance(part, Mapping):
         if "kind" in part and "name" in part:
             yield part["kind"], part["name"]
@@ -101,7 +101,7 @@ def _nested_references(part: Any) -> Iterator[tuple[str, str]]:
 
 
 def _selectors(documents: Sequence[Document]) -> Iterator[tuple[Document, Mapping[str, str]]]:
-    """Every choice of pods by labels in the namespace itself."""
+    """All label selectors for pods of the same namespace."""
     for document in documents:
         spec = document.get("spec", {})
         if document["kind"] == "Service":
@@ -122,7 +122,7 @@ def _selects(labels: Mapping[str, str], workloads: Sequence[Document]) -> bool:
 
 
 def _ports(documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
-    """Every port that is named and not numbered."""
+    """All references to ports by name."""
     for document in documents:
         spec, named = document.get("spec", {}), []
         if document["kind"] in WORKLOADS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of others that the checks use: on PATH, beside this Python, or fetched into the user's cache."""
+"""Third-party commands of the checks: on PATH, beside this Python, or downloaded to the user's cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FETCHED = ("kustomize", "promtool", "docker-compose")
 
 
 def find(name: str) -> str | None:
-    """The command, if it is there."""
+    """The path of a command; None if it is not installed."""
     folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", str(CACHE)]
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def kustomize() -> list[str] | None:
-    """What renders a folder."""
+    """The command that renders a folder."""
     if (alone := find("kustomize")) is not None:
         return [alone, "build"]
     kubectl = find("kubectl")
@@ -28,7 +28,7 @@ def kustomize() -> list[str] | None:
 
 
 def compose() -> list[str] | None:
-    """What reads a compose file; it needs no daemon for that."""
+    """The command that reads a compose file; it needs no daemon."""
     if (alone := find("docker-compose")) is not None:
         return [alone]
     docker = find("docker")
@@ -38,7 +38,7 @@ def compose() -> list[str] | None:
 
 
 def fetch_missing() -> None:
-    """Fetch what is not there; where that does not work, the checks that need it say that they are skipped."""
+    """Download missing commands; if that fails, the checks that need them are skipped."""
     missing = [name for name in FETCHED if find(name) is None]
     if kustomize() is not None and "kustomize" in missing:
         missing.remove("kustomize")

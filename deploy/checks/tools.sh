@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Fetches commands ($2 and on: kustomize, promtool, docker-compose) into the folder $1 and installs nothing. For Debian
-# and Ubuntu. Those of Debian 13 run on older systems too; promtool is Debian 12's, as there its package has it.
+# Downloads commands ($2, ...: kustomize, promtool, docker-compose) into the folder $1, without installing them. Debian
+# and Ubuntu only. The commands of Debian 13 run on older systems too; promtool is in Debian 12's package only.
 set -eu
 mkdir -p "$1"
 cd "$1"

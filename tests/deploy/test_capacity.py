@@ -105,7 +105,7 @@ def test_a_page_without_a_place_for_a_table_is_named(tmp_path: Path, capsys: pyt
     page = tmp_path / "page.md"
     page.write_text("no marks")
     assert capacity.main(["--page", str(page)]) == 1
-    assert "got no place marked <!-- table capacity -->" in capsys.readouterr().err
+    assert "got no marks <!-- table capacity -->" in capsys.readouterr().err
     page.write_text("".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in capacity.tables()))
     assert capacity.main(["--page", str(page), "--price", "6"]) == 0
     assert "old" not in page.read_text(encoding="utf-8")

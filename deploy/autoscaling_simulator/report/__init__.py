@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a simulated fleet came to: figures, tables, plots."""
+"""Results of a simulation: metrics, tables, plots."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs as a picture: a column for every trace."""
+"""Plots runs, one column per trace."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deploy.autoscaling_simulator.report.simulate import SimulationResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 400  # of a line that tells a rate
+POINTS = 400  # per line of a rate
 
 
 def plot(runs: Mapping[str, SimulationResult], path: Path) -> None:
-    """As PNG: above slots and sessions, then who comes and is refused, below who waits."""
+    """Write a PNG: slots and sessions, rates of arrivals and refusals, waiting sessions."""
     from matplotlib.figure import Figure  # of the extra `deploy`
 
     figure = Figure(figsize=(4.8 * len(runs), 7.5), layout="constrained")
@@ -46,7 +46,7 @@ def _choose_pod(axes: Sequence[Axes], name: str, run: SimulationResult) -> None:
     sessions.fill_between(times, slots, color="tab:orange", alpha=0.25, lw=0, label="slots of all pods")
     sessions.plot(times, ready, color="tab:orange", lw=1.2, label="slots of ready pods")
     sessions.plot(times, [sample.live for sample in samples], color="tab:blue", lw=1.2, label="live")
-    for field, label, color in (("arrived", "come", "tab:blue"), ("refused", "are refused", "tab:red")):
+    for field, label, color in (("arrived", "arrivals", "tab:blue"), ("refused", "refused", "tab:red")):
         downsampled = samples[:: max(1, len(samples) // POINTS)]
         rates.plot(
             [sample.time / unit for sample in downsampled[1:]],

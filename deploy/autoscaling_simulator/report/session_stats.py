@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has happened to viewers so far. The fleet counts, the figures are made of it."""
+"""Counts of session events. The fleet updates them; the report reads them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections import Counter
 
-FAILURE, SCALE_DOWN = CAUSES = ("pod_failure", "scale_down")  # what moves a session
+FAILURE, SCALE_DOWN = CAUSES = ("pod_failure", "scale_down")  # why a session moves
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -18,15 +18,15 @@ class SessionStats:
     refused: int = 0
     lost: int = 0
     at_once: int = 0
-    """Sessions that found a free slot when they came, with one of their tries."""
+    """Sessions that found a free slot on arrival, with one of their tries."""
     waits: list[float] = dataclasses.field(default_factory=list)
-    """Of those who got one later."""
+    """Seconds until a slot, of the sessions that waited and got one."""
     moved: Counter[str] = dataclasses.field(default_factory=Counter)
     stalls: Counter[str] = dataclasses.field(default_factory=Counter)
     longest_gap_s: float = 0.0
 
     def wait(self, percent: int) -> float:
-        """Of the waits of all who came and got a slot: so many in a hundred waited no longer."""
+        """Percentile of the waiting time, over all arrivals that got a slot."""
         count = self.at_once + len(self.waits)
         rank = math.ceil(percent * count / 100)
         return 0.0 if rank <= self.at_once else sorted(self.waits)[rank - self.at_once - 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a trace under a policy and sums it up in figures. Called by the command line, the sweep and the tests."""
+"""Runs a trace under a policy and computes its metrics. Called by the command line, the sweep and the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deploy.autoscaling_simulator.sim_config import SimConfig
 class SimulationResult:
     metrics: dict[str, Any]
     samples: Sequence[Sample]
-    """Every round of the autoscaler."""
+    """One per sync period of the autoscaler."""
     capacity: int
 
 
@@ -33,7 +33,7 @@ def simulate(
     seed: int,
     on_round: Callable[[float], None] = lambda now: None,
 ) -> SimulationResult:
-    """`peak`: the most sessions that are wanted at once, on average. `on_round`: is told the time in the trace."""
+    """`peak`: expected live sessions at the peak. `on_round`: called with the time in the trace, in seconds."""
     arrivals = Arrivals(TRACES[trace], config, peak, seed)
     fleet = Fleet(config, policy.service, arrivals, seed)
     cluster = Cluster(config, policy, fleet, seed)
@@ -44,7 +44,7 @@ def simulate(
 
 
 def with_enough_replicas(policy: Policy, peak: float, capacity: int) -> Policy:
-    """The policy for a peak that its `max_replicas` is not made for: so many that they are never the limit."""
+    """The policy with `max_replicas` raised so that it never limits a fleet with this peak."""
     needed = math.ceil(2 * peak / (capacity * policy.target_busy_share))
     return dataclasses.replace(policy, max_replicas=max(policy.max_replicas, needed))
 

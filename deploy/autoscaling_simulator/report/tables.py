@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A record as the tables of docs/capacity.md."""
+"""Formats a record as the tables of docs/capacity.md."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ TRACE_ROWS = {
 
 
 def trace_table(record: Mapping[str, Any]) -> str:
-    """What viewers and the bill notice, a column for every trace."""
+    """Metrics of the traces, one column per trace."""
     traces = [name for name in TRACES if name in record]
     rows = ((title, *(cell.format_map(record[name]) for name in traces)) for title, cell in TRACE_ROWS.items())
     return markdown_table(("trace", *traces), rows)
 
 
 def sweep_tables(sweep: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What other thresholds would give."""
+    """Results with other thresholds."""
     tables = {"headroom": _headroom, "refused": _refused, "drain": _drain, "max_attempts": _max_attempts}
     return "\n\n".join(tables[name](rows) for name, rows in sweep.items())
 
@@ -81,7 +81,7 @@ def _max_attempts(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _pivot(rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str], cells: Mapping[str, str]) -> str:
-    """A line for every key; the cells of all rows that have it stand side by side, under headings of their own."""
+    """One line per key: the cells of all its rows side by side, each under its own heading."""
     headings: dict[tuple[str, ...], list[str]] = {}
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
