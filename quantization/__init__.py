@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes 8-bit checkpoints of the models with NVIDIA ModelOpt, and measures what that costs."""
+"""Quantizes the models to 8 bits with NVIDIA ModelOpt, and measures the loss of quality."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches the server's model runner make videos, through NVIDIA ModelOpt's quantizers: the range of every layer's
-inputs.
+"""Calibrates with NVIDIA ModelOpt: records the range of every layer's inputs while the model runner generates videos.
 
-Called by `quantize`. What was seen is saved after every session, so that a run that was interrupted goes on; as a
-maximum does not depend on the order, it then ends exactly as one that was not.
+Called by `quantize`. The state is saved after every session, so an interrupted run continues. A maximum does not depend
+on the order, so the result equals that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ MODELOPT_BITS = {torch.int8: 8, torch.float8_e4m3fn: (4, 3)}
 
 @dataclasses.dataclass(kw_only=True)
 class CalibrationState:
-    """What has been seen so far, and the file that it is kept in."""
+    """The ranges so far, and their file."""
 
     path: Path
     settings: Mapping[str, str]
-    """What it depends on: a run goes on only where all of these are the same."""
+    """What the calibration depends on; a run continues only with equal settings."""
     sessions: int = 0
     amax: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """Largest absolute inputs of the layers watched, by model and layer: [] or [1, ..., in]."""
+    """Largest absolute inputs by `model.layer`: [] or [1, ..., in]."""
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, str]) -> CalibrationState:
-        """What the file holds, or nothing seen yet. Raises ValueError when it belongs to other settings."""
+        """Load the file, or return an empty state. Raises ValueError if its settings differ."""
         if not path.exists():
             return cls(path=path, settings=settings)
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
-            amax = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            amax = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         for key, value in settings.items():
             if found.get(key) != value:
                 raise ValueError(
@@ -64,7 +63,7 @@ class CalibrationState:
 
 
 def calibration_session(runner: ModelRunner, prompts: list[str], number: int) -> None:
-    """One video: the cache fills, rolls, and is rebuilt for a new prompt both before and after it is full."""
+    """Generate one video: the window fills and rolls; prompt switches recache before and after it is full."""
     capacity = runner.window.capacity
     switches = {capacity // 2: 1, capacity + 2: 2}
     text = prompts[number % len(prompts)]
@@ -87,10 +86,10 @@ def calibrate(
     state: CalibrationState,
     on_session: Callable[[int], None],
 ) -> dict[str, dict[str, InputStats]]:
-    """What the layers of `formats` (by model, by layer) are given while `runner` makes a video per prompt.
+    """Input statistics of the layers in `formats` (by model, by layer), while `runner` generates a video per prompt.
 
-    `runner` runs `models`; these are spent afterwards: ModelOpt leaves its quantizers in them. `on_session` hears
-    how many sessions are done after each, the first time with those of an earlier run.
+    `runner` must run `models`. These are unusable afterwards: ModelOpt leaves its quantizers in them. `on_session` is
+    called with the number of finished sessions, first with those of an earlier run.
     """
     mtq = _modelopt()
     _register_causal_conv3d()
@@ -115,7 +114,7 @@ def calibrate(
 
 
 def modelopt_config(formats: Mapping[str, Mapping[str, Format]]) -> dict[str, Any]:
-    """ModelOpt's configuration: all quantizers off (LayerNorms have one by default) but those of `formats`."""
+    """ModelOpt's configuration: disables all quantizers (LayerNorms have one by default) except those of `formats`."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     alphas = set()
     for model, layers in formats.items():
@@ -132,7 +131,7 @@ def modelopt_config(formats: Mapping[str, Mapping[str, Format]]) -> dict[str, An
 
 
 def _modelopt() -> Any:
-    """ModelOpt's quantization; it takes seconds, so not on import."""
+    """Import ModelOpt's quantization lazily: it takes seconds."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="transformers .* is not tested")
         import modelopt.torch.quantization
@@ -140,7 +139,7 @@ def _modelopt() -> Any:
 
 
 def _register_causal_conv3d() -> None:
-    """Tell ModelOpt of our convolution: it knows nn.Conv3d, and leaves subclasses with another forward alone."""
+    """Register CausalConv3d: ModelOpt ignores subclasses of nn.Conv3d with another forward."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
     from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
 
@@ -175,7 +174,7 @@ def _input_stats(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, In
 def settings_of(
     formats: Mapping[str, Mapping[str, Format]], prompts: list[str], sources: Mapping[str, str], variant: str
 ) -> dict[str, str]:
-    """What a calibration depends on, as the metadata of its file; `formats` by model, by layer."""
+    """The settings of a calibration, stored as metadata of its file; `formats` by model, by layer."""
     layers = [f"{model}.{layer}: {format}" for model, own in formats.items() for layer, format in own.items()]
     kinds = {f"{model} {format}" for model, own in formats.items() for format in own.values()}
     return {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and what calibration saw -> the tensors of a quantized checkpoint, and its file.
+"""Computes and writes a quantized checkpoint from weights and calibration statistics.
 
-The file holds every tensor of the model under our names, as `ModelLoader` reads it.
+The file holds every tensor of the model under its name in this project, as `ModelLoader` expects.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from quantization.recipes import Format
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class InputStats:
-    """What calibration found out about a layer's inputs."""
+    """Calibration statistics of a layer's inputs."""
 
     amax: Tensor
-    """The largest absolute value, float32: [] of all, or with `smoothing` [in] of each channel."""
+    """Largest absolute value, float32: [] over all, or with `smoothing` [in] per channel."""
     smoothing: Tensor | None = None
-    """SmoothQuant: what each channel is to be multiplied by, float32 [in]."""
+    """SmoothQuant: multiplier per channel, float32 [in]."""
 
 
 def quantized_layer(weight: Tensor, format: Format, input_stats: InputStats | None) -> dict[str, Tensor]:
-    """What takes the place of `weight` [out, in, ...]: the parts of `int8_fp8_layers.STATE`."""
+    """The tensors that replace `weight` [out, in, ...]: the parts of `int8_fp8_layers.STATE`."""
     weight, state = weight.float(), {}
     if format.inputs:
         assert input_stats is not None
         amax = input_stats.amax.float()
         if input_stats.smoothing is not None:
-            smoothing = input_stats.smoothing.float().bfloat16().float()  # numbers that every precision holds
+            smoothing = input_stats.smoothing.float().bfloat16().float()  # exact in every precision
             weight, amax = weight / smoothing, amax * smoothing
             state["smoothing"] = smoothing
         state["input_scale"] = scale_for(amax.max(), format.dtype)
@@ -47,7 +47,7 @@ def quantized_layer(weight: Tensor, format: Format, input_stats: InputStats | No
 def quantized_state(
     state: Mapping[str, Tensor], formats: Mapping[str, Format], input_stats: Mapping[str, InputStats]
 ) -> dict[str, Tensor]:
-    """The tensors of a quantized checkpoint: the layers of `formats` in 8 bits, all else in bfloat16."""
+    """The tensors of a quantized checkpoint: the layers of `formats` in 8 bits, all others in bfloat16."""
     made: dict[str, Tensor] = {}
     for key, tensor in state.items():
         layer = key.removesuffix(".weight")
@@ -60,9 +60,9 @@ def quantized_state(
 
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the tensors as a .safetensors file, which is there whole or not at all."""
+    """Write the tensors to a .safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, partial, dict(metadata))
-    partial.chmod(0o644)  # safetensors makes it private
+    partial.chmod(0o644)  # safetensors creates it as 0600
     os.replace(partial, path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused backend computes with `fp8` and `fp8_attention`, in plain PyTorch: its kernels are made for a GPU.
+"""Simulates the fused backend's `fp8`, `fp8_attention` and `fp8_decoder` in plain PyTorch, without a GPU.
 
-Used by `evaluate`. A test holds it equal to the backend's own kernels in Triton's interpreter.
+Used by `evaluate`. A test compares it with the backend's kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FP8 = torch.float8_e4m3fn
 
 
 class DynamicFP8Linear(nn.Module):
-    """A linear layer whose inputs get a scale for every token as they come, and its weights one for every channel."""
+    """A linear layer with dynamic input scales per token and weight scales per output channel."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -36,17 +36,17 @@ class DynamicFP8Linear(nn.Module):
 
 
 def rounded_by_rows(x: Tensor) -> Tensor:
-    """x [.., N] as FP8 (E4M3) holds it, each row with the scale that maps its largest number to the format's."""
+    """Round x [.., N] to FP8 (E4M3), with a scale per row that maps its largest absolute value to LARGEST_FP8."""
     return rounded(x, x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FP8)
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:
-    """x as multiples of `scale` that FP8 (E4M3) has."""
+    """Round x to FP8 (E4M3) with the given scale."""
     return (to_8_bit(x, scale, FP8).float() * scale).to(x.dtype)
 
 
 def simulate(runner: ModelRunner) -> None:
-    """`fp8`: such layers where the fused backend has FP8 products: in the blocks, but not for prompts."""
+    """Simulate `fp8`: quantize the linear layers in the blocks, except those for the prompt's keys and values."""
     dit = runner.backends.dit
     assert isinstance(dit, TorchDiT)
     for number, block in enumerate(dit.model.blocks):
@@ -56,7 +56,7 @@ def simulate(runner: ModelRunner) -> None:
 
 
 def simulate_attention(runner: ModelRunner) -> None:
-    """`fp8` and `fp8_attention`, of the base variant."""
+    """Simulate `fp8` and `fp8_attention`, for the base variant."""
     dit = runner.backends.dit
     assert isinstance(dit, TorchDiT)
     levels = [*dit.timesteps, dit.clean_timestep]
@@ -69,19 +69,19 @@ def simulate_attention(runner: ModelRunner) -> None:
 
 
 def _attend(attention: Attention, scales: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `Attention.attend`. The softmax's weights are multiples of 1/448, the result of what the values are."""
-    assert mask is None, "only training has a mask"
+    """Like `Attention.attend`. The softmax weights are rounded with the scale 1/448, the result with that of v."""
+    assert mask is None, "a mask is used in training only"
     q, k, v = (rounded(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     total = weights.sum(-1, keepdim=True)
     out = rounded(rounded(weights, 1 / torch.tensor(LARGEST_FP8)) @ v / total, scales[2])
-    product = attention.o  # its input is FP8 already
+    product = attention.o  # its input is already FP8
     return F.linear(out.transpose(1, 2).flatten(2), product.weight, product.bias)
 
 
 def simulate_decoder(runner: ModelRunner) -> None:
-    """`fp8_decoder`: such convolutions in the residual blocks, which do nearly all of the Wan VAE's work."""
+    """Simulate `fp8_decoder`: quantize the convolutions of the residual blocks, nearly all of the Wan VAE's FLOPs."""
     decoder = runner.backends.vae_decoder
     assert isinstance(decoder, TorchVAEDecoder)
     for block in decoder.model.modules():

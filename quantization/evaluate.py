@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what each recipe costs: `python -m quantization.evaluate --json results/quantization.json --plot PNG`.
+"""Evaluates the recipes: `python -m quantization.evaluate --json results/quantization.json --plot PNG`.
 
-It quantizes the demo model by every recipe and holds it against the unquantized one: bytes, the error of single
-forwards, the error of whole videos, and what an exact reader of frames sees. Sizes are measured at full size as well.
+Quantizes the demo model with every recipe and compares it with the unquantized one: bytes, errors of single forwards
+and of whole videos, and the attributes that an exact reader finds in the frames. Also measures full-size files.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ FUSED: dict[str, tuple[Callable[[ModelRunner], None], dict[str, str]]] = {
         {VAE_DECODER: "FP8 (E4M3): a scale for every layer, one for every output channel"},
     ),
 }
-"""No recipes: the backend `fused` with `fp8`, with `fp8_attention` too, and with `fp8_decoder` alone. What does the
-same to a model runner in PyTorch, and the formats."""
+"""Settings of the backend `fused` instead of recipes: `fp8`, `fp8` with `fp8_attention`, `fp8_decoder`. The function
+simulates them in a PyTorch model runner; the dict describes the formats."""
 COLUMNS = (*RECIPES, *FUSED)
 MEASURED_AT_FULL_SIZE = (DIT, VAE_DECODER)
 
 
 def quantize_all(config: ServeConfig, recipes: Sequence[str], folder: Path) -> dict[str, str]:
-    """The demo model by every recipe: folders of weights."""
+    """Quantize the demo model with every recipe. Returns the weights folders by recipe."""
     prompts = read_prompts(DEFAULT_PROMPTS)
     with Progress(console=Console(stderr=True)) as bar:
         for recipe in recipes:
@@ -74,7 +74,7 @@ def quantize_all(config: ServeConfig, recipes: Sequence[str], folder: Path) -> d
 
 
 def full_size_ratios(folder: Path) -> dict[str, dict[str, Any]]:
-    """By recipe: bytes of the full-size checkpoint (the DiT's if that is quantized) against the same in bfloat16."""
+    """By recipe: bytes of the full-size checkpoint (the DiT's if it is quantized) relative to bfloat16."""
     found: dict[str, dict[str, Any]] = {}
     for model in MEASURED_AT_FULL_SIZE:
         formats = {name: recipe[model] for name, recipe in RECIPES.items() if model in recipe and name not in found}
@@ -89,7 +89,7 @@ def full_size_ratios(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def quality(workers: Workers, captions: int, switches: int) -> dict[str, Any]:
-    """What the videos show, as in `training.quality`."""
+    """Quality of the videos, as in `training.quality`."""
     by = attribute_accuracy(workers, captions)
     switched = switching(workers, switches, RECACHE)
     return {
@@ -102,7 +102,7 @@ def quality(workers: Workers, captions: int, switches: int) -> dict[str, Any]:
 
 
 def of_recipe(config: ServeConfig, name: str, folder: str) -> dict[str, Any]:
-    """What needs no video: formats and sizes."""
+    """Formats and sizes of a recipe."""
     found = sizes(config.model_config, folder)
     plain = sizes(config.model_config, config.weights)["bytes_in_memory"]  # in bfloat16
     model = next(model for model in MEASURED_AT_FULL_SIZE if model in RECIPES[name])
@@ -114,7 +114,7 @@ def of_recipe(config: ServeConfig, name: str, folder: str) -> dict[str, Any]:
 
 
 def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argparse.Namespace) -> Iterator[None]:
-    """Fill `record`, and say after each part that there is more in it."""
+    """Fill `record`; yields after each part."""
     config = ServeConfig(preset="demo", weights=str(weights), backend="torch", device="cpu", slots=1)
     folders = quantize_all(config, [name for name in counts.columns if name in RECIPES], folder)
     record[UNQUANTIZED] = record.get(UNQUANTIZED, {}) | sizes(config.model_config, config.weights)
@@ -136,7 +136,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
             if name == UNQUANTIZED:
                 expected, compared = rollouts, {key: compared[key] for key in ("attributes_right_at_60s",)}
             results |= compared
-            if name != UNQUANTIZED or "attribute_accuracy" not in results:  # of an earlier run, with the same counts
+            if name != UNQUANTIZED or "attribute_accuracy" not in results:  # reuse an earlier run with the same counts
                 results |= quality(workers, counts.captions, counts.switches)
         for key in ("attribute_accuracy", "switch_adoption_within_2_chunks"):
             if name != UNQUANTIZED:
@@ -145,7 +145,7 @@ def measure(record: dict[str, Any], weights: Path, folder: Path, counts: argpars
 
 
 def measure_recipes(config: ServeConfig, folders: dict[str, str], recipes: dict[str, Any], folder: Path) -> None:
-    """What needs no video: sizes, and errors of single forwards."""
+    """Measure sizes and errors of single forwards."""
     ratios = full_size_ratios(folder)
     recipes |= {name: ratios[name] | of_recipe(config, name, path) for name, path in folders.items()}
     of_dit = {name: path for name, path in folders.items() if DIT in RECIPES[name]}
@@ -155,15 +155,15 @@ def measure_recipes(config: ServeConfig, folders: dict[str, str], recipes: dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quantization.evaluate", description=__doc__)
-    text = "weights of the demo model (default: the shipped ones)"
+    text = "weights of the demo model (default: the shipped weights)"
     parser.add_argument("--weights", type=Path, metavar="FOLDER", default=SHIPPED, help=text)
-    text = "keep the quantized weights here, and go on with calibrations begun there (default: they are deleted)"
+    text = "keep the quantized weights here and continue calibrations in it (default: a temporary folder)"
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--json", type=Path, metavar="JSON", help="write the figures to this file, as they come")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the errors against depth and time")
-    text = "measure only these; the other columns of --json stay as they are (default: all)"
+    parser.add_argument("--json", type=Path, metavar="JSON", help="write the results to this file, after each part")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the errors over depth and time")
+    text = "measure only these; keep the other columns of --json (default: all)"
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="NAME", help=text)
-    text = "measure nothing: print a file of such figures as Markdown (with --plot: draw it as well)"
+    text = "measure nothing: print a results file as Markdown (with --plot, plot it too)"
     parser.add_argument("--table", type=Path, metavar="JSON", help=text)
     for name, count in {"captions": 200, "switches": 100, "rollouts": 6}.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="default: %(default)s")
@@ -184,7 +184,7 @@ def _measure_and_write(arguments: argparse.Namespace, measurement: Measurement) 
     if arguments.json is not None and arguments.json.exists() and arguments.columns != COLUMNS:
         record = read_results(arguments.json)
         if record["counts"] != counts:
-            raise SystemExit(f"{arguments.json}: was measured with {record['counts']}, expected {counts}")
+            raise SystemExit(f"{arguments.json}: got counts {record['counts']}, expected {counts}")
     record |= {
         "network": "demo",
         "rollout_bounded_means": f"latent std within {STD_BOUNDS} of the unquantized one's in every chunk, and the "
@@ -193,7 +193,7 @@ def _measure_and_write(arguments: argparse.Namespace, measurement: Measurement) 
     }
     with tempfile.TemporaryDirectory() as temporary:
         for _ in measure(record, arguments.weights, arguments.keep or Path(temporary), arguments):
-            for name in arguments.columns:  # those of an earlier run keep theirs
+            for name in arguments.columns:  # columns of an earlier run keep their commit
                 record["recipes"][name]["commit"] = measurement.commit
             if arguments.json is not None:
                 hardware = f"{cpu()}, no GPU"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error of a quantized DiT's forwards, given the same inputs as the unquantized one: per noise level and per block.
+"""Errors of a quantized DiT's forwards with the same inputs as the unquantized one: per noise level and per block.
 
-Called by `evaluate`. The model runner follows the unquantized model; the others look on with a copy of its cache.
+Called by `evaluate`. The model runner follows the unquantized model; the others run on copies of its cache.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from quantization.calibration import calibration_session
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
-    """The L2 norm of the difference as a share of that of what was expected."""
+    """L2 norm of the difference, relative to the L2 norm of `expected`."""
     return float((output.float() - expected.float()).norm() / expected.float().norm())
 
 
 class RecordingDiT:
-    """A DiT backend that keeps what its blocks gave in the last forward."""
+    """A DiT backend that records its blocks' outputs of the last forward."""
 
     def __init__(self, backend: TorchDiT) -> None:
         self.backend = backend
@@ -45,7 +45,7 @@ class RecordingDiT:
 
 
 class ComparedDiTs:
-    """The DiT backend `reference` for a model runner of one session; `candidates` do each denoising step as well.
+    """The DiT backend `reference` for one session; `candidates` also run each denoising step.
 
     `flow[name][step]` collects the relative errors of their flows, `blocks[name][block]` those after each block.
     """
@@ -67,7 +67,7 @@ class ComparedDiTs:
         cache = self.reference.backend.cache
         flow = self.reference.denoise(noisy, step, slot, plan)
         for name, other in self.candidates.items():
-            other.backend.cache.keys.copy_(cache.keys)  # its own block it writes itself
+            other.backend.cache.keys.copy_(cache.keys)  # the candidate overwrites its current block
             other.backend.cache.values.copy_(cache.values)
             self.flow[name][step].append(relative_error(other.denoise(noisy, step, slot, plan), flow))
             for block, (output, expected) in enumerate(zip(other.outputs, self.reference.outputs, strict=True)):
@@ -83,8 +83,8 @@ def flow_errors(
 ) -> dict[str, dict[str, list[float]]]:
     """Mean relative L2 errors of the DiTs in `folders` (by recipe) against that of `config`.
 
-    `flow_rel_error_by_step`: of the flow; `rel_error_after_block`: of what each block hands on; and
-    `flow_rel_error_of_block_alone`: of the flow when only that block is quantized.
+    `flow_rel_error_by_step`: of the flow; `rel_error_after_block`: of each block's output;
+    `flow_rel_error_of_block_alone`: of the flow with only that block quantized.
     """
     backends = build_backends(config)
     reference, candidates = _torch_dit(backends.dit), {}
@@ -114,7 +114,7 @@ def flow_errors(
 
 
 def with_block(model: CausalDiT, quantized: CausalDiT, block: int) -> CausalDiT:
-    """`model` with one block of `quantized`."""
+    """A copy of `model` with one block of `quantized`."""
     mixed = copy.deepcopy(model)
     mixed.set_submodule(f"blocks.{block}", copy.deepcopy(quantized.blocks[block]))
     return mixed

@@ -2,7 +2,7 @@
 """Quantizes the models of a serve.toml: `python -m quantization.quantize --recipe int8 --out weights/int8`.
 
 FOLDER becomes a complete `weights` folder for serve.toml: the quantized checkpoints, copies of all other files, and
-quantization.json with what was done to every layer. Interrupted, the same command goes on after its last session.
+quantization.json with the format of every layer. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def quantize(
     argv: Sequence[str] | None = None,
     on_session: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Calibrate, and write the folder. Returns what quantization.json then holds.
+    """Calibrate and write the folder. Returns the content of quantization.json.
 
-    `on_session` hears how many sessions have been watched. Raises ValueError for weights that cannot be quantized, or
-    when `out` holds a calibration of something else.
+    `on_session` is called with the number of finished sessions. Raises ValueError for weights that cannot be quantized,
+    or if `out` holds a calibration with other settings.
     """
     measurement = Measurement.begin("quantization.quantize", argv)
     formats = combine_recipes(recipes)
@@ -92,16 +92,16 @@ def _check(config: ServeConfig, formats: Mapping[str, Format], prompts: list[str
         if not whole or file.kind in (LONGLIVE, DIFFUSERS) or config.lora:
             raise ValueError(
                 f"weights: got the {name} in {file.path}, lora {config.lora!r}, expected a file for each model "
-                "and no adapters: first python -m export.convert, then quantize what comes out"
+                "and no adapters: run python -m export.convert first, then quantize its output"
             )
     if out.resolve() == folder.resolve():
-        raise ValueError(f"out: got {out}, the folder that is read; expected another one")
+        raise ValueError(f"out: got {out}, the source folder; expected another one")
     if not prompts:
         raise ValueError("prompts: got none, expected at least one line")
     for name in formats:
         if before := loader.recipe(name):
             raise ValueError(
-                f"{folder}: got a {name} quantized by {before!r}, expected one that is not: name another recipe"
+                f"{folder}: got a {name} quantized by {before!r}, expected an unquantized one: choose another recipe"
             )
     return loader
 
@@ -152,7 +152,7 @@ def _write_folder(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines and those that begin with # do not count."""
+    """One prompt per line; empty lines and lines that start with # are ignored."""
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, ValueError) as error:
@@ -171,12 +171,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=f'recipes:\n{described}\n\nthen, in serve.toml: weights = "FOLDER"',
     )
-    text = "settings that name sizes, weights, variant and device (default: those of the model repository)"
+    text = "settings with sizes, weights, variant and device (default: the model repository's)"
     parser.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
-    text = "what to do; several at once if they are for different models"
+    text = "one or more recipes, for different models"
     parser.add_argument("--recipe", nargs="+", metavar="NAME", required=True, help=text)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to; it may exist")
-    text = "a session begins with each line and switches to the two after it (default: captions of the demo world)"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="output folder; it may exist")
+    text = "one session per line, which switches to the next two lines (default: captions of the demo world)"
     parser.add_argument("--prompts", type=Path, metavar="FILE", default=DEFAULT_PROMPTS, help=text)
     return parser
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prompts = read_prompts(arguments.prompts)
         with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("sessions watched", total=len(prompts))
+            task = bar.add_task("calibration sessions", total=len(prompts))
 
             def recorder(sessions: int) -> None:
                 nonlocal done
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quantize: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"quantize: stopped; {done} sessions are kept, the same command goes on there", file=sys.stderr)
+        print(f"quantize: stopped; {done} sessions are saved, the same command continues", file=sys.stderr)
         return 130
     for name, file in record["files"].items():
         print(f"{file['bytes'] / 1e6:10.1f} MB  {arguments.out / name}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe does to each layer: to which 8-bit format it goes, or why it keeps 16 bits.
+"""Quantization recipes: the 8-bit format of each layer, or the reason why it keeps 16 bits.
 
-Read by calibration, by the writer of checkpoints and by the evaluation. Names of layers are those of our models.
+Used by calibration, checkpoint writer and evaluation. Layer names are those of `longlive_serve.models`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from longlive_serve.models.vae.decoder import CausalConv3d
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a layer computes."""
+    """The quantization of a layer."""
 
     dtype: torch.dtype
-    """Of its weights, and of its inputs where these are quantized: int8 or float8_e4m3fn."""
+    """Dtype of quantized weights and inputs: int8 or float8_e4m3fn."""
     inputs: bool = True
-    """Inputs are quantized as well, with one scale per layer that calibration finds."""
+    """Quantize the inputs too, with one calibrated scale per layer."""
     smoothing: float | None = None
-    """SmoothQuant's alpha: which share of the inputs' outlying channels moves to the weights; None: nothing moves."""
+    """SmoothQuant's alpha: how far to move outliers of the inputs to the weights; None: no SmoothQuant."""
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -35,7 +35,7 @@ class Format:
 
 
 Recipe = Mapping[str, Format]
-"""The format of each model that a recipe quantizes; it leaves the others alone."""
+"""The format per quantized model; other models are not changed."""
 
 RECIPES: dict[str, Recipe] = {
     "int8": {
@@ -49,26 +49,26 @@ RECIPES: dict[str, Recipe] = {
     "int8-vae": {VAE_DECODER: Format(dtype=torch.int8)},
 }
 
-WEIGHTS_ONLY = {DIT: ("blocks.*.cross_attn.[kv]",)}  # they run once per prompt: 8-bit inputs would win no time
+WEIGHTS_ONLY = {DIT: ("blocks.*.cross_attn.[kv]",)}  # run once per prompt: 8-bit inputs would save no time
 
 UNQUANTIZED_LAYERS: dict[str, dict[str, str]] = {
     DIT: {
         "patch_embedding": "reads the noisy latents, 0.01 % of all weights",
-        "text_embedding.*": "runs once per prompt, and every layer reads what it makes",
+        "text_embedding.*": "runs once per prompt, and every layer reads its output",
         "time_embedding.*": "its error would shift the noise level",
-        "time_projection.*": "makes the scales and gates of every layer; a row per frame, not per token",
-        "head.head": "makes the flow itself, 0.01 % of all weights",
+        "time_projection.*": "computes the scales and gates of every layer; one row per frame, not per token",
+        "head.head": "computes the flow, 0.01 % of all weights",
     },
     TEXT_ENCODER: {
         "stack.embed_tokens": "a table that is read, not multiplied",
         "*.relative_attention_bias": "a table that is read, not multiplied",
     },
     VAE_DECODER: {
-        "conv2": "reads the latents, a kernel of one pixel",
+        "conv2": "reads the latents, a 1x1 convolution",
         "decoder.conv1": "reads the latents",
-        "decoder.middle.1.*": "attention at the smallest size, little work",
-        "*.shortcut": "a kernel of one pixel on the way past a block, little work",
-        "decoder.head.2": "makes the pixels",
+        "decoder.middle.1.*": "attention at the lowest resolution, few FLOPs",
+        "*.shortcut": "a 1x1 convolution around a block, few FLOPs",
+        "decoder.head.2": "computes the pixels",
     },
 }
 """Layers that keep 16 bits, by pattern, and why. All others are quantized."""
@@ -77,13 +77,13 @@ QUANTIZABLE = (nn.Linear, nn.Conv2d, CausalConv3d)
 
 
 def combine_recipes(names: Iterable[str]) -> Recipe:
-    """Several recipes as one. Raises ValueError for an unknown one, or two for the same model."""
+    """Merge recipes. Raises ValueError for an unknown recipe, or two for the same model."""
     formats: dict[str, Format] = {}
     for name in names:
         if name not in RECIPES:
             raise ValueError(f"recipe: got {name!r}, expected some of {list(RECIPES)}")
         if twice := sorted(formats.keys() & RECIPES[name].keys()):
-            raise ValueError(f"recipe: got two for {', '.join(twice)} ({' '.join(names)}), expected one for a model")
+            raise ValueError(f"recipe: got two for {', '.join(twice)} ({' '.join(names)}), expected one per model")
         formats |= RECIPES[name]
     return formats
 
@@ -94,7 +94,7 @@ def owner(model: str, names: Iterable[str]) -> str:
 
 
 def formats_of_layers(name: str, model: nn.Module, format: Format) -> tuple[dict[str, Format], dict[str, str]]:
-    """The format of every layer of `model` (called `name`) that is quantized, and why each of the others is not."""
+    """The formats of the quantized layers of `model` (called `name`), and the reasons for the other layers."""
     quantized, skipped = {}, {}
     for layer, module in model.named_modules():
         weight = module._parameters.get("weight")

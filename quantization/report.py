@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation's figures as rows of a table, as Markdown and as a picture. Called by `evaluate`."""
+"""Formats the evaluation's results as Markdown and as a plot. Called by `evaluate`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BLOCK_ERRORS = "flow_rel_error_of_block_alone"
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """A row per measure; a column per recipe, the unquantized model first."""
+    """One row per measure, one column per recipe; the unquantized model first."""
     columns, counts, recipes = [record[UNQUANTIZED], *record["recipes"].values()], record["counts"], record["recipes"]
     title = f"{counts['captions']} captions, {counts['switches']} switches, {counts['rollouts']} videos of 60 s"
     formats = (", ".join(SHORT[name] for name in recipe["formats"]) for recipe in recipes.values())
@@ -49,7 +49,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def _cell(form: str, column: Mapping[str, Any]) -> str:
-    """Empty where this was not measured."""
+    """Empty if it was not measured."""
     totals = {
         f"total_{where}": sum(column[f"bytes_{where}"].values()) / 1e6
         for where in ("on_disk", "in_memory")
@@ -66,7 +66,7 @@ def _percent(share: float) -> str:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """Error against depth, and against time, as PNG."""
+    """Plot the errors over depth and over time, as PNG."""
     from matplotlib.figure import Figure  # of the extra `bench`
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -82,10 +82,10 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
                 [100 * error for error in results["rel_error_after_block"]],
                 "o-",
                 color=color,
-                label=f"{name}: what the block hands on",
+                label=f"{name}: output of the block",
             )
             alone = [100 * error for error in results[BLOCK_ERRORS]]
-            depth.plot(blocks, alone, "x:", color=color, label=f"{name}: the flow, this block alone quantized")
+            depth.plot(blocks, alone, "x:", color=color, label=f"{name}: flow, only this block quantized")
         if results["latent_rel_error"]:
             time.plot(seconds, [100 * error for error in results["latent_rel_error_by_chunk"]], color=color, label=name)
         picture.plot(seconds, results["psnr_db_by_chunk"], color=color, label=name)

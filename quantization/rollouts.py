@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole videos of a quantized model beside those of the unquantized one, from the same prompts and noise.
+"""Compares videos of a quantized model with those of the unquantized one, from the same prompts and noise.
 
 Called by `evaluate`; runs in the processes of `training.quality.workers`, on the demo model.
 """
@@ -21,22 +21,22 @@ from training.quality.measures import QualityCase
 from training.quality.reader import read
 
 CHUNKS = 80  # 957 frames, 60 s
-STD_BOUNDS = (0.9, 1.1)  # of the latents' standard deviation, as a share of the unquantized one's
-GROWTH_BOUND = 1.5  # of the error from the second quarter of a video to its last
+STD_BOUNDS = (0.9, 1.1)  # standard deviation of the latents, relative to the unquantized ones
+GROWTH_BOUND = 1.5  # of the error, from the second to the last quarter of a video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout:
-    """What a session made."""
+    """A session's output."""
 
     latents: Tensor
-    """Clean, [chunks, frames, channels, h, w]."""
+    """Clean latents [chunks, frames, channels, h, w]."""
     frames: list[Tensor]
     """Per chunk, uint8 [9 or 12, height, width, 3]."""
 
 
 def roll_out(runner: ModelRunner, case: QualityCase) -> Rollout:
-    """One video of 60 s."""
+    """Generate a video of 60 s."""
     first = Prompt(index=0, text=case.script.prompts[0])
     session = Session(id="rollout", prompt=first, noise=SeededNoise(case.script.seed), slot=0)
     latents, frames = [], []
@@ -47,7 +47,7 @@ def roll_out(runner: ModelRunner, case: QualityCase) -> Rollout:
 
 
 def compare(output: Sequence[Rollout], expected: Sequence[Rollout], cases: Sequence[QualityCase]) -> dict[str, Any]:
-    """How far the rollouts are apart by chunk, the mean over all; and whether they stay bounded."""
+    """Errors of the rollouts by chunk (means over the cases), and whether they stay bounded."""
     pairs = list(zip(output, expected, strict=True))
     chunks = range(CHUNKS)
     errors = [fmean([relative_error(a.latents[chunk], b.latents[chunk]) for a, b in pairs]) for chunk in chunks]
@@ -74,18 +74,18 @@ def compare(output: Sequence[Rollout], expected: Sequence[Rollout], cases: Seque
 
 
 def growth(errors: Sequence[float], quarter: int) -> float:
-    """The mean error of the last quarter as a share of that of the second (the first is that of a cold cache)."""
+    """Mean error of the last quarter relative to the second; in the first, the window is not full yet."""
     second = fmean(errors[quarter : 2 * quarter])
     return fmean(errors[-quarter:]) / second if second else 1.0
 
 
 def bounded(errors: Sequence[float], spread: Sequence[float]) -> bool:
-    """A rollout that drifts off loses or gains spread, or its error goes on growing."""
+    """Whether the rollout does not drift: its standard deviation stays in bounds and its error does not grow."""
     inside = STD_BOUNDS[0] <= min(spread) and max(spread) <= STD_BOUNDS[1]
     return inside and growth(errors, len(errors) // 4) <= GROWTH_BOUND
 
 
 def psnr(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Of uint8 frames, over all pairs together; 99 dB where they are equal."""
+    """PSNR in dB of uint8 frames, over all pairs together; 99 if they are equal."""
     squares = fmean([(a.float() - b.float()).square().mean().item() for a, b in pairs])
     return min(99.0, -10 * float(torch.tensor(max(squares, 1e-12) / 255**2).log10()))

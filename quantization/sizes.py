@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large checkpoints are: those of a folder, and those of the full-size models, made from random numbers.
+"""Sizes of checkpoints: of a folder, and of the full-size models with random weights.
 
 Called by `evaluate`. Sizes do not depend on values, so the full size needs no published weights.
 """
@@ -24,12 +24,12 @@ FULL_SIZE = "longlive-1.3b"
 
 
 def bytes_of(state: Mapping[str, Tensor]) -> int:
-    """Of all tensors together."""
+    """Total bytes of all tensors."""
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in state.values())
 
 
 def sizes(config: ModelConfig, weights: str) -> dict[str, dict[str, int]]:
-    """Bytes of every model's tensors: in its file in the folder, and in memory on a GPU, in bfloat16."""
+    """Bytes of every model's tensors: in its file, and in memory in bfloat16."""
     loader = ModelLoader.open(config, weights)
     checkpoints = {name: checkpoint for name in MODELS if (checkpoint := loader.checkpoint(name)) is not None}
     in_memory = {name: loader.load_model(name, "cpu", torch.bfloat16).state_dict() for name in MODELS}
@@ -42,7 +42,7 @@ def sizes(config: ModelConfig, weights: str) -> dict[str, dict[str, int]]:
 def full_size_bytes(name: str, formats: Mapping[str, Format], folder: Path) -> dict[str, int]:
     """Bytes of the full-size checkpoint of the DiT or the VAE decoder: in bfloat16, and by recipe.
 
-    The DiT takes 5 GB of memory and of disk for a moment.
+    The DiT temporarily takes 5 GB of memory and of disk.
     """
     sizes = PRESETS[FULL_SIZE]
     with torch.device("meta"):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the small demo model is made: its world, its latents, its training. Not part of the wheel."""
+"""Training of the demo model: its world, latents and training runs. Not part of the wheel."""

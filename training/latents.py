@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> latents by a fixed linear map: the demo model's stand-in for a VAE encoder.
+"""Frames -> latents by a fixed linear map, which replaces a VAE encoder for the demo model.
 
 Used by training only: serving needs no encoder. A latent pixel is 16 whitened principal components of a block of
-4 frames x 8 x 8 pixels; the first latent frame holds the first video frame four times. A latent frame depends on its
-own frames alone, so clips can be cut and joined at latent borders exactly.
+4 frames x 8 x 8 pixels; the first latent frame repeats the first video frame four times. A latent frame depends only on
+its own frames, so clips can be cut and joined exactly at latent boundaries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from training.world import ALL, SIZE, Attributes, Segment, draw, held_out
 CHANNELS = 16
 BLOCK = 8
 FRAMES = 4
-CONTENT_WEIGHT = 10.0  # of blocks that show more than the plain background
+CONTENT_WEIGHT = 10.0  # of blocks with more than the plain background
 
 
 def blocks(frames: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def blocks(frames: Tensor) -> Tensor:
 
 
 class Encoder:
-    """The linear map; `fit` finds it."""
+    """The linear map; `fit` computes it."""
 
     def __init__(self, mean: Tensor, matrix: Tensor) -> None:
         self.mean, self.matrix = mean, matrix  # [768], [768, CHANNELS]
@@ -37,7 +37,7 @@ class Encoder:
 
     @classmethod
     def fit(cls, clips: int = 400, seed: int = 0) -> Encoder:
-        """Principal components over random clips, whitened over the content that the model has to tell apart."""
+        """Whitened principal components of random clips; blocks with content have CONTENT_WEIGHT."""
         generator = random.Random(seed)
         count, total, second = 0.0, torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
         for _ in range(clips):
@@ -56,10 +56,7 @@ class Encoder:
         return ((blocks(frames) - self.mean) @ self.matrix).permute(0, 3, 1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The linear way back: latents [.., CHANNELS, h, w] -> their frames [.., FRAMES, 3, SIZE, SIZE].
-
-        It blurs, but shows where things are.
-        """
+        """The pseudo-inverse: latents [.., CHANNELS, h, w] -> blurred frames [.., FRAMES, 3, SIZE, SIZE]."""
         patches = latents.movedim(-3, -1) @ self.inverse + self.mean
         patches = patches.unflatten(-1, (FRAMES, 3, BLOCK, BLOCK))  # [.., rows, columns, frame, colour, y, x]
         pictures: Tensor = patches.movedim((-6, -5), (-4, -2)).flatten(-4, -3).flatten(-2)
@@ -78,7 +75,7 @@ def random_attributes(generator: random.Random) -> Attributes:
 
 
 def random_segments(generator: random.Random, frames: int) -> list[Segment]:
-    """A clip; every second one changes its attributes at a latent border."""
+    """The segments of a clip; half of the clips change their attributes at a latent boundary."""
     attributes, after = random_attributes(generator), random_attributes(generator)
     if generator.random() < 0.5:
         return [Segment(attributes=attributes, frames=frames)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for matrices and convolutions, AdamW for the rest: what the small models need to train in minutes.
+"""Muon, and an exponential moving average of weights. With them the small models train in minutes.
 
 Source: K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
 """
@@ -15,7 +15,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration in the sou
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix with about the same singular vectors and all singular values near 1."""
+    """Approximate the nearest orthogonal matrix: the same singular vectors, singular values near 1."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = matrix.T if tall else matrix
@@ -27,7 +27,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised; weights of convolutions count as [out, everything else]."""
+    """SGD with momentum and orthogonalised updates; convolution weights are flattened to [out, rest]."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})

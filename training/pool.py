@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DiT's training clips: latents of exactly drawn videos, and the captions that hold at their ends.
+"""The DiT's training clips: latents of drawn videos, and the attributes at their ends.
 
-Used by `train_dit`. Half of the clips switch their attributes at a chunk boundary; that they do is asserted.
+Used by `train_dit`. Half of the clips switch their attributes at a chunk boundary.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions that the DiT is trained in: it goes on from its own frames, towards exactly drawn continuations.
+"""Roll-outs for training the DiT: it continues its own frames; the targets are drawn continuations.
 
-Used by `train_rollouts`. A video that a model continues for minutes is made of its own mistakes, which clean clips
-never show it. Here a batch of sessions is generated as the server's model runner generates them (window, sink, recache,
-four denoising steps), and since the world is drawn exactly, what should come next is known at every chunk boundary:
-the place of the shape is read off the session's own last frames, and the continuation is drawn from there.
+Used by `train_rollouts`. After minutes, a video contains the model's own errors, which clean clips never show. Here a
+batch of sessions is generated like in the server's model runner (window, sink, recache, four denoising steps). The
+world is synthetic, so the target is known at every chunk boundary: the shape's position is read off the session's last
+frames, and the continuation is drawn from there.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ MIDDLE = (SIZE / 2, SIZE / 2)
 
 
 class TrainingCache:
-    """Keys and values by layer and block, as the last forwards left them, with what autograd needs of them."""
+    """Keys and values by layer and block, with their autograd graphs."""
 
     def __init__(self, layers: int, num_blocks: int) -> None:
         self.keys = [[torch.empty(0)] * num_blocks for _ in range(layers)]
         self.values = [[torch.empty(0)] * num_blocks for _ in range(layers)]
 
     def detach(self) -> None:
-        """Forget where the rows came from: the next chunk learns from the last KV-cache update or recache alone."""
+        """Detach all rows: gradients reach back only to the latest KV-cache update or recache."""
         for rows in (*self.keys, *self.values):
             rows[:] = [row.detach() for row in rows]
 
 
 class TrainingCacheView(CacheView):
-    """A `TrainingCache` as one forward of a batch of sessions sees it (absolute RoPE)."""
+    """The view of a `TrainingCache` for one forward of a batch of sessions (absolute RoPE)."""
 
     def __init__(self, cache: TrainingCache, tables: RotaryTables, plan: KVCachePlan) -> None:
         self.cache, self.plan, self.rows = cache, plan, tables.tokens_per_chunk
@@ -59,7 +59,7 @@ class TrainingCacheView(CacheView):
 
 
 class Rollout:
-    """A batch of sessions in lockstep: every session is at the same chunk and switches prompts with the others."""
+    """A batch of sessions in lockstep: all are at the same chunk and switch prompts together."""
 
     def __init__(self, model: CausalDiT, window: Window, tables: RotaryTables, encoder: Encoder) -> None:
         self.model, self.window, self.tables, self.encoder = model, window, tables, encoder
@@ -70,15 +70,15 @@ class Rollout:
         self.chunk = 0
 
     def begin(self, attributes: Sequence[Attributes]) -> None:
-        """New videos, from their first chunk on."""
+        """Start new videos."""
         self.attributes, self.chunk = list(attributes), 0
         self.context_latents.clear()
 
     @torch.no_grad()
     def join(self, attributes: Sequence[Attributes], prompt_kv: PromptKV, chunk: int, generator: random.Random) -> None:
-        """Videos that are already at `chunk`, their last chunks drawn exactly; a switch has to come first.
+        """Start videos at `chunk`, with drawn context chunks. The next `advance` must be a prompt switch.
 
-        `prompt_kv`: that of the first prompt, which the sink keeps.
+        `prompt_kv`: of the first prompt, for the sink.
         """
         self.begin(attributes)
         self.context_latents.append(self._stack(self._first_chunk(look) for look in attributes))
@@ -95,9 +95,9 @@ class Rollout:
         self.chunk = chunk
 
     def advance(self, attributes: Sequence[Attributes], prompt_kv: PromptKV, switch: bool, keep_sink: bool) -> Tensor:
-        """Generate every session's next chunk under `attributes`, as the model runner does. Returns the loss.
+        """Generate every session's next chunk under `attributes`, like the model runner. Returns the loss.
 
-        That is the mean square error of the flow over the four steps, against the flow to the exact continuation.
+        The loss is the mean square error of the flow to the drawn continuation, over the four steps.
         """
         targets = self.targets(attributes)
         if switch:
@@ -119,7 +119,7 @@ class Rollout:
 
     @torch.no_grad()
     def targets(self, attributes: Sequence[Attributes]) -> Tensor:
-        """The chunk that should come next: [sessions, CHUNK, channels, h, w]."""
+        """The target latents of the next chunk: [sessions, CHUNK, channels, h, w]."""
         if self.chunk == 0:
             return self._stack(self._first_chunk(look) for look in attributes)
         last = self.encoder.decode(self.context_latents[-1][:, -1])  # [B, FRAMES, 3, SIZE, SIZE]
@@ -130,7 +130,7 @@ class Rollout:
         return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES * (CHUNK - 1))]))
 
     def _next_chunk(self, look: Attributes, start: tuple[float, float]) -> Tensor:
-        """`start`: the shape's place in the last frame before."""
+        """`start`: the shape's position in the previous frame."""
         return self.encoder(draw([Segment(attributes=look, frames=1 + FRAMES_PER_CHUNK)], start))[1:]
 
     def _stack(self, latents: Iterable[Tensor]) -> Tensor:
@@ -150,10 +150,9 @@ class Rollout:
 
 
 def locate_shape(frames: Tensor, look: Attributes) -> tuple[float, float]:
-    """Where the shape is in the last of some frames [n, 3, SIZE, SIZE]: the whole pixel where it fits best.
+    """The shape's position in the last of `frames` [n, 3, SIZE, SIZE], to a whole pixel.
 
-    The shape that should be there is slid over the picture (as the torus that it is) along its own motion, so that
-    neither specks nor deformation lead far astray.
+    Cross-correlates all frames with the ideal shape along its motion, on the torus; robust to noise and deformation.
     """
     ground = torch.tensor(BACKGROUNDS[look.background])[:, None, None]
     seen = (frames - ground).norm(dim=1).clamp(max=1.0)

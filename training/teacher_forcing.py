@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many chunks of a video in one forward of the serving model, each seeing what it would see in a session.
+"""Teacher forcing: many chunks of a video in one forward of the DiT, each with its context in a session.
 
-Used by training. The forward's frames are the clean chunks followed by the noisy ones; a mask takes the place of the
-KV cache. A test holds that the flows are those of the chunk-by-chunk way.
+Used by training. The frames of the forward are the clean chunks followed by the noisy ones; a mask replaces the KV
+cache. A test compares the flows with those of chunk-by-chunk generation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longlive_serve.models.dit.rope import RotaryTables, rotate
 
 
 class TeacherForcingView(CacheView):
-    """Stands where a session's cache does, for `chunks` clean chunks and as many noisy ones at `positions`."""
+    """Replaces a session's cache, for a clean and a noisy chunk at each of `positions`."""
 
     def __init__(self, window: Window, tables: RotaryTables, positions: Sequence[int]) -> None:
         self.query_angles = tables.of_chunks([*positions, *positions])

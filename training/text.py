@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo model's tokenizer: one token per word of the world, in the file format of Hugging Face.
+"""The demo model's tokenizer: one token per word of the captions, in the file format of Hugging Face.
 
-Used by training, which writes it beside the weights. Serving loads it like umT5's own.
+Training writes it beside the weights. The server loads it like umT5's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer that appends </s> (1), pads with 0 and takes words it does not know as <unk> (2).
-
-    Case and punctuation do not matter.
-    """
+    """Write a tokenizer with <pad> (0), </s> (1) and <unk> (2). It ignores case and punctuation."""
     words = [PAD, END, UNKNOWN, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")])
@@ -35,6 +32,6 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def token_batch(tokenizer: ServingTokenizer, captions: Sequence[str], device: str) -> tuple[Tensor, Tensor]:
-    """ids and mask of some captions, int64 [captions, text_len] each, as the text encoder takes them."""
+    """Inputs of the text encoder: ids and mask of the captions, int64 [captions, text_len] each."""
     tokens = [tokenizer(text) for text in captions]
     return torch.cat([token.ids for token in tokens]).to(device), torch.cat([token.mask for token in tokens]).to(device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the demo model's VAE decoder: `python -m training.train_decoder --out FOLDER`.
 
-The decoder is `longlive_serve`'s own, trained through its streaming forward, on latents of exactly drawn clips. Stop it
-with Ctrl-C and run it again: it goes on where it was.
+Trains the decoder of `longlive_serve` through its streaming forward, on latents of drawn clips. Ctrl-C stops a run; run
+again, it continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from training.trainer import Trainer, arguments
 from training.world import SIZE, draw
 
 LATENTS = 4  # per training clip: the opening and three more
-LATENT_NOISE = 0.1  # the DiT's latents are not exact either
-CROPPED = 0.75  # of the steps are on 8 crops of half the size, the others on 2 whole pictures
+LATENT_NOISE = 0.1  # as the DiT's latents are inexact
+CROPPED = 0.75  # share of steps on 8 crops of half the size; the others use 2 full-size clips
 MUON_LR = 0.02
 
 
 class DecoderTrainer(Trainer):
-    """Decoded frames against drawn ones."""
+    """Minimises the difference between decoded and drawn frames."""
 
     def __init__(self, config: VAEConfig, steps: int, seed: int, device: str) -> None:
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ class DecoderTrainer(Trainer):
         return {"loss": F.mse_loss(decoded, frames) + 0.1 * F.l1_loss(decoded, frames)}
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Latents [B, LATENTS, 16, h, w] and the frames [B, 4 * LATENTS - 3, 3, 8h, 8w] they stand for, -1 to 1."""
+        """Latents [B, LATENTS, 16, h, w] and their frames [B, 4 * LATENTS - 3, 3, 8h, 8w] in -1 to 1."""
         cropped = self.generator.random() < CROPPED
         pairs = []
         for _ in range(8 if cropped else 2):
@@ -63,7 +63,7 @@ class DecoderTrainer(Trainer):
 
 
 def initialized(model: VAEDecoder) -> VAEDecoder:
-    """Larger convolutions than PyTorch's own start, and residual branches that begin small."""
+    """Initialise in place: larger convolutions than PyTorch's default, small residual branches."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -75,7 +75,7 @@ def initialized(model: VAEDecoder) -> VAEDecoder:
 
 
 def decode(model: VAEDecoder, latents: Tensor) -> Tensor:
-    """The frames of clips that begin with the first of `latents` [B, n, 16, h, w]."""
+    """Decode `latents` [B, n, 16, h, w] as starts of videos."""
     batch, _, _, height, width = latents.shape
     cache = model.initial_cache(batch, height, width, latents.device, latents.dtype)
     frames: Tensor = model(latents, cache, True)[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the demo model's DiT and text encoder together: `python -m training.train_dit --out FOLDER`.
 
-Flow matching on the project's own noise levels, many chunks of a clip at once (`teacher_forcing`), plain and switch
-clips mixed from the start. Stop it with Ctrl-C and run it again: it goes on where it was.
+Flow matching at the sampler's noise levels, many chunks of a clip at once (`teacher_forcing`), with plain and switch
+clips mixed from the start. Ctrl-C stops a run; run again, it continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from training.trainer import Trainer, arguments
 from training.world import caption
 
 DEMO = PRESETS["demo"]
-BATCH, OPENINGS = 8, 24  # clips, and openings of their own: the first chunk is the hardest and needs the most practice
+BATCH, OPENINGS = 8, 24  # clips, and first chunks alone: these are the hardest to learn
 MUON_LR, WARM_UP = 0.018, 40
-HISTORY_NOISE = 0.15  # the history of a session is the model's own work, not exact
-FAR_SHARE = 0.4  # of the batches are placed late in a video, so that the base variant's positions are known
+HISTORY_NOISE = 0.15  # as a session's history is generated and inexact
+FAR_SHARE = 0.4  # share of batches late in a video, to train the base variant's positions
 
 
 class DiTTrainer(Trainer):
-    """Flows of many chunks of a clip at once, and of openings alone."""
+    """Trains flows of whole clips, and of first chunks alone."""
 
     def __init__(self, tokenizer: Tokenizer, steps: int, clips: int, seed: int, device: str) -> None:
         torch.manual_seed(seed)
@@ -63,7 +63,7 @@ class DiTTrainer(Trainer):
         }
 
     def loss(self, clips: list[Clip], chunks: int, offset: int) -> Tensor:
-        """Mean square error of the flow, over the chunks that the clip's caption speaks of."""
+        """Mean square error of the flow, over the chunks under the clip's caption."""
         clean = torch.stack([clip.latents[: CHUNK * chunks] for clip in clips]).to(self.device)
         noise = torch.randn_like(clean)
         sigmas = self.noise_levels(len(clips), chunks).repeat_interleave(CHUNK, 1)  # [B, F]
@@ -79,7 +79,7 @@ class DiTTrainer(Trainer):
         return (errors * counts).sum() / counts.sum()
 
     def noise_levels(self, batch: int, chunks: int) -> Tensor:
-        """One noise level per chunk: mostly the four of the sampler, else any under the same shift."""
+        """One noise level per chunk: 80 % are one of the sampler's four, the others random with the same shift."""
         u = torch.rand(batch, chunks, device=self.device)
         anything = SHIFT * u / (1 + (SHIFT - 1) * u)
         listed = self.schedule.sigmas[torch.randint(4, (batch, chunks), device=self.device)]
@@ -92,14 +92,16 @@ class DiTTrainer(Trainer):
 
 
 def initialize_dit(config: DiTConfig) -> CausalDiT:
-    """A DiT whose flow starts close to its input, which is most of what the flow is."""
+    """A DiT whose initial flow is close to its input, the largest part of the flow."""
     model = CausalDiT(config)
     with torch.no_grad():
         width = config.channels * PATCH * PATCH
         basis = torch.linalg.qr(torch.randn(config.dim, width)).Q
         model.patch_embedding.weight.copy_(basis.view_as(model.patch_embedding.weight))
         nn.init.zeros_(model.patch_embedding.bias)  # type: ignore[arg-type]
-        patches = basis.T.view(config.channels, PATCH, PATCH, config.dim).permute(1, 2, 0, 3)  # c fastest, as the head
+        patches = basis.T.view(config.channels, PATCH, PATCH, config.dim).permute(
+            1, 2, 0, 3
+        )  # channels fastest, like the head
         model.head.head.weight.copy_(patches.reshape(width, config.dim) * 0.7 * (width / config.dim) ** 0.5)
         model.head.head.bias.zero_()
         model.head.modulation.zero_()
@@ -110,7 +112,7 @@ def initialize_dit(config: DiTConfig) -> CausalDiT:
 
 
 def save(dit: CausalDiT, text_encoder: TextEncoder, folder: Path) -> None:
-    """Write both under the published names."""
+    """Write both with the published file and tensor names."""
     save_file(dit.state_dict(), folder / DIT_FILE)
     text, names = text_encoder.state_dict(), wan_names(DEMO.text_encoder.num_layers)
     torch.save({wan: text[own] for wan, own in names.items()}, folder / TEXT_ENCODER_FILE)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Goes on training the demo model's DiT in its own videos: `python -m training.train_rollouts --out FOLDER`.
+"""Continues the training of the demo model's DiT on its own videos: `python -m training.train_rollouts --out FOLDER`.
 
-FOLDER holds what `train_decoder` and `train_dit` made; the DiT and the text encoder in it are replaced at the end.
-Stop it with Ctrl-C and run it again: it goes on where it was (the videos in progress begin anew).
+FOLDER holds the output of `train_decoder` and `train_dit`; the DiT and the text encoder in it are replaced at the end.
+Ctrl-C stops a run; run again, it continues from its checkpoint (videos in progress restart).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes, ca
 
 DEMO = PRESETS["demo"]
 SESSIONS = 16  # in lockstep
-SHORT_VIDEO = 6  # chunks at most of a brief video; every third step is one's
-MAX_CHUNKS = 100  # chunks of the others at most
-MAX_START_CHUNK = MAX_FRAMES // CHUNK - MAX_CHUNKS  # the last chunk at which a session joins
-SWITCH = 0.12  # of chunk boundaries are prompt switches
-UNKNOWN = 0.15  # of captions hold words that the tokenizer does not know
-MAX_RATE, WARM_UP = 0.35, 20  # the rate at its highest, as a share of the first run's
+SHORT_VIDEO = 6  # maximum chunks of a brief video, which gets every third step
+MAX_CHUNKS = 100  # maximum chunks of the other videos
+MAX_START_CHUNK = MAX_FRAMES // CHUNK - MAX_CHUNKS  # latest chunk at which a session may start
+SWITCH = 0.12  # share of chunk boundaries with a prompt switch
+UNKNOWN = 0.15  # share of captions with unknown words
+MAX_RATE, WARM_UP = 0.35, 20  # maximum learning rate relative to `train_dit`
 
 
 @dataclasses.dataclass(kw_only=True)
 class Video:
-    """A roll-out, its prompts and when it ends."""
+    """A roll-out, its prompts and its last chunk."""
 
     rollout: Rollout
     max_chunks: int
@@ -52,7 +52,7 @@ class Video:
 
 
 class RolloutTrainer(Trainer):
-    """One chunk of a batch of sessions per step."""
+    """Trains on one chunk of a batch of sessions per step."""
 
     def __init__(self, folder: Path, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -91,7 +91,7 @@ class RolloutTrainer(Trainer):
         return {"brief" if video.max_chunks == SHORT_VIDEO else "long": loss}
 
     def begin(self, video: Video) -> None:
-        """New videos: from the start, or (half of the long ones) from anywhere in a session, at a switch."""
+        """Start new videos; half of the long ones start in the middle of a session, at a prompt switch."""
         random = self.generator
         attributes_list = [random_attributes(random) for _ in range(SESSIONS)]
         video.captions = [self.caption(look) for look in attributes_list]
@@ -104,7 +104,7 @@ class RolloutTrainer(Trainer):
         video.end = video.rollout.chunk + int(math.exp(random.uniform(0, math.log(video.max_chunks + 1))))
 
     def changed(self, look: Attributes) -> Attributes:
-        """After a switch: nothing, one thing or everything else. Any combination that is not held out."""
+        """The attributes after a switch: none, one or all change. Never a held-out combination."""
         random = self.generator
         kind = random.random()
         if kind < 0.1:
@@ -132,7 +132,7 @@ def main() -> int:
     parser = arguments("training.train_rollouts", __doc__, steps=5200)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error(f"--device: got {args.device}, expected cpu: sessions are drawn and read there")
+        parser.error(f"--device: got {args.device}, expected cpu: the targets are drawn there")
     trainer = RolloutTrainer(args.out, args.steps, args.seed)
     trainer.train(args.out / "rollouts.checkpoint")
     save(trainer.dit, trainer.text_encoder, args.out)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run that can be stopped and resumed: model, optimisers, averaged weights, random numbers, progress.
+"""A resumable training run: model, optimisers, averaged weights, random state, progress.
 
-`train_decoder` and `train_dit` say what is learned; this says how.
+Base of `train_decoder`, `train_dit` and `train_rollouts`, which define the losses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAVE_EVERY = 100  # steps
 
 
 class Trainer:
-    """Base of a run: subclasses give `losses` and may give another `rate`."""
+    """Base class of the runs: subclasses implement `losses` and `rate`."""
 
     def __init__(
         self, model: nn.Module, matrices: Sequence[nn.Parameter], muon_lr: float, steps: int, seed: int, device: str
@@ -40,15 +40,15 @@ class Trainer:
         self.average = Average(model)
 
     def losses(self) -> dict[str, Tensor]:
-        """The losses of one batch by name; their sum is minimised."""
+        """The losses of one batch by name. Their sum is minimised."""
         raise NotImplementedError
 
     def rate(self) -> float:
-        """What the learning rates are multiplied by at this step."""
+        """The factor of the learning rates at this step."""
         raise NotImplementedError
 
     def train(self, checkpoint: Path) -> nn.Module:
-        """Run to the last step, from the checkpoint if there is one. Returns the model with averaged weights."""
+        """Train to the last step, from the checkpoint if it exists. Returns the model with averaged weights."""
         if checkpoint.exists():
             self.resume(checkpoint)
         columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeRemainingColumn())
@@ -103,9 +103,9 @@ class Trainer:
 
 
 def arguments(program: str, description: str | None, steps: int) -> argparse.ArgumentParser:
-    """The options that every run has."""
+    """A parser with the options of every run."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the result")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the result")
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo model's world: a coloured shape that moves over a plain background, drawn exactly, with a caption.
+"""The demo model's synthetic world: a coloured shape that moves over a plain background, with a caption.
 
-Used by training and by the quality measure. The plane is a torus: what leaves on one side comes in on the other, so
-a direction of motion has no end. Drawing runs on any device.
+Used by training and by the quality measure. The plane is a torus: a shape that leaves on one side enters on the other,
+so motion never ends. Drawing runs on any device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """What a caption says and what a viewer can check."""
+    """The content of a caption, which can be read off the frames."""
 
     shape: str
     colour: str
@@ -49,20 +49,20 @@ ALL = tuple(
 
 
 def held_out() -> frozenset[Attributes]:
-    """A tenth of all combinations, never seen in training; every single attribute is seen."""
+    """A tenth of all combinations, which training never uses; it uses every single attribute."""
     return frozenset(random.Random(360).sample(ALL, len(ALL) // 10))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A stretch of video under one caption."""
+    """Consecutive frames with the same attributes."""
 
     attributes: Attributes
     frames: int
 
 
 def paths(segments: Sequence[Segment], start: tuple[float, float] = (SIZE / 2, SIZE / 2)) -> Tensor:
-    """Centres [frames, 2] (x, y) of the shape; its position carries on where the attributes change."""
+    """Centres [frames, 2] (x, y) of the shape; the position is continuous across segments."""
     steps = [torch.tensor(MOTIONS[segment.attributes.motion]).expand(segment.frames, 2) for segment in segments]
     moved = torch.cat(steps).float() * SPEED
     moved[0] = 0.0
@@ -74,7 +74,7 @@ def draw(
     start: tuple[float, float] = (SIZE / 2, SIZE / 2),
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The video of some segments: float32 [frames, 3, SIZE, SIZE], 0 to 1."""
+    """Draw the segments: float32 [frames, 3, SIZE, SIZE], 0 to 1."""
     centres = paths(segments, start).to(device)
     pictures, first = [], 0
     for segment in segments:
@@ -90,14 +90,14 @@ def draw(
 
 
 def coverage(shape: str, centres: Tensor) -> Tensor:
-    """How much of each pixel the shape covers: [frames, SIZE, SIZE], 0 to 1, with an edge one pixel wide."""
+    """Coverage of each pixel by the shape: [frames, SIZE, SIZE], 0 to 1, with an edge one pixel wide."""
     pixel = torch.arange(SIZE, device=centres.device) + 0.5
     dx, dy = ((pixel - centre[:, None] + SIZE / 2) % SIZE - SIZE / 2 for centre in centres.unbind(1))
     return (0.5 - _distance(shape, dx[:, None, :], dy[:, :, None])).clamp(0, 1)
 
 
 def _distance(shape: str, dx: Tensor, dy: Tensor) -> Tensor:
-    """Signed distance in pixels from the edge of the shape, negative inside (close to the edge, where it matters)."""
+    """Signed distance in pixels from the edge of the shape, negative inside; exact only near the edge."""
     if shape == "circle":
         return (dx.square() + dy.square()).sqrt() - RADIUS
     if shape == "square":
@@ -119,14 +119,14 @@ BACKDROPS = ("a plain {background} background.", "a {background} background.", "
 
 
 def caption(attributes: Attributes, generator: random.Random) -> str:
-    """One of several ways to say it, written like a prompt."""
+    """A random wording of the attributes."""
     opening = generator.choice(OPENINGS).format(look=f"{attributes.colour} {attributes.shape}")
     move = generator.choice(MOVES[attributes.motion])
     return f"{opening} {move} {generator.choice(BACKDROPS).format(background=attributes.background)}"
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption may hold, in alphabetical order, lower case."""
+    """All words of captions, in lower case and alphabetical order."""
     words = {word for text in (*OPENINGS, *BACKDROPS, *itertools.chain(*MOVES.values())) for word in text.split()}
     words = {word.strip(".").lower() for word in words if "{" not in word}
     return sorted(words | {*SHAPES, *COLOURS, *BACKGROUNDS})

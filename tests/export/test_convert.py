@@ -230,7 +230,7 @@ def test_wrong_folders_are_refused(source: Path, tmp_path: Path) -> None:
 
 def test_quantization_asks_for_a_converted_folder(source: Path, tmp_path: Path) -> None:
     config = ServeConfig(preset="tiny", weights=str(source), device="cpu")
-    with pytest.raises(ValueError, match="then quantize what comes out"):
+    with pytest.raises(ValueError, match="then quantize its output"):
         quantize(config, ["int8"], ["a fox"], tmp_path / "int8")
     converted(source, tmp_path / "out")
     config = ServeConfig(preset="tiny", weights=str(tmp_path / "out"), device="cpu")

@@ -117,7 +117,7 @@ def test_a_full_size_dit_takes_little_more_than_half(name: str) -> None:
 def test_recipes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"recipe: got 'int4', expected some of \['int8', 'fp8', 'int8-vae'\]"):
         combine_recipes(["int4"])
-    with pytest.raises(ValueError, match=r"got two for dit, text_encoder .int8 fp8., expected one for a model"):
+    with pytest.raises(ValueError, match=r"got two for dit, text_encoder .int8 fp8., expected one per model"):
         combine_recipes(["int8", "fp8"])
     assert combine_recipes(["int8", "int8-vae"]).keys() == set(MODELS)
 
@@ -251,11 +251,11 @@ def test_a_calibration_of_something_else_is_not_gone_on_with(fp8: Path, tmp_path
 def test_what_cannot_be_quantized_is_refused(fp8: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights: got 'random', expected a folder of checkpoints"):
         quantize(TINY, ["int8"], PROMPTS, tmp_path)
-    with pytest.raises(ValueError, match="the folder that is read; expected another one"):
+    with pytest.raises(ValueError, match="the source folder; expected another one"):
         quantize(DEMO, ["int8"], PROMPTS, SHIPPED)
     with pytest.raises(ValueError, match="prompts: got none"):
         quantize(DEMO, ["int8"], [], tmp_path)
-    with pytest.raises(ValueError, match="got a dit quantized by 'fp8', expected one that is not"):
+    with pytest.raises(ValueError, match="got a dit quantized by 'fp8', expected an unquantized one"):
         quantize(dataclasses.replace(DEMO, weights=str(fp8)), ["int8"], PROMPTS, tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(command, "quantize", stopped)
     assert command.main(["--recipe", "int8", "--out", str(tmp_path)]) == 130
-    assert "0 sessions are kept, the same command goes on there" in capsys.readouterr().err
+    assert "0 sessions are saved, the same command continues" in capsys.readouterr().err
 
 
 # Measures

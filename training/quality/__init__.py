@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo model shows, read off its frames."""
+"""Quality of the demo model, measured on its frames."""

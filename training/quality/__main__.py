@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what the demo model shows and writes it down: `python -m training.quality FOLDER --out JSON`.
+"""Measures the demo model's quality: `python -m training.quality FOLDER --out JSON`.
 
-With `--table` it prints a file of such figures as the tables of training/README.md.
+`--table` prints a results file as the tables of training/README.md.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from training.quality.workers import Workers
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "model_repository/longlive/1/demo"
 CODE = (*SERVER, "client", "benchmarks", "examples/story.jsonl", "training", ":!training/train_*.py")
-COUNTS = {  # default and least
+COUNTS = {  # default and minimum
     "captions": (200, 4),  # a quarter are combinations never trained on
-    "switches": (100, 1),  # without a pair on one background there is no flicker
+    "switches": (100, 1),  # flicker needs a pair with the same background
     "sessions_30s": (100, 0),
     "sessions_240s": (24, 0),
     "clips": (60, 2),
@@ -37,10 +37,10 @@ COUNTS = {  # default and least
 
 
 def real_time_factor(folder: Path) -> float:
-    """Seconds of video per second of one session, from a server to a client on two cores: VAE and gRPC included."""
+    """Seconds of video per second, of one session with server and client on two cores; VAE and gRPC included."""
     (scene,) = load_scenes(ROOT / "examples/story.jsonl")
     everywhere = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(everywhere)[:2])  # the server inherits it
+    os.sched_setaffinity(0, sorted(everywhere)[:2])  # inherited by the server
     try:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml") as settings:
             print(f'preset = "demo"\nweights = "{folder.absolute()}"', file=settings, flush=True)
@@ -57,7 +57,7 @@ def real_time_factor(folder: Path) -> float:
 
 
 def measure(folder: Path, counts: argparse.Namespace) -> dict[str, Any]:
-    quick = vae_psnr(folder, counts.clips) | {"realtime_factor_2_cores": real_time_factor(folder)}  # a fault shows soon
+    quick = vae_psnr(folder, counts.clips) | {"realtime_factor_2_cores": real_time_factor(folder)}  # fail early
     with Workers(folder) as workers:
         accuracy = attribute_accuracy(workers, counts.captions)
         table = ablation(workers, counts.switches)
@@ -74,7 +74,7 @@ def measure(folder: Path, counts: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The results as Markdown."""
     counts, by = record["counts"], record["attribute_accuracy_by"]
     psnr = f"{record['vae_psnr_db']:.1f} dB ({record['vae_psnr_db_held_out_combinations']:.1f} dB)"
     lines = [
@@ -125,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.quality", description=__doc__)
-    text = "weights, in the layout of the published checkpoints (default: the shipped ones)"
+    text = "weights, in the layout of the published checkpoints (default: the shipped weights)"
     parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED, help=text)
-    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to this file")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="measure nothing: print the tables of this file")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the results to this file")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="measure nothing; print the tables of this file")
     for name, (count, least) in COUNTS.items():
         text = f"{least} or more (default: %(default)s)"
         option = f"--{name.replace('_', '-')}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo model shows, read off its frames: attributes, prompt switches, drift, the decoder's PSNR.
+"""Quality measures of the demo model: attributes, prompt switches, drift, and the decoder's PSNR.
 
-Used by `quality`. The videos come out of the server's model runner itself: streamed decode, KV cache, recache.
+Used by `quality`. The server's model runner generates the videos: streamed decode, KV cache, recache.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from training.quality.reader import read
 from training.quality.workers import Script, Workers, video
 from training.world import ALL, Attributes, Segment, caption, draw
 
-SWITCH_AT = 5  # chunks: the window is full, so the sink stays that of the old prompt
+SWITCH_AT = 5  # chunks: the window is full, so the sink is the old prompt's
 CHUNKS_30S, CHUNKS_240S = 40, 321  # 477 and 3849 frames
-STEADY = 24  # frames before a switch that the seam is compared with
+STEADY = 24  # frames before a switch to compare the seam with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityCase:
-    """A video and what it should show."""
+    """A video and its expected attributes."""
 
     script: Script
     attributes: Attributes
     before: Attributes | None = None
-    """With a switch: what it shows up to chunk SWITCH_AT."""
+    """With a switch: the attributes before chunk SWITCH_AT."""
 
 
 def held_out_captions(count: int, seed: int) -> list[QualityCase]:
-    """New wordings and noise; the combinations that training never showed are among them."""
+    """New wordings and noise; up to a quarter are held-out combinations."""
     generator = random.Random(seed)
     requested = generator.sample(sorted(HELD_OUT, key=str), min(count // 4, len(HELD_OUT)))
     requested += generator.sample([look for look in ALL if look not in HELD_OUT], count - len(requested))
@@ -51,7 +51,7 @@ def held_out_captions(count: int, seed: int) -> list[QualityCase]:
 
 
 def switches(count: int, seed: int, on_switch: str) -> list[QualityCase]:
-    """Random pairs of combinations, the held-out ones among them."""
+    """Random pairs of combinations, including held-out ones."""
     generator = random.Random(seed)
     cases = []
     for number in range(count):
@@ -83,14 +83,14 @@ def through_240s(runner: ModelRunner, case: QualityCase) -> list[bool]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwitchResult:
-    """What a prompt switch did."""
+    """The effect of a prompt switch."""
 
     at_once: list[bool]
-    """Attributes that the prompt changed: whether they are right in the first chunk under it."""
+    """For each attribute that the prompt changes: whether it is right in the first chunk under it."""
     changed: list[bool]
     """The same in the second chunk."""
     kept: list[bool]
-    """Those that it did not change, in the second chunk."""
+    """For each other attribute: whether it is right in the second chunk."""
     seam: float | None
     """The largest mean difference of frames in the first 4 after the switch, of 255; None if the background changed."""
     steady: float
@@ -116,7 +116,7 @@ def after_switch(runner: ModelRunner, case: QualityCase) -> SwitchResult:
 
 
 def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
-    """Share of captions whose attributes are right, one by one and all of them, early and late."""
+    """Share of captions with right attributes, each and all of them, early and late in the video."""
     right: dict[str, list[bool]] = {}
     cases = held_out_captions(count, seed=0)
     for case, windows in zip(cases, workers.map("captions", early_and_late, cases), strict=True):
@@ -130,7 +130,7 @@ def attribute_accuracy(workers: Workers, count: int) -> dict[str, float]:
 
 
 def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float | None]:
-    """What one way to switch does, over random pairs of prompts; None where no pair has what it takes."""
+    """Results of one `on_switch` mode over random pairs of prompts. flicker is None without a common background."""
     results = workers.map(f"switches, {on_switch}", after_switch, switches(count, 1, on_switch))
     seams = [(result.seam, result.steady) for result in results if result.seam is not None]
     return {
@@ -142,12 +142,12 @@ def switching(workers: Workers, count: int, on_switch: str) -> dict[str, float |
 
 
 def ablation(workers: Workers, count: int) -> dict[str, dict[str, float | None]]:
-    """The three ways to switch, on the same prompts and noise."""
+    """Compare the three `on_switch` modes, with the same prompts and noise."""
     return {on_switch: switching(workers, count, on_switch) for on_switch in (RECACHE, KEEP, CLEAR)}
 
 
 def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
-    """Share of readings with all attributes right after 30 s, and through sessions of 240 s; nothing of 0 sessions."""
+    """Share of readings with all attributes right after 30 s, and over 240 s; omitted for 0 sessions."""
     found: dict[str, Any] = {}
     if short:
         found["drift_30s_accuracy"] = fmean(workers.map("30 s", after_30s, held_out_captions(short, seed=2)))

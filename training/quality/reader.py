@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads shape, colour, motion and background off video frames: the exact measure of what a demo video shows.
+"""Reads shape, colour, motion and background off the frames of a demo video.
 
-Used by the quality measure. It knows the world's drawing rules and nothing of the models.
+Used by the quality measure. It knows how `world.py` draws, but not the models.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE, SPEED, Attributes, coverage
 
-MASK_DISTANCE = 0.25  # how far in RGB a pixel must be from the background to belong to the shape
-CORE = 0.7  # of the largest such distance: pixels that show the shape's own colour
-SMALLEST = 20  # pixels; less is not a shape
+MASK_DISTANCE = 0.25  # minimum RGB distance from the background of the shape's pixels
+CORE = 0.7  # share of the largest distance, for pixels with the shape's colour
+SMALLEST = 20  # pixels of a shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a stretch of video shows. `None`: there is nothing that could be read."""
+    """The attributes of some frames. None: not readable."""
 
     shape: str | None
     colour: str | None
@@ -31,13 +31,13 @@ class Reading:
     """Intersection over union with the ideal shape, mean over frames."""
 
     def agrees(self, attributes: Attributes) -> dict[str, bool]:
-        """Per attribute, whether it is as asked for."""
+        """Per attribute, whether it is as expected."""
         requested = dataclasses.asdict(attributes)
         return {name: getattr(self, name) == value for name, value in requested.items()}
 
 
 def read(frames: Tensor) -> Reading:
-    """Read uint8 [frames, SIZE, SIZE, 3]; two chunks are enough. The majority of the frames decides the shape."""
+    """Read uint8 [frames, SIZE, SIZE, 3]; two chunks suffice. The shape is a majority vote of the frames."""
     video = frames.float().div(255).permute(0, 3, 1, 2)
     ground = video.flatten(2).median(-1).values  # [frames, 3]
     background = _nearest(ground.median(0).values, BACKGROUNDS)
@@ -65,7 +65,7 @@ def _nearest(colour: Tensor, palette: dict[str, tuple[float, float, float]]) -> 
 
 
 def _centre(mask: Tensor) -> Tensor:
-    """Centre of mass (x, y) on the torus: the mean of the angles that coordinates stand for."""
+    """Centre of mass (x, y) on the torus: the circular mean of the coordinates."""
     turn = 2 * math.pi / SIZE
     angles = (torch.arange(SIZE) + 0.5) * turn
     centre = []
@@ -76,7 +76,7 @@ def _centre(mask: Tensor) -> Tensor:
 
 
 def _shape(mask: Tensor, centre: Tensor) -> tuple[str, float]:
-    """The shape that overlaps most, at the mask's centre or up to two pixels beside it."""
+    """The shape with the largest IoU, and the IoU; shifted by up to two pixels from the mask's centre."""
     shifts = torch.cartesian_prod(torch.arange(-2.0, 2.5), torch.arange(-2.0, 2.5))
     best = ("", -1.0)
     for shape in SHAPES:
@@ -87,7 +87,7 @@ def _shape(mask: Tensor, centre: Tensor) -> tuple[str, float]:
 
 
 def _motion(centres: Tensor, seen: Tensor) -> str:
-    """The mean step between frames that follow each other, on the torus, against each motion's own."""
+    """The motion nearest to the mean step between consecutive frames, on the torus."""
     indices = seen.nonzero().flatten()
     follows = indices.diff() == 1
     steps = ((centres.diff(dim=0) + SIZE / 2) % SIZE - SIZE / 2)[follows]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many videos out of the server's model runner, one process per core: what the quality measure watches.
+"""Generates videos with the server's model runner in one process per core, for the quality measure.
 
-A task is a function of a model runner and a case; both travel between processes, so tasks are functions of a module.
+A task is a function of a model runner and a case. Tasks must be module-level functions to be pickled.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Case = TypeVar("Case")
 Result = TypeVar("Result")
 
 PRELOADED = [__name__, "transformers.models.umt5.modeling_umt5"]
-"""What every worker imports, in seconds: once, in the process that they are forked from."""
+"""Slow imports of the workers, done once in the fork server."""
 
-_runners: list[ModelRunner] = []  # a worker's model runner, once its process has begun
+_runners: list[ModelRunner] = []  # the worker process's model runner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Script:
-    """A video to be made: which prompt takes over at which chunk."""
+    """A video to generate: prompts by their first chunk."""
 
     prompts: dict[int, str]
-    """The first at chunk 0."""
+    """Must contain chunk 0."""
     seed: int
     on_switch: str = RECACHE
 
@@ -62,9 +62,9 @@ def video(runner: ModelRunner, script: Script, chunks: int) -> list[Tensor]:
 
 
 class Workers:
-    """Processes for `with`, each with the models in `folder` and one core.
+    """A context manager of worker processes, each with the models in `folder` and one thread.
 
-    `prepare`, a function of a module, may change each model runner before its first video.
+    `prepare`, a module-level function, may change each model runner before its first video.
     """
 
     def __init__(self, folder: Path, prepare: Callable[[ModelRunner], None] | None = None) -> None:
@@ -79,7 +79,7 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def map(self, title: str, task: Callable[[ModelRunner, Case], Result], cases: Sequence[Case]) -> list[Result]:
-        """The task's result for every case, in order, with a progress bar."""
+        """The task's results for all cases, in order; shows a progress bar."""
         futures = [self._pool.submit(_run, task, case) for case in cases]
         with Progress() as progress:
             for _ in progress.track(as_completed(futures), total=len(cases), description=title):
