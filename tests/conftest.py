@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several tests share: the golden files, a live server, and streams of both kinds."""
+"""Shared fixtures: exported graphs, servers, clocks, and both kinds of streams."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models so small that threads would but wait for each other
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
-os.environ.pop("COLUMNS", None)  # to which commands wrap what they say; processes that share the tests are given one
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for threads
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it on import
+os.environ.pop("COLUMNS", None)  # line width of commands; xdist sets it in its workers
 
 from filelock import FileLock
 from hypothesis import settings
@@ -34,9 +34,9 @@ from tests.support.both_streams import BlockingAsyncVideoStream, Open
 from tests.support.cases import write_case
 from tests.support.live import metric, start_server
 
-settings.register_profile("any machine", deadline=None)  # how long an example takes is no test's concern
+settings.register_profile("any machine", deadline=None)  # do not limit the time of an example
 settings.load_profile("any machine")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore SIGINT
 
 T = TypeVar("T")
 FIRST = (
@@ -45,8 +45,8 @@ FIRST = (
     "test_training", "test_bench", "test_proxies", "test_snapshot", "test_portability", "test_kernels_compile",
     "test_in_flight", "test_cudnn_plans", "test_benchmark", "test_replay", "test_tensorrt_engine",
 )  # fmt: skip
-"""The files that take longest, so that no process is left with one of them at the end; those that mostly wait stand
-apart, so that the others have the cores meanwhile."""
+"""The slowest files run first, so that none of them runs alone at the end. Files that mostly wait are spread out, so
+that others use the cores meanwhile."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,13 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=[False, True], ids=["host", "device"])
 def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Services under test have a model runner that computes when it is asked, and one that does so beside the host."""
+    """Run the test with a synchronous and with an asynchronous model runner."""
     monkeypatch.setattr("tests.fakes.service_bench.CountingModelRunner.asynchronous", request.param)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of every service that the test makes."""
+    """A fake clock for the test's engine cores."""
     its_own = Clock()
     for module in ("core", "session_manager", "client_stream"):
         monkeypatch.setattr(f"longlive_serve.engine.{module}.time", its_own)
@@ -70,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> tuple[Path, T]:
-    """A folder that `make` fills, and what that returns: by one of the processes that share the tests, for all."""
+    """A folder filled by `make`, and its return value; computed once for all xdist workers."""
     shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -84,7 +84,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 class ExportedGraphs:
-    """Exports a preset with random weights in float32, once; gives the folder."""
+    """Exports a preset with random weights in float32, once. Calling it returns the folder."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self._factory = factory
@@ -93,7 +93,7 @@ class ExportedGraphs:
         return self._get(preset, variant)[0]
 
     def written(self, preset: str, variant: str) -> list[ExportResult]:
-        """What the export said of each graph."""
+        """The export's results for each graph."""
         return self._get(preset, variant)[1]
 
     def _get(self, preset: str, variant: str) -> tuple[Path, list[ExportResult]]:
@@ -113,7 +113,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraphs:
 
 @pytest.fixture(scope="session")
 def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """The golden model as graphs, by whether its RoPE is relative: what the command writes."""
+    """The golden model as graphs, with absolute or relative RoPE, written by `export.to_onnx`."""
 
     def graphs(relative: bool) -> Path:
         name = "dit_tiny_infinity" if relative else "dit_tiny_rollout"
@@ -130,13 +130,13 @@ def case_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Pa
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A model repository whose model is an echo."""
+    """A model repository with the echo model."""
     return write_repository(tmp_path / "models")
 
 
 @pytest.fixture
 def launch(repository: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """Starts the server's command line with the echo; options and `stderr` as `Launched` has them."""
+    """Starts the server's command line with the echo model; arguments as for `Launched`."""
     with contextlib.ExitStack() as stack:
 
         def start(*options: str, stderr: int | None = None) -> Launched:
@@ -164,7 +164,7 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=[VideoStream, BlockingAsyncVideoStream], ids=["sync", "async"])
 def stream(request: pytest.FixtureRequest) -> Open:
-    """Streams that raise when their connection breaks; how they go on instead is in test_resumable.py."""
+    """Streams that do not resume: they raise when their connection breaks. test_resumable.py tests resuming."""
 
     def opened(prompt: str, **settings: Any) -> VideoStream:
         return request.param(prompt, **({"resume_for": 0.0} | settings))
@@ -173,6 +173,5 @@ def stream(request: pytest.FixtureRequest) -> Open:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores, as many tests wait; with two more each test takes longer than that saves.
-    Each takes a gigabyte, so there are not too many."""
+    """One more process than cores, because many tests wait; two more are slower. At most 8: each takes a gigabyte."""
     return min(8, 1 + len(os.sched_getaffinity(0)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-ins for CUDA's streams and graphs, for tests without a GPU: everything is done at once.
+"""Synchronous fakes of CUDA streams and graphs, for tests without a GPU.
 
-What runs beside what is not shown by this; what is done on which stream, and what a graph holds, is.
+They check the stream of each operation and the content of graphs, but not concurrency.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GPU, CAPABILITY = "NVIDIA H200", (9, 0)
 
 
 class Stream:
-    """A CUDA stream on which everything is done at once."""
+    """A CUDA stream that executes synchronously."""
 
     def __init__(self, device: Any = None) -> None:
         self.cuda_stream = id(self)
@@ -30,7 +30,7 @@ class Stream:
 
 
 class CudaGraph:
-    """What was executed while it was captured, again."""
+    """Replays the work that was executed during the capture."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], None]] = []
@@ -42,7 +42,7 @@ class CudaGraph:
 
 
 class Cuda:
-    """The state of the stand-in, and how often what was done."""
+    """The state of the fake, with counters."""
 
     def __init__(self) -> None:
         self.reset()
@@ -53,9 +53,9 @@ class Cuda:
         self.capturing: CudaGraph | None = None
         self.executed = self.captured = self.replayed = 0
         self.blocks: set[int] = set()
-        """Where activations lie."""
+        """Addresses of activation memory."""
         self.fails = False
-        """Whether TensorRT fails from now on."""
+        """Make TensorRT calls fail."""
 
     def current_stream(self, device: Any = None) -> Stream:
         return self.current
@@ -78,7 +78,7 @@ cuda = Cuda()
 
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[Cuda]:
-    """torch says that there is a GPU, and its streams and graphs are the stand-ins."""
+    """Make torch report a GPU and use the fake streams and graphs."""
     cuda.reset()
     stand_ins = {
         "is_available": lambda: True,

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In place of cuDNN's frontend: graphs of attention and of convolutions, computed on the CPU at the addresses that they
-are given.
+"""A fake of cuDNN's frontend: attention and convolution graphs, computed on the CPU at the given addresses.
 
-It does what the documentation says of each number and knows of no kernel: what it shows is that every pointer, shape,
-stride and scale goes where it belongs.
+It follows the documentation and has no real kernels: it checks all pointers, shapes, strides and scales.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ from tests.fakes.graphs_on_cpu import Stream
 PROPERTIES = '{"deviceName": "a CPU"}'
 BYTES = {"fp8": (torch.float8_e4m3fn, 1), "float": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}
 KERNELS = {17: 8e-3, 23: 3e-3, 31: 0.0, 46: 9e-3, 47: 0.0}
-"""Those of the backend that comes first, with the seconds that they take; 31 does not compile, 47 gives zeros."""
+"""Kernel configurations with their seconds; 31 does not compile, 47 returns zeros."""
 
 
 class Declared:
-    """A tensor of the graph: what is said of it, as the frontend lets it be said."""
+    """A tensor of the graph; records its attributes and supports the frontend's setters."""
 
     def __init__(self, **said: Any) -> None:
         self.said = said
@@ -55,13 +53,13 @@ class Declared:
 
 class Graph:
     built: ClassVar[list[str]] = []
-    """What was compiled, in order."""
+    """Compiled plans, in order."""
     seconds: ClassVar[float] = 0.0
-    """That all kernels have taken so far."""
+    """Total time of all executed kernels."""
     readable: ClassVar[bool] = True
 
     stored: ClassVar[list[Graph]] = []
-    """What was serialized, each with one plan."""
+    """Serialized graphs, each with one plan."""
 
     def __init__(self, **options: Any) -> None:
         assert options.get("handle", "handle") == "handle"
@@ -171,11 +169,11 @@ class Graph:
 
 
 class NotSupportedError(Exception):
-    """As the frontend's: no RuntimeError."""
+    """Like the frontend's, it is not a RuntimeError."""
 
 
 class Pool:
-    """As a pool of processes; all in this one, which has the stand-in."""
+    """A process pool that runs in this process, which has the fake; checks that arguments can be pickled."""
 
     def __init__(self, processes: int, context: object) -> None:
         assert processes > 1

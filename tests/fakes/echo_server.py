@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real server whose model is an echo: it starts in a second. And the server's command line as a process."""
+"""A real server with an echo model, which starts in a second; and the server's command line as a process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from longlive_serve.protocol.messages import FrameChunk
 
 
 class TritonPythonModel:
-    """Answers with what it was given by the server, and logs 100 kB; a request with CHUNKS = 0 stays open."""
+    """Responds with its settings and logs 100 kB; a request with CHUNKS = 0 stays open."""
 
     def initialize(self, args):
         self.config = ServeConfig.from_toml(os.environ["LONGLIVE_CONFIG"])
@@ -67,7 +67,7 @@ def write_repository(folder: Path) -> Path:
 
 
 class EchoStream:
-    """A stream of the real client; `answers` gets (result, error)."""
+    """A stream of tritonclient; `answers` receives (result, error)."""
 
     def __init__(self, url: str) -> None:
         self.answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
@@ -113,10 +113,10 @@ def descendants(pid: int) -> set[int]:
 
 
 class Launched:
-    """The command line as a process, ready; it puts its scratch folder into `folder`."""
+    """The command line as a process, once ready; its temporary files are in `folder`."""
 
     def __init__(self, repository: Path, folder: Path, *options: str, stderr: int | None = None) -> None:
-        """`stderr`: a descriptor; None: what is written there can be asked for."""
+        """`stderr`: a file descriptor; None: `said` returns the output."""
         folder.mkdir()
         self._folder, self._said = folder, folder.with_name("stderr")
         ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
@@ -142,11 +142,11 @@ class Launched:
 
     @property
     def said(self) -> str:
-        """What it has written to stderr so far."""
+        """The output on stderr so far."""
         return self._said.read_text(encoding="utf-8")
 
     def echo(self) -> str:
-        """The answer to a request."""
+        """Send a request and return its response."""
         with EchoStream(self.grpc_url) as stream:
             stream.send(chunks=None, end=True)
             return stream.notice()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs without a GPU: a capture records every PyTorch operation and every kernel, a replay does them again on
-the same memory.
+"""CUDA graphs without a GPU: a capture records every PyTorch operation and every kernel; a replay repeats them on the
+same memory.
 
-It holds what a real graph holds: tensors by their place, numbers by their value, nothing of Python's. So whatever the
-host decides anew in a call, or copies to another place, is missed by a replay here as it is there; and what waits for
-the device while capturing is an error, as it is there. How fast it is, and what runs beside what, is not shown.
+Like a real graph, it stores tensors by address, numbers by value, and no Python state. So a replay repeats neither
+decisions of the host nor copies to new addresses, and a synchronization during capture is an error. Speed and
+concurrency are not simulated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal")
 
 
 class Recorder(TorchDispatchMode):
-    """Records operations as they are done, and undoes what they wrote: a capture changes nothing."""
+    """Records executed operations and undoes their writes, because a capture does not execute them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in WAITS:
-            raise RuntimeError(f"{func}: waits for the device while a graph is captured")
+            raise RuntimeError(f"{func}: synchronizes during a graph capture")
         with _disable_current_modes():
             written = zip(func._schema.arguments, args, strict=False)
             self.keep(leaf for argument, given in written if argument.is_write for leaf in tree_leaves(given))
@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Graph:
-    """In place of torch.cuda.CUDAGraph."""
+    """Replaces torch.cuda.CUDAGraph."""
 
     captured = replayed = 0
 
@@ -96,7 +96,7 @@ current: list[Graph] = []
 
 @contextlib.contextmanager
 def graphs_on_cpu() -> Iterator[type[Graph]]:
-    """CudaGraphs that are made within capture and replay, on the CPU."""
+    """Make new CudaGraphs capture and replay on the CPU."""
     Graph.captured = Graph.replayed = 0
     launch = InterpretedFunction.run
 
@@ -104,7 +104,7 @@ def graphs_on_cpu() -> Iterator[type[Graph]]:
         if not current:
             return launch(self, *args, **kwargs)
         recorder = current[-1].recorder
-        with _disable_current_modes():  # the interpreter uses PyTorch itself
+        with _disable_current_modes():  # do not record the interpreter's own PyTorch operations
             recorder.keep(args)
             launch(self, *args, **kwargs)
         recorder.work.append(lambda: launch(self, *args, **kwargs))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the kernels for Hopper at their real sizes, on a machine without a GPU; nothing is launched.
 
-Used by `tests.benchmarks.machine_code`: what each takes of a multiprocessor, and its instructions.
+Used by `tests.benchmarks.machine_code`, which reports each kernel's resources and instructions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from longlive_serve.kernels.norms import residual_norm, rms_norm
 from longlive_serve.kernels.quantize import gelu, quantize_rows
 from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
 
-SHARED_MEMORY = 232448  # bytes that a block may have
-REGISTERS, SHARED, WARPS, BLOCKS = 65536, 233472, 64, 32  # of a multiprocessor
-RESERVED = 1024  # bytes of shared memory that every block takes beside its own
+SHARED_MEMORY = 232448  # maximum bytes per block
+REGISTERS, SHARED, WARPS, BLOCKS = 65536, 233472, 64, 32  # per multiprocessor
+RESERVED = 1024  # bytes of shared memory that CUDA reserves per block
 INSTRUCTIONS = {
     "matrix": r"[HQI]G?MMA\.",
     "special function": r"MUFU\.",
@@ -41,12 +41,12 @@ INSTRUCTIONS = {
     "shared memory": r"LDS|STS|LDSM|STSM",
     "shuffle": r"SHFL",
 }
-"""Kinds of SASS instructions, by their names."""
+"""Regular expressions for kinds of SASS instructions."""
 TOKENS, WINDOW, WIDTH, HEADS, HEAD, INNER = 4680, 18720, 1536, 12, 128, 8960
 
 
 class Hopper:
-    """What Triton asks of a driver, for a GPU that is not there."""
+    """A Triton driver for a GPU that is not present."""
 
     def __init__(self) -> None:
         self.kernels: list[Kernel] = []
@@ -72,7 +72,7 @@ class Hopper:
 
         def benchmark(call: Callable[[], None], quantiles: Sequence[float]) -> Sequence[float]:
             time = next(times)
-            return [time for _ in quantiles]  # the first is the fastest, and compiled afterwards
+            return [time for _ in quantiles]  # the first candidate is the fastest, so it is compiled
 
         return benchmark
 
@@ -80,7 +80,7 @@ class Hopper:
         self._warps = metadata["num_warps"]
 
     def _load(self, name: str, binary: bytes, shared: int, _: int) -> tuple[None, None, int, int, int]:
-        """Takes the place of loading a kernel, which follows its compilation."""
+        """Called instead of loading a compiled kernel."""
         kernel = describe(name, binary, shared, self._warps)
         self.kernels.append(kernel)
         return None, None, kernel.registers, 0, 1024
@@ -88,37 +88,37 @@ class Hopper:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A kernel as compiled."""
+    """A compiled kernel."""
 
     name: str
     registers: int
-    """Of a thread."""
+    """Per thread."""
     stack: int
-    """Bytes. More than 0: registers spill."""
+    """Bytes; more than 0 if registers spill."""
     shared: int
-    """Bytes of a block."""
+    """Bytes per block."""
     warps: int
-    """Of a block."""
+    """Per block."""
     instructions: dict[str, int]
-    """By kind, as they stand in the code: how often a loop runs is not known."""
+    """Static count by kind: a loop's body counts once."""
     products: list[str]
-    """The matrix instructions that it has."""
+    """Names of its matrix instructions."""
 
     @property
     def blocks(self) -> int:
-        """That a multiprocessor holds at once."""
+        """Concurrent blocks per multiprocessor."""
         of_a_warp = -(-self.registers // 8) * 8 * 32
         by_registers = REGISTERS // (of_a_warp * self.warps)
         return min(by_registers, SHARED // (self.shared + RESERVED), WARPS // self.warps, BLOCKS)
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that there are."""
+        """Share of a multiprocessor's warps in use."""
         return self.blocks * self.warps / WARPS
 
 
 def describe(name: str, binary: bytes, shared: int, warps: int) -> Kernel:
-    """What the disassembler says of a kernel."""
+    """Disassemble a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -138,7 +138,7 @@ def describe(name: str, binary: bytes, shared: int, warps: int) -> Kernel:
 
 
 def _instructions(code: str) -> Iterator[str]:
-    """The names of SASS instructions, without what only fills up the last cache line."""
+    """The names of SASS instructions, without padding."""
     for found in re.finditer(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE):
         if found[1] != "NOP":
             yield found[1]
@@ -180,7 +180,7 @@ def kernels_of_attention() -> None:
 
 
 def compiled() -> list[Kernel]:
-    """Every kernel of ours, once for each way it is called in, attention with its first tile size."""
+    """Compile every kernel in each of its call variants; attention only with its first tile size."""
     hopper = Hopper()
     triton.runtime.driver.set_active(hopper)
     kernels_of_rows()

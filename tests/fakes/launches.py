@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what a GPU would be given: kernels, and the bytes that they read and write, at full size, on no device.
+"""Counts kernel launches and the bytes that kernels read and write, at full size, without a device.
 
-Tensors are PyTorch's `meta` ones, so nothing is computed, and Triton's kernels are counted instead of launched. A
-tensor that a kernel reads or writes counts once with all its bytes, as if caches held nothing between two kernels.
-PyTorch's convolutions on a GPU add their bias in a pass of its own; attention is one kernel.
+Tensors are on `meta`, so nothing is computed; Triton kernels are counted instead of launched. Every tensor that a
+kernel reads or writes counts with all its bytes, as without a cache. PyTorch's convolutions add their bias in a
+separate kernel; attention is one kernel.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ CHANGED: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "_residual_norm_kernel": lambda given: () if given["update_ptr"] is None else ("x_ptr",),
     "_norm_silu_kernel": lambda given: ("x_ptr",) if given["KEEP"] else (),
 }
-"""What a kernel of ours both reads and writes."""
+"""Arguments that one of our kernels both reads and writes."""
 
 
 @dataclasses.dataclass
 class Work:
-    """Kernels, and bytes that they move."""
+    """Kernel launches and the bytes they move."""
 
     launches: int = 0
     bytes: int = 0
@@ -44,7 +44,7 @@ class Work:
 
 
 def _size(tensor: Tensor) -> int:
-    """Its bytes; what is expanded has no more of them than there are in memory."""
+    """Bytes of a tensor; expanded dimensions do not count."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
@@ -62,7 +62,7 @@ class _Operations(TorchDispatchMode):
         is_view = not writes and all(tensor.untyped_storage()._cdata in memory for tensor in made)
         if name in NO_KERNEL or is_view or not all(tensor.is_meta for tensor in made):
             return out
-        if writes and name in ("copy_", "fill_", "zero_"):  # what they write they do not read
+        if writes and name in ("copy_", "fill_", "zero_"):  # these do not read their target
             made = []
         self._work.add([*given, *made])
         if name == "convolution" and args[2] is not None:
@@ -79,14 +79,14 @@ class _Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args
-        out = torch.empty_like(q)  # laid out as the queries are
+        out = torch.empty_like(q)  # with the layout of the queries
         self._work.add([q, k, v, out])
         return out
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Work]:
-    """What the operations within come to."""
+    """Count the work of all operations in the context."""
     work = Work()
 
     def launch(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gRPC server that speaks Triton's protocol and says what a test tells it to: the real wire, no model behind it.
+"""A gRPC server with Triton's protocol and scripted responses: the real wire without a model.
 
-Its errors look like Triton's: the request's id stays, the tensors go, and words may stand before the message.
+Its errors look like Triton's: with the request's id, without tensors, and with an optional prefix before the message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Received:
-    """A request as the server sees it."""
+    """A decoded request."""
 
     id: str
     session_id: str
@@ -54,7 +54,7 @@ class Received:
 
 
 class Conversation:
-    """One stream: `next()` waits for the client's next request; `gone` is set when the client has left."""
+    """One stream: `next()` waits for the client's next request; `gone` is set on disconnect."""
 
     def __init__(self, requests: Iterator[Any], context: Any) -> None:
         self._requests = requests
@@ -85,7 +85,7 @@ Script = Callable[[Conversation], Iterator[Any]]
 
 
 class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Runs `script` for each stream; what it yields is sent."""
+    """Runs `script` for each stream and sends the yielded responses."""
 
     def __init__(self, script: Script) -> None:
         self._script = script
@@ -105,7 +105,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self._server.stop(grace=None).wait()
 
     def ModelStreamInfer(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
-        # The client's half of the stream has ended when `next()` finds no request: so does the script.
+        # `next()` fails when the client closes its half of the stream; this ends the script.
         try:
             yield from self._script(Conversation(request_iterator, context))
         except RuntimeError as error:
@@ -123,7 +123,7 @@ def chunk(request: Received, index: int, *, final: bool = False, **fields: Any) 
 
 
 def acknowledgement(request: Received, *, final: bool = True, **fields: Any) -> Any:
-    """An answer without frames."""
+    """A response without frames."""
     frames = np.zeros((0, *SIZE, 3), np.uint8)
     return _response(request, FrameChunk(frames=frames, first_frame=0, **({"prompt_index": 0} | fields)), final)
 
@@ -154,7 +154,7 @@ def _response(request: Received, content: FrameChunk, is_final: bool) -> Any:
 
 
 def well_behaved(conversation: Conversation) -> Iterator[Any]:
-    """What the real model does with requests that come one after another: chunks, switches, acknowledgements."""
+    """Responds like the real model to sequential requests: chunks, prompt switches, acknowledgements."""
     made, prompts, in_force = 0, 0, 0
     pending: list[tuple[int, int]] = []
     while True:
@@ -174,7 +174,7 @@ def well_behaved(conversation: Conversation) -> Iterator[Any]:
 
 
 def recorded(script: Script, into: list[Received]) -> Script:
-    """`script`, with every request it takes kept in `into`."""
+    """`script`, with all received requests appended to `into`."""
 
     def run(conversation: Conversation) -> Iterator[Any]:
         take = conversation.next
@@ -193,7 +193,7 @@ Part = Callable[[Conversation, Received], Iterator[Any]]
 
 
 class Sequel:
-    """A script for every connection in turn; remembers what each of them was asked first."""
+    """Runs one part per connection, in order; records the first request of each."""
 
     def __init__(self, *parts: Part) -> None:
         self._parts = iter(parts)
@@ -224,6 +224,6 @@ def ends_after(*indices: int) -> Part:
 
 
 def full(conversation: Conversation, start: Received) -> Iterator[Any]:
-    """No slot is free, and the queue is full or the session would not wait."""
+    """Refuses the session because no slot is free."""
     yield error(start, "[unavailable] no slot is free; try again in 30 s")
     yield error(conversation.next(), "[unknown_session] it has ended")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A service under test: a model runner that only counts, and senders that remember."""
+"""An engine core under test, with a model runner that only counts and senders that record."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from longlive_serve.protocol.errors import RequestError
 from longlive_serve.protocol.messages import FrameChunk, Request
 from longlive_serve.protocol.session_options import Options
 
-LIMIT_S = 60.0  # that something happens at all, on a machine however busy
+LIMIT_S = 60.0  # timeout for any event, also on a busy machine
 FAST = Options(pace="asap")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
 class Clock:
-    """The service's time: it stands still unless a test lets some pass."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self._now = 10**12
@@ -55,8 +55,8 @@ class Clock:
 
 
 class CountingModelRunner:
-    """Advances sessions without models. `gate` holds the worker inside a chunk while it is cleared; of a model runner
-    that is asynchronous, it holds chunks in flight."""
+    """Advances sessions without models. While `gate` is cleared, the worker blocks inside a chunk; if `asynchronous`,
+    chunks stay in flight."""
 
     config = PRESETS["tiny"]
     backends = SimpleNamespace(
@@ -70,7 +70,7 @@ class CountingModelRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.held = threading.Event()
-        """Set when the worker has come to the closed gate."""
+        """Set when the worker has reached the closed gate."""
         self.turns: list[str] = []
         self.slots: dict[str, int] = {}
 
@@ -113,7 +113,7 @@ class CountingModelRunner:
 
 
 class RecordingResponseSender:
-    """Remembers what was sent and by which thread."""
+    """Records the sent chunks and the sending threads."""
 
     def __init__(self, *, broken: bool = False) -> None:
         self.chunks: list[FrameChunk] = []
@@ -149,7 +149,7 @@ class Bench:
     runner: CountingModelRunner
     service: EngineCore
     figures: dict[str, float]
-    """By name; those with labels under the last of them."""
+    """Metrics by name; for metrics with labels, the last update."""
 
     def ask(
         self, session_id: str, sender: RecordingResponseSender | None = None, **request: Any
@@ -165,7 +165,7 @@ class Bench:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Who comes meanwhile is there for the worker all at once when it is over. `nobody` has a slot until then."""
+        """Block the worker, so that it gets all requests of the context at once. Session `nobody` holds a slot."""
         self.runner.gate.clear()
         nobody = self.start("nobody", chunks=1, end=True)
         wait_until(self.runner.held.is_set)

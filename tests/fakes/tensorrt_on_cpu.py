@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for TensorRT's runtime: with it and `cuda_on_cpu.py`, `tensorrt_session.py` runs on the CPU.
+"""A fake of TensorRT's runtime: with it and `cuda_on_cpu.py`, `tensorrt_session.py` runs on the CPU.
 
-An engine is a JSON file here, which names the ONNX graph that it was made of and its optimization profiles. Executing
-it runs that graph in ONNX Runtime on whatever lies at the addresses that were set. What TensorRT asks of its caller is
-asked for here as well, so a wrong address, shape, profile or stream gives an error or wrong numbers.
+An engine is a JSON file with the path of its ONNX graph and its optimization profiles. Executing it runs the graph in
+ONNX Runtime on the memory at the given addresses. It checks TensorRT's preconditions, so a wrong address, shape,
+profile or stream causes an error or wrong numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 @contextlib.contextmanager
 def without_tensorrt() -> Iterator[None]:
-    """Nothing is bound to a TensorRT inside, whatever was before; afterwards what was bound before is again."""
+    """Unload the modules that import TensorRT; restore them on exit."""
     kept = _forget()
     try:
         yield
@@ -63,7 +63,7 @@ def _forget() -> dict[str, ModuleType]:
 
 
 def write_engines(graphs: Path, out: Path, **built: Any) -> Path:
-    """What `export.to_tensorrt` would make of the folder `graphs`; `built` changes what it says it was built for."""
+    """Write the output of `export.to_tensorrt` for the folder `graphs`; `built` overrides the build information."""
     manifest = Manifest.read(graphs)
     config = ModelConfig.from_sizes(manifest.sizes)
     table, files = graph_io(config, manifest.variant), {}
@@ -119,7 +119,7 @@ class Engine:
         self.logger, self.profiles, self.in_place = logger, engine["profiles"], engine["in_place"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        options.log_severity_level = 3  # it warns of every write into the cache that it copies
+        options.log_severity_level = 3  # hide warnings about copied cache writes
         self.session = onnxruntime.InferenceSession(engine["graph"], options)
         self.inputs = {node.name: _DTYPES[node.type] for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
@@ -177,10 +177,10 @@ class Context:
             self.engine.logger.log(Severity.ERROR, "an illegal memory access was encountered")
             return False
         addresses, shapes = dict(self.addresses), dict(self.shapes)
-        assert stream_handle == cuda.current.cuda_stream != 0, "TensorRT would wait for the default stream"
+        assert stream_handle == cuda.current.cuda_stream != 0, "TensorRT would synchronize with the default stream"
         assert self.memory >= self.engine.device_memory_size_v2
         for output, name in self.engine.in_place.items():
-            assert addresses[output] == addresses[name], f"{output}: a cache is written where it is"
+            assert addresses[output] == addresses[name], f"{output}: must be updated in place"
 
         def execute() -> None:
             _execute(self.engine, shapes, addresses)
@@ -191,7 +191,7 @@ class Context:
             execute()
             return True
         cuda.capturing.work.append(execute)
-        return self.executed_with == shapes  # what TensorRT does once for new shapes cannot be captured
+        return self.executed_with == shapes  # the first call with new shapes cannot be captured
 
 
 def _execute(engine: Engine, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
@@ -201,7 +201,7 @@ def _execute(engine: Engine, shapes: dict[str, tuple[int, ...]], addresses: dict
 
 
 def _memory(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """The array that lies at an address."""
+    """The array at an address."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = memoryview((ctypes.c_byte * count).from_address(address))
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
@@ -209,7 +209,7 @@ def _memory(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any,
 
 @contextlib.contextmanager
 def tensorrt_on_cpu() -> Iterator[Cuda]:
-    """`import tensorrt` gives the stand-in, and torch has those of `cuda_on_cpu`."""
+    """Make `import tensorrt` return the fake; includes `cuda_on_cpu`."""
     module = ModuleType("tensorrt")
     for name, part in {
         "__version__": VERSION,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of kernels share. Run with TRITON_INTERPRET=0 on a GPU they check the compiled kernels there."""
+"""Helpers of the kernel tests. With TRITON_INTERPRET=0 on a GPU, they test the compiled kernels."""
 
 from __future__ import annotations
 

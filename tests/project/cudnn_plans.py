@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether cuDNN has plans for our FP8 on a GPU that is not here: `python -m tests.project.cudnn_plans`.
+"""Checks without a GPU that cuDNN has plans for our FP8 graphs: `python -m tests.project.cudnn_plans`.
 
-cuDNN plans for a device whose properties it is told. It is asked with the graphs that the fused backend makes, at the
-sizes that are served; of some it compiles the kernel too, whose matrix instructions are then looked at. What stands
-where the driver and the CUDA runtime would be is made with gcc: nothing runs. The wheels are NVIDIA's and lie in the
-user's cache folder.
+cuDNN can plan for given device properties. It gets the fused backend's graphs at the served sizes; for some of them it
+also compiles the kernel, whose matrix instructions are then listed. gcc builds stubs of the driver and the CUDA
+runtime, so nothing runs. NVIDIA's wheels are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from longlive_serve.config.presets import PRESETS
 ROOT = Path(__file__).parents[2]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "longlive-serve", "cudnn_plans")
 WHEELS = ("nvidia-cudnn-cu13==9.19.0.56", "nvidia-cuda-nvrtc==13.0.88", "nvidia-cudnn-frontend==1.22.0")
-"""The libraries that torch 2.11 brings, the compiler among them; the way to them is that of pyproject.toml."""
+"""The versions that torch 2.11 depends on, with the compiler."""
 BUILT = (
     "attention, 3 to 12 frames",
     "convolution, 96 to 96 channels, 12 frames, 480x832, and a sum",
@@ -72,7 +71,7 @@ cuLaunchCooperativeKernel cuLaunchKernel cuLaunchKernelEx cuLibraryLoadFromFile 
 cuLinkComplete cuLinkCreate cuLinkDestroy cuModuleGetFunction cuModuleLoadData cuModuleUnload
 cuOccupancyMaxPotentialClusterSize cuStreamGetCtx cuTensorMapEncodeIm2col cuTensorMapEncodeTiled
 """
-"""What cuDNN looks for in the driver's library before it plans."""
+"""Driver functions that cuDNN looks up before it plans."""
 _LOADER = """
 #include <stdint.h>
 #include <stdio.h>
@@ -97,7 +96,7 @@ int cuLibraryLoadData(void **library, const unsigned char *elf) {
     return 0;
 }
 """
-"""What it asks of the driver when it loads a kernel that it has compiled, which is written to a file."""
+"""Stubs for loading a compiled kernel; they write it to a file."""
 _RUNTIME = """
 #include <string.h>
 int cudaGetDevice(int *device) { return *device = 0; }
@@ -109,12 +108,12 @@ int cudaGetDeviceProperties(char *facts, int device) {
 }
 int cudaGetDeviceProperties_v2(char *facts, int device) { return cudaGetDeviceProperties(facts, device); }
 """
-"""What the frontend asks itself: the compute capability."""
+"""Stubs for the frontend, which queries the compute capability."""
 _PRODUCTS = "long cublasLtGetVersion(void) { return 130100; }\n"
 
 
 def libraries() -> Path:
-    """The unpacked wheels; fetched when they are not there. Raises RuntimeError."""
+    """The folder of the unpacked wheels; downloads missing ones. Raises RuntimeError."""
     folder = HOME / "-".join(wheel.rpartition("=")[2] for wheel in WHEELS)
     if not folder.exists():
         HOME.mkdir(parents=True, exist_ok=True)
@@ -128,10 +127,10 @@ def libraries() -> Path:
 
 
 def plans(capability: int, build: bool = True) -> dict[str, str]:
-    """By graph the plans that cuDNN has on an H200 of this compute capability (its own is 900), or why none; with
-    `build`, of those in BUILT, the matrix instructions of the first one.
+    """cuDNN's plans by graph, for an H200 with this compute capability (900 is its own), or the reason for none.
 
-    Raises RuntimeError where it cannot be asked.
+    With `build`, also the matrix instructions of the first plan of the graphs in BUILT. Raises RuntimeError if cuDNN
+    cannot be loaded.
     """
     folder = libraries()
     with tempfile.TemporaryDirectory() as made:
@@ -154,7 +153,7 @@ def plans(capability: int, build: bool = True) -> dict[str, str]:
 
 
 def _products(kernel: Path) -> str:
-    """Its matrix instructions."""
+    """The matrix instructions of a kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return " ".join(sorted(set(re.findall(r"[HQ]G?MMA\.\S+", _run(str(tool), "-sass", str(kernel))))))
 
@@ -167,7 +166,7 @@ def _run(*command: str, env: dict[str, str] | None = None) -> str:
 
 
 def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
-    """All that the fused backend asks for in full size, with the names that are printed."""
+    """All graphs of the fused backend at full size, with printable names."""
     config, fp8 = PRESETS["longlive-1.3b"], torch.float8_e4m3fn
     heads, size, rows = config.dit.num_heads, config.dit.head_dim, config.tokens_per_frame
     for queries, keys in ((3, 3), (3, 6), (3, 9), (3, 12), (6, 6), (9, 9), (9, 12), (12, 12)):  # steps and recaches
@@ -178,7 +177,7 @@ def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
         yield f"attention, {queries} to {keys} frames", cudnn_attention.attention_graph, tensors
     widths = (384, 384, 0), (192, 384, 1), (384, 384, 1), (192, 192, 2), (96, 96, 3)
     sizes = [(width, frames) for width in widths for frames in sorted({1, *(n << min(width[2], 2) for n in (1, 2, 3))})]
-    for (inputs, outputs, doublings), frames in sizes:  # an opening; a latent frame, two, a chunk
+    for (inputs, outputs, doublings), frames in sizes:  # the first latent frame; one, two, three latent frames
         place = config.latent_height << doublings, config.latent_width << doublings
         x, out, weight = (
             torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last_3d)
@@ -192,7 +191,7 @@ def _graphs() -> Iterator[tuple[str, Make, Tensors]]:
 
 
 def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
-    """In the process that has the libraries."""
+    """Runs in the subprocess with the libraries."""
     import cudnn
 
     device = cudnn.create_device_properties(json.dumps(H200 | {"deviceVer": capability}))
@@ -213,18 +212,18 @@ def _ask(capability: int, build: Sequence[str]) -> dict[str, str]:
 
 
 def _build_beside(found: Mapping[str, str]) -> str:
-    """Three plans as the server has them built, in processes and once more out of the cache; the bytes of each. Nothing
-    here can load them: that takes a device."""
+    """Build three plans like the server, in processes, then load them from the cache. Returns the size of each. Running
+    them would need a device."""
     graphs = {name: GraphSpec.of(make, tensors) for name, make, tensors in _graphs()}
     tasks = [Task(graphs[f"attention, 3 to {keys} frames"], "eng2_k24=7") for keys in (3, 6)]
-    tasks.append(Task(graphs["attention, 3 to 9 frames"], "eng2_k24=63"))  # there is no such kernel
+    tasks.append(Task(graphs["attention, 3 to 9 frames"], "eng2_k24=63"))  # this kernel does not exist
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["KERNELS"] = folder  # for what is in the place of the driver
+        os.environ["KERNELS"] = folder  # read by the driver stub
         first = Builds(json.dumps(H200), PlanCache(Path(folder, "cache")), processes=2)(tasks)
         again = Builds(json.dumps(H200), PlanCache(Path(folder, "cache")), processes=2)
         loaded = {*Path(folder).glob("*.cubin")}
         assert again(tasks) == first
-        assert loaded == {*Path(folder).glob("*.cubin")}, "built once more"
+        assert loaded == {*Path(folder).glob("*.cubin")}, "built twice instead of cached"
     assert all(isinstance(one, SerializedPlan) for one in first), first
     kernels = [(one.kernel, len(one.plan)) for one in first if isinstance(one, SerializedPlan)]
     assert [kernel for kernel, _ in kernels[:2]] == ["eng2_k24=7"] * 2

@@ -2,10 +2,9 @@
 """Checks the fused backend on a GPU, and measures the parts of a chunk, within a few minutes:
 `python3 -m tests.project.gpu_check --json gpu_check.json`.
 
-Nothing but torch, Triton, transformers, safetensors, NumPy and rich is needed, and nothing installed. The file is
-written after every step; a step that fails leaves its reason, one that hangs ends the run at the deadline with what was
-there. `--toy` does the same at toy size on the CPU, with TRITON_INTERPRET=1: whether all of it runs. For FP8 that takes
-PyTorch 2.13: older ones multiply it on a GPU alone.
+Needs only torch, Triton, transformers, safetensors, NumPy and rich; the project need not be installed. The file is
+written after every step. A failed step records its reason; a step that hangs ends the run at the deadline. `--toy` runs
+the same steps at toy size on the CPU, with TRITON_INTERPRET=1, to test this script. FP8 on the CPU needs PyTorch 2.13.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ from tests.support.cases import ROLLOUTS, shorten, write_case
 SECTION = "tests.project.gpu_check"
 CODE = ("longlive_serve", "tests/project/gpu_check.py")
 PRECISIONS = {"float32": 0.01, "bfloat16": 0.05, "fp8": 0.3, "fp8 attention": 0.3}
-"""What a golden rollout's latents may be off, by norm: several times what the interpreter makes of them. What is wrong
-is off by more than 1."""
+"""Maximum relative error (L2) of a golden rollout's latents: several times that of the interpreter. Wrong results have
+errors above 1."""
 OUT_OF_TIME = 3
 
 
 class StepError(RuntimeError):
-    """Something is wrong; `found` is told all the same."""
+    """A failed check; the report still includes `found`."""
 
     def __init__(self, message: str, found: Any) -> None:
         super().__init__(message)
@@ -65,7 +64,7 @@ def _is_less(off: float | str, most: float) -> bool:
 
 
 class Checks:
-    """The steps on one machine."""
+    """The steps of the check."""
 
     def __init__(self, toy: bool) -> None:
         self.toy, self.device = toy, "cpu" if toy else "cuda"
@@ -75,7 +74,7 @@ class Checks:
         use_device("cuda:0" if self.device == "cuda" else self.device)
 
     def steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """In the order of what has to be known first."""
+        """All steps, the most important first."""
         yield "golden rollouts", self.rollouts
         for row in ("fused", "fused fp8 attention tiny", "fused all fp8"):
             yield f"full size: {row}", functools.partial(self.full_size, row)
@@ -86,8 +85,8 @@ class Checks:
         yield "a chunk's kernels", self.profile
 
     def rollouts(self) -> dict[str, float | str]:
-        """The reference's latents by the fused backend, through CUDA graphs where there are any: how far they are off,
-        or why there are none."""
+        """Relative errors of the fused backend on the golden rollouts, with CUDA graphs on a GPU; or the reason of the
+        failure."""
         found: dict[str, float | str] = {}
         with tempfile.TemporaryDirectory() as folder:
             for name in list(ROLLOUTS)[: 1 if self.toy else 5]:
@@ -99,7 +98,7 @@ class Checks:
                 for precision in PRECISIONS:
                     try:
                         off: float | str = self.rollout(case, tensors, precision)
-                    except Exception as error:  # the others are tried all the same
+                    except Exception as error:  # go on with the others
                         off = f"{type(error).__name__}: {error}".splitlines()[0]
                     found[f"{name}, {precision}"] = off
         wrong = [name for name, off in found.items() if not _is_less(off, PRECISIONS[name.split(", ")[1]])]
@@ -120,10 +119,10 @@ class Checks:
         return ModelRunner(backends, config.model_config, config.variant)
 
     def full_size(self, row: str) -> dict[str, Any]:
-        """A video with a switch, against the torch backend; and what building the backend took, by phase."""
+        """Compare a video with a prompt switch with the torch backend; also the time to build the backend, by phase."""
         settings = dict(next(one.settings for one in ROWS if one.name == row))
         if self.toy:
-            settings.pop("fp8_decoder", None)  # it takes cuDNN
+            settings.pop("fp8_decoder", None)  # needs cuDNN
         expected = make_video(
             self.runner(backend=TORCH, decoder=settings.get("decoder", WAN)), 3 if self.toy else CHUNKS
         )
@@ -133,7 +132,7 @@ class Checks:
         return {"start_s": start_s, **check(runner, expected)}
 
     def profile(self) -> dict[str, Any]:
-        """Chunks in the middle of a video."""
+        """Profile a chunk in the middle of a video."""
         runner = self.runner(backend=FUSED, decoder=TINY)
         prompt = Prompt(index=0, text="a red fox")
         session = Session(id="profile", prompt=prompt, noise=SeededNoise(0), slot=0)
@@ -143,7 +142,7 @@ class Checks:
 
 
 class Report:
-    """What has been found, in a file after every step."""
+    """The results, written to a file after every step."""
 
     def __init__(self, path: Path, argv: Sequence[str] | None) -> None:
         self._path, self._began = path, time.monotonic()
@@ -172,11 +171,11 @@ class Report:
 
 
 def out_of_time(report: Report, limit: float) -> threading.Timer:
-    """Ends the process in so many seconds, whatever it waits for."""
+    """Start a timer that exits the process after `limit` seconds."""
 
     def end() -> None:
         report.save()
-        print(f"gpu_check: stopped after {limit:g} s; what had been found is written", file=sys.stderr, flush=True)
+        print(f"gpu_check: stopped after {limit:g} s; the results so far are saved", file=sys.stderr, flush=True)
         os._exit(OUT_OF_TIME)
 
     timer = threading.Timer(limit, end)
@@ -186,16 +185,16 @@ def out_of_time(report: Report, limit: float) -> threading.Timer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 when a step failed, 2 without a GPU, 3 when the time was over."""
+    """Returns the exit code: 0, 1 when a step failed, 2 without a GPU, 3 at the deadline."""
     parser = argparse.ArgumentParser(
         prog=f"python3 -m {SECTION}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="write what is found to this file, after every step")
-    parser.add_argument("--seconds", type=float, default=180.0, metavar="S", help="then it ends (default: %(default)g)")
+    parser.add_argument("--json", type=Path, required=True, help="write the results to this file, after every step")
+    parser.add_argument("--seconds", type=float, default=180.0, metavar="S", help="deadline (default: %(default)g)")
     parser.add_argument("--toy", action="store_true", help="at toy size on the CPU (with TRITON_INTERPRET=1)")
     arguments = parser.parse_args(argv)
     if not arguments.toy and not torch.cuda.is_available():
-        print("gpu_check: torch sees no GPU here; --toy tries the steps on the CPU", file=sys.stderr)
+        print("gpu_check: torch finds no GPU; --toy runs the steps on the CPU", file=sys.stderr)
         return 2
     report = Report(arguments.json, argv)
     timer = out_of_time(report, arguments.seconds)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the tests hold on other processors: `python -m tests.project.portability --json results/portability.json`.
+"""Checks the tests on other processors: `python -m tests.project.portability --json results/portability.json`.
 
-Runs the whole suite as it is and beside two busy loops, and what compares numbers (`-m numeric`) with the libraries
-told to compute as on lesser processors, or with other numbers of threads: every setting adds in another order. Exits 1
-when a test fails. Settings of an earlier run that are not run again stay in the file.
+Runs the whole suite normally and beside two busy loops, and the numeric tests (`-m numeric`) with libraries limited to
+older instruction sets or with other numbers of threads: each setting changes the order of sums. Exit code 1 if a test
+fails. The file keeps the results of settings that are not run again.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ BUSY_LOOPS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How the tests are run."""
+    """One way to run the tests."""
 
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     busy_loops: int = 0
     numeric: bool = True
-    """Only what compares numbers."""
+    """Run only the numeric tests."""
 
 
 def _variables(*settings: str) -> dict[str, Setting]:
@@ -82,7 +82,7 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that take a core each, as long as this lasts and this process lives."""
+    """Run processes that occupy a core each; they also end with this process."""
     loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     running: list[subprocess.Popen[bytes]] = []
     try:
@@ -96,7 +96,7 @@ def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def run(setting: Setting, arguments: Sequence[str], log: Path) -> dict[str, Any]:
-    """The figures of one setting; what pytest prints goes to `log`. Raises RuntimeError when pytest ran no tests."""
+    """Run one setting; pytest's output goes to `log`. Raises RuntimeError if pytest ran no tests."""
     began = time.monotonic()
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def run(setting: Setting, arguments: Sequence[str], log: Path) -> dict[str, Any]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, so that the tests end the servers that they started."""
+    """Send SIGINT first, so that the tests stop their servers."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
@@ -128,7 +128,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def counts(report: Path) -> dict[str, int]:
-    """passed, failed and skipped, of a JUnit file. An error outside of a test is a failure."""
+    """Passed, failed and skipped tests of a JUnit file. An error outside of a test counts as failed."""
     found = {"passed": 0, "failed": 0, "skipped": 0}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
@@ -138,7 +138,7 @@ def counts(report: Path) -> dict[str, int]:
 
 
 def write_record(path: Path, measurement: Measurement, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the results of these settings into the file, beside those of others that are there already."""
+    """Update the results of these settings in the file; others stay."""
     known = {**read_results(path).get(SECTION, {}).get("settings", {}), **settings}
     ordered = {name: known[name] for name in SETTINGS if name in known}
     top_level = {"failed": sum(counts["failed"] for counts in ordered.values())}
@@ -156,7 +156,7 @@ def write_record(path: Path, measurement: Measurement, settings: Mapping[str, Ma
 
 
 def processor() -> str:
-    """As Linux calls it."""
+    """The CPU model from /proc/cpuinfo."""
     found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else platform.machine()
 
@@ -173,17 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {SECTION}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = f"only these settings, by comma (default: all): {'; '.join(SETTINGS)}"
+    text = f"only these settings, comma-separated (default: all): {'; '.join(SETTINGS)}"
     parser.add_argument("--only", type=chosen, metavar="NAME,...", default=list(SETTINGS), help=text)
-    parser.add_argument("--json", type=Path, help="put the figures into this file, after every setting")
-    parser.add_argument("--logs", type=Path, help="a folder for what pytest prints (default: a new one)")
+    parser.add_argument("--json", type=Path, help="write the results to this file, after every setting")
+    parser.add_argument("--logs", type=Path, help="folder for pytest's output (default: a new one)")
     parser.add_argument("tests", nargs="*", help="files for pytest (default: all)")
     arguments = parser.parse_args(argv)
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="portability-"))
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     measurement = Measurement.begin(SECTION, argv)
-    table = Table("setting", "passed", "failed", "skipped", "minutes", title=f"pytest's own words: {logs}")
+    table = Table("setting", "passed", "failed", "skipped", "minutes", title=f"output of pytest: {logs}")
     failed = 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     try:
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"portability: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("portability: stopped; what was finished is kept", file=sys.stderr)
+        print("portability: stopped; finished settings are saved", file=sys.stderr)
         return 130
     finally:
         if table.row_count:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every command at its smallest size and says how many seconds each took:
-`python -m tests.project.smoke --json FILE`.
+"""Runs every command at its smallest size and reports the time of each: `python -m tests.project.smoke --json FILE`.
 
-The commands are those of `test_commands`; what other tests run is timed as those tests.
+The commands are those of `test_commands`; for commands that other tests run, it reports the time of these tests.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.support.commands import FOLDERS, ROOT, file_of_test, of_make, verbs
 
 
 class Seconds:
-    """A plugin of pytest: how long each test took, by its id, without the server that it was given; how it ended."""
+    """A pytest plugin: duration (without fixtures) and outcome of each test, by node id."""
 
     def __init__(self) -> None:
         self.of: dict[str, float] = {}
@@ -44,7 +43,7 @@ def nodeid(one: Smoke | Elsewhere) -> str:
 
 @functools.cache
 def run_by() -> dict[str, list[str]]:
-    """The verbs of the Makefile that run a module."""
+    """Makefile targets by the module that they run."""
     found: dict[str, list[str]] = {}
     for verb in verbs():
         for module in dict.fromkeys(one.module for one in of_make(verb)):
@@ -58,7 +57,7 @@ def named(one: Smoke | Elsewhere | Skipped) -> dict[str, str | float]:
 
 
 def rows(seconds: Seconds) -> list[dict[str, str | float]]:
-    """A row for each command: as it is run, and its seconds or why there are none."""
+    """A row for each command, with its seconds or the reason why it is skipped."""
     found: list[dict[str, str | float]] = []
     for one in (*SMOKES, *ELSEWHERE):
         row = named(one)

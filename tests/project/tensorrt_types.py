@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our TensorRT code against the real API of each supported version: `python -m tests.project.tensorrt_types`.
+"""Type-checks our TensorRT code against each supported version: `python -m tests.project.tensorrt_types`.
 
-TensorRT itself is not needed: its Python bindings are wheels of their own, and import once three empty libraries (made
-with gcc) stand where TensorRT's would be. pybind11-stubgen writes down what they declare, mypy checks our code with it.
-All that lies in the user's cache folder: the bindings and what is made of them are NVIDIA's.
+TensorRT itself is not needed: its Python bindings are separate wheels, which import with three empty libraries (built
+with gcc) instead of TensorRT's. pybind11-stubgen generates stubs from them, and mypy checks our code with these. The
+files stay in the user's cache folder, because NVIDIA owns the bindings and the stubs.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _POINTERS = {
     ),
     "libnvinfer_plugin": ("initLibNvInferPlugins",),
 }
-"""What the bindings take from each library; all of it may return 0, as nothing is built or run."""
+"""Functions that the bindings import from each library; they return 0, as nothing is built or run."""
 _DEF = re.compile(r"(\s*)def (\w+)\(.*?:( \.\.\.)?$")
 _ANYTHING = r"\1def \2(self, *args: typing.Any, **kwargs: typing.Any) -> typing.Any:\3"
 _PACKAGE = "\n__version__: str\n"
-"""What the package `tensorrt` adds to the module of its bindings."""
+"""Additions of the package `tensorrt` to its bindings."""
 _BUFFER = "    def __buffer__(self, flags: int, /) -> memoryview: ...\n"
 
 
 def stubs(version: str) -> Path:
-    """A folder for MYPYPATH with the types of `tensorrt` in this version; made when it is not there."""
+    """A folder for MYPYPATH with the stubs of this TensorRT version; created if missing."""
     folder = HOME / version
     if not (folder / "tensorrt.pyi").exists():
         HOME.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def stubs(version: str) -> Path:
 
 
 def _bindings(version: str, folder: Path) -> Path:
-    """The bindings' wheel, unpacked, with empty libraries to load."""
+    """Unpack the bindings' wheel and build the empty libraries."""
     pip = ["pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     _run(sys.executable, "-m", *pip, "--dest", str(folder), f"tensorrt-cu13-bindings=={version}")
     (wheel,) = folder.glob("*.whl")
@@ -75,7 +75,7 @@ def _bindings(version: str, folder: Path) -> Path:
 
 
 def _declarations(folder: Path) -> str:
-    """The types of the module, as mypy takes them."""
+    """Stubs of the module that mypy accepts."""
     module = "tensorrt_bindings.tensorrt"
     arguments = ["-m", "pybind11_stubgen", "--ignore-all-errors", "--output-dir", str(folder), module]
     _run(sys.executable, *arguments, env=os.environ | {"PYTHONPATH": str(folder)})
@@ -85,7 +85,7 @@ def _declarations(folder: Path) -> str:
 
 
 def valid(text: str) -> str:
-    """`text`, with every `def` that is no Python (an argument called `in`) as one that takes anything."""
+    """Replace every `def` with a syntax error (an argument called `in`) by one with arbitrary arguments."""
     lines = text.split("\n")
     while True:
         try:
@@ -107,7 +107,7 @@ def _run(*command: str, env: dict[str, str] | None = None) -> None:
 
 
 def check(version: str, *paths: str | Path) -> subprocess.CompletedProcess[str]:
-    """mypy, set up as in pyproject.toml, over `paths`, with the types of this version."""
+    """Run mypy on `paths` with the stubs of this version and the settings of pyproject.toml."""
     folder = stubs(version)
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(folder / "mypy"), *map(str, paths)]
     env = os.environ | {"MYPYPATH": str(folder)}

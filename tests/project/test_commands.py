@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command that a document names runs, at its smallest size; `python -m tests.project.smoke` lists what each took.
+"""Runs every documented command at its smallest size; `python -m tests.project.smoke` reports the time of each.
 
-A new command, or a documented option that no run here has, fails `test_every_command_is_in_the_table`.
+A command or documented option without a run fails `test_every_command_is_in_the_table`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from tests.support.commands import (
 from tests.support.live import start_server
 
 DEMO = ROOT / "model_repository/longlive/1/demo"
-LIMIT_S = 900.0  # of one that hangs; cores may be shared
+LIMIT_S = 900.0  # timeout; cores may be shared
 
 
 TOOLS_OF_PYTHON = ("-c", "venv", "pip", "pytest")
-"""Set-up and the tests themselves: CI runs them, as it runs `make check`."""
+"""Not run here: CI runs the set-up and the tests."""
 NO_SUCH = ("unknown flag", "unknown command", "unknown shorthand", "unknown subcommand", "flag needs an argument")
 
 
 class Prepared:
-    """Files that commands are given, made when they are asked for. For `str.format_map`."""
+    """Lazily created files for commands, for `str.format_map`."""
 
     def __init__(self, folder: Path, more: dict[str, str]) -> None:
         self._folder, self._more = folder, more | {"root": str(ROOT), "demo": str(DEMO), "token": TOKEN}
@@ -104,7 +104,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 
 def environment() -> dict[str, str]:
-    """A user's: kernels are not interpreted, and the modules are those of this checkout wherever the command runs."""
+    """A user's environment: without TRITON_INTERPRET, with this checkout on the path."""
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return found | {"PYTHONPATH": str(ROOT)}
 
@@ -125,7 +125,7 @@ def test_a_command_runs(smoke: Smoke, tmp_path: Path, request: pytest.FixtureReq
 
 
 def test_graphs_become_engines(tmp_path: Path) -> None:
-    """Those of `export.to_onnx` are what `export.to_tensorrt` is given."""
+    """`export.to_tensorrt` gets the output of `export.to_onnx`."""
     config, graphs = Prepared(tmp_path, {})["tiny"], f"{tmp_path}/out/graphs"
     of_text = ["--config", config, "--models", "text_encoder", "--dtype", "bfloat16"]
     run(["export.to_onnx", *of_text, "--out", graphs], tmp_path)
@@ -133,7 +133,7 @@ def test_graphs_become_engines(tmp_path: Path) -> None:
 
 
 def run(words: list[str], folder: Path) -> None:
-    """A module with its arguments, in `folder`; what it is to write in out/ must be there."""
+    """Run a module in `folder`; its outputs in out/ must exist afterwards."""
     done = subprocess.run(
         [sys.executable, "-m", *words],
         cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT_S,
@@ -158,7 +158,7 @@ def test_certificates_are_made(tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
     command = ["sh", str(ROOT / "deploy/certificates.sh"), "certificates"]
-    for _ in range(2):  # run again, it renews them
+    for _ in range(2):  # the second run renews them
         subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     verify = ["openssl", "verify", "-CAfile", "ca.crt", "pod/tls.crt", "proxy/tls.crt"]
     subprocess.run(verify, cwd=tmp_path / "certificates", capture_output=True, check=True)
@@ -213,7 +213,7 @@ def everywhere() -> list[Named]:
 
 
 def in_the_table() -> dict[str, set[str]]:
-    """The options of every command that some run has, or that are skipped for a reason."""
+    """The options of every command that are run, or skipped for a reason."""
     found: dict[str, set[str]] = {}
     for one in SMOKES:
         found.setdefault(one.named.module, set()).update(one.named.options)
@@ -240,7 +240,7 @@ def test_the_table_names_what_exists() -> None:
 
 
 def test_every_command_reads_its_arguments(everywhere: list[Named], capsys: pytest.CaptureFixture[str]) -> None:
-    """Those that do not run here among them: a GPU's, a cluster's address."""
+    """Including commands that cannot run here: they need a GPU or a cluster."""
     refused = []
     for one in everywhere:
         if one.module and one.module not in TOOLS_OF_PYTHON:
@@ -274,14 +274,14 @@ def test_every_verb_runs_something_and_says_what_it_is_for() -> None:
 def test_what_needs_a_daemon_or_a_cluster_has_options_that_exist(
     tool: str, everywhere: list[Named], tmp_path: Path
 ) -> None:
-    """None is reached: each command must come as far as to say so, or to miss a file of the reader's."""
-    # Nothing of this machine's own: no context, no configuration, no cluster that it may be in.
+    """Neither is available: each command must fail with that, or with a missing file of the reader's."""
+    # Without this machine's configuration, contexts and cluster.
     nowhere = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "DOCKER_HOST": "unix:///nowhere.sock"}
     for one in everywhere:
         for word in one.words if one.words[0] == tool else ():
             assert not word.startswith("deploy/") or word == "deploy/longlive-proxy" or (ROOT / word).exists(), one
     if shutil.which(tool) is None:
-        pytest.skip(f"needs {tool}; the files that its commands name are there")
+        pytest.skip(f"needs {tool}; the files in its commands exist")
     plugins = subprocess.run([tool, "compose", "version"], env=nowhere, capture_output=True, check=False)
     for one in everywhere:
         if one.words[0] != tool or (one.words[1] == "compose" and plugins.returncode):
@@ -289,5 +289,5 @@ def test_what_needs_a_daemon_or_a_cluster_has_options_that_exist(
         done = subprocess.run(
             one.words, cwd=ROOT, env=nowhere, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
-        assert done.returncode, f"{one}: did something"
+        assert done.returncode, f"{one}: succeeded"
         assert not any(text in done.stderr for text in NO_SUCH), f"{one}: {done.stderr}"

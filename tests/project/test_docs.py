@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages: what they link to is there, and the settings are those of the code."""
+"""The documentation: links resolve, and the settings match the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.commands import PAGES, ROOT
 
 
 def anchors(path: Path) -> set[str]:
-    """The headings of a page, as links name them."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

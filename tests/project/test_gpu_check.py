@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python3 -m tests.project.gpu_check`: all of its steps run, on the CPU, with nothing but torch and its like."""
+"""`python3 -m tests.project.gpu_check`: all steps run on the CPU, with the listed packages only."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_at_the_deadline_it_ends_with_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "check.json"
     done = run("--json", str(path), "--seconds", "0.5")
     assert done.returncode == OUT_OF_TIME, done.stdout + done.stderr
-    assert "stopped after 0.5 s; what had been found is written" in done.stderr
+    assert "stopped after 0.5 s; the results so far are saved" in done.stderr
     record = json.loads(path.read_text(encoding="utf-8"))
     assert (record["complete"], record["steps"]) == (False, {})
 
@@ -109,4 +109,4 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     assert main(["--json", str(tmp_path / "check.json")]) == 2
-    assert "torch sees no GPU here; --toy tries the steps on the CPU" in capsys.readouterr().err
+    assert "torch finds no GPU; --toy runs the steps on the CPU" in capsys.readouterr().err

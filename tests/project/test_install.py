@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is set up and with which Python: the interpreter's check, make's choice, the locked requirements."""
+"""Set-up: the check of the interpreter, make's choice of Python, the locked requirements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOCKS = {"py311": ("torch", "client", "triton"), "py312": ("torch", "client", "t
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Nowhere a shared library of Python: it was built without, or its package is missing."""
+    """A Python without its shared library."""
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
     monkeypatch.setattr(python_version, "VERSION", (3, 99))
@@ -82,7 +82,7 @@ def test_the_library_is_left_to_the_loader_that_finds_it(no_library: Path, monke
 
 
 def python(file: Path, version: str, can_serve: bool) -> Path:
-    """A stand-in that says its version and whether it can run the server, as the Makefile asks for."""
+    """A fake interpreter that answers the Makefile's queries: its version, and whether it can run the server."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"#!/bin/sh\ncase $1 in -m) exit {int(not can_serve)};; esac\necho '{version}'\n", encoding="utf-8")
     file.chmod(0o755)
@@ -90,7 +90,7 @@ def python(file: Path, version: str, can_serve: bool) -> Path:
 
 
 def planned(*words: str, path: Path | None = None) -> str:
-    """What make would do."""
+    """The output of `make --dry-run setup`."""
     environment = {
         name: value for name, value in os.environ.items() if name not in {"PYTHON", "MAKEFLAGS", "MAKELEVEL"}
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of the house that a reader relies on: which room may import which, and how many doors a room has."""
+"""Rules of the layout: which folder may import which, and how many entries a folder may have."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.project.portability`: what it counts and keeps, and that nothing of it is left running."""
+"""`python -m tests.project.portability`: counts, the results file, and no leftover processes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of our code against TensorRT's own API sees what a version does not have."""
+"""The type check against TensorRT's API detects calls that a version does not have."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VideoStream and AsyncVideoStream with one face, so that every test runs with both."""
+"""VideoStream and AsyncVideoStream with one interface, so that every test runs with both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longlive_client.video_stream import AsyncVideoStream, StreamedChunk, VideoS
 
 
 class BlockingAsyncVideoStream:
-    """AsyncVideoStream with the face of VideoStream, in an event loop of its own."""
+    """AsyncVideoStream with the interface of VideoStream, in its own event loop."""
 
     def __init__(self, prompt: str, **settings: Any) -> None:
         self._stream = AsyncVideoStream(prompt, **settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The golden files, and the golden rollouts as cases of `longlive_serve.replay`; nothing but safetensors is needed."""
+"""The golden files, and the golden rollouts as cases of `longlive_serve.replay`. Needs only safetensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`name`.json (empty when there is none) and the tensors of `name`.safetensors (likewise)."""
+    """The content of `name`.json and `name`.safetensors; empty for a missing one."""
     facts, tensors = GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors"
     if not facts.exists() and not tensors.exists():
         raise FileNotFoundError(f"no golden file {name} in {GOLDEN}")
@@ -31,7 +31,7 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def write_case(folder: Path, name: str, **changes: Any) -> Path:
-    """The golden rollout `name` as a case file, with changes to what it says."""
+    """Write the golden rollout `name` as a case file; `changes` override its fields."""
     facts, inputs = golden("dit_tiny_rollout")
     weights = golden("dit_tiny_weights")[1]
     tensors = {f"weights.{key}": tensor for key, tensor in weights.items()}
@@ -55,7 +55,7 @@ def write_case(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def shorten(path: Path, chunks: int) -> None:
-    """The first chunks of a case alone."""
+    """Truncate a case to its first chunks."""
     case = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(case | {"chunks": chunks}), encoding="utf-8")
     tensors = load_file(path.with_suffix(".safetensors"))

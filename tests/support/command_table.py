@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each command that a document names is run by the tests: a new one needs a line here."""
+"""How the tests run each documented command. A new command needs an entry here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PROMPT = '"A red circle drifts right over a plain black background."'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Smoke:
-    """A command as it runs here. Words in braces are files of PREPARED, or addresses of the server."""
+    """A command to run. Words in braces are files of `test_commands.Prepared` or addresses of the server."""
 
     command: str
     long: bool = False
-    """It takes most of a minute: `-m 'not long'` leaves it out, CI does not."""
+    """Takes most of a minute; `-m 'not long'` skips it, CI does not."""
 
     @property
     def named(self) -> Named:
@@ -41,7 +41,7 @@ class Elsewhere:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A command, or options of one, whose arguments are read here and which does not run, and why."""
+    """A command, or options of one, whose arguments are parsed but which is not run, with the reason."""
 
     module: str
     options: str = ""
@@ -180,13 +180,13 @@ SKIPPED = (
     Skipped(
         module="longlive_client.cli.generate",
         options="--tls-ca",
-        reason="needs a server whose authority the machine knows",
+        reason="needs a server with a trusted certificate",
     ),
-    Skipped(module="deploy.checks.empty_environment", reason="fetches 2 GB; `make deploy-check` runs it"),
+    Skipped(module="deploy.checks.empty_environment", reason="downloads 2 GB; `make deploy-check` runs it"),
     Skipped(module="tests.project.smoke", options="--json", reason="runs all of these"),
     Skipped(
         module="benchmarks.serving.perf_analyzer",
         options="--concurrency --json",
-        reason="fetches NVIDIA's perf_analyzer",
+        reason="downloads NVIDIA's perf_analyzer",
     ),
 )

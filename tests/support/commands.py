@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command that a document names: lines of code and `spans` of the pages, the examples of `--help`, comments in
-deploy/, and what CI and the verbs of the Makefile run. Used by `test_commands` and `smoke`.
+"""Collects the documented commands: code blocks and `spans` of pages, examples of `--help`, comments in deploy/, and
+the commands of CI and of the Makefile's targets. Used by `test_commands` and `smoke`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Named:
-    """A command, as it is named somewhere."""
+    """A documented command."""
 
     where: str
     words: tuple[str, ...]
     """Its tool (of TOOLS) and the arguments."""
     whole: bool
-    """It is a line to type; otherwise it is a mention, which may leave out what is required."""
+    """A complete command; otherwise a mention, which may omit required arguments."""
 
     def __str__(self) -> str:
         return f"{self.where}: {shlex.join(self.words)}"
 
     @property
     def module(self) -> str:
-        """What `python -m` runs; empty for other commands."""
+        """The module of `python -m`; empty for other commands."""
         return self.words[2] if self.words[:2] == ("python", "-m") else ""
 
     @property
@@ -56,16 +56,16 @@ class Named:
 
 
 def file_of_test(name: str) -> str:
-    """The file of tests with this name, from the root."""
+    """The path of the test file with this name, relative to the root."""
     (found,) = (ROOT / "tests").rglob(f"{name}.py")
     return str(found.relative_to(ROOT))
 
 
 def named_in(where: str, line: str, whole: bool) -> Iterator[Named]:
-    """The commands of a line of shell."""
+    """The commands of a shell line."""
     try:
         words = shlex.split(line, comments=True)
-    except ValueError:  # half of a quotation: prose
+    except ValueError:  # an unbalanced quote: prose
         return
     command: list[str] = []
     for word in (*words, "&&"):
@@ -82,7 +82,7 @@ def named_in(where: str, line: str, whole: bool) -> Iterator[Named]:
 
 
 def lines_of_code(text: str) -> Iterator[str]:
-    """Lines of indented and fenced blocks of Markdown, those that end in a backslash joined with the next."""
+    """Lines of indented and fenced Markdown blocks; a trailing backslash joins lines."""
     inside, before = False, ""
     for line in text.splitlines():
         if line.lstrip().startswith("```"):
@@ -109,7 +109,7 @@ def of_ci() -> Iterator[Named]:
 
 
 def of_deploy() -> Iterator[Named]:
-    """Comments that stand indented, as code does."""
+    """Commands in indented comments."""
     for path in sorted((ROOT / "deploy").rglob("*")):
         if path.is_file() and path.suffix in COMMENTED:
             for line in re.findall(r"^# {3,}(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
@@ -129,19 +129,19 @@ def of_help() -> Iterator[Named]:
 
 
 def verbs() -> list[str]:
-    """Those of the Makefile."""
+    """The targets of the Makefile."""
     (line,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    return [verb for verb in str(line).split() if verb.islower()]  # FORCE is none
+    return [verb for verb in str(line).split() if verb.islower()]  # without FORCE
 
 
 def of_make(verb: str) -> list[Named]:
-    """What a verb runs, the set-up among it."""
+    """The commands of a target, including the set-up."""
     done = subprocess.run(["make", "-n", "-B", verb], cwd=ROOT, capture_output=True, text=True, check=True)
     return [named for line in done.stdout.splitlines() for named in named_in(f"make {verb}", line, whole=True)]
 
 
 def modules() -> list[str]:
-    """All that `python -m` runs."""
+    """All modules that `python -m` can run."""
     found = []
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("client.")
@@ -153,7 +153,7 @@ def modules() -> list[str]:
 
 
 class _Parsed(Exception):  # noqa: N818  the way out of `main`, not an error
-    """A command has read its arguments."""
+    """Raised after a command has parsed its arguments."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Parsed(Exception):  # noqa: N818  the way out of `main`, not an error
 
 
 def read_arguments(module: str, arguments: Iterable[str], whole: bool) -> argparse.ArgumentParser | None:
-    """Have the command read its arguments, and no more; exits with 2 if they are not its own. None: it takes none."""
+    """Let the command parse its arguments and stop; exits with 2 for unknown ones. Returns None without a parser."""
     original = argparse.ArgumentParser.parse_args
 
     def parse(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> None:
@@ -198,6 +198,6 @@ def _is_package(module: str) -> bool:
 
 
 def named() -> list[Named]:
-    """All of them, each once."""
+    """All documented commands, without duplicates."""
     everywhere = [*of_pages(), *of_ci(), *of_deploy(), *of_help(), *(one for verb in verbs() for one in of_make(verb))]
     return list({(one.words, one.whole): one for one in reversed(everywhere)}.values())[::-1]

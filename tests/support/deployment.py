@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of deploy/ share: manifests as they are written, compose files, queries."""
+"""Helpers of the tests of deploy/: manifests, compose files, queries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER = KUBERNETES / "overlays/autoscaled/prometheus-adapter.yaml"
 
 
 def manifests(*paths: str) -> list[Document]:
-    """The documents of files as they stand, not rendered."""
+    """The documents of files, not rendered."""
     return [document for path in paths for document in documents((KUBERNETES / path).read_text(encoding="utf-8"))]
 
 
@@ -39,7 +39,7 @@ def compose_services() -> dict[str, dict[str, Any]]:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Prometheus' rules, as they stand."""
+    """All rules for Prometheus."""
     groups = [group for path in RULES for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]]
     return [rule for group in groups for rule in group["rules"]]
 
@@ -58,12 +58,12 @@ def metrics_in(expression: str) -> set[str]:
 
 
 def queried_metrics() -> dict[str, str]:
-    """Every metric of the rules and the dashboard, and where it is."""
+    """Every metric in the rules and the dashboard, with the name of a query that uses it."""
     queries = [*((rule.get("record") or rule["alert"], rule["expr"]) for rule in rules()), *dashboard_queries()]
     return {metric: name for name, expression in queries for metric in metrics_in(expression)}
 
 
 def dcgm_counters() -> set[str]:
-    """What NVIDIA's exporter is told to export."""
+    """The counters of NVIDIA's exporter."""
     lines = (DEPLOY / "prometheus/dcgm-counters.csv").read_text(encoding="utf-8").splitlines()
     return {line.partition(",")[0] for line in lines if line and not line.startswith("#")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests against a live server share: the server, its metrics, its resources, a client without manners."""
+"""Helpers of the tests against a live server: the server, its metrics and resources, a client for invalid requests."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def play(
     with VideoStream("a red fox runs", url=server.grpc_url, seed=seed, chunks=1, pace="asap") as video:
         if switch:
             video.switch_prompt(switch[0], at_latent_frame=switch[1])
-        video.request_chunks(chunks - 1)  # when the switch is known to the server
-        return [chunk for chunk in video.chunks() if len(chunk.frames)]  # the others tell its place in the queue
+        video.request_chunks(chunks - 1)  # after the server has the switch
+        return [chunk for chunk in video.chunks() if len(chunk.frames)]  # the others report the queue position
 
 
 def frames_of(chunks: list[StreamedChunk]) -> np.ndarray[Any, Any]:
@@ -55,7 +55,7 @@ def frames_of(chunks: list[StreamedChunk]) -> np.ndarray[Any, Any]:
 
 
 class RawStream:
-    """A gRPC stream that sends whatever it is told to, as a faulty client would."""
+    """A gRPC stream that sends arbitrary requests, like a faulty client."""
 
     def __init__(self, server: TritonServer, session_id: str = "", client: str = "") -> None:
         self._metadata = ((CLIENT_HEADER, client),) if client else ()
@@ -64,11 +64,11 @@ class RawStream:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def ask(self, tensors: dict[str, Any], **flags: bool) -> str:
-        """Send one request on a stream of its own; returns the error it was answered with, or an empty string."""
+        """Send one request on a new stream. Returns the error of the response, or an empty string."""
         return next((error for error in self.answers(1, tensors, **flags) if error), "")
 
     def answers(self, times: int, tensors: dict[str, Any], **flags: bool) -> Iterator[str]:
-        """Send a request so often at once; the errors of the answers, empty where there is none."""
+        """Send a request `times` times; yields the errors of the responses, empty if there is none."""
         messages = [wire.infer_request(self.session_id, str(number), tensors, **flags) for number in range(times)]
         for response in self._stub.ModelStreamInfer(iter(messages), timeout=LIMIT_S, metadata=self._metadata):
             yield str(response.error_message)
@@ -94,7 +94,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def stub_of(server: TritonServer) -> int:
-    """The process that the model runs in."""
+    """The process id of the model."""
     return descendants(server.pid)[1]
 
 
@@ -107,7 +107,7 @@ def shared_memory(pid: int) -> list[str]:
 
 
 def resources(server: TritonServer) -> dict[str, int]:
-    """What could leak: threads, open files and shared-memory segments of the server and its stub."""
+    """Counts of threads, open files and shared-memory segments of the server and its stub, to detect leaks."""
     pids = descendants(server.pid)
     return {
         "threads": sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
@@ -117,7 +117,7 @@ def resources(server: TritonServer) -> dict[str, int]:
 
 
 def settled(server: TritonServer) -> dict[str, int]:
-    """Its resources when nobody is there any more, and no connection has closed for two seconds."""
+    """The server's resources without sessions, once they have been stable for two seconds."""
     wait_until(lambda: metric(server, "live_sessions") + metric(server, "waiting_sessions") == 0)
     found: dict[str, int] = {}
     while (now := resources(server)) != found:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rooms of the house: folders of Python modules, the floors that they stand on, who imports whom.
+"""The layout of the code: rooms (folders of Python modules), their floors (layers) and the imports between them.
 
-`python -m tests.support.rooms` prints them; with `--json FILE` it writes down how large the house is.
+`python -m tests.support.rooms` prints them; `--json FILE` writes size statistics.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FLOORS: Mapping[str, int] = {
     "quantization": 9,
     "tests": 10,
 }
-"""A room imports rooms of lower floors. Every folder of longlive_serve is a room, and each of the others as a whole."""
+"""A room may only import rooms of lower floors. Each folder of longlive_serve is a room, and each other top folder."""
 SKIPPED = {".venv", "build", "dist", "wheelhouse"}
 
 
@@ -56,7 +56,7 @@ def module_of(path: Path) -> str:
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """Of every module, by its path from the root: the modules of this project that it imports anywhere."""
+    """The project's modules that each module imports, also inside functions."""
     modules = {module_of(path) for path in sources()}
     return {module_of(path): _imports_of(path, modules) for path in sources()}
 
@@ -87,7 +87,7 @@ def floor_of(module: str) -> int:
 
 
 def entries() -> dict[str, set[str]]:
-    """Of every folder of Python modules: its modules and the folders of modules in it."""
+    """The modules and subfolders of every folder of Python modules."""
     found: dict[str, set[str]] = {}
     for path in sources():
         parts = path.relative_to(ROOT).parts
@@ -100,7 +100,7 @@ def entries() -> dict[str, set[str]]:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Which room imports which."""
+    """The imports between rooms, as (importer, imported)."""
     return {
         (room_of(module), room_of(other))
         for module, others in imports().items()
@@ -110,7 +110,7 @@ def arrows() -> set[tuple[str, str]]:
 
 
 def circles() -> list[str]:
-    """Rooms that can be reached from themselves."""
+    """Rooms in import cycles."""
     after: dict[str, set[str]] = {}
     for one, other in arrows():
         after.setdefault(one, set()).add(other)
@@ -167,7 +167,7 @@ def figures() -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.rooms", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures into this file; others in it stay")
+    parser.add_argument("--json", type=Path, help="write the results to this file; other keys in it stay")
     text = "also count the words in names that are not in this list of words that the field uses"
     parser.add_argument("--words", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)

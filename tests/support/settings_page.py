@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings reference, docs/settings.md, made from `ServeConfig`: `python -m tests.support.settings_page` prints it,
-`--write` writes it.
+"""Generates the settings reference, docs/settings.md, from `ServeConfig`: `python -m tests.support.settings_page`
+prints it, `--write` writes the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Every key of serve.toml. Each may be left out; an unknown one is an error. This 
 
 
 def rows() -> Iterator[str]:
-    """A row for every setting: what stands under it in the code."""
+    """A table row for every setting, with its docstring."""
     tree = ast.parse(inspect.getsource(serve_config))
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ServeConfig")
     for field, after in zip(body, [*body[1:], None], strict=True):

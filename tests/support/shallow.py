@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose DiT has its first layers alone: an export takes seconds for each, and they are all alike."""
+"""Models with only the first layers of the DiT: the layers are alike, and exporting each takes seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longlive_serve.models.dit.causal_dit import CausalDiT
 
 
 def shallow(source: Source, layers: int) -> Source:
-    """The same with so many layers of its DiT."""
+    """`source` with only the first `layers` layers of its DiT."""
 
     def load(name: str, dtype: torch.dtype) -> nn.Module:
         model = source.load(name, dtype)

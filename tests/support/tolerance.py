@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a result may be off, for a reason that holds on every processor.
+"""Numerical tolerances that hold on every processor.
 
-Processors add in different orders, and every order rounds differently; so a difference that was seen on one of them is
-no bound. What holds on all of them:
+Processors add in different orders, and every order rounds differently, so a difference measured on one processor is not
+a bound. Processor-independent bounds:
 
-* A float64 run of the same (`Float64`) is the same everywhere, to nine digits or more. Files of the reference's results
-  are the same everywhere as well. So their distance is a fact about the file: `GOLDEN` bounds it.
-* What float32's rounding does to a result here is measured here: another float32 result of the same may be `TIMES` as
-  far from float64's (`longlive_serve.backends.float64` says why).
-* A sum of n products errs, relative to the sum of their sizes, by more than `gamma(n)` once in 10 000 or so at worst
-  (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"), whatever its order.
-* Sums of small integers have no rounding at all.
-* Rounding to 8 bits errs by as much on either side of a tie. So how far a quantized result is from the plain one hardly
-  depends on the order of sums, least of all in norms, which thousands of roundings make up. How far two quantized
-  results of the same are from each other does, wherever something behind a tie magnifies it.
+* A float64 run (`Float64`) is the same everywhere, to nine digits or more, and so are the reference's result files.
+  Their distance is a property of the file; `GOLDEN` bounds it.
+* The effect of float32 rounding is measured on this machine: another float32 result may be `TIMES` as far from the
+  float64 result (`longlive_serve.backends.float64` explains why).
+* The error of a sum of n products, relative to the sum of their magnitudes, exceeds `gamma(n)` with a probability of
+  about 1e-4 at most, in any order (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis").
+* Sums of small integers are exact.
+* 8-bit rounding has the same error on both sides of a tie. So the distance of a quantized result to the unquantized one
+  hardly depends on the order of sums, least of all in norms over thousands of values. The distance of two quantized
+  results does depend on it, if later layers amplify a tie.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from longlive_serve.backends.float64 import TIMES, Float64, error, max_error
 __all__ = ["TIMES", "Float64", "assert_as_near", "assert_reference", "error", "gamma", "max_error", "whole_numbers"]
 
 GOLDEN = 2e-6
-"""The largest error of the reference's float32 results. A mistake is larger: the least that comes to mind, an eps of
-1e-5 instead of 1e-6 in the DiT's norms, comes to 9e-6."""
+"""Maximum error of the reference's float32 results. Real mistakes are larger: even an eps of 1e-5 instead of 1e-6 in
+the DiT's norms causes 9e-6."""
 
 
 def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:
@@ -35,20 +35,20 @@ def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def whole_numbers(*shape: int, largest: int = 4) -> Tensor:
-    """From -largest to largest: the sum of a million products of those as large as 4 has no rounding in float32."""
+    """Integers from -largest to largest. With 4, sums of up to a million products are exact in float32."""
     return torch.randint(-largest, largest + 1, shape, generator=torch.Generator().manual_seed(0)).float()
 
 
 def assert_as_near(got: Tensor | None, reference: Tensor, exact: Tensor) -> None:
-    """`got` is as near to the float64 result as the float32 result of another computation of the same."""
+    """Check that `got` is as close to the float64 result `exact` as `reference`, another float32 result."""
     assert got is not None
     assert got.dtype == torch.float32
     assert exact.dtype == torch.float64
     off, allowed = error(got, exact), max_error(reference, exact)
-    assert off <= allowed, f"error {off:.2e} of the largest value, {allowed / TIMES:.2e} has the other result"
+    assert off <= allowed, f"relative error: got {off:.2e}, expected at most {allowed:.2e}"
 
 
 def assert_reference(got: Tensor | None, golden: Tensor, exact: Tensor) -> None:
-    """What we compute in float64 is what the reference rounded, and in float32 we round no worse."""
-    assert error(golden, exact) <= GOLDEN, "other than the reference"
+    """Check the golden result against float64, and `got` against both."""
+    assert error(golden, exact) <= GOLDEN, "the float64 result differs from the reference"
     assert_as_near(got, golden, exact)

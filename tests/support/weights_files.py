@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of weights share: files of the tiny preset with the names and layouts of the published ones."""
+"""Checkpoint files of the tiny preset with the names and layouts of the published ones, for tests of weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 
 @functools.cache
 def models() -> dict[str, nn.Module]:
-    """Models whose weights are not the random ones."""
+    """Models with weights that differ from the `random` ones."""
     made: dict[str, nn.Module] = {name: load_model(name, TINY, "random", "cpu", torch.float32) for name in MODELS}
     for model in made.values():
         for parameter in model.parameters():
@@ -54,9 +54,9 @@ def wan_text_names() -> State:
 
 
 def write_wan(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The flat layout: that of Wan2.1-T2V-1.3B."""
+    """Write the flat layout of Wan2.1-T2V-1.3B."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = {"encoder.conv1.weight": torch.zeros(1), "conv1.weight": torch.zeros(1)}  # there, and not needed
+    encoder = {"encoder.conv1.weight": torch.zeros(1), "conv1.weight": torch.zeros(1)}  # present but unused
     save_file(cast(state_of(DIT), dtype), folder / DIT_FILE)
     torch.save(cast(state_of(VAE_DECODER) | encoder, dtype), folder / VAE_FILE)
     torch.save(cast(wan_text_names(), dtype), folder / TEXT_ENCODER_FILE)
@@ -65,7 +65,7 @@ def write_wan(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 def write_reference(folder: Path, dtype: torch.dtype = torch.bfloat16, lora: bool = True) -> Path:
-    """The layout that the reference prescribes; Wan's own DiT in it is another one than LongLive's."""
+    """Write the reference's layout; its Wan DiT differs from LongLive's."""
     write_wan(folder / WAN_FOLDER, dtype)
     save_file(state_of(DIT) | {"head.head.bias": torch.zeros(64)}, folder / WAN_FOLDER / DIT_FILE)
     (folder / LONGLIVE_FOLDER).mkdir(parents=True)
@@ -76,14 +76,14 @@ def write_reference(folder: Path, dtype: torch.dtype = torch.bfloat16, lora: boo
 
 
 def write_longlive(path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Also with averaged weights, which are twice the others."""
+    """Write a LongLive checkpoint; its averaged weights are twice the others."""
     generator = {f"model.{key}": tensor for key, tensor in cast(state_of(DIT), dtype).items()}
     ema = {key.replace("model.", "model._fsdp_wrapped_module."): 2 * tensor for key, tensor in generator.items()}
     torch.save({"generator": generator, "generator_ema": ema, "step": 600}, path)
 
 
 def write_sharded(state: Mapping[str, Tensor], path: Path, shards: int = 2) -> list[Path]:
-    """`path`: that of the whole file, which is not written; returns the shards."""
+    """Write shards and their index. `path`: of the unsharded file, which is not written. Returns the shards."""
     names = sorted(state)
     shard_of: dict[str, str] = {}
     paths = [path.with_name(f"{path.stem}-{n + 1:05}-of-{shards:05}.safetensors") for n in range(shards)]
@@ -95,7 +95,7 @@ def write_sharded(state: Mapping[str, Tensor], path: Path, shards: int = 2) -> l
 
 
 def lora_state(seed: int = 1, rank: int = 4, prefix: str = "base_model.model.") -> State:
-    """An adapter of all layers in all blocks, as published."""
+    """A LoRA adapter for all layers of all blocks, in the published format."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for block in range(TINY.dit.num_layers):
@@ -116,13 +116,13 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> State:
 
 
 def loaded(name: str, folder: Path | str, dtype: torch.dtype = torch.float32, **settings: object) -> State:
-    """The state of a model as a server of the folder has it; `settings` of serve.toml."""
+    """The state of a model that a server loads from the folder; `settings` of serve.toml."""
     config = ServeConfig(preset="tiny", weights=str(folder), **settings)  # type: ignore[arg-type]
     return dict(ModelLoader.from_config(config).load_model(name, "cpu", dtype).state_dict())
 
 
 def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Check that the tensors are bitwise equal."""
     assert got.keys() == expected.keys()
     for name in unequal(got, expected):
         raise AssertionError(f"{name} differs")
