@@ -108,7 +108,7 @@ def _selectors(documents: Sequence[Document]) -> Iterator[tuple[Document, Mappin
             yield document, spec["selector"]
         elif "selector" in spec:
             yield document, spec["selector"]["matchLabels"]
-        elif document["kind"] == "ModelPolicy":
+        elif document["kind"] == "NetworkPolicy":
             yield document, spec["podSelector"]["matchLabels"]
             peers = [peer for rule in spec.get("ingress", []) for peer in rule.get("from", [])]
             peers += [peer for rule in spec.get("egress", []) for peer in rule.get("to", [])]
@@ -130,7 +130,7 @@ def _ports(documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
             named = [probe["httpGet"]["port"] for probe in probes if "httpGet" in probe]
         elif document["kind"] == "Service":
             named = [port["targetPort"] for port in spec["ports"]]
-        elif document["kind"] == "ModelPolicy":
+        elif document["kind"] == "NetworkPolicy":
             rules = [*spec.get("ingress", []), *spec.get("egress", [])]
             named = [port["port"] for rule in rules for port in rule.get("ports", [])]
         elif document["kind"] == "PodMonitor":

@@ -79,6 +79,8 @@ def test_the_documents_of_every_overlay_fit_together(rendered: dict[str, list[Do
         ("StatefulSet", "longlive", "spec.template.spec.containers.0.securityContext.readOnlyRootFilesystem", False),
         ("Service", "longlive-proxy", "spec.ports.0.targetPort", "grcp"),
         ("HorizontalPodAutoscaler", "longlive", "spec.scaleTargetRef.name", "longlife"),
+        ("NetworkPolicy", "longlive", "spec.podSelector.matchLabels", {"app.kubernetes.io/name": "longlife"}),
+        ("NetworkPolicy", "longlive", "spec.ingress.0.ports.0.port", "grcp"),
     ],
 )
 def test_a_name_that_nothing_goes_by_is_found(
