@@ -2,7 +2,7 @@
 """Attention without a mask, forward only, in the dtype of its inputs or in FP8; the softmax is computed online.
 
 Source: docs/semantics.md, section 2.1, steps 3 and 5; the algorithm is that of FlashAttention-2.
-On a GPU the first call for a head size and a dtype tries a few tile sizes: make it before a CUDA graph is captured.
+On a GPU the first call for a head size and dtype autotunes the tile sizes: make it before capturing a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longlive_serve.kernels.tiles import interpreted
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOG2_LARGEST = math.log2(LARGEST.value)
-ALIGNED = 16  # rows of FP8 start at multiples of so many bytes, or loads are narrow
+ALIGNED = 16  # bytes: alignment of FP8 rows, for wide loads
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
@@ -35,11 +35,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None
 
 
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
-    """As `attention`, of numbers in FP8 (E4M3), with sums in float32.
+    """As `attention`, on FP8 (E4M3) inputs, with float32 accumulation.
 
-    scales float32 [3], contiguous: what the numbers of q, k and v are multiples of. Returns float8_e4m3fn [L, H * d],
-    whose scale is that of v: no sum of values with weights that add up to 1 is larger than the largest value. The
-    softmax's weights, at most 1, are multiplied by 448, so that they use the range of E4M3.
+    scales float32 [3], contiguous: the scales of q, k and v. Returns float8_e4m3fn [L, H * d] with the scale of v: the
+    softmax weights add up to 1, so no output is larger than the largest value. The softmax weights, at most 1, are
+    multiplied by 448 to use the range of E4M3.
     """
     assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn, f"{q.dtype}, {k.dtype} and {v.dtype}"
     assert scales.shape == (3,), f"scales {scales.shape}"
@@ -48,11 +48,11 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> Tensor:
 
 
 def _keys_contiguous(v: Tensor) -> Tensor:
-    """v [H, T, d] with T contiguous: Hopper's FP8 product wants both operands contiguous along what it sums over."""
+    """v [H, T, d] with T contiguous: Hopper's FP8 GEMM needs both operands contiguous along the summed dim."""
     heads, length, size = v.shape
-    room = triton.cdiv(length, ALIGNED) * ALIGNED
-    turned = torch.empty(heads, size, room, dtype=v.dtype, device=v.device)[:, :, :length].transpose(1, 2)
-    return turned.copy_(v)
+    padded = triton.cdiv(length, ALIGNED) * ALIGNED
+    out = torch.empty(heads, size, padded, dtype=v.dtype, device=v.device)[:, :, :length].transpose(1, 2)
+    return out.copy_(v)
 
 
 def _attend(
@@ -86,7 +86,7 @@ def _configs() -> list[triton.Config]:
 
 
 def _suited(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """float32 is for tests, on small tiles of its own: most of the others need more shared memory than there is."""
+    """float32, used in tests only, gets the small tile: most other tiles would exceed the shared memory."""
     wide = arguments["q_ptr"].dtype == torch.float32
     return [config for config in configs if (config.kwargs["BLOCK_M"] == 32) == wide]
 
@@ -96,8 +96,8 @@ def _over_keys(
     acc, l_i, m_i, q, k_ptr, v_ptr, bias_ptr, k_row, v_row, v_col, first, last, scale,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from first to last to the accumulator acc [M, D] and the sum of weights l_i [M], which are relative
-    to the highest logits so far, m_i [M]. Without TAIL there are only whole blocks of keys."""
+    """Add the keys [first, last) to the accumulator acc [M, D] and the softmax denominator l_i [M], both relative to
+    the running maximum of the logits m_i [M]. Without TAIL all blocks of keys are full."""
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     keys = first + tl.arange(0, BLOCK_N)
     k_ptr += keys.to(tl.int64)[:, None] * k_row + offs_d
@@ -160,5 +160,5 @@ def _attention_kernel(
     )  # fmt: skip
     out = acc / l_i[:, None]
     if scales_ptr is not None:
-        out = tl.clamp(out, -LARGEST, LARGEST)  # weights are rounded, their sum is not
+        out = tl.clamp(out, -LARGEST, LARGEST)  # p is rounded, l_i is not: out may exceed the range
     tl.store(out_ptr + (rows.to(tl.int64) * heads + head) * SIZE + offs_d, out, mask=inside)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter with the casts and products of bfloat16 and FP8 that a GPU has.
+"""Patches Triton's interpreter so that casts and matrix products of bfloat16 and FP8 give the results of a GPU.
 
-By itself (Triton 3.6 and 3.7) it truncates float32 to bfloat16, multiplies bfloat16 matrices as the integers that their
-bits are, and loses the carry when it rounds to FP8: 1.97 becomes 1. It also looks through its own modules for builtins
-at every launch, and at every call of one kernel function by another, which takes a third of the time.
+Unpatched, Triton 3.6 and 3.7 truncate float32 to bfloat16, multiply bfloat16 matrices as integers of the same bits, and
+lose the carry when rounding to FP8: 1.97 becomes 1. They also search their modules for builtins at every launch and at
+every call between kernel functions, which takes a third of the time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TYPES = {
     "bf16": (torch.bfloat16, np.int16),
     "fp8e4nv": (torch.float8_e4m3fn, np.int8),
 }
-"""Each float type of Triton's: in torch, and in NumPy or the integers that stand for it there."""
+"""Triton's float types: the torch dtype, and the NumPy dtype of the values or, if there is none, of their bits."""
 
 
 def convert(data: np.ndarray[Any, Any], source: tl.dtype, target: tl.dtype, _: Any) -> np.ndarray[Any, Any]:
-    """Numbers of one type as the bits of another, rounded to the nearest and ties to even."""
+    """Convert numbers of one type to the bits of another, rounding to nearest, ties to even."""
     (dtype, stored), (wanted, _) = TYPES[source.name], TYPES[target.name]
     numbers = torch.from_numpy(np.array(data).view(stored)).view(dtype)
     bits = numbers.to(wanted).view({1: torch.int8, 2: torch.int16, 4: torch.int32}[wanted.itemsize])
@@ -35,11 +35,11 @@ def convert(data: np.ndarray[Any, Any], source: tl.dtype, target: tl.dtype, _: A
 
 
 def dot(_: Any, a: Any, b: Any, total: Any, *_options: Any) -> interpreter.TensorHandle:
-    """a b + total with float32 sums."""
+    """a b + total, accumulated in float32."""
 
     def wide(x: Any) -> np.ndarray[Any, Any]:
-        small = x.dtype.scalar.name in ("bf16", "fp8e4nv")
-        return convert(x.data, x.dtype.scalar, tl.float32, None).view(np.float32) if small else x.data
+        stored_as_bits = x.dtype.scalar.name in ("bf16", "fp8e4nv")
+        return convert(x.data, x.dtype.scalar, tl.float32, None).view(np.float32) if stored_as_bits else x.data
 
     return interpreter.TensorHandle(np.matmul(wide(a), wide(b), dtype=np.float32) + total.data, total.dtype.scalar)
 
@@ -50,15 +50,15 @@ def builtins_of(module: Any) -> list[tuple[str, Any]]:
 
 
 def patch_builtins(module: Any, builder: Any, scope: Any) -> None:
-    """As the interpreter's own, but each module is looked through once: before anything in it is replaced."""
+    """Like the interpreter's own function, but search each module only once, before any member is replaced."""
     found = builtins_of(module)
-    replaced = any(getattr(module, name) is not member for name, member in found[:1])  # a kernel function calls another
+    replaced = any(getattr(module, name) is not member for name, member in found[:1])  # nested call
     for name, member in () if replaced else found:
         interpreter._patch_attr(module, name, member, builder, scope)
 
 
 def compute_like_a_gpu() -> None:
-    """For all kernels that this process runs in the interpreter."""
+    """Apply the patches to the interpreter of this process."""
     interpreter._patch_builtin = patch_builtins
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot

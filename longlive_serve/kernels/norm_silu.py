@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pair before every convolution of the VAE: RMS norm over the channels, then SiLU; and what is to be added before.
+"""RMS norm over the channels and SiLU, which precede every VAE convolution, fused with the additions before them.
 
 Source: docs/semantics.md, section 8.
 """
@@ -24,14 +24,12 @@ def norm_silu(
     added: Tensor | None = None,
     keep: bool = False,
 ) -> None:
-    """out = SiLU(s / max(||s||, 1e-12) * sqrt(C) * gamma) of s = x + bias + added, the norm over the channels of each
-    position.
+    """out = SiLU(s / max(||s||, 1e-12) * sqrt(C) * gamma) with s = x + bias + added, normed over the channels.
 
-    With `scale` out is FP8 (E4M3): multiples of it. With `keep` x becomes s.
+    With `scale`, out is divided by it and stored as FP8 (E4M3). With `keep`, s is stored in x.
 
-    x, out and added [B, C, T, H, W] as channels_last_3d: the channels of a position are contiguous, and so are the
-    positions of a frame; frames may lie anywhere, so that out can be some frames of a longer tensor. gamma and bias: C
-    numbers.
+    x, out and added are [B, C, T, H, W] in channels_last_3d: the channels of a position are contiguous, and so are the
+    positions of a frame. Frames may have any stride, so out can be a slice of a longer tensor. gamma and bias: [C].
     """
     batch, channels, frames, height, width = x.shape
     other = x if added is None else added

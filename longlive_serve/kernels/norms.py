@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DiT's norms over whole tokens, together with what stands before and after them.
+"""The DiT's norms over whole tokens, fused with the operations before and after them.
 
-Source: docs/semantics.md, sections 2.1 and 2.3; here only results are rounded, not what lies between.
+Source: docs/semantics.md, sections 2.1 and 2.3. Only results are rounded, intermediate values are not.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def residual_norm(
     one_plus: bool,
     fp8: bool = False,
 ) -> Tensor | QuantizedRows:
-    """The end of one part of a block and the norm at the start of the next. Source: docs/semantics.md, section 2.1.
+    """Gated residual addition and the norm of the next part of a block. Source: docs/semantics.md, section 2.1.
 
-    x [L, D], contiguous, becomes x + gate * update in place, where there is an update [L, D], contiguous; gate [D], or
-    None for one. Returns LayerNorm(x) * scale + shift [L, D], of x as it is stored, in x's dtype or, with `fp8`,
-    quantized by rows. scale and shift [D]; with `one_plus` the factor is 1 + scale. The vectors have any float dtype.
+    If there is an update [L, D], contiguous, x [L, D], contiguous, becomes x + gate * update in place; gate is [D], or
+    None for 1. Returns LayerNorm(x) * scale + shift [L, D], of x as stored, in x's dtype or, with `fp8`, quantized by
+    rows. scale and shift [D]; with `one_plus` the factor is 1 + scale. The vectors have any float dtype.
     """
     assert x.is_contiguous(), f"strides {x.stride()}"
     assert update is None or (update.shape == x.shape and update.is_contiguous()), "update unlike x"

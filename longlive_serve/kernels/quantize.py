@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows quantized to FP8 (E4M3) with a scale of their own, as a row-wise FP8 matrix product takes them; GELU.
+"""Row-wise quantization to FP8 (E4M3), one scale per row, for FP8 GEMMs with row-wise scales; GELU.
 
-`scale_of` and `scaled` are also what other kernels end with where an FP8 layer follows them.
+Other kernels also end with `scale_of` and `scaled` if an FP8 layer follows them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from longlive_serve.kernels.tiles import tile_of
 
 LARGEST = tl.constexpr(448.0)  # of E4M3
-TINY = tl.constexpr(1e-12)  # stands for the largest value of a row of zeros, so that its scale has an inverse
+TINY = tl.constexpr(1e-12)  # replaces the largest value of a row of zeros, so that its scale has an inverse
 
 
 class QuantizedRows(NamedTuple):
-    """A matrix [L, N] that is values * scales."""
+    """A matrix [L, N], equal to values * scales."""
 
     values: Tensor
     """float8_e4m3fn [L, N], contiguous."""
@@ -29,7 +29,7 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
-    """x [L, N] of any float dtype, rows contiguous -> FP8, each row with the scale that its largest value asks for."""
+    """Quantize x [L, N], any float dtype, rows contiguous, to FP8: the scale maps a row's largest value to 448."""
     assert x.stride(1) == 1, f"rows of stride {x.stride(1)}"
     values, scales = output_for(x, fp8=True)
     assert scales is not None
@@ -42,10 +42,10 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
 
 
 def gelu(x: Tensor, *, fp8: bool = False) -> Tensor | QuantizedRows:
-    """GELU, tanh formula, of x [L, N], contiguous, in x's dtype or, with `fp8`, quantized by rows.
+    """GELU (tanh approximation) of x [L, N], contiguous, in x's dtype or, with `fp8`, quantized by rows.
 
-    A row is taken as two powers of two, a large and a small one: in a single one, 8960 numbers would leave nearly half
-    the work idle. Source: docs/semantics.md, section 2.1, step 6.
+    A row is split into two blocks, each a power of two: nearly half of a single block for 8960 numbers would be
+    masked. Source: docs/semantics.md, section 2.1, step 6.
     """
     assert x.is_contiguous(), f"strides {x.stride()}"
     values, scales = output_for(x, fp8)
@@ -60,7 +60,7 @@ def gelu(x: Tensor, *, fp8: bool = False) -> Tensor | QuantizedRows:
 
 
 def output_for(x: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """Room for a result shaped like x [L, N]: the values, and the scales of its rows if it is FP8."""
+    """Allocate a result shaped like x [L, N]: the values and, for FP8, the scales of its rows."""
     if not fp8:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
@@ -75,7 +75,7 @@ def scale_of(largest):
 
 @triton.jit
 def scaled(x, scale):
-    """x [ROWS, BLOCK] / scale [ROWS, 1], within the range of E4M3. One division per row."""
+    """x [ROWS, BLOCK] / scale [ROWS, 1], clamped to the range of E4M3. One division per row."""
     return tl.clamp(x * (1.0 / scale), -LARGEST, LARGEST)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the joint projection of queries, keys and values to what attention reads: norm, rotation, split into heads.
+"""RMS norm, RoPE and split into heads, from the joint projection of queries, keys and values to attention's inputs.
 
-Source: docs/semantics.md, sections 2.1 (step 2) and 2.2. The caller knows where in the cache a chunk belongs.
+Source: docs/semantics.md, sections 2.1 (step 2) and 2.2.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def norm_rotate_write(
 
     qkv [L, 3D], rows contiguous: each token's query, key and value. Queries and keys: RMS norm over D = H * d, times
     their weight [D], then in each head the pairs (2i, 2i + 1) rotated by the angles whose cosines and sines are cos and
-    sin, float32 [L, d/2], contiguous; keys only with `rotate_keys`. Outputs may have any strides, but heads' rows are
-    contiguous. With scales, float32 [3], outputs are FP8 (E4M3): multiples of the scales of queries, keys and values.
+    sin, float32 [L, d/2], contiguous; keys only with `rotate_keys`. Outputs may have any strides with d contiguous.
+    With scales float32 [3], of queries, keys and values, outputs are divided by them and stored as FP8 (E4M3).
     """
     heads, length, size = q_out.shape
     width = heads * size
@@ -54,8 +54,8 @@ def norm_rotate_write(
 def rotate_keys(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotate the pairs (2i, 2i + 1) of keys [H, T, d] into out, of the same shape, which may be keys itself.
 
-    cos, sin float32 [T, d/2], contiguous. Any strides, but heads' rows are contiguous. In FP8 a number keeps the scale
-    that it has. Source: docs/semantics.md, sections 2.2 and 7.
+    cos, sin float32 [T, d/2], contiguous. keys and out may have any strides with d contiguous. FP8 keys keep their
+    scale. Source: docs/semantics.md, sections 2.2 and 7.
     """
     heads, length, size = keys.shape
     _check(cos, sin, keys, out)
@@ -139,5 +139,5 @@ def _rotate_keys_kernel(
     keys = tl.load(keys_ptr + head * keys_head + rows * keys_row + columns, mask=inside, other=0.0).to(tl.float32)
     keys = _rotate(keys, cos, sin, ROWS, BLOCK)
     if out_ptr.dtype.element_ty == tl.float8e4nv:
-        keys = scaled(keys, 1.0)  # only the range is held to
+        keys = scaled(keys, 1.0)  # clamp only
     tl.store(out_ptr + head * out_head + rows * out_row + columns, keys, mask=inside)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to embeddings: text cleaning, the tokenizer and the umT5 encoder.
 
-Called by the backends and by the service, which tells the user of a truncated prompt. It knows nothing of video.
+Used by the backends and by the engine, which reports truncated prompts to the client.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from longlive_serve.config.presets import TextEncoderConfig
 PAD_ID = 0
 END_ID = 1  # </s>, appended to every prompt
 BYTE_VOCABULARY = 384  # ids of the tokenizer that needs no files
-SMALL_VOCABULARY = 100  # words: so few can be told to the user
+SMALL_VOCABULARY = 100  # words; a vocabulary of up to this size is listed to the client
 
 
 def clean_prompt(text: str) -> str:
-    """The text as the reference tokenizes it: mended Unicode and HTML, single spaces; the case is kept."""
-    import ftfy  # not needed to run the encoder itself
+    """Clean a prompt as the reference does: fix Unicode and HTML entities, collapse whitespace, keep the case."""
+    import ftfy  # imported here: running the encoder alone does not need it
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text.strip()).strip()
@@ -32,31 +32,31 @@ def clean_prompt(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenizedPrompt:
-    """A prompt as the encoder takes it."""
+    """A prompt as the input of the text encoder."""
 
     ids: Tensor  # int64 [1, text_len]
     mask: Tensor  # int64 [1, text_len]: 1 for a token, 0 for padding
-    length: int  # tokens kept, </s> among them
-    full_length: int  # tokens before truncation, </s> among them
+    length: int  # tokens after truncation, including </s>
+    full_length: int  # tokens before truncation, including </s>
     unknown: tuple[str, ...]  # words that have no token
 
 
 class Tokenizer:
-    """Cleans and tokenizes prompts, padded and truncated to `text_len` tokens; the last token kept is always </s>.
+    """Cleans and tokenizes prompts; pads and truncates to `text_len` tokens. The last kept token is always </s>.
 
-    `folder` holds the files of google/umt5-xxl's tokenizer; nothing is ever downloaded. With None it is ByT5's
-    tokenizer, which needs no files: one token per byte, 384 ids.
+    `folder` holds the tokenizer files of google/umt5-xxl; nothing is downloaded. None selects ByT5's tokenizer,
+    which needs no files: one token per byte, 384 ids.
     """
 
     def __init__(self, text_len: int, folder: Path | None) -> None:
-        from transformers import AutoTokenizer, ByT5Tokenizer  # seconds; not on import
+        from transformers import AutoTokenizer, ByT5Tokenizer  # takes seconds, so not at import time
 
         if text_len < 2:
             raise ValueError(f"text_len: got {text_len}, expected 2 or more (a token and </s>)")
         self.text_len = text_len
         try:
             if folder is not None and not folder.is_dir():
-                raise NotADirectoryError(folder)  # or its name would be looked up in the cache of downloads
+                raise NotADirectoryError(folder)  # otherwise transformers looks it up in its download cache
             self._hf = AutoTokenizer.from_pretrained(folder, local_files_only=True) if folder else ByT5Tokenizer()
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer: got {folder}, expected the tokenizer folder of google/umt5-xxl") from error
@@ -77,16 +77,16 @@ class Tokenizer:
         return TokenizedPrompt(ids=ids, mask=mask, length=len(kept), full_length=len(full), unknown=unknown)
 
     def known_words(self) -> tuple[str, ...]:
-        """All words that have a token, if they are so few that a person would read them."""
+        """All words of the vocabulary, or () if there are more than `SMALL_VOCABULARY`."""
         words = self._hf.get_vocab().keys() - self._hf.all_special_tokens
         return tuple(sorted(words)) if len(words) <= SMALL_VOCABULARY else ()
 
 
 class TextEncoder(nn.Module):
-    """The umT5 encoder of transformers, in the sizes of `config`. Its parameters' names: `wan_names`."""
+    """The umT5 encoder of transformers with the sizes in `config`. Parameter names: see `wan_names`."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
-        from transformers import UMT5Config, UMT5EncoderModel  # seconds; not on import
+        from transformers import UMT5Config, UMT5EncoderModel  # takes seconds, so not at import time
 
         super().__init__()
         umt5 = UMT5Config(  # type: ignore[call-arg]  # attn_implementation: a keyword of every config
@@ -103,12 +103,12 @@ class TextEncoder(nn.Module):
             dropout_rate=0.0,
             attn_implementation="eager",
         )
-        # The stack alone: the model around it only adds a second, tied name for the embedding.
+        # Only the stack: the model around it adds just a second, tied name for the embedding.
         self.stack = UMT5EncoderModel(umt5).get_encoder()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask int64 [B, text_len] -> [B, text_len, dim] in the model's dtype; padding rows are zero."""
-        # [B, 1, 1, text_len], as it is added to the scores: the values of any other mask are asked for, and waited for.
+        # An additive mask [B, 1, 1, text_len]: transformers reads the values of any other mask, which syncs the GPU.
         dtype = self.stack.embed_tokens.weight.dtype
         masked = (mask[:, None, None] == 0).to(dtype) * torch.finfo(dtype).min
         hidden: Tensor = self.stack(input_ids=ids, attention_mask=masked).last_hidden_state
@@ -131,7 +131,7 @@ _NAMES_OF_BLOCK = {
 
 
 def wan_names(num_layers: int) -> dict[str, str]:
-    """Every name in models_t5_umt5-xxl-enc-bf16.pth -> the name of the same tensor in `TextEncoder`."""
+    """Map each tensor name in models_t5_umt5-xxl-enc-bf16.pth to its name in `TextEncoder`."""
     names = {wan: f"stack.{ours}" for wan, ours in _NAMES.items()}
     for layer in range(num_layers):
         names |= {f"blocks.{layer}.{wan}": f"stack.block.{layer}.{ours}" for wan, ours in _NAMES_OF_BLOCK.items()}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a noise level does to the causal DiT, as constants.
+"""AdaLN modulation of the causal DiT at given noise levels, as constants.
 
-Called where there are few noise levels and they are known: by the fused backend, and by what simulates its FP8.
+Used where the few noise levels are known in advance: by the fused backend and by the simulation of its FP8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longlive_serve.models.dit.causal_dit import CausalDiT, time_features
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Modulation:
-    """What a noise level does to every block and to the head: constants, as all frames of a forward share it."""
+    """Modulation of every block and of the head at one noise level, which all frames of a forward share."""
 
     blocks: Tensor
     """[layers, 6, D]: shift, scale, gate of self-attention, then of the FFN."""
@@ -25,7 +25,7 @@ class Modulation:
 
 
 def modulation(model: CausalDiT, timestep: Tensor) -> Modulation:
-    """What the model does at `timestep` (a 0-dim tensor)."""
+    """The model's modulation at `timestep` (a 0-dim tensor)."""
     features = time_features(timestep, model.config.freq_dim).to(model.patch_embedding.weight.dtype)
     time = model.time_embedding(features)
     shared = model.time_projection(time).unflatten(-1, (6, -1))

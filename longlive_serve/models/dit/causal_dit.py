@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(d)) v, then the output projection. [B, H, L, d] -> [B, L, D].
 
-        Over all keys, unless `mask` [L, keys] says which: only training has one, to do many chunks at once.
+        Attends to all keys unless `mask` [L, keys] is given. Only training uses one, to run many chunks at once.
         """
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
@@ -73,18 +73,18 @@ class Attention(nn.Module):
 
 
 class Cache(Protocol):
-    """What the blocks need of the KV cache in one forward."""
+    """The KV cache interface that the blocks use in one forward."""
 
     mask: Tensor | None
     query_angles: Angles
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys (without RoPE as they come in) and values; return those to attend to, rotated."""
+        """Store a layer's new keys (before RoPE) and values; return all keys (after RoPE) and values to attend to."""
         ...
 
 
 class CacheView:
-    """The cache as one forward sees it: write a layer's new keys and values in place, hand back all in use."""
+    """View of the cache for one forward: writes a layer's new keys and values in place and returns all in use."""
 
     mask: Tensor | None = None
 
@@ -140,7 +140,7 @@ class Block(nn.Module):
         return x + gated(self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
     def write_kv(self, x: Tensor, modulation: Tensor, cache: Cache, layer: int) -> None:
-        """The part of `forward` that the cache needs, without what comes after it."""
+        """The part of `forward` that updates the KV cache."""
         shift, scale = (self.modulation + modulation).unbind(2)[:2]
         z = modulate(self.norm1(x), shift, scale)
         cache.update(layer, self.self_attn.keys(z), self.self_attn.values(z))
@@ -182,7 +182,7 @@ class CausalDiT(nn.Module):
     def embed_prompt(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Text encoder output [B, text_len, text_dim] -> cross-attention keys and values of every layer.
 
-        Both [layers, B, H, text_len, d]. They depend on the prompt alone: made once per prompt, read by every step.
+        Both [layers, B, H, text_len, d]. They depend only on the prompt: computed once per prompt, read by every step.
         """
         context = self.text_embedding(text)
         keys = [block.cross_attn.keys(context) for block in self.blocks]
@@ -200,8 +200,8 @@ class CausalDiT(nn.Module):
         """One forward of whole chunks, in the order of their blocks.
 
         latents [B, F, channels, h, w]; timesteps [B, F] float32; prompt_kv as `embed_prompt` returns it. The keys
-        and values of the new frames are written to the cache. Returns the flow, shaped like latents; with
-        `update_kv_cache` only the cache is wanted, so the last layer stops after its keys and values: returns None.
+        and values of the new frames are written to the cache. Returns the flow, shaped like latents. With
+        `update_kv_cache` it returns None: the last layer stops after its keys and values.
         """
         features = time_features(timesteps, self.config.freq_dim).to(latents.dtype)
         return self.run(latents, features, prompt_kv, cache, update_kv_cache)
@@ -214,7 +214,7 @@ class CausalDiT(nn.Module):
         cache: Cache,
         update_kv_cache: bool = False,
     ) -> Tensor | None:
-        """`forward` from the timesteps' sinusoids [B, F, freq_dim] on: these are float64, which TensorRT lacks."""
+        """`forward` with sinusoids [B, F, freq_dim] instead of timesteps: they need float64, which TensorRT lacks."""
         x = self._patchify(latents)
         time = self.time_embedding(features)  # [B, F, D]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F, 6, D]
@@ -227,7 +227,7 @@ class CausalDiT(nn.Module):
         return self._unpatchify(self.head(x, time), latents.shape)
 
     def _patchify(self, latents: Tensor) -> Tensor:
-        """[B, F, C, h, w] -> [B, F * h/2 * w/2, D]. The Conv3d's stride is its kernel: it is one matmul."""
+        """[B, F, C, h, w] -> [B, F * h/2 * w/2, D]. The Conv3d's stride equals its kernel size: one matmul."""
         weight = self.patch_embedding.weight.flatten(1)
         patches = latents.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))  # [B, F, C, rows, 2, cols, 2]
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)

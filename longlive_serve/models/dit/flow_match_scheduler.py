@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four noise levels of a chunk: warped timesteps, adding noise, and flow -> clean latents.
 
-Called by the model runner. It holds no state but its constants and draws no noise itself.
+Called by the model runner. It holds only constants and draws no noise.
 Source: docs/semantics.md, section 4.
 """
 
@@ -17,7 +17,7 @@ DENOISING_STEPS = (1000, 750, 500, 250)  # as listed in the shipped settings, be
 
 def training_sigmas() -> Tensor:
     """The 1000 noise levels that the model was trained on, float32, from 1 downwards."""
-    # In float64 and rounded once: in float32 its last digit depends on the processor, for some levels.
+    # float64, rounded once: in float32 the last digit of some levels depends on the processor.
     s = torch.linspace(1.0, 0.0, TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1].float()
     return SHIFT * s / (1 + (SHIFT - 1) * s)
 
@@ -25,7 +25,7 @@ def training_sigmas() -> Tensor:
 class FlowMatchScheduler:
     """Timesteps and noise levels of the denoising steps, on one device.
 
-    `timesteps` [steps] float32 are what the model is given; a KV-cache update and a recache are at timestep 0.
+    `timesteps` [steps] float32 are inputs of the model; a KV-cache update and a recache use timestep 0.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The causal DiT in as few passes over memory as its arithmetic allows: fused kernels, one product for q, k and v,
-FP8 products and FP8 self-attention as options.
+"""The causal DiT with few passes over memory: fused kernels, one GEMM for q, k and v, optional FP8 GEMMs and FP8
+self-attention.
 
-Called by the fused backend, with B = 1. It takes the weights of a `CausalDiT`, which says what is computed; values are
-rounded less often here. Shapes: L tokens of the forward, D width, H heads, d head width, T rows of a cache.
+Used by the fused backend, with B = 1. It takes over the weights of a `CausalDiT`, the reference for its results, and
+rounds less often. Shapes: L tokens of the forward, D width, H heads, d head width, T rows of a cache.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ from longlive_serve.kernels.rotary import norm_rotate_write, rotate_keys
 from longlive_serve.models.dit.adaln import Modulation
 from longlive_serve.models.dit.causal_dit import Angles, Block, CausalDiT
 
-SHORT_PROMPT = 128  # rows of a prompt that has room for its padding in them; others have all: two shapes of CUDA graphs
+SHORT_PROMPT = 128  # rows kept of a prompt with fewer tokens; longer ones keep all rows: two shapes of CUDA graphs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptRows:
-    """The rows of a prompt that cross-attention needs, and what they count for."""
+    """Keys and values of a prompt for cross-attention, with most of the padding rows merged."""
 
     keys: Tensor
     """[layers, 1, H, rows, d]."""
     values: Tensor
     bias: Tensor | None
-    """[rows] float32, added to the logits: a row of padding stands for many. None: every row is there."""
+    """[rows] float32, added to the logits: one padding row represents several. None: all rows are kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheRows:
-    """The KV cache as one forward sees it."""
+    """View of the KV cache for one forward."""
 
     keys: Tensor
-    """[layers, H, T, d], written in place. With FP8 attention multiples of its scales, in FP8."""
+    """[layers, H, T, d], written in place. With FP8 attention: FP8, divided by its scales."""
     values: Tensor
     first: int
-    """The row of the forward's first token; its other tokens follow."""
+    """Row of the forward's first token; its other tokens follow."""
     used: int
-    """Rows [0, used) are attended to, the forward's own among them."""
+    """Rows [0, used) are attended to, including the forward's own."""
     query_angles: Angles
     key_angles: Angles | None
-    """None: keys are stored rotated, like the queries. Else: stored plain, and rotated by these in every call."""
+    """None: keys are stored rotated, by `query_angles`. Else: stored unrotated and rotated by these in every call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FP8Attention:
-    """Self-attention of FP8 (E4M3) queries, keys and values."""
+    """Self-attention on FP8 (E4M3) queries, keys and values."""
 
     attention_fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """q [H, L, d], k and v [H, T, d], scales [3] -> FP8 [L, H * d] with the scale of v, over all keys."""
     scales: Tensor
-    """Of the queries, keys and values of each layer: float32 [layers, 3]."""
+    """Scales of each layer's queries, keys and values: float32 [layers, 3]."""
     out_scales: Tensor
-    """Of each token that it gives: float32 [layers, most tokens, 1], the layer's scale of the values over and over."""
+    """Scale of each output token: float32 [layers, max tokens, 1], the layer's scale of the values repeated."""
 
 
 class Gemm:
-    """x [L, in] -> [L, out]: a linear layer, or several that share their input, side by side."""
+    """x [L, in] -> [L, out]: one linear layer, or several with the same input, concatenated."""
 
     fp8 = False
 
@@ -79,7 +79,7 @@ class Gemm:
 
 
 class FP8Gemm:
-    """As `Gemm`, in FP8 (E4M3): a scale for every token and one for every output channel."""
+    """`Gemm` in FP8 (E4M3), with one scale per token and one per output channel."""
 
     fp8 = True
 
@@ -97,12 +97,12 @@ class FP8Gemm:
             scale_b=self.scales,
             bias=self.bias,
             out_dtype=self.bias.dtype,
-            use_fast_accum=True,  # Hopper's own accumulator: with row-wise scales there is no other
+            use_fast_accum=True,  # Hopper's accumulator; row-wise scales support no other
         )
 
 
 def _take(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of layers side by side. The layers lose their own: nothing is held twice."""
+    """Concatenate the layers' weights and biases, and remove them from the layers to free the memory."""
     parts = [(layer.weight, layer.bias) for layer in layers]
     for layer in layers:
         layer.weight = layer.bias = None  # type: ignore[assignment]
@@ -111,7 +111,7 @@ def _take(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
 
 
 class FusedBlock:
-    """The weights of a block as the kernels take them."""
+    """The weights of a block in the layout of the kernels."""
 
     def __init__(self, block: Block, product: type[Gemm] | type[FP8Gemm]) -> None:
         own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
@@ -122,7 +122,7 @@ class FusedBlock:
 
 
 class FusedCausalDiT:
-    """As `CausalDiT`, for one video. Takes most of the model's weights: it cannot be run any more."""
+    """`CausalDiT` for one video. Takes over most of the model's weights: the model cannot run afterwards."""
 
     def __init__(
         self,
@@ -131,21 +131,21 @@ class FusedCausalDiT:
         attention_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
         fp8_attention: FP8Attention | None = None,
     ) -> None:
-        """fp8: the products of the blocks are FP8 (the prompt's keys and values, made once per prompt, are not).
+        """fp8: the blocks' GEMMs are FP8, except the prompt's keys and values, which are computed once per prompt.
 
-        attend: q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d], over all keys. fp8_attention: what attends to the
-        cache instead of it, with `fp8` alone.
+        attention_fn: q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d], over all keys. fp8_attention: replaces it
+        for attention to the cache; requires `fp8`.
         """
-        assert fp8 or fp8_attention is None, "FP8 attention is followed by an FP8 product"
+        assert fp8 or fp8_attention is None, "FP8 attention needs FP8 GEMMs: its output is FP8"
         self.model, self.attention_fn, self.fp8_attention = model, attention_fn, fp8_attention
         self.config, self.eps = model.config, model.config.eps
         self.blocks = [FusedBlock(block, FP8Gemm if fp8 else Gemm) for block in model.blocks]
 
     def embed_prompt(self, text: Tensor, tokens: int) -> PromptRows:
-        """Text encoder output [1, text_len, text_dim], zero behind `tokens` -> what cross-attention needs of it.
+        """Text encoder output [1, text_len, text_dim], zero after `tokens` rows -> input of cross-attention.
 
-        All rows behind the prompt are equal, so a few of them with more weight stand for all (docs/semantics.md,
-        section 2.1, step 5): less to attend to, the same result.
+        All padding rows are equal, so a few of them with a larger weight replace all (docs/semantics.md, section 2.1,
+        step 5): fewer keys, the same result.
         """
         total = text.shape[1]
         rows = SHORT_PROMPT if tokens < SHORT_PROMPT < total else total
@@ -164,9 +164,9 @@ class FusedCausalDiT:
         cache: CacheRows,
         update_kv_cache: bool = False,
     ) -> Tensor | None:
-        """One forward of whole chunks, latents [1, F, channels, h, w]: the flow, shaped like them.
+        """One forward of whole chunks, latents [1, F, channels, h, w]. Returns the flow, shaped like latents.
 
-        With `update_kv_cache` the cache alone is wanted: None, and the last block stops after its keys and values.
+        With `update_kv_cache` it returns None: the last block stops after its keys and values.
         """
         x = self.model._patchify(latents)[0]
         update, gate = None, None
@@ -190,7 +190,7 @@ class FusedCausalDiT:
         return self.model._unpatchify(self.model.head.head(z)[None], latents.shape)
 
     def _write_kv(self, block: FusedBlock, layer: int, z: Tensor | QuantizedRows, cache: CacheRows) -> Tensor:
-        """Keys and values into the cache; the queries [H, L, d], rotated."""
+        """Write keys and values to the cache; return the rotated queries [H, L, d]."""
         qkv, own = block.qkv(z), block.own
         heads = len(qkv), self.config.num_heads, self.config.head_dim
         q = torch.empty(heads, dtype=cache.keys.dtype, device=qkv.device).transpose(0, 1)
@@ -208,8 +208,8 @@ class FusedCausalDiT:
             rotate_keys(plain, *cache.key_angles, keys)
         if self.fp8_attention is not None:
             scales = self.fp8_attention.scales[layer]
-            small = self.fp8_attention.attention_fn(q, keys, values, scales)
-            return block.o(QuantizedRows(small, self.fp8_attention.out_scales[layer, : len(small)]))
+            out = self.fp8_attention.attention_fn(q, keys, values, scales)
+            return block.o(QuantizedRows(out, self.fp8_attention.out_scales[layer, : len(out)]))
         return _project(block.o, self.attention_fn(q[None], keys[None], values[None])[0].transpose(0, 1).flatten(1))
 
     def _attend_to_prompt(self, block: FusedBlock, layer: int, y: Tensor | QuantizedRows, prompt: PromptRows) -> Tensor:

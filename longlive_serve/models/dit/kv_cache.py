@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache: which chunk of the video lies in which rows (`Window`, integers only) and the tensors (`KVCache`).
+"""The KV cache: which chunk of the video is in which rows (`Window`, integers only) and the tensors (`KVCache`).
 
-Called by the model runner and the backends. It does not know what keys and values mean.
+Called by the model runner and the backends.
 
-A slot's cache of `window` latent frames is a row of *blocks*, one chunk each. The first blocks hold the sink; behind
-them is a ring: a new chunk overwrites the oldest one in place, so nothing is ever moved and the rows in use are always
-`[0, rows)`. Attention does not care in which order keys lie; only relative RoPE needs to know the order in time,
-which `KVCachePlan.key_positions` gives.
+A slot's cache of `window` latent frames is divided into *blocks* of one chunk each. The first blocks hold the sink; the
+others are a ring buffer, in which a new chunk overwrites the oldest one. Nothing is moved, and the rows in use are
+always `[0, rows)`. Attention does not depend on the order of keys; only relative RoPE needs their order in time, which
+`KVCachePlan.key_positions` gives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longlive_serve.config.presets import ModelConfig, WindowConfig
 class KVCachePlan:
     """Where one forward of whole chunks reads and writes the cache. Every number counts chunks.
 
-    The forward's chunks lie in the order of their blocks, not of time: `first_block` and the following ones.
+    The forward's chunks are in the order of their blocks, not of time: `first_block` and the following ones.
     """
 
     chunks: tuple[int, ...]
@@ -31,7 +31,7 @@ class KVCachePlan:
     first_block: int
     """The block that `chunks[0]` is written to; the others follow it without a gap."""
     num_blocks: int
-    """The forward attends to blocks [0, num_blocks): all that are in use, its own included."""
+    """The forward attends to blocks [0, num_blocks): all in use, including its own."""
     query_positions: tuple[int, ...]
     """For relative RoPE: position in time (0 = oldest cached) of every chunk in the forward."""
     key_positions: tuple[int, ...]
@@ -46,15 +46,15 @@ class Window:
         self.sink = config.sink // config.chunk
 
     def block_of(self, chunk: int) -> int:
-        """The block of a chunk: its own number at first, then round the ring behind the sink."""
+        """The block of a chunk: its own number until the window is full, then a block of the ring after the sink."""
         if chunk < self.capacity:
             return chunk
         return self.sink + (chunk - self.sink) % (self.capacity - self.sink)
 
     def step(self, chunk: int, first_cached: int = 0) -> KVCachePlan:
-        """Denoising steps and the KV-cache update of chunk number `chunk`; it takes the block of the oldest one.
+        """Plan of the denoising steps and the KV-cache update of chunk number `chunk`.
 
-        `first_cached` is the first chunk that the cache knows of: more than 0 once it has been cleared.
+        `first_cached` is the number of the first chunk since the cache was cleared, 0 if it never was.
         """
         num_cached = chunk - first_cached
         key_positions = self._positions_in_time(num_cached)
@@ -68,11 +68,11 @@ class Window:
         )
 
     def recache(self, done: int, keep_sink: bool, first_cached: int = 0) -> KVCachePlan:
-        """The recache before chunk number `done`: every cached chunk again, under the new prompt.
+        """Plan of the recache before chunk number `done`: recompute every cached chunk under the new prompt.
 
-        With `keep_sink` the sink stays as it is, unless nothing has left the window yet: then the reference
-        renews the sink too. Without it, the sink's blocks take the oldest chunks of the last `window` frames.
-        `first_cached` is the first chunk that the cache knows of, as in `step`.
+        With `keep_sink` the sink is unchanged, unless no chunk has left the window yet: then the reference
+        recomputes the sink too. Without it, the sink's blocks take the oldest chunks of the last `window` frames.
+        `first_cached`: as in `step`.
         """
         assert done > first_cached, "nothing to recache before the first chunk"
         num_cached = done - first_cached
@@ -94,10 +94,9 @@ class Window:
         )
 
     def call_sizes(self) -> list[tuple[int, int]]:
-        """(chunks in the forward, chunks attended to) of every step, KV-cache update and recache that a session can
-        come to.
+        """(chunks in the forward, chunks attended to) of every possible step, KV-cache update and recache.
 
-        While the window fills, a call attends to as many as there are: nothing is computed to be masked.
+        While the window fills, a call attends only to the chunks cached so far, without a mask.
         """
         full = 2 * self.capacity
         plans = [self.step(chunk) for chunk in range(full)]
@@ -115,9 +114,8 @@ class Window:
 class KVCache:
     """Keys and values of every slot, allocated once: [layers, slots, heads, window tokens, head_dim] each.
 
-    Only clean keys and values stay in it: the noisy ones of the chunk in progress lie in that chunk's own block
-    and its KV-cache update overwrites them. A slot needs no clearing between sessions: only blocks in use are ever
-    read.
+    Only clean keys and values persist: the noisy ones of the chunk in progress are in that chunk's own block, and its
+    KV-cache update overwrites them. A slot needs no clearing between sessions: only blocks in use are read.
     """
 
     def __init__(
@@ -135,6 +133,6 @@ class KVCache:
 
     @staticmethod
     def bytes_of(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
-        """The size of such a cache."""
+        """Size of the cache in bytes."""
         tokens = config.window.window * config.tokens_per_frame
         return 2 * config.dit.num_layers * slots * config.dit.dim * tokens * dtype.itemsize

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_FRAMES = 1024  # positions in the reference's table: the base variant cannot place a later latent frame
+MAX_FRAMES = 1024  # positions in the reference's table: the base variant has none for later latent frames
 
 
 def axis_angles(positions: int, pairs: int) -> Tensor:
@@ -21,13 +21,13 @@ def axis_angles(positions: int, pairs: int) -> Tensor:
 
 
 def split_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How the complex pairs of a head are shared between time, rows and columns."""
+    """The number of complex pairs of a head for time, rows and columns."""
     pairs = head_dim // 2
     return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
 class RotaryTables:
-    """Cosines and sines for one latent size: constants on one device, float32 (the angles are float64)."""
+    """Cosines and sines for one latent size: constants on one device, float32 (computed in float64)."""
 
     def __init__(
         self, head_dim: int, rows: int, columns: int, frames_per_chunk: int, device: torch.device | str = "cpu"
@@ -44,7 +44,7 @@ class RotaryTables:
     def of_chunks(self, chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, head_dim / 2] of the tokens of these chunks, one chunk after the other.
 
-        Slices of tables that lie on the device: nothing here waits for it.
+        It slices tables on the device, without a synchronization.
         """
         cos, sin = (self._gather(time, space, chunks) for time, space in zip(self._time, self._space, strict=True))
         return cos, sin

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers in 8 bits and the scales of FP8."""
+"""8-bit layers and FP8 scales."""

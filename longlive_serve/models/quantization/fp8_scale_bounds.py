@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales of FP8 (E4M3) numbers that no input makes too large, from the weights alone: nothing is calibrated.
+"""FP8 (E4M3) scales from upper bounds for any input, computed from the weights alone, without calibration.
 
-Called by the fused backend, and by what simulates its FP8. Such bounds are some ten times what usual inputs come to,
-which costs E4M3 nothing: it is equally fine over 15 binades.
+Used by the fused backend and by the simulation of its FP8. The bounds are about ten times the usual values, which costs
+no accuracy: the relative precision of E4M3 is constant over 15 binades.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from longlive_serve.models.vae.decoder import RMSNorm
 
 
 def silu_scale(norm: RMSNorm) -> Tensor:
-    """Of what comes out of a norm of the VAE and its SiLU: float32 []. A normed position has length sqrt(C) before the
-    gains, and SiLU makes nothing larger."""
+    """Scale of the output of a VAE norm and its SiLU: float32 []. A normed position has length sqrt(C) before the
+    gains, and SiLU does not increase magnitudes."""
     scale: Tensor = norm.gamma.float().abs().max() * norm.scale / LARGEST_FP8
     return scale
 
 
 def attention_scales(model: CausalDiT, levels: Sequence[Modulation]) -> Tensor:
-    """Of the queries, keys and values of self-attention at any of these noise levels: float32 [layers, 3]."""
+    """Scales of the queries, keys and values of self-attention, valid at all `levels`: float32 [layers, 3]."""
     modulations = torch.stack([level.blocks for level in levels]).float()  # [levels, layers, 6, D]
     bounds = [
         (_largest_normed(block.self_attn.norm_q.weight), _largest_normed(block.self_attn.norm_k.weight), value)
@@ -37,13 +37,13 @@ def attention_scales(model: CausalDiT, levels: Sequence[Modulation]) -> Tensor:
 
 
 def _largest_normed(weight: Tensor) -> Tensor:
-    """A token's RMS norm has length sqrt(D), and RoPE turns pairs: no number of a pair is longer than the pair."""
+    """A normed token has length sqrt(D). RoPE rotates pairs, and the length of a pair bounds both its numbers."""
     largest: Tensor = weight.float().abs().max() * math.sqrt(len(weight))
     return largest
 
 
 def _largest_values(model: CausalDiT, modulations: Tensor) -> list[Tensor]:
-    """|w x + b| <= |w| |x| + |b|, where x is a token after LayerNorm, of length sqrt(D) at most, and modulation."""
+    """|w x + b| <= |w| |x| + |b|, where x is a token after LayerNorm (length at most sqrt(D)) and modulation."""
     shift, scale = modulations[:, :, 0], modulations[:, :, 1]  # [levels, layers, D]
     lengths = math.sqrt(shift.shape[-1]) * (1 + scale).abs().amax(-1) + shift.norm(dim=-1)
     layers = [block.self_attn.v for block in model.blocks]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with 8-bit weights, and 8-bit inputs where their scale is known: INT8 or FP8 (E4M3), symmetric.
+"""Layers with 8-bit weights and, if an input scale is known, 8-bit inputs: INT8 or FP8 (E4M3), symmetric.
 
-Made by `quantization/`, put in place by `weights.checkpoint`. PyTorch simulates them (it rounds to 8 bits and
-computes in the model's dtype); exported, they are QuantizeLinear and DequantizeLinear around the operator, which
-TensorRT fuses into 8-bit kernels. Scales are numbers that bfloat16 holds, so that every precision computes with the
-same ones.
+Created by `quantization/`, installed by `weights.checkpoint`. PyTorch simulates them (it rounds to 8 bits and computes
+in the model's dtype). Exported, they are QuantizeLinear and DequantizeLinear around the operator, which TensorRT fuses
+into 8-bit kernels. Scales are exact in bfloat16, so every precision uses the same ones.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from longlive_serve.models.vae.decoder import CausalConv3d, FeatureCache
 
 LARGEST_FP8 = 448.0  # of E4M3
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: LARGEST_FP8}
-"""The largest number of each 8-bit dtype, which the largest value of a tensor is mapped to."""
+"""The largest number of each 8-bit dtype; the largest absolute value of a tensor is mapped to it."""
 STATE = ("quantized_weight", "weight_scale", "input_scale", "smoothing")
 
 
 def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale under which `amax` (any shape) is the largest number of `dtype`: float32, rounded to bfloat16."""
-    tiny = torch.finfo(torch.float16).tiny  # so that float16 holds it as well
+    """The scale that maps `amax` (any shape) to the largest number of `dtype`: float32, rounded to bfloat16."""
+    tiny = torch.finfo(torch.float16).tiny  # so that float16 can represent it too
     return (amax.float() / LARGEST[dtype]).clamp_min(tiny).bfloat16().float()
 
 
 def to_8_bit(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / scale, rounded to `dtype` and clamped to what it holds, as QuantizeLinear does."""
+    """x / scale, rounded to `dtype` and clamped to its range, as QuantizeLinear does."""
     scaled = x / scale
     if dtype == torch.int8:
         return scaled.round().clamp(-128, 127).to(dtype)
@@ -36,7 +35,7 @@ def to_8_bit(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class QuantizedLayer(nn.Module):
-    """What such layers share. The buffers are named as in a quantized checkpoint."""
+    """Base class of the quantized layers. The buffers are named as in a quantized checkpoint."""
 
     quantized_weight: Tensor
     weight_scale: Tensor
@@ -47,19 +46,19 @@ class QuantizedLayer(nn.Module):
     bias: Tensor | None
 
     def _set(self, state: dict[str, Tensor], bias: Tensor | None) -> None:
-        """state: quantized_weight (8 bits), weight_scale float32 [out]; where inputs are quantized input_scale float32
-        []; with SmoothQuant smoothing float32 [in], which inputs are multiplied by (the weights hold its inverse)."""
+        """state: quantized_weight (8 bits), weight_scale float32 [out]; input_scale float32 [] if inputs are quantized;
+        with SmoothQuant, smoothing float32 [in] is multiplied into the inputs (the weights hold its inverse)."""
         for name in STATE:
             self.register_buffer(name, state.get(name))
         zeros = torch.zeros(len(self.weight_scale), dtype=self.bits)
         self.register_buffer("zeros", zeros.to(self.weight_scale.device), persistent=False)
-        self.register_buffer("zero", self.zeros[0].clone(), persistent=False)  # TensorRT takes it only as it is stored
+        self.register_buffer("zero", self.zeros[0].clone(), persistent=False)  # TensorRT needs it stored, not sliced
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("weight", None)  # umT5 of transformers asks for the dtype of a weight, if there is one
+        self.register_parameter("weight", None)  # transformers' umT5 reads weight.dtype unless weight is None
 
     def hold_scales_in(self, dtype: torch.dtype) -> None:
-        """Store the scales, whose values every float dtype has, in the one that is computed in: for the exporter, as
-        TensorRT wants them stored and not cast."""
+        """Store the scales, which are exact in every float dtype, in `dtype`: for the exporter, as TensorRT needs them
+        stored in the dtype of the computation, without a cast."""
         for name in ("weight_scale", "input_scale", "smoothing"):
             scale = getattr(self, name)
             setattr(self, name, None if scale is None else scale.to(dtype))
@@ -70,7 +69,7 @@ class QuantizedLayer(nn.Module):
         return self.quantized_weight.dtype
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Inputs as the 8-bit operator sees them, in x's dtype."""
+        """The inputs after smoothing and rounding to 8 bits, in x's dtype."""
         if self.smoothing is not None:
             x = x * self.smoothing.to(x.dtype)
         if self.input_scale is None:
@@ -82,7 +81,7 @@ class QuantizedLayer(nn.Module):
         return to_8_bit(x, scale, self.bits).to(x.dtype) * scale
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the 8 bits stand for."""
+        """The dequantized weight."""
         weight, scale = self.quantized_weight, self.weight_scale.to(dtype)
         if torch.compiler.is_exporting():
             inputs = (weight, scale, self.zeros)
@@ -91,7 +90,7 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """Takes the place of an nn.Linear."""
+    """Replaces an nn.Linear."""
 
     def __init__(self, layer: nn.Linear, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -102,7 +101,7 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedConv2d(QuantizedLayer):
-    """Takes the place of an nn.Conv2d."""
+    """Replaces an nn.Conv2d."""
 
     def __init__(self, layer: nn.Conv2d, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -114,7 +113,7 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedCausalConv3d(QuantizedLayer, CausalConv3d):
-    """Takes the place of a CausalConv3d. Its feature cache stays in the model's dtype."""
+    """Replaces a CausalConv3d. Its feature cache stays in the model's dtype."""
 
     def __init__(self, layer: CausalConv3d, state: dict[str, Tensor]) -> None:
         with torch.device("meta"):
@@ -135,9 +134,9 @@ _KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
 
 
 def install(model: nn.Module, states: dict[str, dict[str, Tensor]]) -> None:
-    """Put quantized layers in the places that `states` names, with the state of each. Bias and dtype stay.
+    """Replace the layers named in `states` by quantized layers with these states. Bias and dtype do not change.
 
-    Install last: a model that holds such layers must not change its dtype any more.
+    Call this last: the dtype of a model with quantized layers must not change.
     """
     for name, state in states.items():
         layer = model.get_submodule(name)
@@ -145,7 +144,7 @@ def install(model: nn.Module, states: dict[str, dict[str, Tensor]]) -> None:
 
 
 def quantized_layers(state: dict[str, Tensor], device: torch.device | str) -> dict[str, dict[str, Tensor]]:
-    """The states of the quantized layers in a checkpoint, by the layer's name, as `install` takes them."""
+    """The states of the quantized layers in a checkpoint, by layer name, for `install`."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key in state:
         if key.endswith(".quantized_weight"):

@@ -2,7 +2,7 @@
 """The Wan2.1 VAE decoder as a streaming model: latents and a feature cache in, video frames and a new cache out.
 
 Called by the backends. Parameter names are those of Wan2.1_VAE.pth (`decoder.*`, `conv2.*`; the encoder is not built).
-It keeps no stream state and does not know what a chunk or a session is.
+It is stateless: the caller owns the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longlive_serve.config.presets import VAEConfig
 
-HISTORY = 2  # past frames that a kernel of three frames sees
+HISTORY = 2  # past frames in the receptive field of a three-frame kernel
 DOUBLES_TIME = (True, True, False)  # which of the three spatial doublings also doubles time
 
 LATENT_MEAN = (
@@ -30,20 +30,20 @@ LATENT_STD = (
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Decoded frames [B, T, 3, H, W], -1 to 1 and beyond -> uint8 [B, T, H, W, 3]; truncates, as the reference does."""
+    """Decoded frames [B, T, 3, H, W], clamped to [-1, 1], -> uint8 [B, T, H, W, 3], truncated like the reference."""
     unit = (frames.float().clamp(-1, 1) * 0.5 + 0.5).clamp(0, 1)
     return (unit * 255).to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
 
 
 class FeatureCache:
-    """The cache of one call: hands each cached conv its history, in execution order, and collects what it leaves."""
+    """Cache of one call: gives each cached conv its history, in execution order, and collects the new histories."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._old = iter(tensors)
         self.new: list[Tensor] = []
 
     def prepend(self, x: Tensor) -> Tensor:
-        """x [B, C, T, H, W] with its history in front, T + 2 frames; the last two are the next history."""
+        """Return x [B, C, T, H, W] with its history prepended (T + 2 frames); the last two are the new history."""
         x = torch.cat([next(self._old), x], dim=2)
         self.new.append(x[:, :, -HISTORY:].clone())  # a view would keep all T + 2 frames alive
         return x
@@ -53,7 +53,7 @@ class FeatureCache:
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution over three frames, the last of which is the current one."""
+    """A convolution over three frames: the current one and the two before it."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3) -> None:
         super().__init__(in_channels, out_channels, (3, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
@@ -62,9 +62,9 @@ class CausalConv3d(nn.Conv3d):
         return self.convolve(cache.prepend(x), self.weight)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x with its history in front."""
+        """x includes its history."""
         if x.is_cpu and not torch.compiler.is_exporting():
-            return self._as_conv2d(x, weight)  # there PyTorch runs a small Conv3d in its slow fallback
+            return self._as_conv2d(x, weight)  # on the CPU PyTorch runs a small Conv3d in a slow fallback
         return F.conv3d(x, weight, self.bias, padding=self.padding)
 
     def _as_conv2d(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the channels, dim 1; `axes` counts the dims without the batch."""
+    """RMS norm over the channels (dim 1). `axes`: number of dims without the batch."""
 
     def __init__(self, channels: int, axes: int = 4) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * (axes - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # F.normalize, but its norm over a dim that is not the last is slow on the CPU.
+        # Equals F.normalize, whose norm over any but the last dim is slow on the CPU.
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = x.square().sum(1, keepdim=True, dtype=wide).sqrt().to(x.dtype)
         y: Tensor = x / norm.clamp_min(1e-12) * self.scale * self.gamma
@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
             CausalConv3d(in_channels, out_channels),
             RMSNorm(out_channels),
             nn.SiLU(),
-            nn.Identity(),  # the dropout of training; holds the place of its number in the names
+            nn.Identity(),  # dropout in training; keeps the numbers in parameter names
             CausalConv3d(out_channels, out_channels),
         )
         self.shortcut: nn.Module = nn.Identity()
@@ -107,7 +107,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def normed_convolutions(self) -> Iterator[tuple[RMSNorm, CausalConv3d]]:
-        """Its two convolutions, each with the norm before it; a SiLU lies between the two."""
+        """The two convolutions, each with the norm before it; a SiLU lies between norm and convolution."""
         for norm, conv in ((self.residual[0], self.residual[2]), (self.residual[3], self.residual[6])):
             assert isinstance(norm, RMSNorm)
             assert isinstance(conv, CausalConv3d)
@@ -119,7 +119,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention of one head over the positions of a frame; frames do not see each other."""
+    """Single-head attention over the positions within each frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and halves the channels; with `doubles_time` also two frames from each."""
+    """Doubles height and width and halves the channels; with `doubles_time` also doubles the frames."""
 
     def __init__(self, channels: int, doubles_time: bool) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache, is_first: bool) -> Tensor:
         if self.time_conv is not None and is_first:
-            cache.skip()  # the first latent gives one frame, and stays out of this conv's history
+            cache.skip()  # the first latent yields one frame and does not enter this conv's history
         elif self.time_conv is not None:
             earlier, later = self.time_conv(x, cache).chunk(2, dim=1)
             x = torch.stack([earlier, later], dim=3).flatten(2, 3)
@@ -200,7 +200,7 @@ class VAEDecoder(nn.Module):
                 f"VAE: got z_dim {config.z_dim} and dim_mult {config.dim_mult}, "
                 f"expected {len(LATENT_MEAN)} and {len(DOUBLES_TIME) + 1} numbers"
             )
-        # On the CPU even when built on the meta device: no checkpoint could bring them back.
+        # On the CPU even when built on the meta device: no checkpoint contains them.
         self.register_buffer("mean", torch.tensor(LATENT_MEAN, device="cpu").view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(LATENT_STD, device="cpu").view(-1, 1, 1), persistent=False)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
@@ -209,7 +209,7 @@ class VAEDecoder(nn.Module):
     def initial_cache(
         self, batch: int, latent_height: int, latent_width: int, device: torch.device | str, dtype: torch.dtype
     ) -> list[Tensor]:
-        """The cache of a video not yet begun: zeros [B, C, 2, H, W], one per cached conv in execution order."""
+        """The cache at the start of a video: zeros [B, C, 2, H, W], one per cached conv in execution order."""
         cache, scale = [], 1
         for module in self.decoder.modules():
             if isinstance(module, CausalConv3d):
@@ -220,7 +220,7 @@ class VAEDecoder(nn.Module):
         return cache
 
     def forward(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
-        """Decode latents [B, F, 16, h, w]; `is_first`: the first of them is the first of the video.
+        """Decode latents [B, F, 16, h, w]; `is_first`: latents[:, 0] is the first of the video.
 
         Returns frames [B, T, 3, 8h, 8w], not clamped, in the model's dtype, and the new cache. T is 4F, or 4F - 3
         in the first call.
@@ -232,9 +232,9 @@ class VAEDecoder(nn.Module):
         return torch.cat(frames, dim=1), list(cache)
 
     def decode_latent(self, latent: Tensor, cache: Sequence[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
-        """Decode one latent frame [B, 16, h, w]: frames [B, 4, 3, 8h, 8w] (1 instead of 4 when opening), new cache."""
+        """Decode one latent frame [B, 16, h, w]: frames [B, 4, 3, 8h, 8w] (1 frame if `is_first`) and the new cache."""
         mean, std = self.mean.to(latent.dtype), self.std.to(latent.dtype)
-        x = latent / (1.0 / std) + mean  # the reference's own order of rounding
+        x = latent / (1.0 / std) + mean  # the same order of rounding as the reference
         features = FeatureCache(cache)
         frames = self.decoder(self.conv2(x.unsqueeze(2)), features, is_first)
         assert len(features.new) == len(cache), f"cache of {len(cache)} tensors for {len(features.new)} convs"

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder in as few passes over memory as its arithmetic allows: channels last, norm and SiLU in one kernel
-that writes where the convolution reads, convolutions before the doubling of the picture instead of behind it, FP8 as an
-option.
+"""The VAE decoder with few passes over memory: channels last, one kernel for norm and SiLU that writes into the
+convolution's input, convolutions before spatial upsampling instead of after it, optional FP8.
 
-Called by the fused backend, with B = 1. It takes the weights of a `VAEDecoder`, which says what is computed.
+Used by the fused backend, with B = 1. It takes over the weights of a `VAEDecoder`, the reference for its results.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ LAST = torch.channels_last_3d
 
 
 class DoublingConv:
-    """Nearest doubling of height and width, then the 3x3 convolution, as one 2x2 convolution before the doubling.
+    """Nearest-neighbor upsampling by 2 and a 3x3 convolution, as one 2x2 convolution before the upsampling.
 
-    Each of the four pixels that come of one sees only 2x2 pixels of the smaller picture: those that fall together have
-    their weights added up. 16 products instead of 36, and the doubled picture is never stored.
+    Each of the four output pixels of an input pixel depends on only 2x2 input pixels, so the weights of taps that read
+    the same pixel are summed. This takes 16 multiplications instead of 36 and never stores the upsampled image.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -61,20 +60,20 @@ class DoublingConv:
 
 
 def _pairs_of_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The three taps of a convolution along `dim` as two, for the even and the odd pixels of a doubled picture."""
+    """Merge the three taps along `dim` into two: for the even and for the odd pixels of the upsampled image."""
     first, middle, last = weight.split(1, dim)
     return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FP8Weights:
-    """A convolution whose weights and inputs are FP8 (E4M3). Takes the layer's weight: nothing is held twice."""
+    """A convolution with FP8 (E4M3) weights and inputs. `take` frees the layer's own weight."""
 
     weight: Tensor
-    """[C', C, 3, 3, 3], channels last, each output channel with a scale of its own."""
+    """[C', C, 3, 3, 3], channels last, with one scale per output channel."""
     input_scale: float
     scale: Tensor
-    """float32 [1, C', 1, 1, 1]: that of the inputs times those of the weights."""
+    """float32 [1, C', 1, 1, 1]: input scale times weight scale."""
     bias: Tensor
     """float32 [1, C', 1, 1, 1]."""
 
@@ -93,13 +92,13 @@ class FP8Weights:
 
 
 Convolve = Callable[[Tensor, FP8Weights, torch.dtype, Tensor | None], Tensor]
-"""x [1, C, T + 2, H, W], weights, the result's dtype and what is to be added to it -> [1, C', T, H, W]."""
+"""(x [1, C, T + 2, H, W], weights, output dtype, tensor to add or None) -> [1, C', T, H, W]."""
 
 
 @dataclasses.dataclass
 class Sum:
-    """What a layer gives, [1, C, T, H, W]. What is still to be added to it is added by the kernel that reads it next:
-    PyTorch's convolutions have a pass over memory of their own for the bias."""
+    """A layer's output [1, C, T, H, W] with pending additions, which the next kernel does while it reads x: PyTorch's
+    convolutions add the bias in a separate pass over memory."""
 
     x: Tensor
     bias: Tensor | None = None
@@ -114,17 +113,17 @@ class Sum:
         return self.x
 
     def norm_silu(self, norm: RMSNorm, out: Tensor, scale: float | None, keep: bool) -> None:
-        """out = SiLU(norm(sum)). `keep`: the sum is wanted afterwards."""
+        """out = SiLU(norm(sum)). `keep`: also store the sum in x."""
         norm_silu(self.x, norm.gamma.flatten(), out, scale, bias=self.bias, added=self.added, keep=keep)
         if keep:
             self.bias = self.added = None
 
 
 class FusedVAE:
-    """As `VAEDecoder`, for one video, with the cache changed in place. Takes weights and biases of the model."""
+    """`VAEDecoder` for one video, with the cache updated in place. Takes over weights and biases of the model."""
 
     def __init__(self, model: VAEDecoder, convolve: Convolve | None = None) -> None:
-        """convolve: those of the residual blocks, which do nearly all the work, are FP8, and this computes them."""
+        """convolve: computes the residual blocks' convolutions, nearly all the work, in FP8. None: no FP8."""
         self.model, self._convolve_fp8 = model, convolve
         blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
         pairs = [pair for block in blocks for pair in block.normed_convolutions()] if convolve else []
@@ -133,7 +132,7 @@ class FusedVAE:
             if isinstance(layer, nn.Conv3d) and layer not in self._fp8:
                 layer.weight = nn.Parameter(layer.weight.contiguous(memory_format=LAST), requires_grad=False)
         self._biases = {}
-        """Of convolutions before a norm, which lose their own."""
+        """Biases of the convolutions before a norm, removed from the layers: the norm's kernel adds them."""
         for conv in (model.decoder.conv1, *(conv for block in blocks for _, conv in block.normed_convolutions())):
             if conv not in self._fp8:
                 self._biases[conv], conv.bias = conv.bias, None
@@ -144,16 +143,16 @@ class FusedVAE:
         }
 
     def initial_cache(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """As `VAEDecoder.initial_cache`, in channels-last memory, and in FP8 what FP8 convolutions read."""
+        """As `VAEDecoder.initial_cache`, in channels-last memory; the histories of FP8 convolutions are FP8."""
         tensors = self.model.initial_cache(1, height, width, device, dtype)
         convs = [module for module in self.model.decoder.modules() if isinstance(module, CausalConv3d)]
         dtypes = [torch.float8_e4m3fn if conv in self._fp8 else dtype for conv in convs]
         return [x.to(of).contiguous(memory_format=LAST) for x, of in zip(tensors, dtypes, strict=True)]
 
     def decode(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> Tensor:
-        """Latents [1, F, 16, h, w] -> frames [1, T, 3, 8h, 8w], as `VAEDecoder.forward` gives them.
+        """Decode latents [1, F, 16, h, w] to frames [1, T, 3, 8h, 8w], as `VAEDecoder.forward`.
 
-        The cache, in channels-last memory, becomes that for the next call. With `is_first` F is 1.
+        Updates the cache (channels-last memory) in place. With `is_first`, F must be 1.
         """
         assert not is_first or latents.shape[1] == 1
         mean, std = self.model.mean.to(latents.dtype), self.model.std.to(latents.dtype)
@@ -180,7 +179,7 @@ class FusedVAE:
 
     def _upsample(self, layer: Upsample, x: Tensor, histories: Iterator[Tensor], is_first: bool) -> Tensor:
         if layer.time_conv is not None and is_first:
-            next(histories)  # as `Upsample` does
+            next(histories)  # not used, as in `Upsample`
         elif layer.time_conv is not None:
             both = self._convolve(layer.time_conv, Sum(x), None, histories).whole()
             _, channels, count, height, width = x.shape
@@ -198,8 +197,7 @@ class FusedVAE:
         added: Tensor | None = None,
         keep: bool = False,
     ) -> Sum:
-        """The cached convolution of x, or with `norm` of SiLU(norm(x)), behind its history; plus `added`. `keep`: x is
-        wanted afterwards."""
+        """Cached convolution of x, or of SiLU(norm(x)) with `norm`, plus `added`. `keep`: x is used afterwards."""
         assert isinstance(conv, CausalConv3d)
         history, fp8 = next(histories), self._fp8.get(conv)
         _, channels, count, height, width = x.x.shape

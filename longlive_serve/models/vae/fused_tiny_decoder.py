@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny decoder with its pictures in channels-last memory, where convolutions on a GPU want them, a chunk at a time.
+"""The tiny decoder in channels-last memory, which is faster for GPU convolutions, one chunk per call.
 
-Called by the fused backend, with B = 1. It takes the weights of a `TinyDecoder`, which says what is computed.
+Used by the fused backend, with B = 1. It takes over the weights of a `TinyDecoder`, the reference for its results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAST = torch.channels_last
 
 
 class FusedTiny:
-    """As `TinyDecoder`, for one video, with the cache changed in place."""
+    """`TinyDecoder` for one video, with the cache updated in place."""
 
     def __init__(self, model: TinyDecoder) -> None:
         self.model = model.to(memory_format=LAST)  # type: ignore[call-overload]
@@ -30,9 +30,9 @@ class FusedTiny:
         return [tensor.contiguous(memory_format=LAST) for tensor in tensors]
 
     def decode(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> Tensor:
-        """Latents [1, F, 16, h, w] -> frames [1, T, 3, 8h, 8w], as `TinyDecoder.forward` gives them.
+        """Decode latents [1, F, 16, h, w] to frames [1, T, 3, 8h, 8w], as `TinyDecoder.forward`.
 
-        The cache becomes that for the next call. With `is_first` F is 1.
+        Updates the cache in place. With `is_first`, F must be 1.
         """
         assert not is_first or latents.shape[1] == 1
         x, histories = latents[0].contiguous(memory_format=LAST), iter(cache)  # [T, C, H, W] from here on
@@ -43,7 +43,7 @@ class FusedTiny:
                 x = _grow(layer, x)
             else:
                 x = layer(x)
-        frames = x * 2 - 1  # TAEHV's are 0 to 1
+        frames = x * 2 - 1  # TAEHV's frames are in [0, 1]
         return frames[None, FRAMES_PER_LATENT - 1 :] if is_first else frames[None]
 
 
@@ -55,8 +55,8 @@ def _with_the_frame_before(block: MemoryBlock, x: Tensor, past: Tensor) -> Tenso
 
 
 def _grow(layer: Grow, x: Tensor) -> Tensor:
-    """The frames that a picture's channels stand for are parted before it is doubled, as there is less to move."""
+    """Split the channels into frames before upsampling: this moves less memory than afterwards."""
     y = layer.conv(x)
     frames = y.shape[1] // x.shape[1]
-    apart = y.unflatten(1, (frames, -1)).flatten(0, 1).contiguous(memory_format=LAST)
-    return F.interpolate(apart, scale_factor=2)
+    split = y.unflatten(1, (frames, -1)).flatten(0, 1).contiguous(memory_format=LAST)
+    return F.interpolate(split, scale_factor=2)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TAEHV's decoder as a streaming model: Wan 2.1 latents and a few past frames in, video frames and new past out.
+"""TAEHV's decoder as a streaming model: Wan 2.1 latents and a feature cache in, video frames and a new cache out.
 
-A stand-in for `decoder.py`, called by the backends in the same way. Parameter names are those of `taew2_1.pth` of
-github.com/madebyollin/taehv (`decoder.*`; the encoder is not built). At 480x832 twelve frames cost 1.58 TFLOP (the Wan
-VAE: 40.65), and a session's past takes 64 MiB in bfloat16 (1.76 GiB). No frame depends on latents more than 8 frames
-back, so the 12 of a session's window bring its past back as it was.
+An alternative to `decoder.py` with the same interface. Parameter names are those of `taew2_1.pth` of
+github.com/madebyollin/taehv (`decoder.*`; the encoder is not built). At 480x832 twelve frames cost 1.58 TFLOP (Wan VAE:
+40.65), and a session's cache takes 64 MiB in bfloat16 (Wan VAE: 1.76 GiB). No frame depends on latents more than 8
+frames back, so decoding the 12 latents of a session's window restores its cache exactly.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from longlive_serve.config.presets import FRAMES_PER_LATENT, TinyDecoderConfig
 
 DOUBLES_TIME = (False, True, True)  # which of the three spatial doublings also doubles time
-BLOCKS = 3  # before each of them
+BLOCKS = 3  # memory blocks before each doubling
 
 
 class SoftClamp(nn.Module):
-    """Bends latents into -3 to 3."""
+    """Soft clamp of latents to (-3, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x / 3).tanh() * 3
 
 
 class MemoryBlock(nn.Module):
-    """A residual block that sees each frame and the one before it."""
+    """A residual block over each frame and the one before it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        """x [B, T, C, H, W], and the frame before it [B, C, H, W]."""
+        """x [B, T, C, H, W]; past [B, C, H, W] is the frame before it."""
         earlier = torch.cat([past.unsqueeze(1), x[:, :-1]], dim=1)
         y: Tensor = self.conv(torch.cat([x, earlier], dim=2).flatten(0, 1))
         return F.relu(x + y.reshape(x.shape))
 
 
 class Grow(nn.Module):
-    """Doubles height and width, and makes `frames` frames of each."""
+    """Doubles height and width, and expands each frame to `frames` frames."""
 
     def __init__(self, channels: int, frames: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Grow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C, H, W] -> [B, frames * T, C, 2H, 2W]."""
         batch, _, channels, height, width = x.shape
-        # TAEHV repeats the pixels first; a convolution of single pixels gives the same with a quarter of the work.
+        # TAEHV upsamples first. A 1x1 convolution before it gives the same result with a quarter of the work.
         y = F.interpolate(self.conv(x.flatten(0, 1)), scale_factor=2)
         return y.reshape(batch, -1, channels, 2 * height, 2 * width)
 
@@ -75,17 +75,17 @@ class TinyDecoder(nn.Module):
         layers: list[nn.Module] = [SoftClamp(), _conv(config.z_dim, config.channels[0]), nn.ReLU()]
         for (channels, following), doubles in zip(itertools.pairwise(config.channels), DOUBLES_TIME, strict=True):
             layers += [MemoryBlock(channels) for _ in range(BLOCKS)]
-            layers += [nn.Identity()]  # holds the place of TAEHV's spatial doubling in the names; `Grow` does it
+            layers += [nn.Identity()]  # keeps TAEHV's numbers in parameter names; `Grow` does its upsampling
             layers += [Grow(channels, 2 if doubles else 1), _conv(channels, following, bias=False)]
         head = _conv(config.channels[-1], 3)
         assert head.bias is not None
-        nn.init.constant_(head.bias, 0.5)  # untrained, it paints around grey and not around black
+        nn.init.constant_(head.bias, 0.5)  # untrained output is grey instead of black
         self.decoder = nn.Sequential(*layers, nn.ReLU(), head)
 
     def initial_cache(
         self, batch: int, latent_height: int, latent_width: int, device: torch.device | str, dtype: torch.dtype
     ) -> list[Tensor]:
-        """The cache of a video not yet begun: zeros [B, C, H, W], the past frame of each block in execution order."""
+        """The cache at the start of a video: zeros [B, C, H, W], the past frame of each block in execution order."""
         cache, scale = [], 1
         for layer in self.decoder:
             if isinstance(layer, MemoryBlock):
@@ -96,17 +96,17 @@ class TinyDecoder(nn.Module):
         return cache
 
     def forward(self, latents: Tensor, cache: Sequence[Tensor], is_first: bool) -> tuple[Tensor, list[Tensor]]:
-        """Decode latents [B, F, 16, h, w] as the DiT makes them; `is_first`: the first of them is the video's first.
+        """Decode latents [B, F, 16, h, w] of the DiT; `is_first`: latents[:, 0] is the first of the video.
 
-        Returns frames [B, T, 3, 8h, 8w], -1 to 1 and somewhat beyond, in the model's dtype, and the new cache. T is
-        4F, or 4F - 3 in the first call.
+        Returns frames [B, T, 3, 8h, 8w], not clamped, in the model's dtype, and the new cache. T is 4F, or 4F - 3
+        in the first call.
         """
         frames = []
-        for latent in latents.split(1, dim=1):  # one by one, so that no split changes a bit
+        for latent in latents.split(1, dim=1):  # one by one, so that the split into calls changes no bit
             part, cache = self._decode_latent(latent, cache)
             frames.append(part)
         if is_first:
-            frames[0] = frames[0][:, FRAMES_PER_LATENT - 1 :]  # those before were made of an empty past
+            frames[0] = frames[0][:, FRAMES_PER_LATENT - 1 :]  # earlier frames come from the empty cache
         return torch.cat(frames, dim=1), list(cache)
 
     def _decode_latent(self, x: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -120,7 +120,7 @@ class TinyDecoder(nn.Module):
             else:
                 x = layer(x.flatten(0, 1)).unflatten(0, (batch, -1))
         assert len(new) == len(cache), f"cache of {len(cache)} tensors for {len(new)} blocks"
-        return x * 2 - 1, new  # TAEHV's frames are 0 to 1
+        return x * 2 - 1, new  # TAEHV's frames are in [0, 1]
 
 
 def _conv(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d:
