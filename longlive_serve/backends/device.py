@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a thread uses; tensors to it, and frames back through pinned memory: it copies while the host goes on.
+"""Device selection per thread, and asynchronous copies to and from the device through pinned memory.
 
 Used by the model runner, the backends and snapshots. On the CPU nothing is copied.
 """
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def use_device(device: str) -> None:
-    """Kernels, graphs and events of this thread are of `device` from now on. Every thread that computes calls it."""
+    """Set the device of this thread's kernels, graphs and events. Every thread that computes calls it."""
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on `device`; does not wait for it."""
+    """Copy a CPU tensor to `device`, without waiting for the copy."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class AsyncD2HCopy:
-    """A tensor on its way to the host, where it comes as soon as the work queued for it so far is done."""
+    """An asynchronous copy of a tensor to the host, queued on the current stream."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._host, self._event = tensor, None
@@ -35,7 +35,7 @@ class AsyncD2HCopy:
             self._event.record()
 
     def wait(self) -> Tensor:
-        """Until it is there."""
+        """Wait for the copy; returns the tensor on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a device did what, without waiting for it in between.
+"""Times the work of a device without synchronizing in between.
 
-Used by the model runner, whose work on a GPU is queued long before it is done.
+Used by the model runner, whose work on a GPU is queued long before it runs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Event = float | torch.cuda.Event
 
 
 class DeviceTimer:
-    """Marks points in the work of one device, and tells later how far apart they were."""
+    """Records events in the work of one device, and measures the time between them later."""
 
     def __init__(self, device: str) -> None:
         self._on_cuda = device.startswith("cuda")
 
     def record(self) -> Event:
-        """The point where all work that has been queued so far is done."""
+        """Record an event that completes when all work queued so far is done."""
         if not self._on_cuda:
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
@@ -30,12 +30,12 @@ class DeviceTimer:
         return event
 
     def wait(self, record: Event) -> None:
-        """Until that point."""
+        """Wait for the event."""
         if isinstance(record, torch.cuda.Event):
             record.synchronize()
 
     def seconds(self, begin: Event, end: Event) -> float:
-        """From one mark to a later one; waits for it."""
+        """Seconds from one event to a later one; waits for the later one."""
         if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()
             return float(begin.elapsed_time(end)) / 1e3
@@ -44,7 +44,7 @@ class DeviceTimer:
 
 
 def median_seconds(call: Callable[[], object], device: str, runs: int) -> float:
-    """Of some runs, after one that compiles or loads the kernel."""
+    """Median time of `runs` calls, after one warm-up call that compiles or loads the kernel."""
     timer, events = DeviceTimer(device), []
     for _ in range(runs + 1):
         begin = timer.record()

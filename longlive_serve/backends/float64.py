@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's result without the rounding of float32, and how far another result may be from it.
+"""Float64 reference results, and tolerances for float32 results compared with them.
 
-Every float32 result depends on the processor: its libraries add in another order on another one, and the models
-magnify what that changes. A float64 run of the same is the same everywhere, but for the ninth digit or so. Called where
-two computations are compared: by the replay of a case, by the export, by tests.
+Float32 results depend on the processor: libraries sum in a processor-specific order, and the models amplify the
+differences. Float64 results agree everywhere to about nine digits. Used to compare two computations: by the replay of a
+case, the export and tests.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TIMES = 16
-"""How many times the error of one float32 result another one of the same may have.
+"""Allowed ratio between the errors of two float32 results of the same computation.
 
-A sum of n products in the worst order, one after the other, errs about sqrt(n / log2(n)) times as much as in the best,
-by halves: 12 times for the widest of the models' layers that are checked in float32, which have up to 1536 inputs.
-The rest is for the largest of many errors, which varies.
+The error of a sequential sum of n products is about sqrt(n / log2(n)) times that of a pairwise sum: 12 times for the
+widest layers that are checked in float32, with up to 1536 inputs. The rest covers the variation of the maximum error.
 """
 LEAST = TIMES * torch.finfo(torch.float32).eps
-"""What a float32 result may be off in any case."""
+"""Minimum tolerance of a float32 result."""
 
 
 class Float64(TorchFunctionMode):
-    """Within it PyTorch computes in float64 what it is told to compute in float32, whatever the models convert to.
+    """Makes PyTorch compute in float64 wherever the models ask for float32.
 
-    Weights are converted where they are used, so that a model is never there twice. What is written in place keeps
-    its dtype: a cache that is to hold float64 must be made of it.
+    Weights are converted at each use, so the model is not held twice. Tensors written in place keep their dtype: a
+    cache must be created in float64.
     """
 
     def __torch_function__(
@@ -46,7 +45,7 @@ class Float64(TorchFunctionMode):
 
 
 def _to_float64(value: Any) -> Any:
-    """Arguments with float64 in the place of float32, tensors and dtypes."""
+    """Arguments with float32 tensors and dtypes replaced by float64."""
     if isinstance(value, Tensor):
         return value.double() if value.dtype == torch.float32 else value
     if isinstance(value, Mapping):
@@ -57,15 +56,15 @@ def _to_float64(value: Any) -> Any:
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest absolute difference divided by the largest absolute value."""
     assert actual.shape == exact.shape, f"got {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     actual, exact = actual.double(), exact.double()
     return ((actual - exact).abs().max() / exact.abs().max()).item()
 
 
 def max_error(reference: Tensor, exact: Tensor) -> float:
-    """How far a float32 result may be from the exact one, by how far another, the reference, is.
+    """The largest allowed error of a float32 result, from the error of another float32 result, the reference.
 
-    Not less than for the rounding of the result and of its inputs: a reference may be exact by chance.
+    At least `LEAST`, for the rounding of inputs and result: the reference may be exact by chance.
     """
     return max(TIMES * error(reference, exact), LEAST)

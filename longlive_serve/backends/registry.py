@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 @phase(LOAD)
 def build_backends(config: ServeConfig, loader: ModelLoader | None = None) -> Backends:
-    """The backends that `config` asks for; what `auto` came to, and why, is logged once.
+    """Build the backends that `config` selects; the choice of `auto` and its reason are logged once.
 
-    `loader`: where PyTorch models come from; by default the weights that `config` names.
-    Raises ValueError for weights, graphs or engines that do not fit what is served, or the machine.
+    `loader`: loads PyTorch models; default: from the weights in `config`.
+    Raises ValueError for weights, graphs or engines that do not fit the served model or the machine.
     """
     import torch
 
@@ -63,7 +63,7 @@ def build_backends(config: ServeConfig, loader: ModelLoader | None = None) -> Ba
 
 
 class _Builder:
-    """Loads each model and hands it to its backend."""
+    """Loads each model and builds its backend."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class _Builder:
         if backend == TORCH:
             return TorchDiT(self._model(DIT), *options)
         if backend == FUSED:
-            from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
+            from longlive_serve.backends.fused.dit import FusedDiT  # needs Triton
 
             return FusedDiT(self._model(DIT), *options, config.fp8, config.fp8_attention)
         return GraphDiT(self._graphs(DIT), *options)
@@ -127,21 +127,23 @@ class _Builder:
         config, backend = self._config, self._chosen[model]
         manifest = self._read_manifest(_exported_folders(config)[backend])
         manifest.check(backend, config.model_config, config.variant)
-        # An empty fingerprint is fine: what has been exported needs no checkpoints.
+        # An empty fingerprint is fine: exported graphs need no checkpoints.
         return load_graphs(model, manifest, self._device, config.dtype, self._loader.fingerprint(model))
 
 
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            f"backend: got {FUSED} without the compiler Triton, which PyTorch for CUDA brings: "
-            f'pip install triton, or backend = "{TORCH}"'
+            f"backend: got {FUSED}, but Triton, which CUDA builds of PyTorch include, is not installed: "
+            f'pip install triton, or set backend = "{TORCH}"'
         )
 
 
 def choose_backends(config: ServeConfig, read_manifest: ReadManifest = Manifest.read) -> dict[str, str]:
-    """The backend of every model: the one asked for, or with `auto` what there is of it: an engine, a graph, else
-    torch. Raises ValueError for a folder that is none of graphs."""
+    """The backend of every model: the configured one, or with `auto` the first available of engine, graph and torch.
+
+    Raises ValueError for a folder without a valid manifest.
+    """
     chosen = {}
     for model in MODELS:
         chosen[model], reason = _choose(model, config, read_manifest)
@@ -150,23 +152,23 @@ def choose_backends(config: ServeConfig, read_manifest: ReadManifest = Manifest.
 
 
 def _choose(model: str, config: ServeConfig, read_manifest: ReadManifest) -> tuple[str, str]:
-    """A model's backend and the reason."""
+    """A model's backend and the reason for it."""
     backend: str = getattr(config, f"{model}_backend") or config.backend
-    reason = "as asked for"
+    reason = "as configured"
     if backend == AUTO:
-        backend, reason = TORCH, "as neither `tensorrt_engines` nor `graphs` has it"
+        backend, reason = TORCH, "as neither `tensorrt_engines` nor `graphs` contains it"
         for candidate, folder in _exported_folders(config).items():
             if _has_graphs(model, folder, read_manifest):
-                backend, reason = candidate, f"as {folder} has it"
+                backend, reason = candidate, f"as {folder} contains it"
     if backend == FUSED and model == TEXT_ENCODER:
-        return TORCH, "as there is no fused one"
+        return TORCH, "as there is no fused text encoder"
     if model == VAE_DECODER and config.decoder == TINY and backend != FUSED:
-        return TORCH, "as neither graphs nor engines have the tiny decoder"
+        return TORCH, "as the tiny decoder has no graphs or engines"
     return backend, reason
 
 
 def _exported_folders(config: ServeConfig) -> dict[str, Path]:
-    """By backend, the folders that are set."""
+    """The configured folders by backend."""
     folders = {ONNXRUNTIME: config.graphs, TENSORRT: config.tensorrt_engines}
     return {backend: Path(folder) for backend, folder in folders.items() if folder}
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the seconds of a start go, by phase.
+"""Measures the time of each phase of a start.
 
-Whoever starts a model runner enters `measure_start`; the functions that it calls are marked with `phase`. Outside of a
-start, `phase` does nothing.
+The caller that starts a model runner enters `measure_start`; `phase` marks the functions it calls. Outside of a start,
+`phase` does nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 IMPORT, LOAD, COMPILE, CHOOSE, CAPTURE, WARM_UP = "import", "load", "compile", "choose", "capture", "warm_up"
 PHASES = (IMPORT, LOAD, COMPILE, CHOOSE, CAPTURE, WARM_UP)
-"""Python and the packages that come first; weights, and the packages for them; kernels and cuDNN plans; kernels timed
-against each other; CUDA graphs; videos that nobody sees. Each without those that it contains."""
+"""Python and the first imports; loading weights, with the imports for it; compiling kernels and cuDNN plans; choosing
+kernels by measurement; capturing CUDA graphs; generating warm-up videos. Each phase excludes the phases inside it."""
 
 
 class StartTimer:
@@ -27,7 +27,7 @@ class StartTimer:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._inner = [0.0]
-        """Of every phase that is open, the seconds of those within it."""
+        """For every open phase, the seconds of the phases inside it."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,7 +41,7 @@ class StartTimer:
             self._inner[-1] += elapsed
 
     def add(self, name: str, seconds: float) -> None:
-        """Seconds of the phase that is open, which belong to another one."""
+        """Move `seconds` of the open phase to the phase `name`."""
         self.seconds[name] += seconds
         self._inner[-1] += seconds
 
@@ -51,7 +51,7 @@ _timer: ContextVar[StartTimer | None] = ContextVar("start_timer", default=None)
 
 @contextlib.contextmanager
 def measure_start() -> Iterator[dict[str, float]]:
-    """Gives the seconds of each of PHASES; they are complete on exit."""
+    """Yields the seconds of each of PHASES; they are complete on exit."""
     timer = StartTimer()
     token = _timer.set(timer)
     try:
@@ -62,14 +62,14 @@ def measure_start() -> Iterator[dict[str, float]]:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What runs within belongs to the phase `name` of the start that is measured, if one is. Decorates functions."""
+    """Count the time inside as the phase `name` of the current `measure_start`, if any. Also a decorator."""
     timer = _timer.get()
     with contextlib.nullcontext() if timer is None else timer.phase(name):
         yield
 
 
 def note_compilations() -> None:
-    """From now on Triton says how long it compiles, which happens at a kernel's first launch."""
+    """Measure Triton's compilations, which happen at a kernel's first launch."""
     from triton import knobs
 
     knobs.compilation.listener = _compiled
@@ -82,7 +82,7 @@ def _compiled(*, times: Any, **_: Any) -> None:
 
 
 def process_age() -> float:
-    """Seconds since this process began."""
+    """Seconds since this process started."""
     started_ticks = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])  # since boot; see proc(5)
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 

@@ -85,7 +85,7 @@ class TorchDiT:
 
 
 class TorchVAEDecoder:
-    """The streaming decoder of the Wan VAE, or the tiny one in its place."""
+    """The streaming Wan VAE decoder or tiny decoder."""
 
     def __init__(self, model: VAEDecoder | TinyDecoder, config: ModelConfig) -> None:
         self.model, self.config = model, config

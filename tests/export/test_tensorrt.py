@@ -228,14 +228,14 @@ def test_engines_of_another_version_are_refused(graphs: Path, tmp_path: Path) ->
 
 def test_a_process_has_one_tensorrt() -> None:
     tensorrt_library.use(RTX)
-    with pytest.raises(ValueError, match="got tensorrt, but this process uses tensorrt_rtx"):
+    with pytest.raises(ValueError, match="got tensorrt, but this process already uses tensorrt_rtx"):
         tensorrt_library.use(tensorrt_library.TENSORRT)
 
 
 def test_a_library_that_is_not_there_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    with pytest.raises(ValueError, match=r"got no tensorrt_rtx here .*expected it from `pip install tensorrt-rtx-cu13"):
+    with pytest.raises(ValueError, match=r"tensorrt_rtx is not installed .*get it from `pip install tensorrt-rtx-cu13"):
         tensorrt_library.use(RTX)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX graphs and TensorRT engines in the place of PyTorch modules."""
+"""Backends that run ONNX graphs and TensorRT engines."""

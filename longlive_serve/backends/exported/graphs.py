@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graphs of a folder, loaded by ONNX Runtime or TensorRT. Called by `build_backends` and by the replay."""
+"""Loads the graphs of a folder with ONNX Runtime or TensorRT. Called by `build_backends` and by the replay."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from longlive_serve.config.serve_config import AUTO, ONNXRUNTIME
 def load_graphs(
     model: str, manifest: Manifest, device: str, dtype: str = AUTO, fingerprint: str = ""
 ) -> dict[str, Graph]:
-    """The graphs of `model`, by name.
+    """Load the graphs of `model`; returns them by name.
 
-    `dtype`: the one that they must have, unless `auto`; `fingerprint`: that of the weights that they must be made of,
-    if any. Raises ValueError for others.
+    `dtype`: the required dtype, unless `auto`. `fingerprint`: fingerprint of the required weights, or empty. Raises
+    ValueError for missing graphs, and for graphs of another dtype or other weights.
     """
     folder, table = manifest.folder, graph_io(ModelConfig.from_sizes(manifest.sizes), manifest.variant)
     graphs: dict[str, Graph] = {}
@@ -26,7 +26,7 @@ def load_graphs(
             got = "nothing" if file is None else file.dtype
             raise ValueError(f"{folder}: graph {name}: got {got}, expected it in dtype {dtype!r}. Export it")
         if fingerprint not in ("", file.weights):
-            raise ValueError(f"{folder}: graph {name}: was made of other weights than those served. Export it again")
+            raise ValueError(f"{folder}: graph {name}: was exported from other weights. Export it again")
         if manifest.backend == ONNXRUNTIME:
             from longlive_serve.backends.exported.onnxruntime_session import OnnxRuntimeGraph
 

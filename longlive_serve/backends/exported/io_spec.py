@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes in and out of every exported graph: names, dtypes, shapes. Written here once.
+"""Inputs and outputs of every exported graph: names, dtypes, shapes. This is their only definition.
 
-Read by the export, by the backends that run graphs and by their tests. A dim is a number, or the name of one that
-changes from call to call.
+Read by the export, by the backends that run graphs and by their tests. A dim is a number, or the name of a dynamic dim.
 
-How the KV cache goes in and out: every layer's keys and values are an input of fixed length and an output at the same
-address, which the graph writes in place at `write_index` (ONNX TensorScatter, linear; TensorRT's KV-cache update).
-A slot of the cache is a whole number of chunks, so a write never wraps. `README.md` of `export/` has the reasons.
+The KV cache: every layer's keys and values are an input of fixed length and an output at the same address, which the
+graph writes in place at `write_index` (ONNX TensorScatter, linear; TensorRT's KV-cache update). A slot of the cache is
+a whole number of chunks, so a write never wraps. `README.md` of `export/` gives the reasons.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ PROMPT_KV, VAE_OPENING, VAE_STEADY = "prompt_kv", "vae_opening", "vae_steady"
 GRAPHS_OF = {TEXT_ENCODER: (TEXT_ENCODER,), DIT: (PROMPT_KV, DIT), VAE_DECODER: (VAE_OPENING, VAE_STEADY)}
 """The graphs of every model."""
 
-BATCH, FRAMES, USED = "batch", "frames", "used"  # sessions; latent frames in the forward; those attended to
-WEIGHTS, FLOAT32, INT64 = "weights", "float32", "int64"  # dtypes; the first is the one that the graph's weights have
+BATCH, FRAMES, USED = "batch", "frames", "used"  # sessions; latent frames in the forward; frames attended to
+WEIGHTS, FLOAT32, INT64 = "weights", "float32", "int64"  # dtypes; `weights` is the dtype of the graph's weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,12 @@ class GraphIO:
     inputs: tuple[GraphTensor, ...]
     outputs: tuple[GraphTensor, ...]
     in_place: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Output -> the input at whose address it is written."""
+    """Output -> the input whose memory it overwrites."""
     persistent: tuple[str, ...] = ()
-    """Inputs that stay at their addresses for ever: a slot."""
+    """Inputs with fixed addresses: the tensors of a slot."""
 
     def dims(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        """What the named dims are in this call. Raises ValueError for a missing tensor or one of another shape."""
+        """The sizes of the named dims in this call. Raises ValueError for a missing tensor or a wrong shape."""
         dims: dict[str, int] = {}
         for tensor in self.inputs:
             got = tuple(inputs[tensor.name].shape) if tensor.name in inputs else None
@@ -66,7 +65,7 @@ class GraphIO:
 
 
 def graph_io(config: ModelConfig, variant: str) -> dict[str, GraphIO]:
-    """The table: every graph of a LongLive of these sizes."""
+    """Every graph of a LongLive of these sizes, by name."""
     dit = config.dit
     tokens = (BATCH, dit.text_len)
     embeds = GraphTensor("embeds", (*tokens, dit.text_dim))
@@ -86,16 +85,16 @@ def graph_io(config: ModelConfig, variant: str) -> dict[str, GraphIO]:
 
 
 def _dit_io(config: ModelConfig, variant: str, prompt_kv: tuple[GraphTensor, ...]) -> GraphIO:
-    """One graph for denoising steps, KV-cache updates and recaches: they differ in how many frames go in."""
+    """One graph for denoising steps, KV-cache updates and recaches: they differ only in the number of frames."""
     dit, positions = config.dit, config.tokens_per_frame
     latent_shape = (dit.channels, config.latent_height, config.latent_width)
     angles = (positions, dit.head_dim // 2)
     rows = (BATCH, dit.num_heads, config.window.window * positions, dit.head_dim)
     names = cache_names(dit.num_layers)
-    if variant == "infinity":  # cached keys carry no RoPE: all that are attended to are rotated on every call
+    if variant == "infinity":  # keys are cached without RoPE, and those attended to are rotated in every call
         window = tuple(GraphTensor(name, (BATCH, USED, *angles), FLOAT32) for name in ("key_cos", "key_sin"))
     else:
-        window = (GraphTensor("window", (USED,), FLOAT32),)  # its length alone counts
+        window = (GraphTensor("window", (USED,), FLOAT32),)  # only its length is used
     return GraphIO(
         name=DIT,
         inputs=(
@@ -122,7 +121,7 @@ def cache_names(layers: int) -> list[str]:
 
 
 def _vae_io(config: ModelConfig, name: str, frames: int) -> GraphIO:
-    """One latent frame per call: it fills a GPU, and partial chunks need it."""
+    """One latent frame per call: it is enough work for a GPU, and partial chunks need it."""
     with torch.device("meta"):
         size = (config.latent_height, config.latent_width)
         shapes = [cache.shape[1:] for cache in VAEDecoder(config.vae).initial_cache(1, *size, "meta", torch.float32)]

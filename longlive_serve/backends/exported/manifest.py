@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of exported graphs and its `manifest.json`, which says what they were made of and for.
+"""The `manifest.json` of a folder of exported graphs: their sources, sizes and targets.
 
-Written by `export/`, read by `build_backends`, which refuses graphs of other sizes than those that are served.
+Written by `export/`, read by `build_backends`, which rejects graphs of other sizes than the served model's.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ class GraphFile:
 
     file: str
     dtype: str
-    """Of its weights: float32, float16 or bfloat16."""
+    """Dtype of the weights: float32, float16 or bfloat16."""
     quantization: str = ""
     """The recipe, if some of its weights are quantized."""
     weights: str = ""
-    """SHA-256 of the checkpoint that it was made of; `random` where there was none."""
+    """SHA-256 of the checkpoint it was exported from; `random` for random weights."""
     built: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a TensorRT engine: what it was built with and for (`tensorrt_session.check_target`)."""
+    """Of a TensorRT engine: its build options and target (`tensorrt_session.check_target`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     backend: str
-    """What runs the files: `onnxruntime` or `tensorrt`."""
+    """The backend that runs the files: `onnxruntime` or `tensorrt`."""
     sizes: dict[str, Any]
-    """The model configuration, as `dataclasses.asdict` gives it."""
+    """The model configuration, as returned by `sizes_of`."""
     variant: str
     graphs: dict[str, GraphFile]
     versions: dict[str, str]
     format: int = FORMAT
     folder: Path = Path()
-    """Where it was read."""
+    """The folder it was read from."""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises ValueError that says what is wrong with the folder."""
+        """Raises ValueError with the reason if the folder has no valid manifest."""
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ class Manifest:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}: not a manifest of graphs ({type(error).__name__}: {error}); "
-                "`python -m export.to_onnx` and `python -m export.to_tensorrt` make such folders"
+                "`python -m export.to_onnx` and `python -m export.to_tensorrt` create such folders"
             ) from None
 
     def write(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class Manifest:
         (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def check(self, backend: str, config: ModelConfig, variant: str) -> None:
-        """Raises ValueError when these are not graphs for `backend` of a LongLive of these sizes and this variant."""
+        """Raises ValueError if the graphs are of another backend, other sizes or another variant."""
         expected = sizes_of(config)
         wrong = [
             f"{key} {self.sizes.get(key)!r} instead of {expected[key]!r}"
@@ -84,7 +84,7 @@ class Manifest:
 
 
 def sizes_of(config: ModelConfig) -> dict[str, Any]:
-    """The sizes of all that can be a graph, as JSON gives them back."""
+    """The sizes of the models that can be exported, as they come back from JSON."""
     sizes: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     del sizes["tiny_decoder"]
     return sizes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three models as exported graphs, whatever runs them: tensors by name, addresses instead of copies.
+"""The three models as exported graphs, which take and return tensors by name.
 
 Built by `build_backends` on the graphs of `onnxruntime_session.py` or `tensorrt_session.py`.
 """
@@ -30,10 +30,10 @@ class Graph(Protocol):
     io: GraphIO
     device: torch.device
     dtype: torch.dtype
-    """Of its weights."""
+    """Dtype of the weights."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run it on contiguous tensors that lie on its device.
+        """Run the graph on contiguous tensors on its device.
 
         Outputs in `io.in_place` are written over their inputs; the others are returned by name, as new tensors.
         """
@@ -76,7 +76,7 @@ class GraphDiT:
         )
         timesteps = torch.cat([FlowMatchScheduler(device).timesteps, torch.zeros(1, device=device)])
         self.time_features = time_features(timesteps, config.dit.freq_dim).to(self.dtype)
-        # Everything that a call needs to say lies on the device already: saying it is taking a slice.
+        # Inputs of calls are slices of tensors on the device, so calls copy nothing from the host.
         self.window = torch.zeros(window, device=device)
         self.write_index = torch.arange(0, window, self.chunk, device=device) * self.tokens_per_frame
 
@@ -117,7 +117,7 @@ class GraphDiT:
 
 
 class GraphVAEDecoder:
-    """The streaming Wan VAE decoder as two graphs of one latent frame: a video's first one, and every other."""
+    """The streaming Wan VAE decoder as two graphs of one latent frame: for the first of a video and for all others."""
 
     def __init__(self, graphs: Mapping[str, Graph]) -> None:
         self.is_first, self.steady = graphs[VAE_OPENING], graphs[VAE_STEADY]

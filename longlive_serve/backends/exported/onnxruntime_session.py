@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs exported ONNX graphs with ONNX Runtime, on the CPU or on CUDA, straight on the memory of torch tensors."""
+"""Runs exported ONNX graphs with ONNX Runtime, on the CPU or on CUDA, directly on the memory of torch tensors."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeGraph:
-    """One graph in a session of ONNX Runtime. A `modules.Graph`."""
+    """One graph in an ONNX Runtime session. A `modules.Graph`."""
 
     def __init__(self, folder: Path, file: GraphFile, io: GraphIO, device: str) -> None:
-        """Raises ValueError when the file cannot be loaded or ONNX Runtime has nothing for the device."""
+        """Raises ValueError if the file cannot be loaded or ONNX Runtime has no provider for the device."""
         self.io, self.device, self.dtype = io, torch.device(device), getattr(torch, file.dtype)
         provider = _PROVIDERS.get(self.device.type, "none")
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise ValueError(f"device: got {device!r}, but this ONNX Runtime has {available} only")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors: it warns of every cache that it did not place itself
+        options.log_severity_level = 3  # errors only: it warns about every cache it did not allocate itself
         options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take the cores from torch
-        if file.quantization:  # its fusions of Q/DQ pairs fail or change the result
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning would take cores from torch
+        if file.quantization:  # fusions of Q/DQ pairs fail or change the result
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self.session = onnxruntime.InferenceSession(folder / file.file, options, providers=[provider])
-        except Exception as error:  # its own exceptions have no other base
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ValueError(f"{folder / file.file}: ONNX Runtime cannot load it: {error}") from None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class OnnxRuntimeGraph:
                 outputs[tensor.name] = out
             binding.bind_output(tensor.name, *self._memory(out, out.dtype))
         if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime uses its own stream
         self.session.run_with_iobinding(binding)
         return outputs
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which TensorRT `import tensorrt` means: the product for data centres, or TensorRT for RTX (consumer GPUs).
+"""Selects the library behind `import tensorrt`: TensorRT (data centers) or TensorRT for RTX (consumer GPUs).
 
-Their Python APIs agree in all that is used here, so the builder and the engine are written once, against `tensorrt`.
+Their Python APIs agree in everything used here, so the builder and the session are written once, against `tensorrt`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _FROM = {
 
 
 def use(library: str) -> None:
-    """Make `import tensorrt` give `library`. Raises ValueError when it is not installed, or the other is in use."""
+    """Make `import tensorrt` import `library`. Raises ValueError if it is not installed or the other is in use."""
     in_use = sys.modules.get("tensorrt")
     if in_use is not None and in_use.__name__ not in _MODULES[library]:
-        raise ValueError(f"got {library}, but this process uses {in_use.__name__} already: a process has one of them")
+        raise ValueError(f"got {library}, but this process already uses {in_use.__name__}; expected only one of them")
     _load_shared_libraries(f"{library}_libs")
     for name in _MODULES[library]:
         try:
@@ -34,14 +34,14 @@ def use(library: str) -> None:
             continue
         return
     raise ValueError(
-        f"got no {library} here (tried to import {' and '.join(_MODULES[library])}), expected it from {_FROM[library]}"
+        f"{library} is not installed (tried to import {' and '.join(_MODULES[library])}): get it from {_FROM[library]}"
     )
 
 
 def _load_shared_libraries(package: str) -> None:
-    """Those that a wheel has brought. It looks for them by itself, but not where a path has brackets in it."""
+    """Load the shared libraries of a wheel. The wheel's own search fails if its path contains brackets."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
     for file in sorted(file for folder in folders for file in Path(folder).glob("*.so*")):
-        with contextlib.suppress(OSError):  # one of those that another needs first, and brings
+        with contextlib.suppress(OSError):  # it needs another library first, which loads it as well
             ctypes.CDLL(str(file))

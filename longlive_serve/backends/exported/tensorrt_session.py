@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs TensorRT engines straight on the memory of torch tensors.
+"""Runs TensorRT engines directly on the memory of torch tensors.
 
-One execution context per optimization profile. All engines of a process run one after the other, on one stream of their
-own, and share one block of activation memory. The DiT's calls repeat on the same addresses: they become CUDA graphs.
-Import it after `tensorrt_library.use`.
+There is one execution context per optimization profile. All engines of a process run one after the other on their own
+stream and share one block of activation memory. Calls of the DiT repeat with the same addresses, so they are captured
+as CUDA graphs. Import this module after `tensorrt_library.use`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from longlive_serve.backends.exported.tensorrt_library import TENSORRT_RTX
 
 log = logging.getLogger(__name__)
 
-CUDA_GRAPHS_KEPT = 64  # per engine: slots times windows in use; beyond, the one that was not used for longest goes
+CUDA_GRAPHS_KEPT = 64  # per engine: slots times call sizes in use; the least recently used one is evicted
 
 
 class TensorRTGraph:
     """One engine. A `modules.Graph`."""
 
-    _stream: ClassVar[torch.cuda.Stream | None] = None  # not the default one: TensorRT would wait for it on every call
-    _activation_bytes: ClassVar[int] = 0  # the most that an engine of this process needs
+    _stream: ClassVar[torch.cuda.Stream | None] = None  # on the default stream TensorRT synchronizes every call
+    _activation_bytes: ClassVar[int] = 0  # the maximum over the engines of this process
     _activations: ClassVar[Tensor | None] = None
 
     def __init__(self, folder: Path, file: GraphFile, io: GraphIO, device: str) -> None:
-        """Raises ValueError when the engine was built by another TensorRT or for another GPU, and says what to do."""
+        """Raises ValueError if the engine was built by another TensorRT or for another GPU."""
         self.io, self.device, self.dtype = io, torch.device(device), getattr(torch, file.dtype)
         self.path = folder / file.file
         check_target(self.path, file.built, get_target(self.device, file.built["library"]))
@@ -47,7 +47,7 @@ class TensorRTGraph:
             raise ValueError(f"{self.path}: TensorRT cannot load it: {self._logger.last_error}. Build it again")
         self.engine = engine
         self._check_names()
-        if file.built["weights_mb"] is not None:  # else they all lie on the GPU
+        if file.built["weights_mb"] is not None:  # else all weights are on the GPU
             engine.weight_streaming_budget_v2 = file.built["weights_mb"] << 20
         TensorRTGraph._activation_bytes = max(TensorRTGraph._activation_bytes, engine.device_memory_size_v2)
         self._profiles: dict[tuple[int, ...], int] = {}
@@ -87,7 +87,7 @@ class TensorRTGraph:
         return outputs
 
     def _static_input(self, name: str, tensor: Tensor) -> Tensor:
-        """Where a tensor lies in every call: itself if it is held, else a place of its own for each of its shapes."""
+        """The tensor at a fixed address for every call: itself if persistent, else a static tensor per shape."""
         if name in self.io.persistent:
             return tensor
         key = name, tensor.shape
@@ -96,13 +96,13 @@ class TensorRTGraph:
         return self._static_inputs[key]
 
     def _repeat(self, profile: int, tensors: Mapping[str, Tensor]) -> None:
-        """Run on tensors that stay where they are: twice as it is, from then on as a CUDA graph."""
+        """Run on tensors at fixed addresses: enqueue the first two calls, and replay a CUDA graph from the third on."""
         key = (profile, *(tensor.data_ptr() for tensor in tensors.values()))
         known, graph = key in self._cuda_graphs, self._cuda_graphs.get(key)
         if graph is not None:
             graph.replay()
         else:
-            self._enqueue(profile, tensors)  # what TensorRT does once for new shapes cannot be captured
+            self._enqueue(profile, tensors)  # TensorRT's setup for new shapes cannot be captured
         if known and graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -127,7 +127,7 @@ class TensorRTGraph:
             raise RuntimeError(f"{self.path}: TensorRT failed: {self._logger.last_error}")
 
     def _profile(self, dims: Mapping[str, int], inputs: Mapping[str, Tensor]) -> int:
-        """The optimization profile that was built for these shapes."""
+        """The index of the optimization profile for these shapes."""
         key = tuple(dims.values())
         if key not in self._profiles:
             profiles = range(self.engine.num_optimization_profiles)
@@ -182,8 +182,7 @@ class Logger(trt.ILogger):
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
-        self.last_error = "it did not say why"
-        """The last error."""
+        self.last_error = "no error message"
         self._warnings: set[str] = set()
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
@@ -192,24 +191,24 @@ class Logger(trt.ILogger):
             self.last_error = msg
         if level == logging.WARNING:
             if msg in self._warnings:
-                return  # it says the same of every layer
+                return  # TensorRT repeats a warning for every layer
             self._warnings.add(msg)
         log.log(level, "TensorRT: %s", msg)
 
 
 def get_target(device: torch.device, library: str) -> dict[str, str]:
-    """What an engine is built for: it runs nowhere else. TensorRT for RTX fits it to the GPU when it is loaded."""
+    """The only target an engine runs on. TensorRT for RTX adapts the engine to the GPU when it is loaded."""
     if library == TENSORRT_RTX:
         return {"tensorrt": trt.__version__}
     if not torch.cuda.is_available():
-        raise ValueError("got no GPU, expected the one that the engines are to run on (TensorRT cannot build without)")
+        raise ValueError("got no GPU, expected the GPU that runs the engines: TensorRT needs it to build them")
     major, minor = torch.cuda.get_device_capability(device)
     gpu = torch.cuda.get_device_name(device)
     return {"tensorrt": trt.__version__, "gpu": gpu, "compute_capability": f"{major}.{minor}"}
 
 
 def check_target(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) -> None:
-    """Raises ValueError when an engine was built for another machine than this one."""
+    """Raises ValueError if an engine was built for another target than `here`."""
     mismatches = [f"{key} {built.get(key)!r}, here {here[key]!r}" for key in here if built.get(key) != here[key]]
     if mismatches:
         raise ValueError(
@@ -219,7 +218,7 @@ def check_target(path: Path, built: Mapping[str, Any], here: Mapping[str, str]) 
 
 
 def read_engine(path: Path, sha256: str) -> bytes:
-    """Raises ValueError when it is not there, or another one than the manifest describes."""
+    """Raises ValueError if the file is missing or is not the engine in the manifest."""
     try:
         engine = path.read_bytes()
     except OSError as error:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention without a mask, by whichever of the kernels at hand is the fastest of those that are right at every size
-that is served; in FP8 too.
+"""Selects the fastest attention kernel, without a mask, that is correct at every served size; also for FP8.
 
-Used by the fused backend when it is built, and by the benchmark, which shows all of them.
+Used by the fused backend when it is built, and by the benchmark, which shows all kernels.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ log = logging.getLogger(__name__)
 
 RUNS = 7
 OFF_16_BIT, OFF_FP8 = 0.02, 0.1
-"""What a result may be off, as the norm of the difference by the norm: rounding makes it a fifth of that. What a wrong
-kernel gives has little to do with what is right."""
+"""Tolerances of the relative error (norm of the difference / norm): five times the error of rounding. The error of a
+wrong kernel is far larger."""
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [1, H, L, d], k and v [1, H, T, d] -> [1, H, L, d]: over all keys, without a mask."""
 FP8AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +42,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from longlive_serve.kernels.attention import attention  # it needs Triton
+    from longlive_serve.kernels.attention import attention  # needs Triton
 
     heads: Tensor = attention(q[0], k[0], v[0]).unflatten(-1, (q.shape[1], -1))
     return heads.transpose(0, 1)[None]
@@ -55,12 +54,12 @@ KERNELS: dict[str, AttentionFn] = {
     "efficient": functools.partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
     "triton": _triton,
 }
-"""None of them changes what is computed but for the order of its sums."""
+"""They compute the same function and differ only in the order of summation."""
 
 
 def fp8_kernels(device: torch.device) -> dict[str, FP8AttentionFn | Exception]:
-    """Those that take FP8; instead of one that cannot be had the reason."""
-    from longlive_serve.kernels.attention import attention_fp8  # it needs Triton
+    """The FP8 kernels, or for an unavailable one the reason."""
+    from longlive_serve.kernels.attention import attention_fp8  # needs Triton
 
     kernels: dict[str, FP8AttentionFn | Exception] = {"triton fp8": attention_fp8}
     if device.type == "cuda":
@@ -72,17 +71,17 @@ def fp8_kernels(device: torch.device) -> dict[str, FP8AttentionFn | Exception]:
 
 
 class Candidate(NamedTuple):
-    """A kernel on the example's tensors."""
+    """A kernel bound to the example's tensors."""
 
     run: Callable[[int, int], Tensor]
-    """Of so many queries and keys."""
+    """(number of queries, number of keys) -> output."""
     head: Callable[[Tensor], Tensor]
-    """The first head of what it gave, float32 [L, d]."""
+    """The first head of an output, float32 [L, d]."""
 
 
 @phase(CHOOSE)
 def select_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionFn:
-    """The fastest of KERNELS for a chunk against a full window; on a device without CUDA PyTorch's own choice."""
+    """The fastest of KERNELS for a chunk and a full window; on a device without CUDA, PyTorch's default."""
     if device.type != "cuda":
         return F.scaled_dot_product_attention
     q, k, v = example(config, device, dtype, config.window.window)
@@ -100,11 +99,11 @@ def select_attention(config: ModelConfig, device: torch.device, dtype: torch.dty
 
 @phase(CHOOSE)
 def select_fp8_attention(config: ModelConfig, device: torch.device) -> FP8AttentionFn:
-    """The fastest of those that take FP8, or our own kernel where none can be timed."""
+    """The fastest FP8 kernel, or the Triton kernel if none can be timed."""
     kernels = fp8_kernels(device)
     available = {name: kernel for name, kernel in kernels.items() if not isinstance(kernel, Exception)}
     for name in kernels.keys() - available.keys():
-        log.info("attention in FP8: no %s: %s", name, kernels[name])
+        log.info("attention in FP8: %s is not available: %s", name, kernels[name])
     if device.type != "cuda":
         return available["triton fp8"]
     q, k, v, scales = in_fp8(*example(config, device, torch.bfloat16, config.window.window))
@@ -129,11 +128,11 @@ def _build(cudnn: CudnnAttention, candidate: Candidate, config: ModelConfig) -> 
             for size in sizes(config):
                 candidate.run(*size)
     except RuntimeError as error:
-        log.info("attention in FP8: cuDNN: %s", error)  # it fails once more when it is tried
+        log.info("attention in FP8: cuDNN: %s", error)  # it fails again in the selection
 
 
 def sizes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(queries, keys) of every call that a session can come to; that of a step with a full window is the first."""
+    """(queries, keys) of every possible call; first that of a step with a full window."""
     window, rows = config.window, config.window.chunk * config.tokens_per_frame
     found = [(rows * chunks, rows * blocks) for chunks, blocks in Window(window).call_sizes()]
     usual = rows, window.window * config.tokens_per_frame
@@ -143,8 +142,8 @@ def sizes(config: ModelConfig) -> list[tuple[int, int]]:
 def example(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, frames: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries of so many latent frames (default: a chunk) and keys and values of a full window,
-    [1, H, tokens, d], laid out as in a step."""
+    """Random queries of `frames` latent frames (default: a chunk), and keys and values of a full window:
+    [1, H, tokens, d], with the strides of a step."""
     heads, size = config.dit.num_heads, config.dit.head_dim
     queries, window = (n * config.tokens_per_frame for n in (frames or config.window.chunk, config.window.window))
     make = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
@@ -155,8 +154,8 @@ def example(
 def in_fp8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, H, tokens, d] -> the same [H, tokens, d] in FP8 (E4M3), and their scales [3]."""
     scales = torch.stack([x.abs().amax().float() / LARGEST_FP8 for x in (q, k, v)])
-    small = [to_8_bit(x[0], scale, torch.float8_e4m3fn) for x, scale in zip((q, k, v), scales, strict=True)]
-    return small[0], small[1], small[2], scales
+    quantized = [to_8_bit(x[0], scale, torch.float8_e4m3fn) for x, scale in zip((q, k, v), scales, strict=True)]
+    return quantized[0], quantized[1], quantized[2], scales
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, q_len: int, kv_len: int) -> Tensor:
@@ -172,8 +171,8 @@ def _select_fastest(
     exact: Callable[[int, int], Tensor],
     tolerance: float,
 ) -> str | None:
-    """The name of the fastest at the first of `sizes` that is right at all of them; None if none is. The log says what
-    each took. `tolerance`: what a result may be off."""
+    """The fastest candidate at the first of `sizes` among those correct at all sizes; None if there is none. Logs all
+    times. `tolerance`: largest relative error."""
     seconds: dict[str, float] = {}
     for name, candidate in candidates.items():
         try:
@@ -184,11 +183,11 @@ def _select_fastest(
             if max_error < tolerance:
                 seconds[name] = median_seconds(functools.partial(candidate.run, *sizes(config)[0]), "cuda", RUNS)
             else:
-                log.warning("%s: %s is wrong: %.3g off with %d queries and %d keys", label, name, max_error, *size)
-        except Exception as error:  # PyTorch, Triton and cuDNN each have their own way to say that they have no kernel
+                log.warning("%s: %s is wrong: error %.3g with %d queries and %d keys", label, name, max_error, *size)
+        except Exception as error:  # PyTorch, Triton and cuDNN report a missing kernel by different exceptions
             log.debug("%s: %s: %s: %s", label, name, type(error).__name__, error)
     if not seconds:
-        log.info("%s: none of %s runs here", label, ", ".join(candidates))
+        log.info("%s: none of %s works", label, ", ".join(candidates))
         return None
     best = min(seconds, key=lambda name: seconds[name])
     log.info("%s: %s (%s)", label, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of tensors as CUDA graphs: the host launches hundreds of kernels as one.
+"""Runs functions of tensors as CUDA graphs: the host launches hundreds of kernels at once.
 
-Used by the fused backend. A graph runs on the addresses that it was captured with, so inputs are copied to where they
-lie in every call, unless they are there from the call before.
+Used by the fused backend. A graph runs on the addresses it was captured with, so each call copies its inputs to static
+tensors, unless they already hold the same input.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Function = Callable[[Sequence[Tensor]], Tensor | None]
 
 
 class PerThread(threading.local):
-    """What each thread has of its own."""
+    """Thread-local state."""
 
     def __init__(self) -> None:
         self.compiled: set[Hashable] = set()
 
 
 class CudaGraphs:
-    """Runs functions as CUDA graphs, one for each key and place. On a device without CUDA they just run."""
+    """Runs functions as CUDA graphs, one per key and slot. On a device without CUDA it calls them directly."""
 
     def __init__(self, device: torch.device) -> None:
         self.enabled = device.type == "cuda"
@@ -37,17 +37,17 @@ class CudaGraphs:
         self._last_inputs: dict[tuple[int, torch.Size], Tensor] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.enabled else None
         self._stream = torch.cuda.Stream() if self.enabled else None
-        """Graphs are captured there; they run on the current one."""
+        """For capture; graphs run on the current stream."""
 
     def __call__(
         self, key: Hashable, slot: Hashable, function: Function, inputs: Sequence[Tensor], num_persistent: int = 0
     ) -> Tensor | None:
-        """`function` of `inputs`; its result is the caller's own.
+        """Returns `function(inputs)` as a tensor of the caller's own.
 
-        `key`: whatever decides what the function does, with the inputs' shapes. `slot`: where its other tensors lie.
-        The first call of a key in a thread runs as it is, as libraries prepare then what they keep for each thread, and
-        kernels are compiled; later ones capture, once for each place.
-        The last `num_persistent` inputs never change in place: they are copied only if the call before had others.
+        `key` identifies what the function computes, including the inputs' shapes; `slot` identifies its other tensors.
+        The first call of a key in a thread runs eagerly: libraries initialize their per-thread state, and kernels are
+        compiled. The next call for each slot captures a graph.
+        The last `num_persistent` inputs are never modified in place: they are copied only if they are other tensors.
         """
         if not self.enabled:
             return function(inputs)
@@ -59,12 +59,12 @@ class CudaGraphs:
             self._graphs[key, slot] = self._capture(function, static_inputs)
         graph, out = self._graphs[key, slot]
         graph.replay()
-        return None if out is None else out.clone()  # the next replay of any graph writes where it lies
+        return None if out is None else out.clone()  # the next replay of any graph may overwrite it
 
     def prepare(
         self, key: Hashable, slot: Hashable, function: Function, inputs: Sequence[Tensor], num_persistent: int = 0
     ) -> None:
-        """Capture what a later call will replay, for a key that has been called; nothing is computed."""
+        """Capture the graph for later calls of a key that has been called before; nothing is computed."""
         if self.enabled and (key, slot) not in self._graphs:
             self._graphs[key, slot] = self._capture(function, self._copy_inputs(inputs, num_persistent))
 
@@ -73,21 +73,21 @@ class CudaGraphs:
         return [self._copy_input(number, tensor, number >= first_persistent) for number, tensor in enumerate(inputs)]
 
     def _copy_input(self, number: int, tensor: Tensor, is_persistent: bool) -> Tensor:
-        """Where input `number` lies in every call with this shape, with the tensor's values in it."""
+        """The static tensor of input `number` for this shape, filled with the values of `tensor`."""
         key = number, tensor.shape
         if key not in self._static_inputs:
             self._static_inputs[key] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if not is_persistent or self._last_inputs.get(key) is not tensor:
             self._static_inputs[key].copy_(tensor)
         if is_persistent:
-            self._last_inputs[key] = tensor  # held, so that no other one can be taken for it
+            self._last_inputs[key] = tensor  # a reference, so that no new tensor gets its identity
         return self._static_inputs[key]
 
     @phase(CAPTURE)
     def _capture(self, function: Function, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-        """All graphs share one pool of memory: they run one after another.
+        """All graphs share one memory pool, as they run one after another.
 
-        Not by `torch.cuda.graph`, which collects garbage and gives cached memory back each time: sessions are live.
+        `torch.cuda.graph` is not used: it collects garbage and frees cached memory, which would delay live sessions.
         """
         assert self._stream is not None
         current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in FP8 (E4M3) by cuDNN, on Hopper and later.
+"""FP8 (E4M3) attention by cuDNN, on Hopper and later.
 
-One of those that the fused backend chooses from. On Hopper the result is FP8 as well; in 16 bits cuDNN writes it on
-Blackwell alone.
+One of the fused backend's attention kernels. On Hopper the output is FP8 as well; only on Blackwell can it be 16-bit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from longlive_serve.backends.fused.cudnn_graphs import Tensors, data_type, fp8_g
 from longlive_serve.backends.fused.cudnn_library import Cudnn
 
 SOFTMAX_SCALE = 256.0
-"""The softmax's weights, at most 1, are multiplied by it, so that they use the range of E4M3."""
+"""The softmax weights, at most 1, are multiplied by it to use the range of E4M3."""
 
 
 class AttentionTensor(enum.IntEnum):
@@ -38,7 +37,7 @@ class AttentionTensor(enum.IntEnum):
 
 
 def attention_graph(cudnn: Any, tensors: Tensors, **kwargs: Any) -> Any:
-    """Attention without a mask: Q and OUT [H, L, d], K and V [H, T, d]; the rest is one number each."""
+    """Attention without a mask: Q and OUT [H, L, d], K and V [H, T, d]; the other tensors are scalars."""
     float32, graph = cudnn.data_type.FLOAT, fp8_graph(cudnn, **kwargs)
 
     def heads(tensor_id: AttentionTensor) -> Any:
@@ -85,7 +84,7 @@ class CudnnAttention:
         self.record_calls = self._cudnn.record_calls
         one = torch.ones((), device=device)
         self._scalars = {
-            # Of the values and of the result: the same, whatever it is.
+            # The output keeps the scale of the values.
             **dict.fromkeys((AttentionTensor.DESCALE_V, AttentionTensor.SCALE_O), one),
             AttentionTensor.SCALE_S: SOFTMAX_SCALE * one,
             AttentionTensor.DESCALE_S: one / SOFTMAX_SCALE,

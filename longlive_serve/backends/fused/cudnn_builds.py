@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds cuDNN's plans, many at a time in processes of their own, and keeps them on disk.
+"""Builds cuDNN plans in parallel processes and caches them on disk.
 
-Called by `Cudnn`. cuDNN compiles a kernel for each plan, which takes seconds and lets no other thread of its process
-run. It needs the device's properties for that, not the device.
+Called by `Cudnn`. cuDNN compiles a kernel for each plan, which takes seconds and blocks all other threads of the
+process. Compilation needs only the device's properties, not the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Task(NamedTuple):
     spec: GraphSpec
     kernel: str
-    """Its name. Where it does not exist or does not build, another is taken, in cuDNN's own order, unless `exact`."""
+    """Name of the kernel. If it cannot be built, the next in cuDNN's order is used, unless `exact`."""
     exact: bool = False
 
 
@@ -41,7 +41,7 @@ class Builds:
     """Plans for one device."""
 
     def __init__(self, properties: str, cache: PlanCache, processes: int | None = None) -> None:
-        """properties: the device's, as the frontend serializes them. processes: default, one per core, up to 16."""
+        """properties: device properties, serialized by the frontend. processes: default one per core, up to 16."""
         import cudnn
 
         self._properties, self._cache = properties, cache
@@ -49,11 +49,11 @@ class Builds:
         self._versions = f"cuDNN {cudnn.backend_version()}, frontend {cudnn.__version__}, torch {torch.__version__}"
 
     def key(self, *parts: object) -> str:
-        """Of an entry of the cache for this device and these versions."""
+        """Key of a cache entry for this device and these versions."""
         return "\n".join((self._versions, self._properties, *map(str, parts)))
 
     def __call__(self, tasks: Sequence[Task]) -> list[SerializedPlan | NoPlanError]:
-        """A plan for each, or why there is none."""
+        """A plan for each task, or the error."""
         found = [self._get_cached(task) for task in tasks]
         missing = [task for task, cached in zip(tasks, found, strict=True) if cached is None]
         made = iter(self._build(missing))
@@ -74,7 +74,7 @@ class Builds:
                 with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
                     made += pool.map(build, [self._properties] * len(tasks), tasks)
             except (BrokenProcessPool, OSError) as error:
-                log.warning("cuDNN: building in this process, one plan after another: %s", error)
+                log.warning("cuDNN: building plans one by one in this process, as worker processes failed: %s", error)
                 made.clear()
         made = made or [build(self._properties, task) for task in tasks]
         for task, one in zip(tasks, made, strict=True):
@@ -84,7 +84,7 @@ class Builds:
 
 
 def build(properties: str, task: Task) -> SerializedPlan | NoPlanError:
-    """In any process: errors are returned."""
+    """Runs in a worker process, so errors are returned."""
     import cudnn
 
     number = task.kernel.rpartition("=")[2]

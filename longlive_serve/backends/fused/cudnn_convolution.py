@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder's convolutions in FP8 (E4M3) by cuDNN, with what follows them in the same kernel.
+"""FP8 (E4M3) convolutions of the VAE decoder by cuDNN, fused with scale, bias and residual addition.
 
 Used by the fused VAE decoder.
 """
@@ -29,7 +29,7 @@ class ConvTensor(enum.IntEnum):
 
 
 def convolution_graph(cudnn: Any, tensors: Tensors, **kwargs: Any) -> Any:
-    """OUT = (X * WEIGHT) SCALE + BIAS, and + ADDED where there is one: * is the convolution over T + 2 frames.
+    """OUT = (X * WEIGHT) SCALE + BIAS (+ ADDED, if given), where * is the convolution over T + 2 frames.
 
     X [1, C, T + 2, H, W], WEIGHT [C', C, 3, 3, 3], SCALE and BIAS [1, C', 1, 1, 1], ADDED and OUT [1, C', T, H, W].
     """
@@ -65,7 +65,7 @@ def convolution_graph(cudnn: Any, tensors: Tensors, **kwargs: Any) -> Any:
 
 
 class CudnnConvolution:
-    """Convolutions over three frames, of FP8 in FP8."""
+    """Convolutions over three frames with FP8 inputs and FP8 weights."""
 
     def __init__(self) -> None:
         """Raises ImportError without the package."""
@@ -73,7 +73,7 @@ class CudnnConvolution:
         self.record_calls = self._cudnn.record_calls
 
     def __call__(self, x: Tensor, weights: FP8Weights, dtype: torch.dtype, added: Tensor | None) -> Tensor:
-        """x [1, C, T + 2, H, W] -> [1, C', T, H, W] in `dtype`, plus what is to be added; all of it channels last."""
+        """x [1, C, T + 2, H, W] -> [1, C', T, H, W] in `dtype`, plus `added`; all tensors are channels last."""
         _, _, frames, height, width = x.shape
         size = (1, len(weights.weight), frames - 2, height, width)
         out = torch.empty(size, dtype=dtype, device=x.device, memory_format=LAST)

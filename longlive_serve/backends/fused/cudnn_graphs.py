@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graphs of cuDNN by its frontend: how they are described, and which kernels there are for one.
+"""Describes cuDNN graphs for its frontend, and lists the kernels for a graph.
 
-Used by what builds plans and by what runs them.
+Used to build plans and to run them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[Any, Tensor]
-"""The tensors of a graph by their numbers in it."""
+"""The tensors of a graph by uid."""
 Make = Callable[..., Any]
-"""A function of a module: the frontend, tensors and `handle=` (or `device_property=`, of a device that need not be
-here) -> a graph."""
+"""A module-level function: (frontend, tensors, `handle=` or, without the device, `device_property=`) -> a graph."""
 KERNEL_CONFIG_IDS = range(64)
-"""Numbers that cuDNN 9 gives the kernels of one backend; few of them exist for a graph."""
+"""Ids of the kernels of one cuDNN 9 engine; few of them exist for a given graph."""
 
 
 class NoPlanError(RuntimeError):
-    """cuDNN cannot do this on this GPU."""
+    """cuDNN does not support this graph on this GPU."""
 
 
 class GraphSpec(NamedTuple):
-    """A graph by what it is made of, for any process."""
+    """The description of a graph, which can be sent to another process."""
 
     make: Make
     tensors: tuple[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], ...]
-    """Number, shape, stride and dtype."""
+    """Uid, shape, stride and dtype."""
 
     @classmethod
     def of(cls, make: Make, tensors: Tensors) -> GraphSpec:
@@ -46,7 +45,7 @@ class GraphSpec(NamedTuple):
         return f"{self.make.__module__}.{self.make.__qualname__} {self.tensors}"
 
     def graph(self, cudnn: Any, **kwargs: Any) -> Any:
-        """Ready for plans. `kwargs`: as `Make` has it. Raises NoPlanError."""
+        """Build the graph, without plans. `kwargs`: as for `Make`. Raises NoPlanError."""
         tensors = {
             number: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             for number, shape, stride, dtype in self.tensors
@@ -56,12 +55,12 @@ class GraphSpec(NamedTuple):
             graph.validate()
             graph.build_operation_graph()
         except cudnn.cudnnGraphNotSupportedError as error:
-            raise NoPlanError(f"cuDNN has no plan for this here: {error}") from None
+            raise NoPlanError(f"cuDNN does not support this here: {error}") from None
         return graph
 
 
 def fp8_graph(cudnn: Any, **kwargs: Any) -> Any:
-    """An empty graph whose sums are float32. `kwargs`: as `Make` has it."""
+    """An empty graph with float32 accumulation. `kwargs`: as for `Make`."""
     float32 = cudnn.data_type.FLOAT
     return cudnn.pygraph(
         io_data_type=cudnn.data_type.FP8_E4M3, intermediate_data_type=float32, compute_data_type=float32, **kwargs
@@ -69,16 +68,16 @@ def fp8_graph(cudnn: Any, **kwargs: Any) -> Any:
 
 
 def kernels(cudnn: Any, graph: Any, config_ids: Iterable[int] = KERNEL_CONFIG_IDS) -> dict[str, int]:
-    """Plans of such a graph by name: in cuDNN's own order, then other kernels of the backend that it puts first.
+    """Plan indices by kernel name: in cuDNN's heuristic order, then the other kernels of its first engine.
 
-    That order knows little of FP8 convolutions: it begins with the smallest tile, whatever the size. Nothing is built.
+    The heuristics are poor for FP8 convolutions: they start with the smallest tile at every size. Nothing is built.
     Raises NoPlanError.
     """
     try:
         graph.create_execution_plans([cudnn.heur_mode.A])
         graph.check_support()
     except cudnn.cudnnGraphNotSupportedError as error:
-        raise NoPlanError(f"cuDNN has no plan for this here: {error}") from None
+        raise NoPlanError(f"cuDNN does not support this here: {error}") from None
     first = re.match(r"eng(\d+)", graph.get_plan_name_at_index(0))
     assert first is not None, graph.get_plan_name_at_index(0)
     for config_id in config_ids:
@@ -89,7 +88,7 @@ def kernels(cudnn: Any, graph: Any, config_ids: Iterable[int] = KERNEL_CONFIG_ID
 
 
 def build_first(graph: Any, found: Mapping[str, int], kernel: str, exact: bool = False) -> str:
-    """Build the plan of `kernel`, or else, unless `exact`, the first of the others that builds; which it was.
+    """Build the plan of `kernel` or, unless `exact`, the first other one that builds. Returns the kernel's name.
 
     Raises NoPlanError.
     """
@@ -98,15 +97,15 @@ def build_first(graph: Any, found: Mapping[str, int], kernel: str, exact: bool =
             break
         try:
             graph.build_plan_at_index(found[name])
-        except Exception as error:  # the frontend has kinds of its own, also for kernels that do not compile
+        except Exception as error:  # the frontend's own exceptions, also for compilation errors
             log.debug("cuDNN: %s: %s", name, error)
         else:
             return name
-    raise NoPlanError(f"cuDNN has {len(found)} plans for this here, and none can be built")
+    raise NoPlanError(f"cuDNN has {len(found)} plans for this here, but none can be built")
 
 
 def data_type(cudnn: Any, tensor: Tensor) -> Any:
-    """What the frontend calls the tensor's dtype."""
+    """The frontend's name of the tensor's dtype."""
     names = {
         torch.float8_e4m3fn: "FP8_E4M3",
         torch.bfloat16: "BFLOAT16",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuDNN by its own graphs: what PyTorch, which brings the library, has no way to ask it for.
+"""Runs cuDNN graphs that PyTorch, which ships the library, has no API for.
 
-Used by the fused backend for products in FP8. It takes the package `nvidia-cudnn-frontend`.
+Used by the fused backend for FP8 convolutions and attention. It needs the package `nvidia-cudnn-frontend`.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ log = logging.getLogger(__name__)
 
 RUNS = 5
 TOLERANCE = 0.05
-"""Of two kernels' results: the norm of the difference as a share of the norm. Many are off by FP8's own rounding."""
+"""Largest relative error between two kernels' results. Many differ by the rounding of FP8."""
 
 
 class Plan(NamedTuple):
     graph: Any
     number: int | None
-    """Which of the graph's; None: the one that was read."""
+    """Index of the plan in the graph; None: the graph was deserialized with one plan."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlanRequest:
-    """A call whose plan is to be made."""
+    """A call that needs a plan."""
 
     spec: GraphSpec
     tensors: Tensors | None
-    """None: it is not measured with them."""
+    """Tensors to benchmark kernels with; None: no benchmark."""
     result: int
     group: str
 
 
 class Cudnn:
-    """Runs graphs on this thread's current stream. Plans are made for each size of the tensors as they come, one after
-    another, or many at a time for `record_calls`: run a size once before a CUDA graph is captured."""
+    """Runs graphs on this thread's current stream. Plans are built on the first call of each size, or in parallel by
+    `record_calls`: run each size once before capturing a CUDA graph."""
 
     def __init__(self) -> None:
         """Raises ImportError without the package."""
@@ -59,15 +59,15 @@ class Cudnn:
         self._cache = PlanCache(cache_folder() / "cudnn")
         self._builds = Builds(cudnn.create_device_properties(device).serialize(), self._cache)
         self._can_load_plans = True
-        """Plans that were built elsewhere can be loaded."""
+        """Whether plans built in another process can be loaded."""
         self._plans: dict[GraphSpec, Plan] = {}
         self._best_kernels: dict[str, str] = {}
-        """Names of kernels by family."""
+        """Kernel name by group."""
         self._recorded: dict[GraphSpec, PlanRequest] | None = None
 
     def __call__(self, make: Make, tensors: Tensors, result: int, group: str) -> None:
-        """`result`: the number of the tensor that is written. `group`: sizes that share the kernel that is the
-        fastest for the first of them.
+        """`result`: uid of the output tensor. `group`: calls in a group share the kernel that is the fastest for the
+        first of them.
 
         Raises NoPlanError.
         """
@@ -83,7 +83,7 @@ class Cudnn:
 
     @contextlib.contextmanager
     def record_calls(self) -> Iterator[None]:
-        """Calls within give random numbers; the plans that they need are made at the end, many at a time.
+        """Calls inside only record their sizes and output random numbers; on exit their plans are built in parallel.
 
         Raises NoPlanError.
         """
@@ -107,7 +107,7 @@ class Cudnn:
             graph.execute_plan_at_index(pointers, workspace.data_ptr(), number, handle=self._handle)
 
     def _prepare(self, requests: Sequence[PlanRequest]) -> None:
-        """Plans for all of them, by the fastest kernel of each family."""
+        """Build the plans of all requests, with the fastest kernel of each group."""
         first_requests: dict[str, PlanRequest] = {}
         for one in requests:
             if one.group not in self._best_kernels:
@@ -120,7 +120,7 @@ class Cudnn:
             self._plans[task.spec] = plan
 
     def _choose(self, first_requests: Mapping[str, PlanRequest]) -> None:
-        """Measure the kernels of some families, each at one size."""
+        """Benchmark the kernels of each group at the size of its first request."""
         tasks = []
         for group, one in first_requests.items():
             if cached := self._cache.get(self._key(one)):
@@ -138,7 +138,7 @@ class Cudnn:
             self._cache.put(self._key(one), self._best_kernels[one.group].encode())
 
     def _key(self, one: PlanRequest) -> str:
-        """Of the fastest kernel of a family."""
+        """Cache key of the fastest kernel of a group."""
         return self._builds.key("fastest", one.group, one.spec)
 
     def _made(self, tasks: Sequence[Task]) -> list[Plan | NoPlanError]:
@@ -146,7 +146,7 @@ class Cudnn:
             try:
                 return [one if isinstance(one, NoPlanError) else self._load(one) for one in self._builds(tasks)]
             except (RuntimeError, self._frontend.cudnnGraphNotSupportedError) as error:
-                log.warning("cuDNN: plans cannot be loaded here (%s): building them one after another", error)
+                log.warning("cuDNN: cannot load prebuilt plans (%s): building them one by one", error)
                 self._can_load_plans = False
         return [self._build(task) for task in tasks]
 
@@ -164,19 +164,19 @@ class Cudnn:
             return error
 
     def _benchmark(self, one: PlanRequest, plans: Mapping[str, Plan]) -> str:
-        """The name of the fastest kernel that agrees with the first one; of that one where none runs."""
+        """The name of the fastest kernel that agrees with the first one; the first one if none runs."""
         if one.tensors is None or not plans:
-            raise NoPlanError(f"cuDNN has plans for {one.group} and can build none of them")
+            raise NoPlanError(f"cuDNN has plans for {one.group}, but none can be built")
         result, first, seconds, expected = one.tensors[one.result], next(iter(plans)), dict[str, float](), None
         for name, plan in plans.items():
-            with contextlib.suppress(RuntimeError):  # it is one of many
+            with contextlib.suppress(RuntimeError):  # there are others
                 run = functools.partial(self._execute, plan, one.tensors)
                 taken = median_seconds(run, result.device.type, RUNS)
                 expected = result.float() if expected is None else expected
                 if (error := relative_error(result.float(), expected)) < TOLERANCE:
                     seconds[name] = taken
                 else:
-                    log.warning("cuDNN, %s: %s is wrong: %.3g off %s", one.group, name, error, first)
+                    log.warning("cuDNN, %s: %s is wrong: error %.3g relative to %s", one.group, name, error, first)
         best = min(seconds, key=lambda name: seconds[name], default=first)
         shown = [name for name in dict.fromkeys((best, first)) if name in seconds]
         times = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in shown)
@@ -185,6 +185,6 @@ class Cudnn:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The norm of the difference as a share of the norm; infinite where a number is none."""
+    """The norm of the difference divided by the norm of `expected`; inf if that is not finite."""
     error = ((got - expected).norm() / expected.norm()).item()
     return error if math.isfinite(error) else math.inf

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What takes long to build, in files of the user's cache folder: the next start finds it there.
+"""A disk cache in the user's cache folder for data that takes long to build.
 
-Used for cuDNN's plans. Whoever asks puts into the key all that an entry depends on.
+Used for cuDNN plans. The caller's key must contain everything that an entry depends on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ def cache_folder() -> Path:
 
 
 class PlanCache:
-    """Entries by key. A file that is torn, or another key's, counts as none; a folder that cannot be written holds
-    none."""
+    """Entries by key. A damaged file, or one of another key, counts as missing. Write errors are only logged."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -36,11 +35,11 @@ class PlanCache:
         size = hashlib.sha256().digest_size
         if data[:size] == _digest(key, data[size:]):
             return data[size:]
-        log.warning("cache: %s is damaged: building anew", path)
+        log.warning("cache: %s is damaged: building it again", path)
         return None
 
     def put(self, key: str, data: bytes) -> None:
-        """Whoever reads meanwhile sees the whole entry or none."""
+        """Write atomically: concurrent readers see the whole entry or none."""
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ class PlanCache:
                         os.unlink(file.name)
                     raise
         except OSError as error:
-            log.info("cache: %s: the next start builds it again", error)
+            log.info("cache: cannot write (%s): the next start builds it again", error)
 
     def _path(self, key: str) -> Path:
         return self._folder / hashlib.sha256(key.encode()).hexdigest()

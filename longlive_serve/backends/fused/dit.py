@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The causal DiT by fused Triton kernels and CUDA graphs: the fast way to run it on a GPU from PyTorch weights.
+"""The causal DiT with fused Triton kernels and CUDA graphs: the fast way to run it on a GPU from PyTorch weights.
 
 Built by `build_backends`. Tested against the torch backend; without a GPU its kernels run in Triton's interpreter.
 """
@@ -32,7 +32,7 @@ KV_CACHE_UPDATE = -1  # the step of a KV-cache update or recache
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a forward is given, but for the slot."""
+    """The arguments of a forward, except the slot."""
 
     latents: Tensor
     step: int
@@ -41,8 +41,8 @@ class Call:
 
 
 class FusedDiT:
-    """The causal DiT and the KV cache of all slots. A graph for each slot and size of call, captured as they come, or
-    for all slots by `prepare`."""
+    """The causal DiT and the KV cache of all slots. CUDA graphs per slot and call size are captured on demand, or for
+    all slots by `prepare`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class FusedDiT:
         fp8: bool = False,
         fp8_attention: bool = False,
     ) -> None:
-        """Takes the model's weights. Raises ValueError for a quantized one, and for FP8 where the device has none."""
+        """Takes over the model's weights. Raises ValueError for a quantized model, or for FP8 on an unsuitable GPU."""
         device, self.dtype = model.patch_embedding.weight.device, model.patch_embedding.weight.dtype
         self.relative, self.fp8 = variant == "infinity", fp8
         self.attention_fn = select_attention(config, device, self.dtype)
@@ -63,12 +63,12 @@ class FusedDiT:
         grid = config.latent_height // PATCH, config.latent_width // PATCH
         self.tables = RotaryTables(config.dit.head_dim, *grid, config.window.chunk, device)
         self._calls: dict[Hashable, Call] = {}
-        """One of each size that has come before `prepare`; kept until all slots are prepared."""
+        """One call of each size made before `prepare`; kept until all slots are prepared."""
         self._in_warmup = True
         self._take_weights(model)
 
     def with_model(self, model: CausalDiT) -> FusedDiT:
-        """As `Exchangeable.with_model`. Takes the model's weights."""
+        """As `Exchangeable.with_model`. Takes over the model's weights."""
         other = copy.copy(self)
         other._calls, other._in_warmup = {}, False
         other._take_weights(model)
@@ -82,7 +82,7 @@ class FusedDiT:
         timesteps = FlowMatchScheduler(device).timesteps
         levels = [*timesteps, torch.zeros_like(timesteps[0])]
         self.modulations = [modulation(model, level) for level in levels]
-        """Of the denoising steps, and that of a KV-cache update last."""
+        """Of the denoising steps, then of a KV-cache update."""
         attention = None
         if self.fp8_attention_fn is not None:
             scales = attention_scales(model, self.modulations)
@@ -105,7 +105,7 @@ class FusedDiT:
         self._run(clean, KV_CACHE_UPDATE, prompt_kv, slot, plan)
 
     def prepare(self, slots: int | None = None) -> None:
-        """Capture graphs of what any slot has run: a session in a fresh slot then waits for none."""
+        """Capture, for every slot, the graphs that any slot has run, so no session waits for a capture."""
         self._in_warmup = False
         for call in self._calls.values():
             for slot in range(self.cache.keys.shape[1] if slots is None else slots):
@@ -121,7 +121,7 @@ class FusedDiT:
         return self.graphs(*graph)
 
     def _graph(self, call: Call, slot: int) -> tuple[Hashable, int, Function, list[Tensor], int]:
-        """The forward, as a graph of its own for each of what is a constant in it; all else goes in as tensors."""
+        """The arguments of `CudaGraphs` for a forward. Its integers are constants of the graph, all else are inputs."""
         latents, prompt_kv, plan = call.latents, call.prompt_kv, call.plan
         rows, level = self.tables.tokens_per_chunk, self.modulations[call.step]
         first, used = plan.first_block * rows, plan.num_blocks * rows
@@ -163,4 +163,4 @@ def check(model: CausalDiT, fp8: bool, device: torch.device, dtype: torch.dtype)
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9) or dtype != torch.bfloat16:
             here = ".".join(map(str, capability))
-            raise ValueError(f"fp8: got {dtype}, compute capability {here}; expected bfloat16 on a GPU of 8.9 or more")
+            raise ValueError(f"fp8: got {dtype}, compute capability {here}; expected bfloat16 and 8.9 or higher")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder by fused kernels and CUDA graphs, a whole chunk in one pass; the tiny one by CUDA graphs.
+"""The VAE decoder with fused kernels and CUDA graphs, a whole chunk per pass; the tiny decoder with CUDA graphs.
 
 Built by `build_backends`. Tested against the torch backend; without a GPU its kernels run in Triton's interpreter.
 """
@@ -24,25 +24,25 @@ from longlive_serve.models.vae.fused_decoder import FusedVAE
 from longlive_serve.models.vae.fused_tiny_decoder import FusedTiny
 from longlive_serve.models.vae.tiny_decoder import TinyDecoder
 
-PLANS = 32  # of cuDNN's for each convolution, to be tried: it has 28 to 37, and tries 10 unless it is told
+PLANS = 32  # cuDNN plans to try per convolution: there are 28 to 37, and the default is 10
 
 
 class StreamCache(list[Tensor]):
-    """The feature cache of one stream. It is out of date while the decoder works on that stream."""
+    """The feature cache of one stream. It is stale while the decoder's static cache holds this stream."""
 
     __slots__ = ("__weakref__",)
 
 
 class FusedVAEDecoder:
-    """The streaming decoder of the Wan VAE, or the tiny one in its place.
+    """The streaming Wan VAE decoder or tiny decoder.
 
-    Its graphs work on one cache that stays where it is; a stream's own is brought there when its turn comes, and goes
-    back when another's comes: a single session's never moves.
+    The CUDA graphs use one static cache. A stream's cache is copied in when the decoder switches to it, and copied back
+    when it switches to another: with a single session nothing is copied.
     """
 
     @torch.no_grad()
     def __init__(self, model: VAEDecoder | TinyDecoder, config: ModelConfig, fp8: bool = False) -> None:
-        """Takes the model's weights. Raises ValueError for a quantized one, and for FP8 where cuDNN has none."""
+        """Takes over the model's weights. Raises ValueError for a quantized model, or for FP8 if cuDNN lacks it."""
         if any(isinstance(layer, QuantizedLayer) for layer in model.modules()):
             raise ValueError("vae_decoder_backend: got fused with quantized weights, expected plain ones")
         weight = next(model.parameters())
@@ -80,7 +80,7 @@ class FusedVAEDecoder:
 
     @phase(CHOOSE)
     def _choose_kernels(self, convolution: CudnnConvolution) -> None:
-        """For all sizes that are served. The first size, a whole chunk but not the first, decides for the others."""
+        """Build plans for all served sizes. The first size, a chunk after the first, selects the kernels for all."""
         config, draw = self.config, torch.Generator(self.device).manual_seed(0)
         size = (1, config.window.chunk, config.vae.z_dim, config.latent_height, config.latent_width)
         latents = torch.randn(size, generator=draw, device=self.device, dtype=self.dtype)
@@ -95,7 +95,7 @@ class FusedVAEDecoder:
         self._static_cache = self._new_cache()
 
     def _swap_in(self, cache: StreamCache) -> None:
-        """Make `cache` the one that is worked on."""
+        """Copy `cache` to the static cache, and its previous contents back to their owner."""
         owner = None if self._owner is None else self._owner()
         if owner is cache:
             return
@@ -112,7 +112,7 @@ class FusedVAEDecoder:
 def _fp8_convolution() -> CudnnConvolution:
     try:
         return CudnnConvolution()
-    except (ImportError, RuntimeError) as error:  # there is no package, or no library
+    except (ImportError, RuntimeError) as error:  # the package or the library is missing
         raise ValueError(
             f"fp8_decoder: got true without cuDNN or its frontend ({error}): pip install 'longlive-serve[cudnn]'"
         ) from None

@@ -132,7 +132,7 @@ class TestPlans:
         Graph.built.clear()
         assert all(torch.equal(*pair) for pair in zip(attend_at(CudnnAttention(CPU)), first, strict=True))
         assert Graph.built == [FASTEST] * 3
-        assert caplog.text.count("plans cannot be loaded here (another driver): building them one after another") == 1
+        assert caplog.text.count("cannot load prebuilt plans (another driver): building them one by one") == 1
 
     def test_processes_that_die_leave_the_work_to_this_one(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -144,7 +144,7 @@ class TestPlans:
         monkeypatch.setattr(cudnn_builds, "ProcessPoolExecutor", Dying)
         attend_at(CudnnAttention(CPU))
         assert Graph.built == [*ALL, *[FASTEST] * 3]
-        assert "building in this process, one plan after another: a process was killed" in caplog.text
+        assert "one by one in this process, as worker processes failed: a process was killed" in caplog.text
 
     def test_what_cudnn_cannot_do_is_said_at_the_end_of_noting(self) -> None:
         attend = CudnnAttention(CPU)

@@ -197,7 +197,7 @@ def test_a_gpu_that_cudnn_has_no_plan_for_is_refused(cudnn_on_cpu: None, monkeyp
         raise cudnn_stand_in.NotSupportedError("it is too old")
 
     monkeypatch.setattr(cudnn_stand_in.Graph, "validate", refuse)
-    with pytest.raises(ValueError, match=r"fp8_decoder: got true on cpu: .* no plan for this here: it is too old"):
+    with pytest.raises(ValueError, match=r"fp8_decoder: got true on cpu: .* does not support this here: it is too old"):
         FusedVAEDecoder(model(), TINY, fp8=True)  # type: ignore[arg-type]
 
 

@@ -73,7 +73,7 @@ def test_a_kernel_that_fails_or_is_wrong_at_a_size_that_is_served_is_not_chosen(
     assert chosen(broken=trial(0.5, (0, 0)), **there) == "fast"
     for size in (usual, others[-1]):
         assert chosen(wrong=trial(0.5, size), **there) == "fast"
-        assert f"attention: wrong is wrong: inf off with {size[0]} queries and {size[1]} keys" in caplog.text
+        assert f"attention: wrong is wrong: error inf with {size[0]} queries and {size[1]} keys" in caplog.text
     assert chosen(broken=trial(0.5, (0, 0))) is None
 
 
