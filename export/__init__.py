@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models as graphs: ONNX files, and TensorRT engines built from them."""
+"""Exports the models as ONNX graphs, builds TensorRT engines from them, and converts weights."""

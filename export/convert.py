@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts published weights to one folder: `python -m export.convert --weights FOLDER --out FOLDER`.
 
-What comes out: a .safetensors file per model (text encoder, DiT with its LoRA adapters merged, VAE decoder, tiny
-decoder if there is one) in one dtype, the tokenizer, and config.json, which says what all of it was made of. It is a
-folder for `weights` in serve.toml like the one that went in, and loads as the same models.
+The output: a .safetensors file per model (text encoder, DiT with LoRA adapters merged, VAE decoder, tiny decoder if
+there is one) in one dtype, the tokenizer, and config.json with the sources of all files. `weights` in serve.toml can
+name this folder instead of the input; it loads as the same models.
 
-Every file is there whole or not at all. Interrupted, the same command goes on; files that are there and were made of
-the same sources stay, and anything else is never overwritten.
+Every file is written atomically. After an interruption, run the same command again to continue: existing files from
+the same sources are kept. Other files are never overwritten.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ examples:
   # merged into the DiT.
   python -m export.convert --weights FOLDER --out weights/longlive
 
-  # An adapter of your own on top, at 80 %; files that are named replace that default, so name lora.pt as well.
+  # Your own adapter on top, at 80 %. --lora replaces the default, so it lists lora.pt as well.
   python -m export.convert --weights FOLDER --out weights/style \\
       --lora FOLDER/longlive_models/models/lora.pt style.safetensors=0.8
 
   # The demo model, in float32.
   python -m export.convert --preset demo --weights model_repository/longlive/1/demo --dtype float32 --out weights/demo
 
-then, in serve.toml: weights = "weights/longlive" and no `lora`, as it is merged; or first quantize what came out:
+then, in serve.toml: weights = "weights/longlive" and no `lora`, as it is merged; or first quantize the output:
   python -m quantization.quantize --config serve.toml --recipe fp8 --out weights/fp8
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A model on its way."""
+    """A model to convert."""
 
     checkpoint: Checkpoint
     shapes: dict[str, torch.Size]
-    """Of its tensors, in the order in which they come."""
+    """Shapes of its tensors, in the order of `checkpoint.tensors()`."""
     name: str
-    """Of the file to be written."""
+    """Name of the output file."""
 
 
 def convert(
@@ -76,15 +76,15 @@ def convert(
     out: Path,
     on_bytes: OnBytes = lambda what, count: None,
 ) -> int:
-    """Write `parts` and the tokenizer to the folder `out`; returns how many of these were there already.
+    """Write `parts` and the tokenizer to the folder `out`; returns how many of these already existed.
 
-    `on_bytes` hears what is being worked on, and how many bytes more of all `work` are done. Raises ValueError rather
-    than overwrite anything that this has not written.
+    `on_bytes` is called with the current file and the number of bytes done since the last call; they add up to `work`.
+    Raises ValueError instead of overwriting other files.
     """
     copy = out / CONVERTED_TOKENIZER_FOLDER
     assert loader.folder is not None
     tokenizer = loader.folder.tokenizer
-    loader.load_tokenizer()  # whether it is one
+    loader.load_tokenizer()  # checks it
     check_folder(config, out, sum(size_of(part.shapes, dtype) for part in parts))
     made = {part.name: _made_of(part, config, dtype, on_bytes) for part in parts}
     there = {part.name for part in parts if is_there(out / part.name, made[part.name])}
@@ -95,8 +95,8 @@ def convert(
             on_bytes(part.name, size_of(part.shapes, dtype))
             continue
         about = {MADE_OF: json.dumps(made[part.name]), "format": "pt"}
-        said = functools.partial(on_bytes, part.name)
-        write_tensors(out / part.name, part.shapes, part.checkpoint.tensors(), dtype, about, said)
+        on_written = functools.partial(on_bytes, part.name)
+        write_tensors(out / part.name, part.shapes, part.checkpoint.tensors(), dtype, about, on_written)
     if not copied:
         copy_folder(tokenizer, copy)
     if len(there) < len(parts) or not copied or not (out / RECORD).exists():
@@ -116,14 +116,14 @@ def parts_of(loader: ModelLoader) -> list[Part]:
             raise ValueError(f"{file.path}: got quantized weights, expected others: convert first, then quantize")
         checkpoint = loader.checkpoint(name)
         assert checkpoint is not None
-        checkpoint.tensors()  # checks them all, and reads none yet
+        checkpoint.tensors()  # checks all tensors without reading them
         shapes = {key: tensor.shape for key, tensor in checkpoint.state().items()}
         parts.append(Part(checkpoint=checkpoint, shapes=shapes, name=CONVERTED_FILE.format(name)))
     return parts
 
 
 def work(parts: Sequence[Part], dtype: torch.dtype) -> int:
-    """The bytes of which `on_bytes` hears in all: those to hash and those to write."""
+    """The total of bytes reported to `on_bytes`: bytes to hash and bytes to write."""
     sources = [path for part in parts for path in _sources(part.checkpoint)]
     return sum(path.stat().st_size for path in sources) + sum(size_of(part.shapes, dtype) for part in parts)
 
@@ -133,7 +133,7 @@ def _sources(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _made_of(part: Part, config: ServeConfig, dtype: torch.dtype, on_bytes: OnBytes) -> dict[str, Any]:
-    """What a file is made of; equal ones make equal files."""
+    """The origin of a file: equal origins give equal files."""
 
     def hashed(path: Path) -> str:
         return sha256(path, lambda count: on_bytes(f"{path.name} (hash)", count))
@@ -159,7 +159,7 @@ def _made_of(part: Part, config: ServeConfig, dtype: torch.dtype, on_bytes: OnBy
 
 
 def _adapter(text: str, alpha: float) -> Adapter:
-    """`FILE=SCALE` or `FILE`, whose name may have a = in it. Raises ValueError."""
+    """Parses `FILE=SCALE` or `FILE`, whose name may contain "=". Raises ValueError."""
     file, _, last = text.rpartition("=")
     try:
         scale = float(last)
@@ -173,7 +173,7 @@ def _adapter(text: str, alpha: float) -> Adapter:
 
 def _adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
     if arguments.lora_alpha and not arguments.lora:
-        raise ValueError("--lora-alpha: got it alone, expected --lora with the adapters that it is meant for")
+        raise ValueError("--lora-alpha: got no --lora, expected --lora with the adapters it applies to")
     return tuple(_adapter(text, arguments.lora_alpha) for text in arguments.lora)
 
 
@@ -184,14 +184,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=EXAMPLES,
     )
-    text = "what to convert, in any layout that `weights` in serve.toml may have"
+    text = "the folder to convert, in any layout supported by `weights` in serve.toml"
     parser.add_argument("--weights", metavar="FOLDER", required=True, help=text)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to; it may exist")
-    text = "adapters to merge into the DiT (default: lora.pt beside longlive_base.pt, if it is there)"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="the output folder; it may exist")
+    text = "adapters to merge into the DiT (default: lora.pt beside longlive_base.pt, if it exists)"
     parser.add_argument("--lora", nargs="+", metavar="FILE[=SCALE]", default=[], help=text)
-    text = "that these adapters were trained with (default: their rank)"
+    text = "the alpha used in training of these adapters (default: their rank)"
     parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", default=0.0, help=text)
-    parser.add_argument("--use-ema", action="store_true", help="the averaged weights of longlive_base.pt")
+    parser.add_argument("--use-ema", action="store_true", help="convert the averaged weights of longlive_base.pt")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtype", choices=names, default="bfloat16", help="default: %(default)s, as the reference")
     text = "sizes of the models (default: %(default)s)"
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loader = ModelLoader.from_config(config)
         parts = parts_of(loader)
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("looking at the files", total=work(parts, dtype))
+            task = bar.add_task("checking files", total=work(parts, dtype))
 
             def on_bytes(what: str, count: int) -> None:
                 bar.update(task, description=what, advance=count)
@@ -223,14 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"convert: {error}; the same command goes on where it stopped", file=sys.stderr)
+        print(f"convert: {error}; run the same command again to continue", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("convert: stopped; the same command goes on where it stopped", file=sys.stderr)
+        print("convert: stopped; run the same command again to continue", file=sys.stderr)
         return 130
     for name, file in json.loads((arguments.out / RECORD).read_text(encoding="utf-8"))["files"].items():
         print(f"{file['bytes'] / 1e6:10.1f} MB  {arguments.out / name}")
-    print(f"{skipped} were there already" if skipped else "all were written anew")
+    print(f"{skipped} already existed" if skipped else "all files are new")
     print(f'serve it with  preset = "{config.preset}", weights = "{arguments.out.absolute()}"  in a serve.toml')
     return 0
 

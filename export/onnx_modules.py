@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models with flat inputs and outputs, in the order of `graph_io`: what `to_onnx` exports.
+"""The models with flat inputs and outputs, in the order of `graph_io`, for `to_onnx`.
 
-They compute what the models compute; the write into the KV cache alone becomes an operator of ONNX.
+They compute the same as the models; only the write to the KV cache becomes an ONNX operator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT_OPSET = 20  # before Attention: TensorRT has no kernel for one head as w
 
 
 class PromptKVGraph(nn.Module):
-    """Text MLP and the cross-attention keys and values of all layers."""
+    """The text MLP and the cross-attention keys and values of all layers."""
 
     def __init__(self, model: CausalDiT) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class DiTGraph(nn.Module):
 
 
 class ScatteredCache:
-    """The KV cache as a graph sees it: every layer's rows come in, are written at an index and go out."""
+    """The KV cache in a graph: every layer's rows are an input, are updated at `write_index` and are an output."""
 
     mask: Tensor | None = None
 
     def __init__(self, cache: Sequence[Tensor], angles: Sequence[Tensor], write_index: Tensor) -> None:
-        """angles: cosines and sines of the queries; then those of the keys in use, or only their frames (`window`)."""
+        """angles: cosines and sines of the queries; then those of the keys in use, or `window` of their frames."""
         layers = len(cache) // 2
         self.keys, self.values = cache[:layers], cache[layers:]
         self.write_index = write_index
@@ -90,12 +90,12 @@ class ScatteredCache:
 
 
 def _of_heads(angles: Tensor) -> Tensor:
-    """[B, frames, positions, pairs] -> [B, 1, tokens, pairs], for heads to share."""
+    """[B, frames, positions, pairs] -> [B, 1, tokens, pairs], broadcast over heads."""
     return angles.flatten(1, 2).unsqueeze(1)
 
 
 def write(cache: Tensor, new: Tensor, index: Tensor) -> Tensor:
-    """cache [B, H, rows, d] with new [B, H, n, d] in the rows from index [B] on."""
+    """A copy of cache [B, H, rows, d] with new [B, H, n, d] in the n rows from index [B] on."""
     if torch.compiler.is_exporting():
         inputs = (cache, new, index)
         where: dict[str, Any] = {"axis": -2, "mode": "linear"}
@@ -136,12 +136,12 @@ class ExportableGraph:
 
     @property
     def rounds(self) -> bool:
-        """Whether it rounds what flows through it to 8 bits."""
+        """Whether it rounds activations to 8 bits."""
         layers = (layer for layer in self.model.modules() if isinstance(layer, QuantizedLayer))
         return any(layer.input_scale is not None for layer in layers)
 
     def example(self, batch: int, frames: int, used: int, seed: int = 0) -> dict[str, Tensor]:
-        """Random inputs of these sizes; every session of the batch has its own block in the cache."""
+        """Random inputs of these sizes; every session of the batch has its own write index."""
         generator = torch.Generator().manual_seed(seed)
         dims = {BATCH: batch, FRAMES: frames, USED: used}
         inputs = {}
@@ -165,7 +165,7 @@ class ExportableGraph:
 
 
 def exportable_graphs(model: nn.Module, config: ModelConfig, variant: str) -> list[ExportableGraph]:
-    """The graphs of one of the three models. It holds its scales in its own dtype from then on."""
+    """The graphs of one of the three models. Converts the scales of its quantized layers to its dtype, in place."""
     graphs: dict[str, nn.Module]
     if isinstance(model, CausalDiT):
         graphs = {PROMPT_KV: PromptKVGraph(model), DIT: DiTGraph(model, variant == "infinity")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes that each graph is called with while serving: TensorRT picks its kernels for exactly these."""
+"""The sizes that each graph is called with while serving; TensorRT selects its kernels for exactly these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from longlive_serve.config.presets import WindowConfig
 from longlive_serve.models.dit.kv_cache import Window
 
 Sizes = dict[str, tuple[int, int, int]]
-"""Named dim -> min, opt and max, as TensorRT calls them."""
+"""Named dim -> TensorRT's min, opt and max."""
 
 
 def profiles_of(io: GraphIO, window: WindowConfig, max_batch: int = 1) -> list[Sizes]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that `convert` writes: what may be written there, what is there already, and config.json about it.
+"""The output folder of `convert`: checks before writing, detection of existing results, and its config.json.
 
-Called by `convert`. It looks at files and reads no tensors.
+Called by `convert`. It reads no tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "safetensors", "longlive-serve")
 
 
 def check_folder(config: ServeConfig, out: Path, size: int) -> None:
-    """Before anything is written. Raises ValueError."""
+    """Raises ValueError if `size` bytes cannot be written to `out`, or if it belongs to something else."""
     if out.resolve() == Path(config.weights).resolve():
         raise ValueError(f"out: got {out}, the folder that is read; expected another one")
     if out.exists() and not out.is_dir():
@@ -41,15 +41,15 @@ def check_folder(config: ServeConfig, out: Path, size: int) -> None:
         except (ValueError, AttributeError):
             ours = False
         if not ours:
-            raise ValueError(f"{record}: got a file that this did not write, expected none. Choose another --out")
+            raise ValueError(f"{record}: got a file not written by {MADE_BY}, expected none. Choose another --out")
     above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     there = sum(path.stat().st_size for path in out.glob("*.safetensors*"))
     if (free := shutil.disk_usage(above).free + there) < size:
-        raise ValueError(f"{out}: got {free / 1e9:.1f} GB of room, expected {size / 1e9:.1f} GB")
+        raise ValueError(f"{out}: got {free / 1e9:.1f} GB of free space, expected {size / 1e9:.1f} GB")
 
 
 def is_there(target: Path, made_of: dict[str, Any]) -> bool:
-    """Whether `target` has been made of the same. Raises ValueError when it is something else."""
+    """Whether `target` exists and was made from `made_of`. Raises ValueError if it is another file."""
     if not target.exists():
         return False
     try:
@@ -58,12 +58,12 @@ def is_there(target: Path, made_of: dict[str, Any]) -> bool:
         before = None
     if before == made_of:
         return True
-    what = "made of other files or with other settings" if before else "that this did not write"
+    what = "made from other files or with other settings" if before else f"not written by {MADE_BY}"
     raise ValueError(f"{target}: got a file {what}, expected none. Choose another --out, or remove it")
 
 
 def is_copied(source: Path, target: Path) -> bool:
-    """Whether `target` is a copy of the folder `source`. Raises ValueError when it is something else."""
+    """Whether `target` exists and is a copy of the folder `source`. Raises ValueError if it is another folder."""
     if not target.exists():
         return False
     if _contents(source) != _contents(target):
@@ -72,7 +72,7 @@ def is_copied(source: Path, target: Path) -> bool:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """All or nothing."""
+    """Copy a folder atomically."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
@@ -80,7 +80,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def write_record(config: ServeConfig, out: Path, made: dict[str, dict[str, Any]]) -> None:
-    """config.json: `made` says of every file what it was made of."""
+    """Write config.json. `made`: the origin of every file."""
     dit = made[CONVERTED_FILE.format(DIT)]
     record = {
         "made_by": MADE_BY,

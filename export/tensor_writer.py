@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a .safetensors file tensor by tensor: never more than one of them is in memory.
+"""Writes a .safetensors file tensor by tensor, with only one tensor in memory at a time.
 
 Called by `convert`. Source of the format: github.com/huggingface/safetensors (a length, a JSON header, the bytes).
 """
@@ -19,7 +19,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def size_of(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
-    """Bytes of tensors of these shapes."""
+    """Size of tensors of these shapes in bytes."""
     return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
 
 
@@ -31,9 +31,9 @@ def write_tensors(
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write `tensors`, in `dtype`, in the order of `shapes`; `on_bytes` hears how many more are written.
+    """Write `tensors` as `dtype`, in the order of `shapes`; `on_bytes` is called with the bytes of each tensor.
 
-    The file is there whole or not at all: until then it is `path`.partial.
+    The file is written as `path`.partial and renamed when it is complete.
     """
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
@@ -56,4 +56,4 @@ def _header(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, metadata: M
         entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(entries).encode()
-    return header + b" " * (-len(header) % 8)  # so that tensors are aligned in a mapped file
+    return header + b" " * (-len(header) % 8)  # aligns tensors in a mapped file

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ONNX graph -> one TensorRT engine. Import it after `tensorrt_library.use`; it needs no GPU to be imported.
+"""Builds a TensorRT engine from an ONNX graph. Import it after `tensorrt_library.use`; the import needs no GPU.
 
-Written against what TensorRT 10.16 and 11 and TensorRT for RTX have in common, which `tests/project/tensorrt_types.py`
-checks.
-Every network is strongly typed: an engine computes in the dtypes that the graph says.
+It uses only the API that TensorRT 10.16, TensorRT 11 and TensorRT for RTX share, which
+`tests/project/tensorrt_types.py` checks. Networks are strongly typed: an engine computes in the dtypes of the graph.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from longlive_serve.backends.exported.tensorrt_session import Logger
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How engines are built."""
+    """Build options of engines."""
 
     max_batch: int = 1
     """Sessions in one call; the engine runs one at a time."""
     workspace_mb: int | None = None
-    """Memory that a kernel may use beside its tensors; None: all there is."""
+    """Workspace memory of a kernel; None: no limit."""
     weights_mb: int | None = None
-    """GPU memory that weights may take; the others stay in the host's and are fetched on every run. None: all of them
-    lie on the GPU. For GPUs that cannot hold them: it is slower."""
+    """GPU memory for weights; the rest stays in host memory and is fetched in every run, which is slower. None: all
+    weights are on the GPU."""
     optimization_level: int | None = None
-    """0 (fast build) to 5; None: TensorRT's own."""
+    """0 (fast build) to 5; None: TensorRT's default."""
 
 
 def build_engine(
     path: Path, io: GraphIO, profiles: list[Sizes], options: Options, timing_cache: Path | None, progress: Progress
 ) -> memoryview:
-    """The engine of the graph in `path`. Raises ValueError that names the node and what TensorRT has against it.
+    """Build the engine of the graph in `path`. Raises ValueError with the node and TensorRT's error.
 
-    timing_cache: a file of TensorRT's that makes the next build faster, read and written; None for a library that does
-    not measure kernels while it builds.
+    timing_cache: TensorRT's file of kernel timings, read and updated to speed up later builds; None for a library that
+    does not time kernels during the build.
     """
     logger = Logger()
     builder = trt.Builder(logger)
@@ -54,7 +53,7 @@ def build_engine(
     apply(options, config)
     for sizes in profiles:
         if config.add_optimization_profile(optimization_profile(builder, io, sizes)) < 0:
-            raise ValueError(f"{path}: TensorRT does not take the sizes {sizes}: {logger.last_error}")
+            raise ValueError(f"{path}: TensorRT does not accept the sizes {sizes}: {logger.last_error}")
     timings = None if timing_cache is None else timings_of(config, timing_cache)
     engine = builder.build_serialized_network(network, config)
     monitor.clear()
@@ -77,13 +76,13 @@ def apply(options: Options, config: trt.IBuilderConfig) -> None:
 def optimization_profile(builder: trt.Builder, io: GraphIO, sizes: Sizes) -> trt.IOptimizationProfile:
     profile = builder.create_optimization_profile()
     for tensor in io.inputs:
-        least, usual, largest = (trt.Dims(shape(tensor.shape, sizes, which)) for which in range(3))
-        profile.set_shape(tensor.name, least, usual, largest)
+        smallest, optimal, largest = (trt.Dims(shape(tensor.shape, sizes, which)) for which in range(3))
+        profile.set_shape(tensor.name, smallest, optimal, largest)
     return profile
 
 
 def timings_of(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
-    """The kernels' times in the file `path`, or none where they are those of another GPU or TensorRT."""
+    """The timing cache in the file `path`, or an empty one if the file is of another GPU or TensorRT."""
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
@@ -115,6 +114,6 @@ class Monitor(trt.IProgressMonitor):
         self._progress.remove_task(self._tasks.pop(phase_name))
 
     def clear(self) -> None:
-        """Remove the bars of phases that an error has left unfinished."""
+        """Remove the bars of phases left unfinished by an error."""
         for phase_name in list(self._tasks):
             self.phase_finish(phase_name)

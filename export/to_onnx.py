@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports the models of a serve.toml as ONNX graphs: `python -m export.to_onnx --out graphs/demo`.
 
-In float32 ONNX Runtime runs every graph, and the result may be as far from PyTorch's in float64 as float32's rounding
-takes it, which PyTorch's own float32 result tells: it depends on the processor. In float16 and bfloat16 they are the
-same graphs, strongly typed as TensorRT wants them; ONNX Runtime has no CPU kernels for some of them.
+Every float32 graph is run in ONNX Runtime and compared with PyTorch in float64. The tolerance is measured as the error
+of PyTorch in float32, as it depends on the processor. Graphs in float16 and bfloat16 are the same, strongly typed as
+TensorRT requires; they are not run, as ONNX Runtime lacks CPU kernels for some of their operators.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from longlive_serve.replay import ReplayCase, case_model, load_case_tensors
 from longlive_serve.triton_server.arguments import DEFAULT_CONFIG
 from longlive_serve.weights.loader import ModelLoader
 
-MAX_BATCH = 64  # sessions in one call: a bound for the exporter, not a cost
+MAX_BATCH = 64  # sessions in one call: a bound for the exporter, without cost
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is exported."""
+    """The models to export."""
 
     sizes: ModelConfig
     variant: str
     load: Callable[[str, torch.dtype], nn.Module]
-    """A model by name, on the CPU."""
+    """(name, dtype) -> the model, on the CPU."""
     fingerprint: Callable[[str], str]
-    """What a model's weights came from."""
+    """Name -> fingerprint of the weights."""
     recipe: Callable[[str], str]
-    """What it was quantized with, or nothing."""
+    """Name -> quantization recipe, or empty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What ONNX Runtime makes of a graph, beside PyTorch."""
+    """The error of ONNX Runtime's results compared with PyTorch."""
 
     error: float
-    """Largest difference from PyTorch in float64, as a share of the largest value. Of a graph that rounds to 8 bits
-    the norm of the difference from PyTorch in float32, as a share of the norm."""
+    """Largest difference from PyTorch in float64, relative to the largest value. For a graph that rounds to 8 bits: the
+    norm of the difference from PyTorch in float32, relative to the norm."""
     tolerance: float
-    """What float32's rounding may do to it here. Of a graph that rounds to 8 bits what that rounding does besides: a
-    value between two of its numbers may fall to either side, and the next layers follow."""
+    """Allowed error from float32 rounding on this machine. For a graph that rounds to 8 bits: the error of that
+    rounding, as a value halfway between two 8-bit numbers may be rounded either way, which affects all later layers."""
 
     @property
     def fits(self) -> bool:
@@ -74,14 +74,14 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """A graph that has been written."""
+    """A written graph."""
 
     name: str
     file: GraphFile
     operators: int
     seconds: float
     comparison: Comparison | None
-    """None: not run."""
+    """None if the graph was not run."""
 
 
 def source_of_config(config: ServeConfig) -> Source:
@@ -108,7 +108,7 @@ def source_of_case(path: Path) -> Source:
 
 
 def export(source: Source, models: list[str], dtype: str, folder: Path, check: bool) -> Iterator[ExportResult]:
-    """Write the graphs of `models` to `folder`, its manifest after each of them; others in it stay."""
+    """Write the graphs of `models` to `folder` and update its manifest after each; its other graphs are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     graphs = dict(_existing_graphs(source, folder))
     for name in models:
@@ -143,7 +143,7 @@ def _existing_graphs(source: Source, folder: Path) -> dict[str, GraphFile]:
 
 
 def write_graph(graph: ExportableGraph, path: Path) -> int:
-    """Export one graph, its weights beside it in `path`.data. Returns how many operators it has."""
+    """Export one graph to `path` and its weights to `path`.data. Returns the number of operators."""
     window = graph.config.window
     dims = {
         BATCH: torch.export.Dim(BATCH, min=1, max=MAX_BATCH),
@@ -154,9 +154,9 @@ def write_graph(graph: ExportableGraph, path: Path) -> int:
     def dynamic(tensor: GraphTensor) -> dict[int, Any]:
         return {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
 
-    # Sizes that are unlike each other: the exporter takes equal ones for one.
+    # All sizes differ: the exporter merges dynamic dims of equal size.
     example = graph.example(batch=2, frames=window.chunk, used=2 * window.chunk)
-    # Where sizes may vary, PyTorch takes longer to read its cache of shapes than to find them out.
+    # With dynamic shapes, a lookup in PyTorch's fake tensor cache takes longer than to compute the shapes.
     with torch.no_grad(), quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program = torch.onnx.export(
             Flat(graph.model).eval(),
@@ -176,14 +176,14 @@ def write_graph(graph: ExportableGraph, path: Path) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages and names, which nobody can act on."""
+    """Suppress the exporter's warnings about packages and names, which need no action."""
     with warnings.catch_warnings(), at_level("torch.onnx", logging.ERROR):
         warnings.simplefilter("ignore")
         yield
 
 
 class Flat(nn.Module):
-    """Any model as one of some inputs, so that the exporter is told of all in the same way."""
+    """Wraps a model with variadic inputs, so that the exporter gets all models' dynamic shapes in the same form."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Flat(nn.Module):
 
 
 def compare(graph: ExportableGraph, file: GraphFile, folder: Path) -> Comparison:
-    """The largest errors over several sizes, and the largest that there may be."""
+    """The largest error over several sizes, and the largest tolerance."""
     window, runtime = graph.config.window, OnnxRuntimeGraph(folder, file, graph.io, "cpu")
     sizes = [(window.chunk, window.chunk), (window.chunk, window.window), (window.window, window.window)]
     errors, tolerances = [], []
@@ -216,7 +216,7 @@ def compare(graph: ExportableGraph, file: GraphFile, folder: Path) -> Comparison
 
 @torch.inference_mode()
 def both_of_torch(graph: ExportableGraph, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
-    """A graph's outputs in float32, and beside them those in float64, or without the rounding to 8 bits."""
+    """A graph's outputs in float32, then in float64 or, for a graph that rounds to 8 bits, without that rounding."""
     made = []
     for beside in (contextlib.nullcontext(), unrounded(graph.model) if graph.rounds else Float64()):
         with beside:
@@ -227,7 +227,7 @@ def both_of_torch(graph: ExportableGraph, inputs: Mapping[str, Tensor]) -> list[
 
 @contextlib.contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
-    """Layers leave their inputs as they are."""
+    """Disable the quantization of inputs."""
     scales = {layer: layer.input_scale for layer in model.modules() if isinstance(layer, QuantizedLayer)}
     try:
         for layer in scales:
@@ -239,24 +239,25 @@ def unrounded(model: nn.Module) -> Iterator[None]:
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, as a share of the norm."""
+    """The norm of the difference divided by the norm of `expected`."""
     return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.to_onnx", description=__doc__)
     what = parser.add_mutually_exclusive_group()
-    text = "settings that name sizes, weights and variant (default: those of the model repository)"
+    text = "settings with the preset, weights and variant (default: those of the model repository)"
     what.add_argument("--config", type=Path, metavar="TOML", default=DEFAULT_CONFIG, help=text)
-    text = "instead: the DiT of a known case, for `python -m longlive_serve.replay`"
+    text = "export the DiT of a known case instead, for `python -m longlive_serve.replay`"
     what.add_argument("--case", type=Path, metavar="CASE.json", help=text)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="graphs in it of other models stay")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="its graphs of other models are kept")
     parser.add_argument("--dtype", choices=[name for name in ServeConfig.DTYPES if name != AUTO], default="float32")
-    text = "which models; the text encoder and the VAE may have other dtypes than the DiT (default: all)"
+    text = "models to export; the text encoder and the VAE may have other dtypes than the DiT (default: all)"
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help=text)
     parser.add_argument("--no-check", action="store_true", help="do not run them in ONNX Runtime (at full size: hours)")
     arguments = parser.parse_args(argv)
-    table = Table("graph", "operators", "MB", "seconds", "error", "may be", title=f"{arguments.out}, {arguments.dtype}")
+    columns = ("graph", "operators", "MB", "seconds", "error", "tolerance")
+    table = Table(*columns, title=f"{arguments.out}, {arguments.dtype}")
     failed = False
     try:
         source = (
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     Console().print(table)
     if failed:
-        print("to_onnx: a graph differs from PyTorch by more than it may", file=sys.stderr)
+        print("to_onnx: a graph differs from PyTorch by more than its tolerance", file=sys.stderr)
     return int(failed)
 
 

@@ -2,7 +2,7 @@
 """Builds TensorRT engines from exported graphs, on the GPU that runs them: `python -m export.to_tensorrt graphs/bf16`.
 
 TensorRT 10.16 and 11, and TensorRT for RTX (`--library tensorrt_rtx`, consumer GPUs; it builds without a GPU as well).
-An engine that is there already, built of the same graph by the same TensorRT for the same GPU, stays as it is.
+An existing engine is reused if it was built from the same graph by the same TensorRT for the same GPU.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from longlive_serve.weights.tensor_files import sha256
 if TYPE_CHECKING:
     from export.tensorrt_builder import Options
 
-TIMING_CACHE = "timing.cache"  # of TensorRT, in the folder of engines
+TIMING_CACHE = "timing.cache"  # TensorRT's, in the folder of engines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineBuild:
-    """What became of one graph."""
+    """The result for one graph."""
 
     name: str
     file: GraphFile
@@ -47,9 +47,9 @@ class EngineBuild:
 def build(
     source: Path, out: Path, graphs: list[str], library: str, options: Options, progress: Progress
 ) -> Iterator[EngineBuild]:
-    """Build the engines of `graphs` (all of the folder `source`, if empty) into `out`, its manifest after each of them.
+    """Build engines of `graphs` (if empty, of all graphs in `source`) in `out` and update its manifest after each.
 
-    Raises ValueError for folders that do not fit, and for a graph that TensorRT does not take.
+    Raises ValueError for folders that do not match, and for a graph that TensorRT does not support.
     """
     from export.optimization_profiles import profiles_of
     from export.tensorrt_builder import build_engine
@@ -88,7 +88,7 @@ def _read_graphs(source: Path, wanted: list[str]) -> Manifest:
 
 
 def _existing_engines(out: Path, given: Manifest, sizes: ModelConfig) -> Manifest:
-    """What `out` holds already; without a manifest, nothing."""
+    """The manifest of `out`, or one without engines if there is none."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists():
         return dataclasses.replace(given, backend=serve_config.TENSORRT, graphs={}, versions=dict(given.versions))
@@ -110,7 +110,7 @@ def _write(engine: memoryview, path: Path, graph: GraphFile, build_info: dict[st
 
 
 def _hash_of(path: Path) -> str:
-    """Of a graph and its weights."""
+    """Hash of a graph and its weights."""
     data = path.with_name(f"{path.name}.data")
     return sha256(path) + (sha256(data) if data.exists() else "")
 
@@ -131,7 +131,7 @@ def main() -> int:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for result in build(arguments.graphs, arguments.out, arguments.only, arguments.library, options, progress):
                 megabytes = (arguments.out / result.file.file).stat().st_size / 1e6
-                reused = "was there" if result.reused else ""
+                reused = "reused" if result.reused else ""
                 table.add_row(result.name, f"{megabytes:.1f}", str(result.profiles), f"{result.seconds:.1f}", reused)
     except ValueError as error:
         print(f"to_tensorrt: {error}", file=sys.stderr)
@@ -149,10 +149,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="GRAPH", default=[], help="build these graphs (default: all)")
     parser.add_argument("--library", choices=LIBRARIES, default=TENSORRT)
     parser.add_argument("--max-batch", type=int, default=1, help="sessions in one call (default: %(default)s)")
-    parser.add_argument("--workspace-mb", type=int, help="memory for a kernel beside its tensors (default: all)")
-    text = "GPU memory for weights; others stay in the host's: slower, for GPUs that cannot hold them (default: all)"
+    parser.add_argument("--workspace-mb", type=int, help="workspace memory of a kernel (default: all)")
+    text = "GPU memory for weights; the rest is streamed from host memory, which is slower (default: all)"
     parser.add_argument("--weights-mb", type=int, help=text)
-    text = "0 builds fast, 5 searches longest (default: TensorRT's)"
+    text = "0: fastest build, 5: longest search (default: TensorRT's)"
     parser.add_argument("--optimization-level", type=int, choices=range(6), help=text)
     return parser.parse_args()
 

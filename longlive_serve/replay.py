@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays a known case and compares the latents: `python -m longlive_serve.replay CASE.json`.
 
-A case is CASE.json (sizes, switches, variant) with CASE.safetensors beside it (weights, noise, prompt embeddings
-and the latents that a reference made of them). It checks a backend, a device or a dtype against a known answer.
+A case is CASE.json (sizes, switches, variant) and CASE.safetensors in the same folder (weights, noise, prompt
+embeddings and the reference's latents). It checks a backend, a device or a dtype against a known result.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from longlive_serve.weights.checkpoint import load_strictly
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayCase:
-    """The settings of a case, as its JSON file holds them. Frames are latent frames."""
+    """The settings of a case, from its JSON file. Frames are latent frames."""
 
     config: DiTConfig
     latent: tuple[int, int, int]
     """Channels, height, width."""
     chunks: int
     switches: tuple[int, ...] = ()
-    """The frames asked for, ascending: prompt k+1 from the first chunk at or after switches[k] on."""
+    """Requested frames, ascending: prompt k+1 starts with the first chunk at or after frame switches[k]."""
     relative: bool = False
     global_sink: bool = True
     window: int = 12
@@ -68,7 +68,7 @@ class ReplayCase:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The case as a model configuration; its text encoder and VAE are stand-ins that nothing runs."""
+        """The case as a model configuration; its text encoder and VAE are placeholders that are not run."""
         _, height, width = self.latent
         return ModelConfig(
             name="case",
@@ -100,7 +100,7 @@ class GivenNoise:
 
 
 class GivenEmbeddings:
-    """A text encoder that looks the prompts of a case up: `p0`, `p1`, ..."""
+    """A text encoder that returns the embeddings of a case for its prompts `p0`, `p1`, ..."""
 
     def __init__(self, embeds: dict[str, Tensor], device: str) -> None:
         self._embeds = {name: tensor.to(device) for name, tensor in embeds.items()}
@@ -112,7 +112,7 @@ class GivenEmbeddings:
 
 
 class NoDecoder:
-    """A VAE decoder that makes no frames: a case ends at the latents."""
+    """A VAE decoder that returns no frames: a case ends at the latents."""
 
     def initial_cache(self) -> list[Tensor]:
         return []
@@ -129,8 +129,7 @@ def case_model(case: ReplayCase, tensors: dict[str, Tensor]) -> CausalDiT:
 
 
 def replay(case: ReplayCase, tensors: dict[str, Tensor], dit: DiTBackend, device: str = "cpu") -> Tensor:
-    """Run a case through the model runner, on `dit`; returns its clean latents [1, 3n, C, h, w] in float32 on the
-    CPU."""
+    """Run a case through the model runner on `dit`; returns clean latents [1, 3n, C, h, w], float32 on the CPU."""
     backends = Backends(
         text_encoder=GivenEmbeddings(_with_prefix(tensors, "prompt_embeds."), device),
         dit=dit,
@@ -157,20 +156,20 @@ def replay(case: ReplayCase, tensors: dict[str, Tensor], dit: DiTBackend, device
 
 
 def exact_latents(case: ReplayCase, tensors: dict[str, Tensor]) -> Tensor:
-    """As `replay` of PyTorch on the CPU, in float64: what every float32 result is a rounding of."""
+    """`replay` with PyTorch on the CPU in float64: the reference for float32 results."""
     dit = TorchDiT(case_model(case, tensors).double(), case.model_config, 1, case.variant)
     with torch.inference_mode(), Float64():
         return replay(case, tensors, dit)
 
 
 def rounding(case: ReplayCase, tensors: dict[str, Tensor]) -> float:
-    """What float32 may do to the latents of a case, by what it does to them here in PyTorch on the CPU."""
+    """Tolerance of a case's latents in float32, from the float32 error of PyTorch on this CPU."""
     latents = replay(case, tensors, TorchDiT(case_model(case, tensors), case.model_config, 1, case.variant))
     return max_error(latents, exact_latents(case, tensors))
 
 
 def load_case_tensors(case: ReplayCase, path: Path) -> dict[str, Tensor]:
-    """Read CASE.safetensors. Raises ValueError that names what is missing or of another shape."""
+    """Read CASE.safetensors. Raises ValueError that names a missing or wrongly shaped tensor."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -198,7 +197,7 @@ def _dit(case: ReplayCase, tensors: dict[str, Tensor], arguments: argparse.Names
         if arguments.backend == TORCH:
             return TorchDiT(model, case.model_config, 1, case.variant)
         try:
-            from longlive_serve.backends.fused.dit import FusedDiT  # it needs Triton
+            from longlive_serve.backends.fused.dit import FusedDiT  # needs Triton
         except ImportError as error:
             raise ValueError(f"--backend {FUSED}: {error}; Triton comes with PyTorch's builds for CUDA") from None
         fp8 = arguments.fp8 or arguments.fp8_attention
@@ -212,18 +211,18 @@ def _dit(case: ReplayCase, tensors: dict[str, Tensor], arguments: argparse.Names
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m longlive_serve.replay",
-        description="Run a known case (weights, noise and prompts given) through the real model runner and compare its "
-        "latents with the given ones. Exits 1 when they differ by more than the tolerance.",
+        description="Run a known case (given weights, noise and prompts) through the model runner and compare its "
+        "latents with the given ones. Exits with 1 if they differ by more than the tolerance.",
     )
-    parser.add_argument("case", type=Path, metavar="CASE.json", help="the case; CASE.safetensors lies beside it")
-    text = "of the largest latent (default: what float32 may do to them, by a float64 run of PyTorch on the CPU)"
+    parser.add_argument("case", type=Path, metavar="CASE.json", help="the case; CASE.safetensors is in the same folder")
+    text = "relative to the largest latent (default: rounding of float32, measured against float64 on the CPU)"
     parser.add_argument("--tolerance", type=float, help=text)
     parser.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
-    parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="of torch's computation")
-    text = "what runs it; fused on the CPU takes $TRITON_INTERPRET=1 (default: %(default)s)"
+    parser.add_argument("--dtype", choices=ServeConfig.DTYPES[1:], default="float32", help="dtype of the torch backend")
+    text = "the backend; fused on the CPU needs $TRITON_INTERPRET=1 (default: %(default)s)"
     parser.add_argument("--backend", choices=[TORCH, FUSED], default=TORCH, help=text)
     parser.add_argument("--fp8", action="store_true", help="with fused: GEMMs in FP8; set --tolerance as well")
-    parser.add_argument("--fp8-attention", action="store_true", help="with fused: and attention in FP8")
+    parser.add_argument("--fp8-attention", action="store_true", help="with fused: FP8 attention as well")
     text = "run these graphs or engines of the case (`python -m export.to_onnx --case CASE.json`) instead of torch"
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args(argv)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is served and how: sizes of the models, the settings file. The first floor: imports no other room."""
+"""Sizes of the models and the settings file. It imports no other package of longlive_serve."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the models, and the presets: which there are under which names. Read by everyone; imports nothing."""
+"""Sizes of the models, and the presets by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 FPS = 16  # video frames per second that the model was trained for
 FRAMES_PER_LATENT = 4  # video frames per latent frame; the first latent frame gives 1
 TEXT_ENCODER, DIT, VAE_DECODER = MODELS = ("text_encoder", "dit", "vae_decoder")
-WAN, TINY = DECODERS = ("wan", "tiny")  # what turns latents into pictures
-TINY_DECODER = "tiny_decoder"  # the model that stands in for the VAE decoder with `decoder = "tiny"`
+WAN, TINY = DECODERS = ("wan", "tiny")  # models that decode latents
+TINY_DECODER = "tiny_decoder"  # the model that replaces the VAE decoder with `decoder = "tiny"`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TinyDecoderConfig:
-    """Sizes of TAEHV's decoder: its widths before each of three doublings and after the last. As published."""
+    """Sizes of TAEHV's decoder: channels before each of three upsamplings and after the last. Default: as published."""
 
     channels: tuple[int, ...] = (256, 128, 64, 64)
     z_dim: int = 16
@@ -66,7 +66,7 @@ class TextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """The KV cache in latent frames: a chunk, all that is kept, and the sink within it that is never evicted."""
+    """Sizes in the KV cache, in latent frames: a chunk, the whole window, and its sink, which is never evicted."""
 
     chunk: int = 3
     window: int = 12
@@ -85,13 +85,13 @@ class WindowConfig:
 
     @property
     def chunk_frames(self) -> int:
-        """Video frames of every chunk but the first."""
+        """Video frames of every chunk except the first."""
         return self.chunk * FRAMES_PER_LATENT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One size of LongLive: its three models, the decoder that may stand in, and the latent picture they work on."""
+    """One size of LongLive: its three models, the tiny decoder, the latent size and the window."""
 
     name: str
     dit: DiTConfig
@@ -108,7 +108,7 @@ class ModelConfig:
 
     @classmethod
     def from_sizes(cls, sizes: dict[str, Any]) -> ModelConfig:
-        """The configuration whose `dataclasses.asdict`, without the tiny decoder, went through JSON."""
+        """The inverse of `dataclasses.asdict` without the tiny decoder, after JSON."""
         kinds = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig, "window": WindowConfig}
         parts = {
             key: kind(**{name: tuple(size) if isinstance(size, list) else size for name, size in sizes[key].items()})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of the server: serve.toml. Read by everyone. All of it is frozen: nothing changes after loading."""
+"""The settings of the server: serve.toml. They are immutable after loading."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any, ClassVar
 from longlive_serve.config.presets import DECODERS, MODELS, PRESETS, TINY, WAN, ModelConfig
 from longlive_serve.config.toml_files import as_toml, check_path, read_toml, typed
 
-RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for weights made from a fixed seed
+RANDOM_WEIGHTS = "random"  # `ServeConfig.weights` for random weights from a fixed seed
 AUTO = "auto"
-TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # what a backend runs on
+TORCH, FUSED, ONNXRUNTIME, TENSORRT = "torch", "fused", "onnxruntime", "tensorrt"  # the backends
 LORA_EXAMPLE = '[[lora]] path = "style.safetensors", scale = 0.8, alpha = 16, a line each'
-PATHS = ("weights", "graphs", "tensorrt_engines", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that name one
+PATHS = ("weights", "graphs", "tensorrt_engines", "adapters_dir", "trace_dir")  # keys of `ServeConfig` that are paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA file that is merged into the DiT: a `[[lora]]` of the settings. Raises ValueError for wrong numbers."""
+    """A LoRA file to merge into the DiT: a `[[lora]]` table of the settings. Raises ValueError for invalid numbers."""
 
     path: Path
     """In a settings file: relative to that file."""
     scale: float = 1.0
     alpha: float = 0.0
-    """As in training; files do not say it. 0: the rank, so that alpha / rank is 1."""
+    """The alpha used in training, which the file does not contain. 0: the rank, so that alpha / rank is 1."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -37,7 +37,7 @@ class Adapter:
 
     @classmethod
     def from_table(cls, table: object) -> Adapter:
-        """`{path = "...", scale = 0.8, alpha = 16}`; scale and alpha may be left out. Raises ValueError."""
+        """`{path = "...", scale = 0.8, alpha = 16}`; scale and alpha are optional. Raises ValueError."""
         if not isinstance(table, dict):
             raise ValueError(f"got {table!r}, expected a table: {LORA_EXAMPLE}")
         if not (isinstance(table.get("path"), str) and table["path"]):
@@ -132,7 +132,7 @@ class ServeConfig:
         decoded_by = self.vae_decoder_backend or self.backend
         if self.decoder == TINY and decoded_by in (ONNXRUNTIME, TENSORRT):
             raise ValueError(
-                f"decoder: got {TINY!r} with the backend {decoded_by}, which has the Wan VAE alone; "
+                f"decoder: got {TINY!r} with the backend {decoded_by}, which has only the Wan VAE; "
                 f'expected vae_decoder_backend = "{TORCH}" or decoder = "{WAN}"'
             )
         for model in MODELS:
@@ -140,7 +140,7 @@ class ServeConfig:
         asked = {self.backend, *(getattr(self, f"{model}_backend") for model in MODELS)}
         for backend, key in ((ONNXRUNTIME, "graphs"), (TENSORRT, "tensorrt_engines")):
             if backend in asked and not getattr(self, key):
-                raise ValueError(f"{key}: got nothing, expected the folder of what the backend {backend} is to run")
+                raise ValueError(f"{key}: got nothing, expected a folder for the backend {backend}")
         self._check_fp8(FUSED in asked, decoded_by)
         _check_choice("dtype", self.dtype, self.DTYPES)
         least_of = {"slots": 1, "max_chunks_ahead": 1, "max_waiting": 0, "max_unacked": 1}
@@ -159,7 +159,7 @@ class ServeConfig:
         if self.fp8 and not has_fused:
             raise ValueError(f"fp8: got true with backend {self.dit_backend or self.backend}, expected {FUSED}")
         if self.fp8_attention and not self.fp8:
-            raise ValueError("fp8_attention: got true without fp8, expected fp8 = true beside it")
+            raise ValueError("fp8_attention: got true without fp8, expected fp8 = true as well")
         if self.fp8_decoder and (decoded_by, self.decoder) != (FUSED, WAN):
             raise ValueError(
                 f"fp8_decoder: got true with backend {decoded_by} and decoder {self.decoder}, "
@@ -201,7 +201,7 @@ class ServeConfig:
         return cls(lora=tuple(adapters), **found)
 
     def with_paths(self, change: Callable[[Path], Path]) -> ServeConfig:
-        """With every path of a file or folder that it names changed."""
+        """A copy with `change` applied to every path of a file or folder."""
         paths = {key: getattr(self, key) for key in PATHS}
         changed: dict[str, Any] = {
             key: str(change(Path(path))) for key, path in paths.items() if path not in ("", RANDOM_WEIGHTS)
@@ -210,7 +210,7 @@ class ServeConfig:
         return dataclasses.replace(self, **changed)
 
     def to_toml(self) -> str:
-        """What `from_toml` reads back."""
+        """The settings as TOML that `from_toml` can read."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "lora"}
         tables = [{"path": str(one.path), "scale": one.scale, "alpha": one.alpha} for one in self.lora]
         return as_toml(values, {"lora": tables})

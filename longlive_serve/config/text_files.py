@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files that people write: UTF-8, with or without a byte-order mark, whatever the locale says.
+"""Reads text files as UTF-8, with or without a byte-order mark, independent of the locale.
 
-Read by the settings and by whoever takes prompts from a file. Triton's Python speaks ASCII, so an encoding that is not
-named is wrong there.
+Used for settings and prompt files. In Triton's Python the default encoding is ASCII.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ _WIDE = {
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
-}  # UTF-32's marks begin like those of UTF-16
+}  # UTF-32 first: its LE mark starts with that of UTF-16
 
 
 def read_text(path: Path | str) -> str:
-    """The text of a file. Raises OSError, and ValueError that says which encoding was found and which is expected."""
+    """The text of a file. Raises OSError, and ValueError with the encoding found and the one expected."""
     data = Path(path).read_bytes()
     for mark, name in _WIDE.items():
         if data.startswith(mark):

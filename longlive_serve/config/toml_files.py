@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TOML with errors that help: which file, which key, what was got, what was expected and what to do.
+"""Reads TOML with errors that name the file, the key, the value and what is expected; writes simple TOML.
 
-Read by the settings of the server and by those of others; writes what the server hands to its model.
+Used by the settings of the server and of other tools.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BACKSLASH_HINT = "; in double quotes a backslash begins an escape: write 'C:\\fo
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The values of a file. Raises ValueError that names it."""
+    """The values of a file. Raises ValueError that names the file."""
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
@@ -31,16 +31,16 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 
 
 def check_path(path: str) -> str:
-    """The path of a file or folder as given. Raises ValueError for one that escapes have crept into: "C:\\new"."""
+    """Returns `path`. Raises ValueError if it contains unintended escapes, such as in "C:\\new"."""
     if not path.isprintable():
         raise ValueError(f"got {path!r}, expected a path without control characters{BACKSLASH_HINT}")
     return path
 
 
 def typed(kinds: Mapping[str, type], values: Mapping[str, Any], others: Collection[str] = ()) -> dict[str, Any]:
-    """The `values` without those of `others`, each of its type; a whole number may stand for a float.
+    """The `values` except those of `others`, with types checked; an int is accepted for a float.
 
-    Raises ValueError for a key of neither `kinds` nor `others`, and for a value of another type.
+    Raises ValueError for a key that is in neither `kinds` nor `others`, and for a value of another type.
     """
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -58,7 +58,7 @@ def typed(kinds: Mapping[str, type], values: Mapping[str, Any], others: Collecti
 
 
 def as_toml(values: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Strings, numbers and truth values, then the tables of each array."""
+    """TOML of strings, numbers and booleans, followed by arrays of tables."""
     lines = [*_lines(values)]
     for name, rows in tables.items():
         for row in rows:
@@ -67,12 +67,12 @@ def as_toml(values: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str
 
 
 def _lines(values: Mapping[str, Any]) -> Iterable[str]:
-    """TOML's strings are JSON's, where no character is escaped that need not be; so are its numbers."""
+    """JSON strings and numbers are valid TOML if no character is escaped unnecessarily."""
     return (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
 
 
 def _backslash_hint(text: str, error: str) -> str:
-    """A Windows path in double quotes: TOML takes its backslashes for escapes."""
+    """A hint for a Windows path in double quotes, where TOML reads backslashes as escapes."""
     found = re.search(r"at line (\d+)", error)
     lines = text.splitlines()
     if found is None or "\\" not in "".join(lines[int(found[1]) - 1 : int(found[1])]):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From files of weights to models in memory."""
+"""Loads files of weights into models."""

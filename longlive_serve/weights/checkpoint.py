@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model's checkpoint: its tensors under our names, checked before any is read, then loaded one by one.
+"""One model's checkpoint: maps tensor names to ours, checks all of them, then loads the tensors one by one.
 
-Made by `loader.ModelLoader`. At no time is more in memory than the model and one piece of the file.
+Created by `loader.ModelLoader`. Only the model and one piece of the file are in memory at a time.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from longlive_serve.weights.tensor_files import is_mapped, listed, metadata, rea
 
 log = logging.getLogger(__name__)
 
-MADE_OF = "made_of"  # in the metadata of a converted file: JSON with `lora` (of each its `sha256`) and `use_ema`
+MADE_OF = "made_of"  # metadata key of a converted file: JSON with `lora` (each with its `sha256`) and `use_ema`
 GENERATOR_KEYS, EMA_KEYS = ("generator", "model"), ("generator_ema",)
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # what training leaves in names
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # left in names by training
 _CLASSES: dict[str, Callable[[Any], nn.Module]] = {
     TEXT_ENCODER: TextEncoder,
     DIT: CausalDiT,
     VAE_DECODER: VAEDecoder,
     TINY_DECODER: TinyDecoder,
 }
-_OURS = {VAE_DECODER: ("decoder.", "conv2."), TINY_DECODER: ("decoder.",)}  # the rest of these files is encoders
+_OURS = {VAE_DECODER: ("decoder.", "conv2."), TINY_DECODER: ("decoder.",)}  # these files also contain encoders
 
 
 def build(name: str, config: ModelConfig) -> nn.Module:
-    """The model as its class makes it: random, on the default device."""
+    """A model with random weights, on the default device."""
     return _CLASSES[name](getattr(config, name if name != VAE_DECODER else "vae"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model's file, and what is merged into it."""
+    """A model's file, and the adapters to merge into it."""
 
     name: str
     config: ModelConfig
@@ -66,7 +66,7 @@ class Checkpoint:
     use_ema: bool = False
 
     def load_model(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """The model with these weights, in evaluation mode. Raises ValueError for a file that does not fit it.
+        """The model with these weights, in evaluation mode. Raises ValueError if the file does not fit the model.
 
         Quantized weights and scales stay in the dtypes of the file.
         """
@@ -75,15 +75,15 @@ class Checkpoint:
             model = build(self.name, self.config)
         for module in model.modules():
             for key, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, key, buffer.to(dtype))  # constants, which no file holds
+                setattr(module, key, buffer.to(dtype))  # constants, not in any file
         self._install_quantized(model)
         materialize(model, self.tensors(model), device, dtype)
         return model.eval()
 
     def tensors(self, model: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under our name, adapters merged (then in float32), else as in the file; keep none of them.
+        """An iterator over the tensors under our names: float32 if adapters are merged into it, else as in the file.
 
-        All are checked against `model` (default: the one of the configuration) first. Raises ValueError.
+        The call checks all against `model` (default: the configuration's). Raises ValueError. Keep no references.
         """
         if model is None:
             with torch.device("meta"):
@@ -95,11 +95,11 @@ class Checkpoint:
         return ((name, merged(tensor, updates.get(name, ()))) for name, tensor in streamed(self.state, mapped))
 
     def state(self) -> dict[str, Tensor]:
-        """What the file holds under our names, without adapters; in the mapped file still, in its dtypes."""
+        """The file's tensors under our names, without adapters, in the file's dtypes, memory-mapped."""
         kind, path = self.file.kind, self.file.path
         if not path.exists():
             if kind == DIFFUSERS:
-                raise ValueError(f"{path}: no such file, but shards: expected it to say what they hold. Fetch it")
+                raise ValueError(f"{path}: no such file, but shards: expected the index of the shards. Fetch it")
             text = f"{path}: no such file, nor {CONVERTED_FILE.format(self.name)}"
             raise ValueError(f"{text}; expected the {self.name} in one of them. Fetch it")
         if self.use_ema and self.name == DIT and kind not in (LONGLIVE, CONVERTED):
@@ -119,7 +119,7 @@ class Checkpoint:
         return strip_wrapper_prefixes(state) if kind == WAN else state
 
     def origin(self) -> dict[str, Any]:
-        """Of a converted file: what it was made of; else an empty dict. Raises ValueError."""
+        """The origin of a converted file, from its metadata; empty for other files. Raises ValueError."""
         about = metadata(self.file.path) if self.file.kind == CONVERTED else {}
         origin: dict[str, Any] = json.loads(about.get(MADE_OF, "{}"))
         return origin
@@ -142,7 +142,7 @@ class Checkpoint:
                 + f"\nExpected the {self.name} of preset {self.config.name}: give another file or another preset"
             )
         if self.use_ema and self.file.kind == CONVERTED and not self.origin().get("use_ema"):
-            raise ValueError(f"{self.file.path}: got no EMA weights, expected some with use_ema. Convert them with it")
+            raise ValueError(f"{self.file.path}: got no EMA weights, but use_ema is set. Convert again with --use-ema")
 
     def _updates(self, state: Mapping[str, Tensor]) -> Updates:
         if not self.adapters:
@@ -156,7 +156,7 @@ class Checkpoint:
         merged_before = {lora["sha256"]: lora["file"] for lora in self.origin().get("lora", ())}
         for adapter in self.adapters if merged_before else ():
             if adapter.path.is_file() and sha256(adapter.path) in merged_before:
-                raise ValueError(f"{adapter.path}: is merged into {self.file.path} already; take it out of `lora`")
+                raise ValueError(f"{adapter.path}: is already merged into {self.file.path}; remove it from `lora`")
         return read_adapters(self.adapters, {name: tensor.shape for name, tensor in state.items()})
 
 
@@ -164,9 +164,9 @@ class Checkpoint:
 def materialize(
     model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str, dtype: torch.dtype
 ) -> None:
-    """Give a model on the meta device its weights: copies, one by one. Buffers keep their dtypes."""
+    """Allocate the tensors of a model on the meta device and copy its weights one by one. Buffers keep their dtypes."""
     for module in model.modules():
-        # All before the first is filled: among what is needed in between, the heap would come out full of holes.
+        # Allocate all before copying any: temporary allocations in between would fragment the heap.
         for key, old in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(torch.empty_like(old, dtype=dtype, device=device), old.requires_grad))
         for key, buffer in list(module.named_buffers(recurse=False)):
@@ -179,7 +179,7 @@ def materialize(
 
 
 def strip_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of LongLive's generator under the names of the DiT: without `model.` and what training left there."""
+    """LongLive's generator tensors under the names of the DiT: without `model.` and prefixes of training wrappers."""
     names: dict[str, Tensor] = {}
     for name, tensor in state.items():
         plain = name
@@ -193,8 +193,8 @@ def strip_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def state_dict_mismatches(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], shown: Mapping[str, str]
 ) -> list[str]:
-    """What of `state` does not fit a model that has `own`, under the names `shown` where there are any; the first of
-    very many of each kind."""
+    """Messages about tensors of `state` that do not fit the model's state `own`. `shown`: names to show instead of
+    ours. Long lists are shortened."""
     missing = [f"missing {shown.get(name, name)}" for name in sorted(own.keys() - state.keys())]
     unexpected = [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
     others = []
@@ -208,7 +208,7 @@ def state_dict_mismatches(
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy `state` into `model`. Raises ValueError that lists what does not fit."""
+    """Copy `state` into `model`. Raises ValueError that lists all mismatches."""
     if errors := state_dict_mismatches(state, model.state_dict(), {}):
         raise ValueError(_mismatch_message(source, errors))
     model.load_state_dict(state)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wan 2.1 as diffusers lays it out (a WanPipeline folder): its files, and its tensors under our models' names.
+"""Wan 2.1 in the layout of diffusers (a WanPipeline folder): its files, and the mapping of its tensor names to ours.
 
-Called by `layouts` and `checkpoint`. It renames and reads nothing; whether the result fits, strict loading says.
-Source: the state dicts of diffusers 0.42.1 and transformers 5.23.0, and diffusers' scripts/convert_wan_to_diffusers.py,
-whose renaming this undoes.
+Called by `layouts` and `checkpoint`. It only maps names; strict loading checks the result. Source: the state dicts of
+diffusers 0.42.1 and transformers 5.23.0, and diffusers' scripts/convert_wan_to_diffusers.py, whose inverse this is.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from longlive_serve.config.presets import DIT, TEXT_ENCODER, VAE_DECODER
 
-# The folder and glob of each model's file, or of its shards. They may hold the whole pipeline or some of it.
+# Glob of each model's file or shards.
 FILES = {
     TEXT_ENCODER: "text_encoder/model*.safetensors",
     DIT: "transformer/diffusion_pytorch_model*.safetensors",
@@ -24,9 +23,9 @@ FILES = {
 }
 TOKENIZER_FOLDER = "tokenizer"
 
-# A pattern of whole module names (or parameter names without a module) -> our name of it.
+# Pattern that matches a whole module name (or a parameter name without a module) -> our name.
 _RULES = {
-    TEXT_ENCODER: {  # transformers' own names on both sides; the embedding is stored under either of two
+    TEXT_ENCODER: {  # transformers' names on both sides; the embedding has either of two names
         r"shared": "stack.embed_tokens",
         r"encoder\.(embed_tokens|final_layer_norm|block\..+)": r"stack.\1",
     },
@@ -38,7 +37,7 @@ _RULES = {
         r"(blocks\.\d+)\.scale_shift_table": r"\1.modulation",
         r"(blocks\.\d+)\.attn1\.(?:to_([qkv])|(norm_[qk]))": r"\1.self_attn.\2\3",
         r"(blocks\.\d+)\.attn1\.to_out\.0": r"\1.self_attn.o",
-        r"(blocks\.\d+)\.norm2": r"\1.norm3",  # numbered in execution order, where Wan's is 1, 3, 2
+        r"(blocks\.\d+)\.norm2": r"\1.norm3",  # in execution order; Wan's order is 1, 3, 2
         r"(blocks\.\d+)\.attn2\.(?:to_([qkv])|(norm_[qk]))": r"\1.cross_attn.\2\3",
         r"(blocks\.\d+)\.attn2\.to_out\.0": r"\1.cross_attn.o",
         r"(blocks\.\d+)\.ffn\.net\.0\.proj": r"\1.ffn.0",
@@ -67,15 +66,15 @@ _UPSAMPLES = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether the folder is laid out like a WanPipeline: with the transformer, the VAE or umT5 in its own folder."""
+    """Whether the folder has the layout of a WanPipeline: transformer, VAE or umT5 in subfolders."""
     return any(next(folder.glob(pattern), None) is not None for pattern in FILES.values())
 
 
 def from_diffusers(model: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model of a WanPipeline under the names of our `model`, ready for strict loading.
+    """The tensors of a WanPipeline model under the names of our `model`, for strict loading.
 
-    The names of the whole model at once: with several files, merge them first. The VAE's encoder is left out. A
-    name that fits no rule stays as it is. The tensors are those given: no shape differs.
+    `state` must be the whole model: merge shards first. The VAE's encoder is dropped. Names that match no rule are
+    unchanged. The tensors are not copied; all shapes are the same.
     """
     if model == VAE_DECODER:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_VAE_ENCODER)}
@@ -84,7 +83,7 @@ def from_diffusers(model: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(model: str, name: str, block_name: str) -> str:
-    """Our name of the tensor `name`, which the rules know as `block_name`."""
+    """Our name of the tensor `name`. `block_name`: its name in the rules."""
     parts = _PARAMETER.fullmatch(block_name)
     assert parts is not None, block_name
     for pattern, ours in _RULES[model].items():
@@ -94,7 +93,7 @@ def _renamed(model: str, name: str, block_name: str) -> str:
 
 
 def _wan_block_names(names: Iterable[str]) -> dict[str, str]:
-    """The names inside the VAE's middle and upsampling stages with each module's place in the one list that Wan has."""
+    """Names in the VAE's middle and upsampling stages -> names with the module's index in Wan's single list."""
     stages = [match for name in names if (match := _UPSAMPLES.fullmatch(name))]
     blocks = 1 + max((int(match[3]) for match in stages if match[2] == "resnets"), default=0)  # of each stage
     block_names = {}

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each file of a weights folder is. It opens no file.
+"""Finds each model's file in a weights folder, without opening any.
 
-Called once per folder, by `loader.ModelLoader` and by the doctor. Layouts, in one folder even mixed (the first that has
-the model counts):
+Called once per folder, by `loader.ModelLoader` and by the doctor. A folder may mix these layouts; for each model the
+first one that contains it is used:
 
-* what `quantization/` writes: MODEL.quantized.safetensors;
-* what `python -m export.convert` writes: MODEL.safetensors and tokenizer/;
-* that of the reference: wan_models/Wan2.1-T2V-1.3B/ and, with the DiT and its adapter, longlive_models/models/;
-* flat: the files of Wan2.1-T2V-1.3B, longlive_base.pt and its lora.pt side by side;
-* that of a WanPipeline of diffusers: transformer/, vae/, text_encoder/, tokenizer/.
+* output of `quantization/`: MODEL.quantized.safetensors;
+* output of `python -m export.convert`: MODEL.safetensors and tokenizer/;
+* reference: wan_models/Wan2.1-T2V-1.3B/ and, with the DiT and its adapter, longlive_models/models/;
+* flat: the files of Wan2.1-T2V-1.3B, longlive_base.pt and its lora.pt in one folder;
+* diffusers' WanPipeline: transformer/, vae/, text_encoder/, tokenizer/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longlive_serve.weights.tensor_files import INDEX
 
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 VAE_FILE = "Wan2.1_VAE.pth"
-TINY_DECODER_FILE = "taew2_1.pth"  # published as .safetensors as well
+TINY_DECODER_FILE = "taew2_1.pth"  # also published as .safetensors
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 FILES = {TEXT_ENCODER: TEXT_ENCODER_FILE, DIT: DIT_FILE, VAE_DECODER: VAE_FILE, TINY_DECODER: TINY_DECODER_FILE}
@@ -33,16 +33,16 @@ LORA_FILE = "lora.pt"
 WAN_FOLDER = "wan_models/Wan2.1-T2V-1.3B"
 LONGLIVE_FOLDER = "longlive_models/models"
 
-QUANTIZED_FILE = "{}.quantized.safetensors"  # under the names of our models, as the next
+QUANTIZED_FILE = "{}.quantized.safetensors"  # {}: the name of the model, also below
 CONVERTED_FILE = "{}.safetensors"
-CONVERTED_TOKENIZER_FOLDER = "tokenizer"  # as that of diffusers
+CONVERTED_TOKENIZER_FOLDER = "tokenizer"  # the same name as in diffusers
 
 QUANTIZED, CONVERTED, LONGLIVE, WAN, DIFFUSERS = "quantized", "converted", "LongLive's", "Wan's", "diffusers'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
-    """A model's file, which may be an index of shards, and whose names and layout it has."""
+    """A model's file, which may be an index of shards, and its layout."""
 
     path: Path
     kind: str
@@ -50,19 +50,19 @@ class CheckpointFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsFolder:
-    """A folder of weights, resolved: what each of its files is."""
+    """A resolved folder of weights."""
 
     path: Path
     files: Mapping[str, CheckpointFile]
-    """By model: the file that is there, else the one that should be."""
+    """By model: the existing file, else the expected one."""
     tokenizer: Path
-    """The tokenizer's folder; it may not be there."""
+    """The tokenizer's folder; it may not exist."""
     lora: Path | None
-    """The lora.pt beside longlive_base.pt: LongLive is both."""
+    """The lora.pt beside longlive_base.pt: LongLive consists of both."""
 
     @classmethod
     def resolve(cls, weights: str) -> WeightsFolder | None:
-        """None for random weights. Raises ValueError when there is no such folder."""
+        """None for random weights. Raises ValueError if the folder does not exist."""
         if weights == RANDOM_WEIGHTS:
             return None
         path = Path(weights)
@@ -103,13 +103,13 @@ def _candidates(model: str, folder: Path, published: CheckpointFile) -> Iterator
 
 def _published(model: str, folder: Path) -> CheckpointFile:
     if model == DIT and _has_reference_layout(folder):
-        return CheckpointFile(path=folder / LONGLIVE_FOLDER / LONGLIVE_FILE, kind=LONGLIVE)  # Wan's own is not LongLive
+        return CheckpointFile(path=folder / LONGLIVE_FOLDER / LONGLIVE_FILE, kind=LONGLIVE)  # Wan's DiT is not LongLive
     published_in = folder if model == TINY_DECODER else _wan_folder(folder)
     return CheckpointFile(path=published_in / FILES[model], kind=WAN)
 
 
 def _diffusers_files(folder: Path, pattern: str) -> Iterator[CheckpointFile]:
-    """The file of one model: whole, or the index of its shards, which may not be there."""
+    """The file of one model: a single file, or the index of its shards, which may not exist."""
     whole = folder / pattern.replace("*", "")
     found = sorted(folder.glob(pattern))
     if whole in found:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of weights -> models with weights in them, adapters merged; or random weights from a fixed seed.
+"""Loads models from a folder of weights, with adapters merged, or with random weights from a fixed seed.
 
-Called by `build_backends`, the export and `quantization/`. What each file of the folder is, `layouts` says, once; what
-is in a file, `checkpoint`.
+Called by `build_backends`, the export and `quantization/`. `layouts` finds the files, `checkpoint` reads them.
 """
 
 from __future__ import annotations
@@ -36,26 +35,25 @@ class ModelLoader:
     folder: WeightsFolder | None
     """None: random weights."""
     adapters: Sequence[Adapter] = ()
-    """What is merged into the DiT, and into no other model."""
+    """The adapters to merge into the DiT."""
     use_ema: bool = False
-    """The DiT's averaged weights."""
+    """Load the averaged (EMA) weights of the DiT."""
 
     @classmethod
     def open(
         cls, config: ModelConfig, weights: str, lora: Sequence[Adapter] = (), use_ema: bool = False
     ) -> ModelLoader:
-        """`lora`: the adapters; if empty, the folder's own lora.pt. Raises ValueError for what is not there."""
+        """`lora`: the adapters; if empty, the folder's own lora.pt. Raises ValueError for missing files."""
         folder = WeightsFolder.resolve(weights)
         return cls(config=config, folder=folder, adapters=get_adapters(folder, lora), use_ema=use_ema)
 
     @classmethod
     def from_config(cls, config: ServeConfig) -> ModelLoader:
-        """As the settings say."""
         return cls.open(config.model_config, config.weights, config.lora, config.use_ema)
 
     def load_model(self, name: str, device: str, dtype: torch.dtype) -> Any:
-        """The model `name` in evaluation mode. Raises ValueError that names the file and what is missing, unexpected or
-        of another shape in it."""
+        """The model `name` in evaluation mode. Raises ValueError that names the file and its missing, unexpected or
+        wrongly shaped tensors."""
         checkpoint = self.checkpoint(name)
         if checkpoint is not None:
             return checkpoint.load_model(device, dtype)
@@ -69,7 +67,7 @@ class ModelLoader:
         return model.to(device, dtype).eval()
 
     def load_tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer, or the one of random weights, which needs no files."""
+        """The folder's tokenizer; for random weights a tokenizer that needs no files."""
         config = self.config
         if self.folder is None and config.text_encoder.vocab_size < BYTE_VOCABULARY:
             raise ValueError(
@@ -79,7 +77,7 @@ class ModelLoader:
         return Tokenizer(config.dit.text_len, self.folder.tokenizer if self.folder is not None else None)
 
     def checkpoint(self, name: str) -> Checkpoint | None:
-        """The file of the model `name` and what is merged into it; None for random weights."""
+        """The checkpoint of the model `name`; None for random weights."""
         if self.folder is None:
             return None
         file, is_dit = self.folder.files[name], name == DIT
@@ -87,9 +85,9 @@ class ModelLoader:
         return Checkpoint(name=name, config=self.config, file=file, adapters=adapters, use_ema=use_ema)
 
     def fingerprint(self, name: str) -> str:
-        """SHA-256 of what the model `name` is loaded from, or `random`; empty when the folder has no such file.
+        """SHA-256 of the files of the model `name`, or `random`; empty if the folder has no file of it.
 
-        Of one file it is the file's; of several (shards, adapters with their scales) it is one of all of theirs.
+        For one file it is the file's hash; for several (shards, adapters with their scales) a hash of their hashes.
         """
         if self.folder is None:
             hashes = [RANDOM_WEIGHTS]
@@ -104,18 +102,18 @@ class ModelLoader:
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def recipe(self, name: str) -> str:
-        """What the model `name` was quantized with; empty when it was not."""
+        """The quantization recipe of the model `name`; empty if it is not quantized."""
         file = self.folder and self.folder.files[name]
         return metadata(file.path)["recipe"] if file and file.kind == QUANTIZED else ""
 
 
 def load_model(name: str, config: ModelConfig, weights: str, device: str, dtype: torch.dtype) -> Any:
-    """One model of the folder `weights`, or of random weights: `ModelLoader.load_model`."""
+    """One model of the folder `weights`, or with random weights; see `ModelLoader.load_model`."""
     return ModelLoader.open(config, weights).load_model(name, device, dtype)
 
 
 def get_adapters(folder: WeightsFolder | None, lora: Sequence[Adapter]) -> Sequence[Adapter]:
-    """What is merged into the DiT: what `lora` names; if nothing, the folder's own lora.pt."""
+    """The adapters to merge into the DiT: those in `lora`; if empty, the folder's own lora.pt."""
     own = folder.lora if folder is not None else None
     if not lora:
         return [] if own is None else [Adapter(path=own)]

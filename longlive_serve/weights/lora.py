@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters: their files, and merging them into weights: W + scale * (alpha / rank) * B A.
+"""Reads LoRA adapters and merges them into weights: W + scale * (alpha / rank) * B A.
 
-Called by `checkpoint` and `loader`. The arithmetic is float32 on the CPU, so that a merge gives the same bits wherever
-it is done. Names and shapes: docs/semantics.md, section 10.
+Called by `checkpoint` and `loader`. Merges are computed in float32 on the CPU, so that they give the same bits for
+every device. Names and shapes: docs/semantics.md, section 10.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from longlive_serve.weights.tensor_files import listed, read_tensors
 
 log = logging.getLogger(__name__)
 
-LORA_KEY = "generator_lora"  # of a torch file that holds more than the adapter
-_PREFIXES = ("base_model.model.", "diffusion_model.")  # of peft, as published; and of ComfyUI
+LORA_KEY = "generator_lora"  # the adapter's key in a torch file with further contents
+_PREFIXES = ("base_model.model.", "diffusion_model.")  # peft's, as published, and ComfyUI's
 _NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LowRank:
-    """What an adapter adds to one weight: factor * B A."""
+    """An adapter's update of one weight: factor * B A."""
 
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
     factor: float
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """[out, in], any float dtype -> float32 on the CPU."""
+        """weight [out, in], any float dtype -> float32 on the CPU."""
         delta = self.b.float() @ self.a.float()
         return delta.mul_(self.factor).add_(weight)
 
 
 Updates = dict[str, list[LowRank]]
-"""By the name of the weight, in the order of the adapters."""
+"""Updates by weight name, in the order of the adapters."""
 
 
 @torch.no_grad()
 def merged_state(state: Mapping[str, Tensor], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """The tensors of our DiT with adapters in them: changed weights in float32 on the CPU, the others as given."""
+    """The DiT's tensors with adapters merged: changed weights in float32 on the CPU, the others unchanged."""
     updates = read_adapters(adapters, {name: tensor.shape for name, tensor in state.items()})
     return {name: merged(tensor, updates.get(name, ())) for name, tensor in state.items()}
 
 
 @torch.no_grad()
 def merged(weight: Tensor, updates: Sequence[LowRank]) -> Tensor:
-    """The weight with the updates in it; without any it is what was given."""
+    """The weight with the updates added; without updates the same tensor."""
     if updates:
         weight = weight.cpu()
     for update in updates:
@@ -61,7 +61,7 @@ def merged(weight: Tensor, updates: Sequence[LowRank]) -> Tensor:
 
 
 def read_adapters(adapters: Sequence[Adapter], shapes: Mapping[str, Sequence[int]]) -> Updates:
-    """What the adapters add to a model whose tensors have these names and shapes.
+    """The adapters' updates for a model whose tensors have these names and shapes.
 
     Raises ValueError that names the file and every layer that does not exist or does not fit.
     """
@@ -73,7 +73,7 @@ def read_adapters(adapters: Sequence[Adapter], shapes: Mapping[str, Sequence[int
         if errors:
             raise ValueError(
                 f"{adapter.path}: not an adapter of this DiT:\n  " + listed(errors, "\n  ") + "\n"
-                "Expected lora_A [rank, in] and lora_B [out, rank] of layers that it has; name another file in `lora`"
+                "Expected lora_A [rank, in] and lora_B [out, rank] of the DiT's layers; set another file in `lora`"
             )
         for layer, factors in layers.items():
             rank = len(factors["A"])
@@ -81,7 +81,7 @@ def read_adapters(adapters: Sequence[Adapter], shapes: Mapping[str, Sequence[int
             updates.setdefault(f"{layer}.weight", []).append(LowRank(a=factors["A"], b=factors["B"], factor=factor))
         ranks = ", ".join(map(str, sorted({len(factors["A"]) for factors in layers.values()})))
         alpha = f"{adapter.alpha:g}" if adapter.alpha else "as rank"
-        text = "dit: %s goes into %d layers: rank %s, alpha %s, scale %g"
+        text = "dit: merging %s into %d layers: rank %s, alpha %s, scale %g"
         log.info(text, adapter.path, len(layers), ranks, alpha, adapter.scale)
     return updates
 
@@ -93,7 +93,7 @@ def rank_of(adapter: Adapter) -> int:
 
 
 def _layers(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The two factors of each layer; and the names that are none."""
+    """The two factors of each layer, and errors for other names."""
     layers: dict[str, dict[str, Tensor]] = {}
     errors = []
     for name, tensor in state.items():
@@ -108,7 +108,7 @@ def _layers(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def _layer_errors(layer: str, factors: Mapping[str, Tensor], weight: Sequence[int] | None) -> list[str]:
-    """What is wrong with the factors of a layer, if something is."""
+    """Errors in the factors of a layer."""
     if weight is None:
         return [f"{layer}: the model has no such layer"]
     if len(factors) < 2:

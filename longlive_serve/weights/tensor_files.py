@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of tensors, memory-mapped: torch's, safetensors, sharded safetensors; and what is wrong with one that is none.
+"""Memory-maps files of tensors (torch, safetensors, sharded safetensors), and explains why a file cannot be read.
 
-Called by `checkpoint` and `lora`. It knows no models, and nothing is ever unpickled beyond plain tensors.
+Called by `checkpoint` and `lora`. Only plain tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-INDEX = ".index.json"  # ends the name of the file that says which shard holds which tensor
+INDEX = ".index.json"  # suffix of the file that maps tensors to shards
 PIECE = 512 * 1024 * 1024  # bytes
 MOST_LISTED = 20  # problems in one message
 
 
 def read_tensors(path: Path, keys: Sequence[str] = (), required: bool = False) -> dict[str, Tensor]:
-    """All tensors of a file, or of the shards that an index names: they lie in the mapped file and are not read yet.
+    """All tensors of a file, or of all shards of an index, memory-mapped and not read yet.
 
-    A torch file may hold several dicts of tensors: it is the first of `keys` that is there, else (unless `required`)
-    the file's own dict. Raises ValueError that names the file, what it is and what to do.
+    A torch file may hold several dicts of tensors: the first of `keys` that exists is returned, else (unless
+    `required`) the top-level dict. Raises ValueError that names the file, the problem and the remedy.
     """
     if path.name.endswith(INDEX):
         return _read_shards(path)
@@ -42,25 +42,25 @@ def read_tensors(path: Path, keys: Sequence[str] = (), required: bool = False) -
         raise ValueError(f"{path}: got {listed(names)}, expected the key {' or '.join(keys)}")
     if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         expected = "".join(f"the key {key}, or " for key in keys)
-        raise ValueError(f"{path}: got {listed(names)}, expected {expected}tensors alone by name")
+        raise ValueError(f"{path}: got {listed(names)}, expected {expected}only tensors by name")
     return {str(name): tensor for name, tensor in state.items()}
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that hold the tensors: `path` itself, or the shards that it is the index of. Raises ValueError."""
+    """The files that hold the tensors: `path` itself, or the shards of the index `path`. Raises ValueError."""
     return [path] if not path.name.endswith(INDEX) else sorted({path.parent / name for name in _index(path).values()})
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether `read_tensors` maps the file; torch's format of before 2020 (1.6) has to be read at once."""
+    """Whether `read_tensors` maps the file; the format of torch before 1.6 (2020) must be read as a whole."""
     return all(part.suffix == ".safetensors" or zipfile.is_zipfile(part) for part in files_of(path))
 
 
 def streamed(read: Callable[[], dict[str, Tensor]], mapped: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of what `read` gives; who takes them keeps none.
+    """Yields each tensor of `read()`; the caller must not keep references to them.
 
-    What has been read of a mapped file counts as this process's memory until the file is closed: `read` opens it anew
-    after every 512 MiB.
+    The pages read from a mapped file count as memory of this process until the file is closed, so `read` is called
+    again after every 512 MiB.
     """
     state, seen = read(), 0
     for name in list(state):
@@ -72,16 +72,16 @@ def streamed(read: Callable[[], dict[str, Tensor]], mapped: bool) -> Iterator[tu
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says about itself. Raises ValueError."""
+    """The metadata of a .safetensors file. Raises ValueError."""
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
-    except Exception as error:  # OSError and the library's own
+    except Exception as error:  # OSError and the library's exceptions
         raise ValueError(f"{path}: cannot be read as tensors: {_read_error(path, error)}") from None
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """Of the file's bytes; `on_bytes` hears how many more have been read."""
+    """SHA-256 of the file; `on_bytes` is called with the number of bytes of each read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(16 * 1024 * 1024):
@@ -91,7 +91,7 @@ def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> 
 
 
 def listed(things: Sequence[str], between: str = ", ") -> str:
-    """The things one after the other, the first of very many."""
+    """The items joined by `between`, at most MOST_LISTED of them."""
     more = len(things) - MOST_LISTED
     return between.join(map(str, things[:MOST_LISTED])) + (f"{between}and {more} more" if more > 0 else "")
 
@@ -103,10 +103,10 @@ def _open(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with path.open("rb") as file:
-            # PyTorch takes names in UTF-8 alone; Triton's Python, which speaks ASCII, has other bytes as surrogates.
+            # PyTorch needs UTF-8 names; Triton's Python uses ASCII, where other bytes are surrogates.
             name = str(path) if str(path).isascii() else f"/proc/self/fd/{file.fileno()}"
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_mapped(path))
-    except Exception as error:  # each format has its own kinds
+    except Exception as error:  # each format has its own exceptions
         raise ValueError(f"{path}: cannot be read as tensors: {_read_error(path, error)}") from None
 
 
@@ -130,22 +130,22 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     if missing := [name for name in names if not (path.parent / name).is_file()]:
         raise ValueError(
             f"{path}: got {len(names) - len(missing)} of {len(names)} shards, missing {listed(missing)}: "
-            "expected all of them beside it. Fetch those"
+            "expected all of them in the same folder. Fetch those"
         )
     states = {name: read_tensors(path.parent / name) for name in names}
     if absent := [name for name, shard in shards.items() if name not in states[shard]]:
-        raise ValueError(f"{path}: its shards do not hold {listed(absent)}, expected what it says. Fetch all of them")
+        raise ValueError(f"{path}: its shards lack {listed(absent)}, which it lists. Fetch all of them again")
     return {name: states[shard][name] for name, shard in shards.items()}
 
 
 def _read_error(path: Path, error: Exception) -> str:
-    """What is wrong with a file that cannot be read, and what to do."""
+    """The problem of a file that cannot be read, and the remedy."""
     with path.open("rb") as file:
         size, head = path.stat().st_size, file.read(64)
     first_line = str(error).partition("\n")[0][:300]
     message, action = f"{type(error).__name__}: {first_line}", "Expected a file of tensors; fetch it again"
     if head.startswith(b"version https://git-lfs"):
-        message, action = "it is a pointer of git-lfs", "Fetch the file itself: git lfs pull"
+        message, action = "it is a git-lfs pointer", "Fetch the file itself: git lfs pull"
     elif head[:1] == b"<":
         message, action = "it is a web page", "Fetch the file itself"
     elif path.suffix == ".safetensors":
@@ -155,13 +155,13 @@ def _read_error(path: Path, error: Exception) -> str:
     elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         message, action = f"it is cut off: got {size} bytes without the end of torch's archive", "Fetch it again"
     elif found := re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]+)", str(error)):
-        message = f"it holds code or objects ({found[1] or found[2]}), of which nothing was run; expected tensors alone"
-        action = "Fetch it from its source, or save its tensors alone with torch.save"
+        message = f"it contains code or objects ({found[1] or found[2]}), which were not run; expected only tensors"
+        action = "Fetch it from its source, or save only its tensors with torch.save"
     return f"{message}. {action}"
 
 
 def _safetensors_bytes(path: Path) -> int:
-    """How long the file says that it is; as far as it can be told."""
+    """The file's size according to its header, or a lower bound if the header is incomplete."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8).ljust(8, b"\0"), "little")
         header = file.read(min(length, 100_000_000))

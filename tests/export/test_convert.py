@@ -17,7 +17,7 @@ from torch import Tensor
 
 from export import convert as command
 from export.convert import convert, parts_of, work
-from export.output_folder import RECORD
+from export.output_folder import MADE_BY, RECORD
 from longlive_serve.backends.registry import build_backends
 from longlive_serve.config.presets import DIT, MODELS, TINY_DECODER
 from longlive_serve.config.serve_config import Adapter, ServeConfig
@@ -98,14 +98,14 @@ def test_averaged_weights_and_a_tiny_decoder_are_converted(source: Path, tmp_pat
     assert_equal(loaded(DIT, out, use_ema=True), loaded(DIT, source, use_ema=True))
     assert_equal(loaded(DIT, out), loaded(DIT, source, use_ema=True))
     converted(source, tmp_path / "other", torch.float32)
-    with pytest.raises(ValueError, match="got no EMA weights, expected some with use_ema"):
+    with pytest.raises(ValueError, match="got no EMA weights, but use_ema is set"):
         loaded(DIT, tmp_path / "other", use_ema=True)
 
 
 def test_an_adapter_is_not_merged_twice(source: Path, tmp_path: Path) -> None:
     own, out = source / LONGLIVE_FOLDER / LORA_FILE, tmp_path / "out"
     converted(source, out)
-    expected = f"{own}: is merged into {out / 'dit.safetensors'} already; take it out of `lora`"
+    expected = f"{own}: is already merged into {out / 'dit.safetensors'}; remove it from `lora`"
     with pytest.raises(ValueError, match=re.escape(expected)):
         loaded(DIT, out, lora=(Adapter(path=own),))
     assert expected in refusal(out, tmp_path / "again", lora=(Adapter(path=own),))
@@ -184,19 +184,19 @@ def test_files_of_something_else_are_not_overwritten(source: Path, tmp_path: Pat
     out = tmp_path / "out"
     converted(source, out)
     before = stamps(out)
-    other = "made of other files or with other settings, expected none. Choose another --out, or remove it"
+    other = "made from other files or with other settings, expected none. Choose another --out, or remove it"
     assert other in refusal(source, out, use_ema=True)
     own = Adapter(path=source / LONGLIVE_FOLDER / LORA_FILE, alpha=2.0)
     assert f"{out / 'dit.safetensors'}: got a file {other}" == refusal(source, out, lora=(own,))
-    with pytest.raises(ValueError, match="made of other files"):
+    with pytest.raises(ValueError, match="made from other files"):
         converted(source, out, torch.float32)
     (out / "dit.safetensors").write_bytes(b"mine")
-    assert f"{out / 'dit.safetensors'}: got a file that this did not write" in refusal(source, out)
+    assert f"{out / 'dit.safetensors'}: got a file not written by {MADE_BY}" in refusal(source, out)
     (out / "dit.safetensors").unlink()
     (out / "tokenizer" / "extra").touch()
     assert f"{out / 'tokenizer'}: got other files than in" in refusal(source, out)
     (out / RECORD).write_text('{"model_type": "t2v"}')
-    assert f"{out / RECORD}: got a file that this did not write" in refusal(source, out)
+    assert f"{out / RECORD}: got a file not written by {MADE_BY}" in refusal(source, out)
     del before["dit.safetensors"], before[RECORD]
     assert before.items() <= stamps(out).items()
 
@@ -205,7 +205,7 @@ def test_a_changed_source_is_noticed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     converted(source, out)
     torch.save({"generator_lora": lora_state(seed=9)}, source / LONGLIVE_FOLDER / LORA_FILE)
-    assert f"{out / 'dit.safetensors'}: got a file made of other files" in refusal(source, out)
+    assert f"{out / 'dit.safetensors'}: got a file made from other files" in refusal(source, out)
 
 
 def test_a_source_that_does_not_fit_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
@@ -253,10 +253,10 @@ def test_the_command_line_converts_and_says_what_it_did(
     assert command.main(arguments) == 0
     said = capsys.readouterr()
     assert f"{out / 'dit.safetensors'}\n" in said.out
-    assert "all were written anew" in said.out
+    assert "all files are new" in said.out
     assert f'weights = "{out}"' in said.out
     assert command.main(arguments) == 0
-    assert "4 were there already" in capsys.readouterr().out
+    assert "4 already existed" in capsys.readouterr().out
     own = source / LONGLIVE_FOLDER / LORA_FILE
     assert command.main([*arguments, "--lora", f"{own}=0.5", f"{own}"]) == 2
     assert "convert: " in (said := capsys.readouterr()).err

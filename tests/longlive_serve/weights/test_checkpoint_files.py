@@ -69,7 +69,7 @@ def test_code_in_a_file_is_not_run(folder: Path, protocol: int | None) -> None:
     with (folder / LONGLIVE_FILE).open("wb") as file:
         pickle.dump(state, file, protocol) if protocol else torch.save(state, file)
     text = refusal(DIT, folder)
-    assert text.startswith(f"{folder / LONGLIVE_FILE}: cannot be read as tensors: it holds code or objects")
+    assert text.startswith(f"{folder / LONGLIVE_FILE}: cannot be read as tensors: it contains code or objects")
     assert ("exceptions.AssertionError" in text) == (protocol != 4)
     assert len(text.splitlines()) == 1
 
@@ -77,7 +77,7 @@ def test_code_in_a_file_is_not_run(folder: Path, protocol: int | None) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "it is a pointer of git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "it is a git-lfs pointer"),
         (b"<!DOCTYPE html><title>Sign in</title>", "it is a web page. Fetch the file itself"),
     ],
 )
@@ -103,10 +103,10 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     index = folder / f"{DIT_FILE}.index.json"
     shards[1].unlink()
     assert refusal(DIT, folder) == (
-        f"{index}: got 2 of 3 shards, missing {shards[1].name}: expected all of them beside it. Fetch those"
+        f"{index}: got 2 of 3 shards, missing {shards[1].name}: expected all of them in the same folder. Fetch those"
     )
     save_file({"head.head.bias": torch.zeros(64)}, shards[1])  # of another download
-    assert f"{index}: its shards do not hold" in refusal(DIT, folder)
+    assert f"{index}: its shards lack" in refusal(DIT, folder)
     for content in ("", "{}", json.dumps({"weight_map": {"a": "../a.safetensors"}})):
         index.write_text(content)
         assert f"{index}: not an index of shards" in refusal(DIT, folder)
@@ -167,9 +167,9 @@ def test_the_text_encoder_is_told_of_in_the_names_of_its_file(folder: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"critic": {}, "step": 5}, "got critic, step, expected the key generator, or the key model, or tensors"),
+        ({"critic": {}, "step": 5}, "got critic, step, expected the key generator, or the key model, or only tensors"),
         ([torch.zeros(1)], "got list, expected the key generator"),
-        ({"generator": {"model.x": 5}}, "expected the key generator, or the key model, or tensors alone by name"),
+        ({"generator": {"model.x": 5}}, "expected the key generator, or the key model, or only tensors by name"),
         ({}, "expected the key generator"),
     ],
 )

@@ -157,7 +157,7 @@ def test_the_lora_beside_longlive_is_merged_and_this_is_said(tmp_path: Path, cap
     write_reference(tmp_path, torch.float32)
     assert_equal(loaded(DIT, tmp_path), expected((lora_state(), 1.0)))
     path = tmp_path / LONGLIVE_FOLDER / LORA_FILE
-    assert f"dit: {path} goes into 20 layers: rank 4, alpha as rank, scale 1" in caplog.messages
+    assert f"dit: merging {path} into 20 layers: rank 4, alpha as rank, scale 1" in caplog.messages
     assert_equal(load_model(DIT, TINY, str(tmp_path), "cpu", torch.float32).state_dict(), loaded(DIT, tmp_path))
 
 
@@ -222,7 +222,7 @@ def test_an_adapter_of_another_model_is_refused_with_the_layers_that_do_not_fit(
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"generator": {}, "step": 1}, "got generator, step, expected the key generator_lora, or tensors"),
+        ({"generator": {}, "step": 1}, "got generator, step, expected the key generator_lora, or only tensors"),
         ({}, "expected the key generator_lora"),
         ({"x.lora_A.weight": torch.zeros(4, 4)}, "x: the model has no such layer"),
     ],
