@@ -31,7 +31,7 @@ PACKAGES = ("torch", "safetensors", "longlive-serve")
 def check_folder(config: ServeConfig, out: Path, size: int) -> None:
     """Raises ValueError if `size` bytes cannot be written to `out`, or if it belongs to something else."""
     if out.resolve() == Path(config.weights).resolve():
-        raise ValueError(f"out: got {out}, the folder that is read; expected another one")
+        raise ValueError(f"out: got {out}, the source folder; expected another one")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: got {out}, a file; expected a folder")
     record = out / RECORD

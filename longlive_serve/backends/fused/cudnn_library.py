@@ -169,7 +169,7 @@ class Cudnn:
             raise NoPlanError(f"cuDNN has plans for {one.group}, but none can be built")
         result, first, seconds, expected = one.tensors[one.result], next(iter(plans)), dict[str, float](), None
         for name, plan in plans.items():
-            with contextlib.suppress(RuntimeError):  # there are others
+            with contextlib.suppress(RuntimeError):  # other kernels remain
                 run = functools.partial(self._execute, plan, one.tensors)
                 taken = median_seconds(run, result.device.type, RUNS)
                 expected = result.float() if expected is None else expected
