@@ -218,7 +218,7 @@ def test_a_source_that_does_not_fit_leaves_nothing_behind(source: Path, tmp_path
 
 
 def test_wrong_folders_are_refused(source: Path, tmp_path: Path) -> None:
-    assert "the folder that is read; expected another one" in refusal(source, source)
+    assert "the source folder; expected another one" in refusal(source, source)
     (tmp_path / "file").touch()
     assert "a file; expected a folder" in refusal(source, tmp_path / "file")
     with pytest.raises(ValueError, match="got 'random', expected a folder of weights to convert"):
