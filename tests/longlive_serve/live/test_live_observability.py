@@ -48,6 +48,7 @@ def test_the_metrics_agree_with_what_a_client_saw_and_a_trace_shows_it(tmp_path:
             video.request_chunks(3)
             chunks = list(video.chunks())
         wait_until(lambda: figures(server)["live_sessions"] == 0)
+        wait_until(lambda: "ended after" in server.log_text)  # the log comes by a pipe of its own
         told = figures(server)
         log = server.log_text
     assert told["chunks"] == told["chunk_seconds_count"] == 4
