@@ -162,8 +162,8 @@ def drift(workers: Workers, short: int, long: int) -> dict[str, Any]:
 
 def vae_psnr(folder: Path, clips: int, seed: int = 4) -> dict[str, float]:
     """Mean PSNR of 33-frame clips that training did not see, decoded as a stream; half are held-out combinations."""
-    generator, encoder, model = random.Random(seed), Encoder.fit(), PRESETS["demo"]
-    decoder = TorchVAEDecoder(load_model(VAE_DECODER, model, str(folder), "cpu", torch.float32), model)
+    generator, encoder, config = random.Random(seed), Encoder.fit(), PRESETS["demo"]
+    decoder = TorchVAEDecoder(load_model(VAE_DECODER, config, str(folder), "cpu", torch.float32), config)
     psnr: dict[str, list[float]] = {"vae_psnr_db": [], "vae_psnr_db_held_out_combinations": []}
     for number in range(clips):
         held_out = number % 2 == 1
